@@ -1,0 +1,39 @@
+# Everything needs only python3, make and git; uv brings Python 3.12 and the packages.
+UV := .uv/bin/uv
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.PHONY: demo test test-slow lint setup clean constraints
+
+demo: $(STAMP) ## the whole way on generated slides, ends with a report
+	$(BIN)/medray demo --out demo
+
+test: $(STAMP) ## the tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP) ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP) ## style, layers and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(UV):
+	python3 -m venv .uv
+	.uv/bin/python -m pip install --quiet "uv==0.13.8"
+
+$(STAMP): $(UV) pyproject.toml constraints.txt
+	$(UV) venv --quiet --allow-existing .venv
+	$(UV) pip install --quiet --python .venv -c constraints.txt -e ".[openslide,s3]" --group dev
+	touch $(STAMP)
+
+constraints: $(UV) ## take the newest packages; run the tests afterwards
+	$(UV) pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --python-version 3.12 --all-extras --group dev \
+		pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf demo .venv .uv

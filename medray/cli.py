@@ -1,0 +1,237 @@
+"""The command `medray`: parse, call one function, print, exit.
+
+Exit codes: 0 success, 3 some slides failed, 2 wrong request, 1 failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from medray.errors import ConfigError, MedrayError
+
+_SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
+
+
+def _ingest(args: argparse.Namespace) -> Any:
+    from medray.ingest import ingest
+
+    return ingest(
+        args.slides,
+        out=args.out,
+        annotations=args.annotations,
+        classes=args.classes,
+        mpp=args.mpp,
+        groups=args.groups,
+        splits=args.splits,
+        fractions=args.fractions,
+        seed=args.seed,
+    )
+
+
+def _train(args: argparse.Namespace) -> Any:
+    from medray.train import train
+
+    return train(args.recipe, data=args.data, out=args.out, overrides=args.overrides)
+
+
+def _infer(args: argparse.Namespace) -> Any:
+    from medray.infer import infer
+
+    return infer(
+        args.slides,
+        model=args.model,
+        out=args.out,
+        mpp=args.mpp,
+        precision=args.precision,
+        probabilities=args.probabilities,
+        everywhere=args.everywhere,
+        region=args.region,
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> Any:
+    from medray.evaluate import evaluate
+
+    return evaluate(args.run_folder, truth=args.truth, out=args.out, split=args.split)
+
+
+def _demo(args: argparse.Namespace) -> Any:
+    from medray.demo import demo
+
+    return demo(args.out)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="medray",
+        description="Pathology slides on Ray: ingest, train, infer, evaluate.",
+        allow_abbrev=False,
+    )
+    version = importlib.metadata.version("medray")
+    parser.add_argument("--version", action="version", version=f"medray {version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], Any], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("-v", "--verbose", action="store_true", help="say more")
+        return sub
+
+    sub = command("demo", _demo, "the whole way on generated slides, with a report")
+    sub.add_argument("--out", default="demo", help="folder to work in (demo)")
+
+    sub = command("ingest", _ingest, "slides and annotations into a dataset")
+    sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
+    sub.add_argument("--out", required=True, metavar="DATASET", help="dataset to make")
+    sub.add_argument("--annotations", metavar="DIR", help="files named like the slides")
+    sub.add_argument(
+        "--classes",
+        type=_names,
+        default=("background", "tumour"),
+        metavar="A,B",
+        help="class names by label value, background first (background,tumour)",
+    )
+    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
+    sub.add_argument("--groups", metavar="CSV", help="slide,group: patients")
+    sub.add_argument("--splits", metavar="CSV", help="slide,split: train, val or test")
+    sub.add_argument(
+        "--fractions",
+        type=_fractions,
+        default=(0.7, 0.15, 0.15),
+        metavar="T,V,T",
+        help="shares of train, val and test (0.7,0.15,0.15)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="decides the splits (0)")
+
+    sub = command("train", _train, "a recipe and a dataset into a model")
+    sub.add_argument("recipe", metavar="RECIPE", help="YAML file, see recipes/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
+    sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
+    sub.add_argument("--out", required=True, metavar="MODEL", help="folder to make")
+
+    sub = command("infer", _infer, "slides and a model into masks")
+    sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
+    sub.add_argument("--model", required=True, metavar="MODEL", help="from train")
+    sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
+    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
+    sub.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto takes bfloat16 or float16 where it is fast",
+    )
+    sub.add_argument("--probabilities", action="store_true", help="store them too")
+    sub.add_argument("--everywhere", action="store_true", help="predict glass as well")
+    sub.add_argument("--region", type=int, default=2048, help="side in pixels (2048)")
+
+    sub = command("evaluate", _evaluate, "a run and the truth into a report")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer")
+    sub.add_argument(
+        "--truth", required=True, help="dataset, or folder of annotations like slides"
+    )
+    sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
+    sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; give its exit code."""
+    args = build_parser().parse_args(argv)
+    _set_up_logging(args.verbose)
+    try:
+        result = args.run(args)
+    except ConfigError as error:
+        return _say(args, 2, {"error": f"{error}"}, f"medray {args.command}: {error}")
+    except MedrayError as error:
+        return _say(args, 1, {"error": f"{error}"}, f"medray {args.command}: {error}")
+    failed = getattr(result, "failed", {})
+    values = dataclasses.asdict(result)
+    return _say(args, 3 if failed else 0, values, _in_words(args.command, values))
+
+
+def _say(
+    args: argparse.Namespace, code: int, values: dict[str, Any], words: str
+) -> int:
+    """Print the result: JSON on stdout if asked, else words (errors on stderr)."""
+    if args.json:
+        print(json.dumps(values | {"exit_code": code}, sort_keys=True))
+    else:
+        print(words, file=sys.stderr if code in (1, 2) else sys.stdout)
+    return code
+
+
+def _in_words(command: str, values: dict[str, Any]) -> str:
+    """Tell a result: where things are, and last how many slides failed."""
+    lines = []
+    if "f1" in values:
+        score = (
+            "none (no foreground)" if values["f1"] is None else f"{values['f1']:.4f}"
+        )
+        interval = values.get("interval")
+        span = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+        lines.append(f"F1      {score}{span}")
+    if "report" in values:
+        lines.append(f"report  {values['report']}")
+    lines.append(f"out     {values['out']}")
+    if "trained" in values:
+        state = "trained" if values["trained"] else "was there already"
+        lines.append(f"{command}: {state}, {values['epochs']} epochs")
+    failed = values.get("failed", {})
+    if "done" in values:
+        lines.append(
+            f"{command}: {values['done']} slides done, {values['skipped']} done "
+            f"before, {len(failed)} failed, {values['seconds']:.1f} s"
+        )
+    elif "evaluated" in values:
+        lines.append(
+            f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
+        )
+    return "\n".join(lines)
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logger = logging.getLogger("medray")
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.handlers.clear()
+    logger.propagate = False
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, show_time=False
+        )
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""How the stages use Ray: connecting, and running a chain of Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+from ray.data import DataContext
+
+
+def connect() -> None:
+    """Connect to Ray: the cluster of RAY_ADDRESS or of this job, else a local one.
+
+    A local cluster that is started here asks for a token, Ray's default.
+    """
+    if ray.is_initialized():
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    ray.init(logging_level=logging.WARNING, log_to_driver=_verbose())
+
+
+def _verbose() -> bool:
+    return logging.getLogger("medray").isEnabledFor(logging.DEBUG)
+
+
+@contextmanager
+def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
+    """Run Ray Data chains so that each block holds one region's pixels.
+
+    Args:
+        block_bytes: Bytes of one row with pixels. A larger block would hold regions
+            back until it is full, and keep them all in memory.
+        in_order: Give rows in the order of the source.
+    """
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = block_bytes
+    context.target_min_block_size = 1
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = in_order
+    # A hospital's scanner share may stall for long; the run's own limits decide.
+    context.execution_no_progress_timeout_s = -1
+    data_logger = logging.getLogger("ray.data")
+    level = data_logger.level
+    if not _verbose():
+        data_logger.setLevel(logging.ERROR)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        data_logger.setLevel(level)
+
+
+def cpus_per_node() -> int:
+    """Give the CPU count of the smallest node that has any."""
+    counts = (
+        int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]
+    )
+    return min((count for count in counts if count), default=1)
+
+
+def gpus() -> int:
+    """Give the number of GPUs that the cluster has now."""
+    resources = ray.cluster_resources()
+    return int(resources.get("GPU", 0))

@@ -1,0 +1,196 @@
+"""A dataset: what ingest makes of slides and annotations, and train reads.
+
+DATASET/
+dataset.yaml              classes and how the slides were cut (DatasetSettings)
+slides.parquet            a row a slide: size, mpp, digest, status, split
+patches.parquet           a row a patch: where, tissue, classes, split
+slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from medray.classes import Classes
+from medray.errors import ConfigError
+from medray.settings import from_dict, read_yaml, to_dict, write_settings
+from medray.store import files, omezarr
+
+SPLITS = ("train", "val", "test")
+LABELS = "annotation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings:
+    """What decides the pixels and labels of a dataset; stored as `dataset.yaml`.
+
+    Attributes:
+        classes: Names by label value.
+        mpp: Microns per pixel of slides whose files do not say; None: not given.
+        patch: Side of a patch (a chunk), pixels of level 0.
+        region: Side of a region (a shard), pixels of level 0.
+    """
+
+    classes: Classes
+    mpp: float | None = None
+    patch: int = omezarr.PATCH
+    region: int = omezarr.REGION
+
+
+def open_dataset(out: str, settings: DatasetSettings) -> None:
+    """Make a dataset's folder, or check that it was made with the same settings.
+
+    Raises:
+        ConfigError: It was made with others.
+    """
+    uri = files.join(out, "dataset.yaml")
+    if not files.exists(uri):
+        write_settings(uri, settings)
+        return
+    before = read_dataset(out)
+    if before != settings:
+        old, new = to_dict(before), to_dict(settings)
+        changed = ", ".join(
+            f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]
+        )
+        raise ConfigError(
+            f"{out}: holds a dataset with other settings ({changed}); choose another "
+            f"--out, or delete this one"
+        )
+
+
+def read_dataset(folder: str) -> DatasetSettings:
+    """Read a dataset's settings.
+
+    Raises:
+        ConfigError: There is no dataset.
+    """
+    uri = files.join(folder, "dataset.yaml")
+    if not files.exists(uri):
+        raise ConfigError(
+            f"{folder}: expected a dataset with a dataset.yaml; "
+            f"`medray ingest` writes one"
+        )
+    return from_dict(DatasetSettings, read_yaml(uri), uri)
+
+
+def slide_uri(folder: str, slide: str) -> str:
+    """Give the place of a slide's pixels."""
+    return files.join(folder, "slides", f"{slide}.ome.zarr")
+
+
+def labels_uri(folder: str, slide: str) -> str:
+    """Give the place of a slide's label image."""
+    return files.join(slide_uri(folder, slide), "labels", LABELS)
+
+
+def read_patches(folder: str, split: str) -> list[dict[str, Any]]:
+    """Give the rows of patches.parquet that belong to a split.
+
+    Raises:
+        ConfigError: Ingest has not finished.
+    """
+    uri = files.join(folder, "patches.parquet")
+    if not files.exists(uri):
+        raise ConfigError(f"{uri} is missing; run `medray ingest` to its end")
+    rows: list[dict[str, Any]] = files.read_table(uri).to_pylist()
+    return [row for row in rows if row["split"] == split]
+
+
+def write_patches(folder: str, patches: list[dict[str, Any]]) -> None:
+    """Write patches.parquet."""
+    table = pa.Table.from_pylist(patches) if patches else pa.table({"slide": []})
+    files.write_table(files.join(folder, "patches.parquet"), table)
+
+
+def split_slides(
+    slides: list[dict[str, Any]],
+    *,
+    fractions: tuple[float, float, float],
+    seed: int,
+    keep: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Assign each slide to train, val or test so that no group is in two of them.
+
+    Groups (patients) are taken stratum by stratum (the set of classes that their
+    slides hold) in an order fixed by the seed; each goes where most slides are still
+    wanted. With three groups or more, no split with a fraction above 0 stays empty.
+
+    Args:
+        slides: Rows with `slide`, `group` and `stratum`.
+        fractions: Wanted shares of slides in train, val and test.
+        seed: Decides the order.
+        keep: Split of groups that were assigned before; they stay where they are.
+
+    Returns:
+        Split by slide.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    strata: dict[str, set[str]] = defaultdict(set)
+    for row in slides:
+        groups[row["group"]].append(row["slide"])
+        strata[row["group"]].add(row["stratum"])
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda group: "|".join(sorted(strata[group])))
+    order.sort(key=lambda group: group not in (keep or {}))
+    result: dict[str, str] = {}
+    per_stratum: dict[tuple[str, int], int] = defaultdict(int)
+    total = [0, 0, 0]
+    for done, group in enumerate(order):
+        stratum = "|".join(sorted(strata[group]))
+        size = len(groups[group])
+        here = sum(per_stratum[stratum, k] for k in range(3)) + size
+        wanted = [
+            (
+                total[k] == 0
+                and fractions[k] > 0
+                and len(order) - done <= total.count(0),
+                fractions[k] * here - per_stratum[stratum, k],
+                fractions[k] * (sum(total) + size) - total[k],
+                -k,
+            )
+            for k in range(3)
+        ]
+        best = max((k for k in range(3) if fractions[k] > 0), key=wanted.__getitem__)
+        if keep and group in keep:
+            best = SPLITS.index(keep[group])
+        per_stratum[stratum, best] += size
+        total[best] += size
+        result |= dict.fromkeys(groups[group], SPLITS[best])
+    return result
+
+
+def read_groups(uri: str, column: str) -> dict[str, str]:
+    """Read a CSV with the columns `slide` and `column` into a dictionary.
+
+    Raises:
+        ConfigError: The file or a column is missing, or a slide has two values.
+    """
+    try:
+        text = files.read_bytes(uri).decode("utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
+    reader = csv.DictReader(io.StringIO(text))
+    names = reader.fieldnames or []
+    if "slide" not in names or column not in names:
+        raise ConfigError(
+            f"{uri}: expected the columns slide and {column}, found {list(names)}"
+        )
+    values: dict[str, str] = {}
+    for row in reader:
+        slide, value = row["slide"], row[column]
+        if values.setdefault(slide, value) != value:
+            raise ConfigError(
+                f"{uri}: slide {slide} has two values of {column}: "
+                f"{values[slide]} and {value}"
+            )
+    return values

@@ -1,0 +1,1 @@
+"""Architectures, losses, the model folder, prediction; no Ray and no zarr here."""

@@ -1,0 +1,71 @@
+"""The model folder: what training hands to inference.
+
+It holds model.yaml (what it is and how it must be fed: `ModelConfig`),
+weights.safetensors, metrics.json (how good it was on validation data) and README.md
+(the model card).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import nn
+
+from medray.errors import FormatError
+from medray.models.config import ModelConfig, read_config
+from medray.models.segmenters import build_segmenter
+from medray.settings import write_settings
+from medray.store import files
+
+
+def save_model(
+    folder: str, config: ModelConfig, model: nn.Module, metrics: dict[str, Any]
+) -> None:
+    """Write a model folder; `model.yaml` comes last, so a folder with it is whole."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights = safetensors.torch.save(state, {"format": "pt"})
+    files.write_bytes(files.join(folder, "weights.safetensors"), weights)
+    files.write_json(files.join(folder, "metrics.json"), metrics)
+    card = _card(config, metrics)
+    files.write_bytes(files.join(folder, "README.md"), card.encode())
+    write_settings(files.join(folder, "model.yaml"), config)
+
+
+def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:
+    f1 = metrics.get("f1")
+    names = ", ".join(config.classes.names)
+    resolution = f"{config.mpp} um per pixel" if config.mpp else "level 0"
+    return (
+        "---\nlibrary_name: medray\npipeline_tag: image-segmentation\n"
+        "tags: [pathology]\nmetrics: [f1]\n---\n\n"
+        f"# {config.architecture.name} on {config.architecture.encoder}\n\n"
+        f"- classes: {names}\n- resolution: {resolution}\n"
+        f"- window: {config.window.size} px, stride {config.window.stride} px\n"
+        f"- validation F1: {'none' if f1 is None else f'{f1:.4f}'}\n\n"
+        "Made by medray; `model.yaml` says from what. Not a medical device.\n"
+    )
+
+
+def load_model(folder: str) -> tuple[nn.Module, ModelConfig]:
+    """Load a model for inference, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: The folder is no model folder.
+        FormatError: The weights are not safetensors or do not fit the architecture.
+    """
+    config = read_config(folder)
+    model = build_segmenter(config.architecture, len(config.classes))
+    uri = files.join(folder, "weights.safetensors")
+    try:
+        state = safetensors.torch.load(files.read_bytes(uri))
+        model.load_state_dict(state)
+    except (FileNotFoundError, safetensors.SafetensorError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise FormatError(
+            f"{uri}: expected the weights of {config.architecture.name} with encoder "
+            f"{config.architecture.encoder} and {len(config.classes)} classes, "
+            f"found {problem}"
+        ) from error
+    return model.eval(), config

@@ -1,0 +1,73 @@
+"""Progress of a stage: a live bar on a terminal, a line a slide in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts slides, regions and failures; shown on stderr."""
+
+    def __init__(self, stage: str, slides: int) -> None:
+        self._stage = stage
+        self._failed = self._regions = 0
+        self._megapixels = 0.0
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(stage, total=slides, note="")
+
+    def __enter__(self) -> Progress:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def region(self, pixels: int) -> None:
+        """Count a region of so many pixels."""
+        self._regions += 1
+        self._megapixels += pixels / 1e6
+        self._refresh(0)
+
+    def slide(self, slide: str, outcome: str) -> None:
+        """Count a slide and log its outcome."""
+        failed = outcome.startswith("failed")
+        self._failed += failed
+        level = logging.WARNING if failed else logging.INFO
+        log.log(level, "stage=%s slide=%s %s", self._stage, slide, outcome)
+        self._refresh(1)
+
+    def _refresh(self, advance: int) -> None:
+        note = f"{self._regions} regions, {self._megapixels:.0f} MPix"
+        note += f", {self._failed} failed" if self._failed else ""
+        self._bar.update(self._task, advance=advance, note=note)

@@ -1,0 +1,172 @@
+"""Which slides a request names, and the id of each."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import fsspec
+
+from medray.errors import ConfigError
+from medray.store import files
+
+SLIDE_SUFFIXES = (
+    ".ome.zarr",
+    ".ome.tiff",
+    ".ome.tif",
+    ".tiff",
+    ".tif",
+    ".svs",
+    ".ndpi",
+    ".scn",
+    ".bif",
+    ".qptiff",
+    ".mrxs",
+    ".vms",
+    ".png",
+    ".jpeg",
+    ".jpg",
+    ".bmp",
+)
+_MAX_ID = 120
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """One slide to work on.
+
+    Attributes:
+        slide: Its id: unique in a request, safe as a file name.
+        uri: Absolute path or fsspec address.
+        name: Its id before it was made unique; annotations are matched by it.
+    """
+
+    slide: str
+    uri: str
+    name: str
+
+
+def strip_suffix(name: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str | None:
+    """Give `name` without its suffix; None when it has none of `suffixes`."""
+    lower = name.lower()
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def slide_id(relative: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str:
+    """Make a safe id of a path: one file name, never a path, never hidden.
+
+    Folders become part of the name (`a/x.tif` is `a__x`), so slides of one name in
+    different folders stay apart.
+    """
+    name = unicodedata.normalize("NFC", relative)
+    name = strip_suffix(name, suffixes) or name
+    parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".", "..")]
+    safe = re.sub(r"[^\w.()+-]", "_", "__".join(parts)).strip(".") or "slide"
+    if len(safe) > _MAX_ID:
+        safe = f"{safe[: _MAX_ID - 9]}-{_short_hash(safe)}"
+    return safe
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _walk(folder: str) -> list[str]:
+    """List files and `*.zarr` folders under a local folder, as absolute paths."""
+    found = []
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"{error.filename}: folder cannot be read ({error.strerror}); give this "
+            f"user permission to read it, or name the slides to use"
+        ) from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        zarrs = [name for name in folders if name.endswith(".zarr")]
+        folders[:] = [f for f in folders if f not in zarrs and not f.startswith(".")]
+        shown = (name for name in [*zarrs, *names] if not name.startswith("."))
+        found += [os.path.join(root, name) for name in shown]
+    return found
+
+
+def _expand(item: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Give (address, path below what was named) of each file that `item` names."""
+    if files.exists(files.join(item, "dataset.yaml")):
+        item = files.join(item, "slides")
+    if "://" in item:
+        fs, path = fsspec.url_to_fs(item)
+        fs.invalidate_cache()
+        if any(sign in path for sign in "*?["):
+            names, root = fs.glob(path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        elif fs.isfile(path):
+            names, root = [path], path.rpartition("/")[0]
+        else:
+            names, root = fs.find(path), path
+        return [
+            (fs.unstrip_protocol(name), name[len(root) :].lstrip("/"))
+            for name in names
+            if strip_suffix(name, suffixes)
+        ]
+    path = os.path.abspath(os.path.expanduser(item))
+    if os.path.isdir(path) and not path.endswith(".zarr"):
+        found = [name for name in _walk(path) if strip_suffix(name, suffixes)]
+        return [(name, os.path.relpath(name, path)) for name in found]
+    names = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    if not names:
+        raise ConfigError(
+            f"{item}: nothing there; name a file, a glob, a folder or an address"
+        )
+    return [(name, os.path.basename(name)) for name in names]
+
+
+def find_files(
+    items: Iterable[str], suffixes: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    """Give (address, relative path) of the files that `items` name, without repeats.
+
+    Args:
+        items: Files, globs, folders (searched in depth) or fsspec addresses. A file
+            that is named is taken whatever its suffix; a dataset stands for its slides.
+        suffixes: Which files count in a folder.
+
+    Raises:
+        ConfigError: An item names nothing, or a folder cannot be read.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        for uri, relative in _expand(item, suffixes):
+            found.setdefault(uri, relative)
+    return sorted(found.items())
+
+
+def find_slides(items: Iterable[str]) -> list[SlideFile]:
+    """Give the slides that `items` name, each with an id of its own.
+
+    Ids that would be equal (also but for case) get a hash of their address appended.
+
+    Raises:
+        ConfigError: Nothing is found, or a folder cannot be read.
+    """
+    items = list(items)
+    found = [(uri, slide_id(path)) for uri, path in find_files(items, SLIDE_SUFFIXES)]
+    if not found:
+        raise ConfigError(
+            f"no slides in {items}: expected files that end in "
+            f"{', '.join(SLIDE_SUFFIXES)}"
+        )
+    count = Counter(name.casefold() for _, name in found)
+    slides = []
+    for uri, name in found:
+        unique = count[name.casefold()] == 1
+        slide = name if unique else f"{name}-{_short_hash(uri)}"
+        slides.append(SlideFile(slide, uri, name))
+    return slides

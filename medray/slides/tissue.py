@@ -1,0 +1,117 @@
+"""Where there is tissue: Otsu on saturation at a coarse level.
+
+The glass of a slide is nearly grey, stained tissue is not. Pen marks are saturated too,
+but of colours that haematoxylin and eosin never make, and are taken out first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+UInt8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+
+# Below this saturation (of 255) nothing is tissue, whatever Otsu says: it splits the
+# noise of a slide without tissue too.
+_MIN_SATURATION = 18
+# If even the faintest pixels are above this there is no glass to tell tissue from.
+_ALL_TISSUE = 30
+
+
+def otsu(histogram: npt.NDArray[np.int64]) -> int:
+    """Give the threshold that best splits a histogram in two (Otsu 1979).
+
+    Args:
+        histogram: (256,) counts.
+
+    Returns:
+        The highest value of the lower class.
+    """
+    weight = histogram.cumsum()
+    mean = (histogram * np.arange(len(histogram))).cumsum()
+    other = weight[-1] - weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (mean[-1] * weight - mean * weight[-1]) ** 2 / (weight * other)
+    return int(np.nanargmax(np.where(weight * other > 0, between, -1)))
+
+
+def pen_marks(rgb: UInt8) -> Bool:
+    """Find ink of marker pens: blue, green and black.
+
+    H&E never has green above both red and blue, nor blue far above a weak red with
+    much saturation, nor large areas of near black.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+
+    Returns:
+        (H, W) bool.
+    """
+    red, green, blue = (rgb[..., i].astype(np.int16) for i in range(3))
+    is_green = (green > red + 12) & (green > blue + 4)
+    is_blue = (blue > red + 60) & (green > red - 10)
+    is_black = rgb.max(axis=-1) < 70
+    ink = is_green | is_blue | is_black
+    size = max(3, round(min(rgb.shape[:2]) / 128) | 1)
+    ink = ndimage.binary_opening(ink, np.ones((3, 3), bool))
+    return np.asarray(
+        ndimage.binary_dilation(ink, np.ones((size, size), bool)), dtype=bool
+    )
+
+
+def find_tissue(rgb: UInt8) -> Bool:
+    """Tell tissue from glass on a thumbnail.
+
+    Args:
+        rgb: (H, W, 3) uint8; best at 4 to 16 microns per pixel.
+
+    Returns:
+        (H, W) bool; all False on a blank slide.
+    """
+    smooth = ndimage.uniform_filter(rgb, size=(3, 3, 1))
+    saturation = smooth.max(axis=-1) - smooth.min(axis=-1)
+    ink = pen_marks(rgb)
+    clean = saturation[~ink]
+    if clean.size == 0:
+        return np.zeros(rgb.shape[:2], dtype=bool)
+    if np.percentile(clean, 2) > _ALL_TISSUE:
+        return ~ink
+    threshold = otsu(np.bincount(clean, minlength=256).astype(np.int64))
+    # Where glass and pale tissue are close, Otsu may fall between pale and dark tissue.
+    threshold = int(np.clip(threshold, _MIN_SATURATION, 50))
+    tissue = (saturation > threshold) & ~ink
+    tissue = ndimage.binary_opening(tissue, np.ones((3, 3), bool))
+    closed = ndimage.binary_closing(tissue, np.ones((5, 5), bool))
+    return np.asarray(closed & ~ink, dtype=bool)
+
+
+def tissue_share(
+    thumbnail: UInt8, height: int, width: int, side: int
+) -> npt.NDArray[np.float64]:
+    """Give the share of tissue in each block of a slide.
+
+    It depends on the slide alone, never on how it is cut into regions.
+
+    Args:
+        thumbnail: (h, w, 3) uint8 picture of the whole slide.
+        height: Height of the slide at the working level, pixels.
+        width: Likewise its width.
+        side: Side of a block, pixels at the working level.
+
+    Returns:
+        (ceil(height / side), ceil(width / side)) from 0 to 1; 0 only where neither the
+        block nor the thumbnail pixels next to it hold tissue.
+    """
+    tissue = ndimage.binary_dilation(find_tissue(thumbnail), np.ones((3, 3), bool))
+    rows = np.arange(0, height, side) * tissue.shape[0] // height
+    columns = np.arange(0, width, side) * tissue.shape[1] // width
+
+    def total(pixels: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        by_row = np.add.reduceat(pixels.astype(np.float64), rows, axis=0)
+        return np.asarray(np.add.reduceat(by_row, columns, axis=1))
+
+    return total(tissue) / total(np.ones_like(tissue))

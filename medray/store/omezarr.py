@@ -1,0 +1,357 @@
+"""OME-Zarr 0.5 (zarr v3, sharded): images and label images with their pyramids.
+
+Layout of a dataset's slide (axes c, y, x) and of a mask (axes y, x):
+
+    SLIDE.ome.zarr/                 MASK.ome.zarr/
+      zarr.json   (ome.multiscales)   zarr.json   (ome.multiscales, ome.image-label)
+      0/ 1/ 2/ …                      0/ 1/ 2/ …
+      labels/annotation/0/ 1/ …
+
+A chunk is a patch, a shard is a region; a shard is always written whole by one task.
+Level k+1 has half the pixels of level k in each direction (rounded up), each made of
+2 x 2 pixels: the mean of an image, the majority of labels. Image and labels follow the
+same rule, so they are registered to the pixel at every level.
+
+Specification: https://ngff.openmicroscopy.org/0.5/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BytesCodec, ZstdCodec
+from zarr.storage import FsspecStore, LocalStore
+
+from medray.classes import Classes
+from medray.errors import FormatError, StoreError
+from medray.grid import Rectangle, plan_regions
+from medray.store import files
+
+PATCH = 512
+REGION = 2048
+RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
+Kind = Literal["image", "labels"]
+UInt8 = npt.NDArray[np.uint8]
+Array = zarr.Array[Any]
+
+# zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
+# in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
+_COMPRESSOR = ZstdCodec(level=1, checksum=False)
+
+
+def _store(uri: str, *, read_only: bool) -> LocalStore | FsspecStore:
+    if files.is_local(uri):
+        return LocalStore(uri, read_only=read_only)
+    return FsspecStore.from_url(uri, read_only=read_only)
+
+
+def open_group(uri: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """Open an OME-Zarr group.
+
+    Raises:
+        FormatError: There is no zarr v3 group at `uri`.
+    """
+    try:
+        return zarr.open_group(
+            _store(uri, read_only=mode == "r"), mode=mode, zarr_format=3
+        )
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise FormatError(f"{uri}: expected an OME-Zarr group ({error})") from error
+
+
+def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
+    """Give (height, width) of each level, down to one that fits into a patch."""
+    shapes = [(height, width)]
+    while max(shapes[-1]) > PATCH:
+        h, w = shapes[-1]
+        shapes.append((-(-h // 2), -(-w // 2)))
+    return shapes
+
+
+def _multiscales(levels: int, mpp: float | None, kind: Kind, name: str) -> Any:
+    """Build `multiscales`: pixel size in micrometres, half-pixel shifts of levels."""
+    unit = {} if mpp is None else {"unit": "micrometer"}
+    space = [{"name": axis, "type": "space", **unit} for axis in "yx"]
+    axes = [{"name": "c", "type": "channel"}, *space] if kind == "image" else space
+    lead = [1.0] if kind == "image" else []
+    pixel = mpp or 1.0
+    datasets = []
+    for level in range(levels):
+        factor = 2**level
+        shift = (factor - 1) / 2 * pixel
+        datasets.append(
+            {
+                "path": str(level),
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [*lead, *[pixel * factor] * 2]},
+                    {
+                        "type": "translation",
+                        "translation": [*[0.0] * len(lead), shift, shift],
+                    },
+                ],
+            }
+        )
+    method = "mean of 2x2" if kind == "image" else "majority of 2x2"
+    return [{"name": name, "axes": axes, "datasets": datasets, "type": method}]
+
+
+def _omero(name: str, channels: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Build the rendering defaults; without them viewers show RGB as grey."""
+    window = {"start": 0, "end": 255, "min": 0, "max": 255}
+    return {
+        "name": name,
+        "channels": [
+            {
+                "label": label,
+                "color": color.removeprefix("#"),
+                "active": True,
+                "window": window,
+            }
+            for label, color in channels
+        ],
+        "rdefs": {"model": "color"},
+    }
+
+
+def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
+    values = range(len(classes))
+    rgba = [
+        [*bytes.fromhex(color[1:]), 0 if value == 0 else 160]
+        for value, color in enumerate(classes.colors)
+    ]
+    label: dict[str, Any] = {
+        "colors": [{"label-value": v, "rgba": rgba[v]} for v in values],
+        "properties": [{"label-value": v, "class": classes.names[v]} for v in values],
+    }
+    return label | ({"source": {"image": source}} if source else {})
+
+
+def _create_arrays(
+    group: zarr.Group, shapes: list[tuple[int, ...]], *, region: int, fill_value: int
+) -> None:
+    for level, shape in enumerate(shapes):
+        lead = shape[:-2]
+        group.create_array(
+            str(level),
+            shape=shape,
+            chunks=(*lead, PATCH, PATCH),
+            shards=(*lead, region, region),
+            dtype="uint8",
+            compressors=[_COMPRESSOR],
+            serializer=BytesCodec(),
+            fill_value=fill_value,
+            dimension_names=[*(["c"] if lead else []), "y", "x"],
+            overwrite=True,
+        )
+
+
+def create_image(
+    uri: str,
+    height: int,
+    width: int,
+    *,
+    mpp: float | None,
+    name: str,
+    attributes: Any,
+    channels: Sequence[tuple[str, str]] = RGB,
+    fill_value: int = 255,
+    region: int = REGION,
+) -> None:
+    """Create an empty image (channel, y, x).
+
+    The attributes come last: a group that has them has all its arrays.
+
+    Args:
+        uri: Folder of the OME-Zarr; replaced if it is there.
+        height: Pixels of level 0.
+        width: Pixels of level 0.
+        mpp: Microns per pixel of level 0; None when unknown.
+        name: Shown by viewers.
+        attributes: Stored under the key `medray`.
+        channels: Name and #rrggbb of each channel.
+        fill_value: What never written pixels read as: white for a slide.
+        region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+    """
+    files.remove(uri)
+    group = zarr.create_group(_store(uri, read_only=False), zarr_format=3)
+    shapes = level_shapes(height, width)
+    cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
+    _create_arrays(group, cyx, region=region, fill_value=fill_value)
+    ome = {
+        "version": "0.5",
+        "multiscales": _multiscales(len(shapes), mpp, "image", name),
+        "omero": _omero(name, channels),
+    }
+    group.attrs.put({"ome": ome, "medray": attributes})
+
+
+def create_labels(
+    uri: str,
+    height: int,
+    width: int,
+    *,
+    mpp: float | None,
+    name: str,
+    classes: Classes,
+    attributes: Any,
+    source: str | None = None,
+    region: int = REGION,
+) -> None:
+    """Create an empty label image; what is never written is background.
+
+    The attributes come last: a group that has them has all its arrays.
+
+    Args:
+        uri: Folder of the OME-Zarr; replaced if it is there.
+        height: Pixels of level 0.
+        width: Pixels of level 0.
+        mpp: Microns per pixel of level 0; None when unknown.
+        name: Shown by viewers.
+        classes: Names and colours of the label values.
+        attributes: Stored under the key `medray`.
+        source: Relative path to the image that is labelled, if it is near.
+        region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+    """
+    files.remove(uri)
+    group = zarr.create_group(_store(uri, read_only=False), zarr_format=3)
+    shapes = level_shapes(height, width)
+    _create_arrays(group, [*shapes], region=region, fill_value=0)
+    ome = {
+        "version": "0.5",
+        "multiscales": _multiscales(len(shapes), mpp, "labels", name),
+        "image-label": _image_label(classes, source),
+    }
+    group.attrs.put({"ome": ome, "medray": attributes})
+
+
+def add_labels_to_image(image_uri: str, name: str) -> str:
+    """List label image `name` in an image's `labels` group; give its place.
+
+    Vizarr looks for the list at the top of the attributes, the specification under
+    `ome`: both are written.
+    """
+    labels = zarr.create_group(
+        _store(files.join(image_uri, "labels"), read_only=False),
+        zarr_format=3,
+        overwrite=True,
+    )
+    labels.attrs.put({"ome": {"version": "0.5", "labels": [name]}, "labels": [name]})
+    return files.join(image_uri, "labels", name)
+
+
+def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
+    """Write one region of level 0, which is exactly one shard.
+
+    Args:
+        uri: The OME-Zarr, made by `create_image` or `create_labels`.
+        region: Level-0 pixels; starts at a multiple of the shard's side.
+        pixels: (height, width) labels or (3, height, width) RGB, uint8.
+
+    Raises:
+        StoreError: The place cannot be written.
+    """
+    try:
+        array = _array(open_group(uri, mode="r+"), 0)
+        side = (array.shards or array.chunks)[-1]
+        if region.y % side or region.x % side:
+            raise ValueError(f"{region} does not start at a multiple of {side}")
+        array[..., *region.slices()] = pixels
+    except OSError as error:
+        raise StoreError(
+            f"{uri}: region {region} cannot be written ({error}); free space or choose "
+            f"another place, then run the same command again"
+        ) from error
+
+
+def _array(group: zarr.Group, level: int) -> Array:
+    array = group[str(level)]
+    if not isinstance(array, zarr.Array):
+        raise FormatError(f"{group.store_path}: level {level} is not an array")
+    return array
+
+
+def open_level(uri: str, level: int = 0) -> Array:
+    """Open one level of an OME-Zarr for reading: (3, y, x) or (y, x) uint8.
+
+    Raises:
+        FormatError: There is no such level.
+    """
+    try:
+        return _array(open_group(uri), level)
+    except KeyError as error:
+        raise FormatError(f"{uri}: there is no level {level}") from error
+
+
+def _mean(pixels: npt.NDArray[np.uint8]) -> UInt8:
+    """Average 2 x 2 pixels, rounding half up: (..., 2h, 2w) to (..., h, w) uint8."""
+    wide = pixels.astype(np.uint16)
+    total = wide[..., 0::2, :] + wide[..., 1::2, :]
+    total = total[..., 0::2] + total[..., 1::2]
+    mean: UInt8 = ((total + 2) // 4).astype(np.uint8)
+    return mean
+
+
+def _majority(labels: UInt8) -> UInt8:
+    """Give the commonest of 2 x 2 labels; of equally common ones the highest.
+
+    A tie goes to the higher value so that small foreground does not vanish.
+    """
+    if not labels.any():
+        return np.zeros((labels.shape[-2] // 2, labels.shape[-1] // 2), np.uint8)
+    corners = [labels[i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    a, b, c, d = np.sort(np.stack(corners), axis=0)
+    majority: UInt8 = np.where((c == d) | ((a != b) & (b != c)), d, b)
+    return majority
+
+
+def _even(pixels: UInt8) -> UInt8:
+    """Repeat the last row and column of odd sizes."""
+    h, w = pixels.shape[-2:]
+    lead = [(0, 0)] * (pixels.ndim - 2)
+    return np.pad(pixels, [*lead, (0, h % 2), (0, w % 2)], mode="edge")
+
+
+def build_pyramid(uri: str) -> None:
+    """Fill levels 1 and up from level 0, in the memory of four shards."""
+    group = open_group(uri, mode="r+")
+    levels = sum(1 for _ in group.array_keys())
+    for level in range(1, levels):
+        below, target = _array(group, level - 1), _array(group, level)
+        reduce = _mean if target.ndim == 3 else _majority
+        height, width = target.shape[-2:]
+        for region in plan_regions(height, width, REGION):
+            rows, columns = (
+                slice(2 * part.start, 2 * part.stop) for part in region.slices()
+            )
+            source = np.asarray(below[..., rows, columns], dtype=np.uint8)
+            target[..., *region.slices()] = reduce(_even(source))
+
+
+def read_attributes(uri: str) -> Any:
+    """Give what was stored under the key `medray`; None when nothing is there."""
+    try:
+        return open_group(uri).attrs.get("medray")
+    except FormatError:
+        return None
+
+
+def open_mask(uri: str, level: int = 0) -> da.Array:
+    """Open a mask, or any OME-Zarr of medray, as a dask array.
+
+    Args:
+        uri: The OME-Zarr, such as RUN/masks/SLIDE.ome.zarr.
+        level: Level of the pyramid; level k has 1/2^k of the pixels a side.
+
+    Returns:
+        (y, x) uint8 label values, or (channel, y, x) of an image; read when computed.
+
+    Raises:
+        FormatError: There is no such level.
+    """
+    array = open_level(files.absolute(uri), level)
+    return da.from_array(array, chunks=array.shards or array.chunks)
