@@ -34,9 +34,9 @@ from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.models.config import model_digest, read_config
 from medray.progress import Progress
 from medray.run import RunSettings, create_mask, mask_uri, open_run, probabilities_uri
-from medray.slides import Slide, open_slide, read_thumbnail
+from medray.slides import ArraySlide, Slide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest
-from medray.slides.levels import ArraySlide, choose_level
+from medray.slides.levels import choose_level
 from medray.slides.listing import find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr

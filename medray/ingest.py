@@ -44,9 +44,8 @@ from medray.dataset import (
 from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
 from medray.progress import Progress
-from medray.slides import Slide, open_slide, read_thumbnail
+from medray.slides import ArraySlide, Slide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest
-from medray.slides.levels import ArraySlide
 from medray.slides.listing import SlideFile, find_files, find_slides, slide_id
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr

@@ -1,1 +1,50 @@
-"""..."""
+"""Reading slides: one small interface over many formats; no Ray and no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from medray.errors import SlideError
+from medray.slides.image import ArraySlide, open_image
+from medray.slides.omezarr import ZarrSlide
+from medray.slides.openslide import OpenSlideSlide
+from medray.slides.slide import Level, Slide
+from medray.slides.thumbnail import read_thumbnail
+from medray.slides.tiff import TiffSlide
+
+__all__ = ["ArraySlide", "Level", "Slide", "open_slide", "read_thumbnail"]
+
+
+def open_slide(
+    uri: str | os.PathLike[str],
+    *,
+    reader: Literal["auto", "tifffile", "openslide"] = "auto",
+) -> Slide:
+    """Open a slide; nothing but headers is read.
+
+    Args:
+        uri: Path or fsspec address (s3://, gs://, memory://).
+        reader: `auto` takes tifffile, and OpenSlide for what tifffile cannot open.
+
+    Raises:
+        SlideError: It is absent, damaged, or of no known format.
+    """
+    uri = os.fspath(uri)
+    lower = uri.lower()
+    if lower.rstrip("/").endswith(".zarr"):
+        return ZarrSlide(uri.rstrip("/"))
+    if lower.endswith((".png", ".jpg", ".jpeg", ".bmp")):
+        return open_image(uri)
+    if reader == "openslide":
+        return OpenSlideSlide(uri)
+    try:
+        return TiffSlide(uri)
+    except SlideError as error:
+        if reader == "tifffile" or not os.path.isfile(uri):
+            raise
+        try:
+            return OpenSlideSlide(uri)
+        except SlideError:
+            # What tifffile said is the more helpful; OpenSlide only says no.
+            raise error from None

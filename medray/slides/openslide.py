@@ -1,0 +1,84 @@
+"""Slides that tifffile cannot open, through OpenSlide (an optional extra)."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.errors import SlideError
+from medray.slides.slide import MAX_SIDE, Level, check_rectangle, sane_mpp
+from medray.slides.tiff import on_white
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+class OpenSlideSlide:
+    """A file of OpenSlide's as a slide; see medray.slides.slide.Slide."""
+
+    def __init__(self, uri: str) -> None:
+        """Open the file.
+
+        Raises:
+            SlideError: OpenSlide is not installed or cannot open the file.
+        """
+        self.uri = uri
+        try:
+            import openslide
+        except ImportError as error:
+            raise SlideError(
+                f"{uri}: openslide is not installed; pip install 'medray[openslide]'"
+            ) from error
+        try:
+            self._slide: Any = openslide.OpenSlide(uri)
+        except (openslide.OpenSlideError, OSError) as error:
+            raise SlideError(f"{uri}: openslide cannot open it ({error})") from error
+        properties = self._slide.properties
+        self.format = str(properties.get("openslide.vendor", "openslide"))
+        self.mpp = sane_mpp(_number(properties.get("openslide.mpp-x")))
+        self.magnification = _number(properties.get("openslide.objective-power"))
+        sizes = zip(
+            self._slide.level_dimensions, self._slide.level_downsamples, strict=True
+        )
+        self.levels = tuple(Level(h, w, float(factor)) for (w, h), factor in sizes)
+        if max(self.levels[0].height, self.levels[0].width) > MAX_SIDE:
+            raise SlideError(f"{uri}: declares more than {MAX_SIDE} pixels a side")
+
+    def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
+        """Read a rectangle; see medray.slides.slide.Slide.read."""
+        check_rectangle(self.levels, y, x, height, width, level)
+        factor = self.levels[level].downsample
+        place = (round(x * factor), round(y * factor))
+        try:
+            rgba = self._slide.read_region(place, level, (width, height))
+        except Exception as error:  # OpenSlideError, and what Pillow may add
+            raise SlideError(
+                f"{self.uri}: level {level} cannot be read at y={y} x={x} ({error})"
+            ) from error
+        return on_white(np.asarray(rgba))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._slide.close()
+
+    def __enter__(self) -> Self:
+        """Give the slide itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,105 @@
+"""What a slide is to the rest of medray, whatever file it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+UInt8 = npt.NDArray[np.uint8]
+
+# Larger sides are no slides but broken or hostile headers.
+MAX_SIDE = 2**20
+# Coarser or finer pixels are no microscope's, so the tag means something else.
+_SANE_MPP = (0.01, 100.0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a slide's pyramid.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        downsample: How many level-0 pixels one pixel spans, a side.
+    """
+
+    height: int
+    width: int
+    downsample: float
+
+
+class Slide(Protocol):
+    """One image file, from a flat field to a gigapixel pyramid.
+
+    Attributes:
+        uri: Path or fsspec address.
+        format: What it is, such as `svs`, `ome-tiff`, `png`.
+        levels: Level 0 is the largest.
+        mpp: Microns per pixel of level 0; None when the file does not say.
+        magnification: Of the objective; None when the file does not say.
+    """
+
+    uri: str
+    format: str
+    levels: tuple[Level, ...]
+    mpp: float | None
+    magnification: float | None
+
+    def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
+        """Read a rectangle, in pixels of `level`, that lies inside the level.
+
+        Returns:
+            (height, width, 3) uint8 RGB.
+
+        Raises:
+            ValueError: The rectangle does not lie inside the level.
+            SlideError: The file is damaged there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Give the slide itself."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        ...
+
+
+def check_rectangle(
+    levels: tuple[Level, ...], y: int, x: int, height: int, width: int, level: int
+) -> None:
+    """Refuse a rectangle that does not lie inside its level.
+
+    Raises:
+        ValueError: It does not, or there is no such level.
+    """
+    if not 0 <= level < len(levels):
+        raise ValueError(f"there are levels 0 to {len(levels) - 1}, found {level}")
+    inside = levels[level]
+    fits = y >= 0 and x >= 0 and height > 0 and width > 0
+    if not fits or y + height > inside.height or x + width > inside.width:
+        raise ValueError(
+            f"rectangle y={y} x={x} height={height} width={width} does not lie inside "
+            f"level {level} of {inside.height} x {inside.width} pixels"
+        )
+
+
+def sane_mpp(value: float | None) -> float | None:
+    """Give `value` if a microscope can have so many microns per pixel, else None."""
+    if value is None or not _SANE_MPP[0] <= value <= _SANE_MPP[1]:
+        return None
+    return value
