@@ -19,8 +19,6 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     ray.init(logging_level=logging.WARNING, log_to_driver=_verbose())
 

@@ -224,7 +224,7 @@ def _failed_inference(rows: list[Row], matched: list[Row]) -> list[SlideReport]:
 def _count(done: list[Row], run: str, classes: Classes) -> list[SlideReport]:
     """Count every region of every slide; a slide that fails becomes a row with why."""
     size = 2 * omezarr.REGION
-    rows = [
+    rows: list[Row] = [
         {"row": json.dumps(row), "region": [r.y, r.x, r.height, r.width]}
         for row in done
         for r in plan_regions(row["height"], row["width"], size)

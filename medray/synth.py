@@ -135,7 +135,7 @@ def _fibres(rng: np.random.Generator, shape: tuple[int, int]) -> Float:
         half /= half.std()
         streaks.append(half.repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]])
     share = 1 / (1 + np.exp(-3 * _smooth(rng, shape, 160)))
-    mixed: Float = share * streaks[0] + (1 - share) * streaks[1]
+    mixed: Float = (share * streaks[0] + (1 - share) * streaks[1]).astype(np.float32)
     return mixed
 
 
@@ -190,7 +190,7 @@ def _outlines(rng: np.random.Generator, tissue: npt.NDArray[np.bool_]) -> list[P
             break
         centre = candidates[rng.integers(len(candidates))] * 8.0
         here = room[tuple((centre / 8).astype(int))]
-        radius = min(rng.uniform(0.13, 0.19) * side, 0.95 * here)
+        radius = min(rng.uniform(0.15, 0.21) * side, 0.95 * here)
         angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
         wobble = sum(
             rng.normal(0, 0.16 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
@@ -221,7 +221,8 @@ def _grid(
     points = points + rng.uniform(-0.55, 0.55, points.shape) * spacing
     points = np.clip(points.round().astype(np.int64), 0, np.array(shape) - 1)
     points = points[rng.random(len(points)) > 0.12]
-    return points[where[points[:, 0], points[:, 1]]]
+    inside: npt.NDArray[np.int64] = points[where[points[:, 0], points[:, 1]]]
+    return inside
 
 
 def _glands(
@@ -295,11 +296,12 @@ def _vesicular(rng: np.random.Generator) -> Float:
     b = a * rng.uniform(0.65, 1.0)
     body = _ellipse(rng, a, b)
     core = ndimage.gaussian_filter((body > 0.9).astype(np.float32), 1.4)
-    nucleus = body * (0.62 - 0.36 * core)
+    nucleus: Any = body * (0.62 - 0.36 * core)
     y, x = _STAMP // 2 + rng.integers(-3, 4, 2)
     nucleus[y - 1 : y + 2, x - 1 : x + 2] = 0.9
     chromatin = rng.standard_normal(nucleus.shape).astype(np.float32)
-    textured: Float = nucleus + 0.10 * body * ndimage.gaussian_filter(chromatin, 0.8)
+    speckle = ndimage.gaussian_filter(chromatin, 0.8)
+    textured: Float = nucleus + np.float32(0.10) * body * speckle
     return textured
 
 

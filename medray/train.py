@@ -35,7 +35,7 @@ import torch.distributed
 from torch import nn
 
 from medray import cluster
-from medray.dataset import labels_uri, read_dataset, read_patches, slide_uri
+from medray.dataset import read_dataset
 from medray.errors import ConfigError, FormatError
 from medray.metrics import class_scores, confusion, summary
 from medray.models.augment import augment_batch, build_augmentation
@@ -44,9 +44,10 @@ from medray.models.folder import save_model
 from medray.models.losses import SegmentationLoss
 from medray.models.predict import choose_device, choose_precision, use_threads
 from medray.models.segmenters import build_segmenter
+from medray.patches import read_train, read_val, usable_patches
 from medray.recipe import Recipe, read_recipe
 from medray.settings import from_dict, to_dict
-from medray.store import files, omezarr
+from medray.store import files
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -94,7 +95,9 @@ def train(
     made_from = _made_from(settings, data)
     if (before := _trained_before(out, made_from)) is not None:
         return before
-    patches = {split: _patches(data, split, settings) for split in ("train", "val")}
+    patches = {
+        split: usable_patches(data, split, settings) for split in ("train", "val")
+    }
     _check_patches(patches, data)
     cluster.connect()
     _check_workers(settings.workers)
@@ -173,17 +176,6 @@ def _trained_before(out: str, made_from: Row) -> Training | None:
     return Training(out, False, before["epochs"], metrics["f1"], 0.0)
 
 
-@functools.lru_cache(maxsize=4)
-def _patches(data: str, split: str, recipe: Recipe) -> list[Row]:
-    """Give the patches of a split with enough tissue, in a fixed order."""
-    rows = [
-        row
-        for row in read_patches(data, split)
-        if row["tissue"] >= recipe.data.min_tissue or any(row["class_px"][1:])
-    ]
-    return sorted(rows, key=lambda row: (row["slide"], row["y"], row["x"]))
-
-
 def _check_patches(patches: dict[str, list[Row]], data: str) -> None:
     """Tell early what would make a training pointless."""
     classes = read_dataset(data).classes
@@ -225,75 +217,7 @@ def _check_workers(workers: int) -> None:
         )
 
 
-# --- order and read -------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def _sample(recipe: Recipe, patches: list[Row], position: int) -> tuple[Row, int, int]:
-    """Give patch and crop (y, x) of a place in the endless order of samples."""
-    epoch, index = divmod(position, len(patches))
-    patch = patches[_permutation(len(patches), recipe.seed, epoch)[index]]
-    rng = np.random.default_rng((recipe.seed, epoch, index))
-    y, x = (
-        int(rng.integers(max(1, patch[side] - recipe.data.crop + 1)))
-        for side in ("height", "width")
-    )
-    return patch, y, x
-
-
-@functools.lru_cache(maxsize=64)
-def _arrays(data: str, slide: str) -> tuple[Any, Any]:
-    """Keep the arrays of the slides at hand open."""
-    image = omezarr.open_level(slide_uri(data, slide))
-    return image, omezarr.open_level(labels_uri(data, slide))
-
-
-def _read_crop(
-    data: str, patch: Row, y: int, x: int, side: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Read pixels (3, side, side) and labels (side, side) of a patch.
-
-    Patches at the slide's border may be smaller; they are continued by their mirror
-    image, as inference does.
-    """
-    image, labels = _arrays(data, patch["slide"])
-    height, width = min(side, patch["height"] - y), min(side, patch["width"] - x)
-    top, left = patch["y"] + y, patch["x"] + x
-    place = (slice(top, top + height), slice(left, left + width))
-    pad = ((0, side - height), (0, side - width))
-    pixels = np.pad(image[:, *place], ((0, 0), *pad), mode="symmetric")
-    return pixels, np.pad(labels[place], pad, mode="symmetric")
-
-
-def _read_train(batch: Row, *, recipe: Recipe, data: str, rank: int) -> Row:
-    """Read the crops at places `id * workers + rank` of the order."""
-    patches = _patches(data, "train", recipe)
-    pairs = []
-    for position in batch["id"]:
-        sample = _sample(recipe, patches, int(position) * recipe.workers + rank)
-        pairs.append(_read_crop(data, *sample, recipe.data.crop))
-    return {
-        "image": np.stack([image for image, _ in pairs]),
-        "mask": np.stack([mask for _, mask in pairs]),
-    }
-
-
-def _read_val(batch: Row, *, recipe: Recipe, data: str, rank: int) -> Row:
-    """Read whole validation patches."""
-    patches = _patches(data, "val", recipe)
-    side = omezarr.PATCH
-    chosen = [patches[int(i) * recipe.workers + rank] for i in batch["id"]]
-    pairs = [_read_crop(data, patch, 0, 0, side) for patch in chosen]
-    return {
-        "image": np.stack([image for image, _ in pairs]),
-        "mask": np.stack([mask for _, mask in pairs]),
-        "height": np.array([patch["height"] for patch in chosen]),
-        "width": np.array([patch["width"] for patch in chosen]),
-    }
+# --- read: see medray/patches.py -----------------------------------------------------
 
 
 def _stream(read: Any, first: int, end: int, batch: int) -> Iterator[Row]:
@@ -323,7 +247,7 @@ def _worker(config: Row) -> None:
     classes = read_dataset(data).classes
     network = build_segmenter(recipe.model, len(classes), recipe.weights)
     network = network.to(device).to(memory_format=torch.channels_last)
-    patches = _patches(data, "train", recipe)
+    patches = usable_patches(data, "train", recipe)
     local = recipe.batch // recipe.workers
     steps = max(1, (recipe.data.samples or len(patches)) // recipe.batch)
     total = steps * recipe.schedule.epochs
@@ -331,7 +255,7 @@ def _worker(config: Row) -> None:
     state.load(ray.train.get_checkpoint())
     model = ray.train.torch.prepare_model(network) if recipe.workers > 1 else network
     step = functools.partial(_step, model, state, recipe, device)
-    read = functools.partial(_read_train, recipe=recipe, data=data, rank=rank)
+    read = functools.partial(read_train, recipe=recipe, data=data, rank=rank)
     first = (state.epoch + 1) * steps
     if first >= total or state.should_stop():
         return
@@ -379,7 +303,7 @@ def _step(
             f"optimizer.lr, or try precision=float32"
         )
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if recipe.optimizer.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
     state.optimizer.step()
@@ -416,8 +340,8 @@ def _validate(
     """Count truth against prediction over all validation patches, (C, C)."""
     model.eval()
     counts = np.zeros((classes, classes), np.int64)
-    mine = len(_patches(data, "val", recipe)[rank :: recipe.workers])
-    read = functools.partial(_read_val, recipe=recipe, data=data, rank=rank)
+    mine = len(usable_patches(data, "val", recipe)[rank :: recipe.workers])
+    read = functools.partial(read_val, recipe=recipe, data=data, rank=rank)
     for batch in _stream(read, 0, mine, 4) if mine else ():
         with _autocast(recipe, device):
             logits = model(_normalised(torch.tensor(batch["image"], device=device)))
@@ -480,7 +404,8 @@ class _State:
 
     def should_stop(self) -> bool:
         """Tell whether validation has not improved for `patience` epochs."""
-        return self.epoch - self.best["epoch"] >= self.recipe.schedule.patience
+        since_best: int = self.epoch - self.best["epoch"]
+        return since_best >= self.recipe.schedule.patience
 
     def save(self, folder: str) -> ray.train.Checkpoint:
         """Write everything into `folder`."""

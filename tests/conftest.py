@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# One local cluster for the session; test_jobs.py has one of its own, with tokens.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
@@ -13,8 +15,55 @@ def shared_data() -> Path:
     """The folder of real slides beside the checkout, or a skip with the reason."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        message = f"real slides are not here (looked in {folder})"
+        message = "the real slides are not beside this checkout (../shared/data)"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray for all tests that need one."""
+    import ray
+
+    from medray.cluster import connect
+
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights: noise, but always the same noise."""
+    import torch
+
+    from medray.classes import Classes
+    from medray.grid import Windows
+    from medray.models.config import Architecture, ModelConfig
+    from medray.models.folder import save_model
+    from medray.models.segmenters import build_segmenter
+
+    torch.manual_seed(7)
+    architecture = Architecture("unet", "resnet18")
+    network = build_segmenter(architecture, 2)
+    config = ModelConfig(
+        architecture=architecture,
+        classes=Classes(),
+        window=Windows(128, 96),
+        mpp=0.5,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    save_model(str(folder), config, network, {"f1": None})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four generated slides of 768 x 640 with annotations."""
+    from medray.synth import generate
+
+    folder = tmp_path_factory.mktemp("generated")
+    generate(folder, slides=4, seed=50, height=768, width=640)
     return folder

@@ -354,4 +354,7 @@ def open_mask(uri: str, level: int = 0) -> da.Array:
         FormatError: There is no such level.
     """
     array = open_level(files.absolute(uri), level)
-    return da.from_array(array, chunks=array.shards or array.chunks)
+    lazy: da.Array = da.from_array(  # type: ignore[no-untyped-call]
+        array, chunks=array.shards or array.chunks
+    )
+    return lazy

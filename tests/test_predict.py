@@ -1,0 +1,150 @@
+"""Promise 1: a mask does not depend on how its slide was cut into regions."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medray.classes import Classes
+from medray.grid import Windows, plan_regions, region_windows, window_starts
+from medray.infer import _read_halo
+from medray.models.config import Architecture, ModelConfig
+from medray.models.predict import Predictor, RegionPixels, choose_precision
+from medray.models.segmenters import build_segmenter
+from medray.slides import ArraySlide
+
+torch.manual_seed(3)
+NETWORK = build_segmenter(Architecture("unet", "mobilenet_v2"), 3).eval()
+CLASSES = Classes(("background", "a", "b"))
+
+
+def predictor(windows: Windows, batch: int = 4, **options: bool) -> Predictor:
+    config = ModelConfig(
+        architecture=Architecture(), classes=CLASSES, window=windows, mpp=None
+    )
+    cpu = torch.device("cpu")
+    return Predictor(
+        NETWORK, config, precision="float32", batch=batch, device=cpu, **options
+    )
+
+
+def mask_from_regions(
+    pixels: np.ndarray, windows: Windows, region: int, batch: int = 4
+) -> np.ndarray:
+    """Read, predict and stitch as the pipeline does, some regions a call."""
+    height, width = pixels.shape[:2]
+    slide = ArraySlide(pixels)
+    inputs = []
+    for rectangle in plan_regions(height, width, region):
+        row = {
+            "height": height,
+            "width": width,
+            "level": 0,
+            "region": [rectangle.y, rectangle.x, rectangle.height, rectangle.width],
+        }
+        plan = region_windows(rectangle, height, width, windows)
+        halo = _read_halo(slide, row, windows)
+        inputs.append(RegionPixels(halo, plan, height, width))
+    model = predictor(windows, batch)
+    mask = np.full((height, width), 99, np.uint8)
+    for first in range(0, len(inputs), 3):
+        part = inputs[first : first + 3]
+        for one, result in zip(part, model.predict(part), strict=True):
+            mask[one.plan.region.slices()] = result.labels
+    return mask
+
+
+def plain_loop(pixels: np.ndarray, windows: Windows) -> np.ndarray:
+    """The whole slide in one process, one window at a time, divided by counts."""
+    height, width = pixels.shape[:2]
+    size = windows.size
+    pad = ((0, max(0, size - height)), (0, max(0, size - width)), (0, 0))
+    padded = np.pad(pixels, pad, mode="symmetric")
+    total = np.zeros((len(CLASSES), *padded.shape[:2]))
+    ramp = np.minimum(np.arange(size), np.arange(size)[::-1]) + 1.0
+    weight = ramp[:, None] * ramp
+    model = predictor(windows, batch=1)
+    for y in window_starts(height, windows):
+        for x in window_starts(width, windows):
+            cut = padded[y : y + size, x : x + size].transpose(2, 0, 1)[None].copy()
+            with torch.inference_mode():
+                probability = model.windows(torch.from_numpy(cut))[0].numpy()
+            total[:, y : y + size, x : x + size] += probability * weight
+    return total.argmax(axis=0)[:height, :width].astype(np.uint8)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return np.ascontiguousarray(coarse.repeat(8, 0).repeat(8, 1)[:height, :width])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    height=st.integers(1, 260),
+    width=st.integers(1, 260),
+    size=st.sampled_from([32, 64]),
+    overlap=st.integers(0, 31),
+    regions=st.tuples(st.integers(20, 300), st.integers(20, 300)),
+    seed=st.integers(0, 9),
+)
+def test_the_mask_is_the_same_for_any_regions(
+    height: int,
+    width: int,
+    size: int,
+    overlap: int,
+    regions: tuple[int, int],
+    seed: int,
+) -> None:
+    pixels, windows = noise(height, width, seed), Windows(size, size - overlap)
+    first, second = (mask_from_regions(pixels, windows, region) for region in regions)
+    np.testing.assert_array_equal(first, second)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    height=st.integers(1, 200),
+    width=st.integers(1, 200),
+    overlap=st.integers(0, 31),
+    seed=st.integers(0, 9),
+)
+def test_the_mask_is_that_of_a_plain_loop(
+    height: int, width: int, overlap: int, seed: int
+) -> None:
+    pixels, windows = noise(height, width, seed), Windows(64, 64 - overlap)
+    mask = mask_from_regions(pixels, windows, 70)
+    different = (mask != plain_loop(pixels, windows)).mean()
+    # The loop divides by counts in float64 and predicts in batches of one: where two
+    # classes are as likely to seven digits, it may decide otherwise.
+    assert different <= 1e-4
+
+
+@pytest.mark.slow
+def test_real_sizes_give_the_same_mask() -> None:
+    pixels, windows = noise(2500, 2200, 1), Windows(512, 384)
+    masks = [
+        mask_from_regions(pixels, windows, region) for region in (1024, 2048, 4096)
+    ]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    np.testing.assert_array_equal(masks[0], masks[2])
+
+
+def test_probabilities_agree_with_labels() -> None:
+    pixels, windows = noise(96, 130, 2), Windows(64, 40)
+    plan = region_windows(next(plan_regions(96, 130, 200)), 96, 130, windows)
+    row = {"height": 96, "width": 130, "level": 0, "region": [0, 0, 96, 130]}
+    halo = _read_halo(ArraySlide(pixels), row, windows)
+    model = predictor(windows, probabilities=True)
+    result = next(model.predict([RegionPixels(halo, plan, 96, 130)]))
+    assert result.probabilities is not None
+    assert result.probabilities.shape == (3, 96, 130)
+    total = result.probabilities.sum(axis=0, dtype=int)
+    assert np.abs(total - 255).max() <= 2
+    best = np.take_along_axis(result.probabilities, result.labels[None].astype(int), 0)
+    assert (best[0] >= result.probabilities.max(axis=0) - 1).all()
+
+
+def test_half_precision_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        choose_precision("float16", torch.device("cpu"))
