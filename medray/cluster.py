@@ -20,7 +20,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    ray.init(logging_level=logging.WARNING, log_to_driver=_verbose())
+    ray.init(logging_level=logging.ERROR, log_to_driver=_verbose())
 
 
 def _verbose() -> bool:

@@ -138,7 +138,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 def _as_svg(figure: Figure) -> str:
     """Give a figure as an SVG element for the page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer,
+        format="svg",
+        bbox_inches="tight",
+        metadata={"Date": None, "Creator": None},
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

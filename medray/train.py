@@ -19,8 +19,10 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def train(
     gpu = bool(cluster.gpus())
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"recipe": to_dict(settings), "data": data},
+        train_loop_config={"recipe": to_dict(settings), "data": data, "out": out},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpu,
@@ -125,7 +127,8 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=2),
         ),
     )
-    result = trainer.fit()
+    with _telling_epochs(out):
+        result = trainer.fit()
     if result.checkpoint is None:
         raise FormatError(f"{out}: the training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
@@ -143,6 +146,51 @@ def train(
     save_model(out, config, model, metrics)
     seconds = time.perf_counter() - start
     return Training(out, True, state["epoch"] + 1, metrics["f1"], seconds)
+
+
+def _history_uri(out: str) -> str:
+    return files.join(out, "metrics.jsonl")
+
+
+@contextmanager
+def _telling_epochs(out: str) -> Iterator[None]:
+    """Log each epoch that the workers add to metrics.jsonl.
+
+    Ray Train keeps the driver waiting until the training is over.
+    """
+    over = threading.Event()
+
+    def tell() -> None:
+        told = len(_read_history(out))
+        while True:
+            ended = over.wait(1.0)
+            for entry in _read_history(out)[told:]:
+                told += 1
+                score = "none" if entry["f1"] is None else f"{entry['f1']:.4f}"
+                log.info(
+                    "stage=train epoch=%d loss=%.4f f1=%s seconds=%.1f",
+                    entry["epoch"],
+                    entry["loss"],
+                    score,
+                    entry["seconds"],
+                )
+            if ended:
+                return
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _read_history(out: str) -> list[Row]:
+    uri = _history_uri(out)
+    if not files.exists(uri):
+        return []
+    return [json.loads(line) for line in files.read_bytes(uri).splitlines()]
 
 
 def _made_from(recipe: Recipe, data: str) -> Row:
@@ -268,6 +316,9 @@ def _worker(config: Row) -> None:
         counts = _validate(model, recipe, data, rank, device, len(classes))
         seconds = time.perf_counter() - start
         state.end_epoch(counts, classes.names, float(np.mean(losses)), seconds)
+        if rank == 0:
+            lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
+            files.write_bytes(_history_uri(config["out"]), lines.encode())
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = state.save(folder) if rank == 0 else None
             ray.train.report(state.history[-1], checkpoint=checkpoint)
@@ -393,7 +444,6 @@ class _State:
         scores: Row = summary(counts, names)
         entry = {"epoch": self.epoch, "loss": loss, "seconds": seconds} | scores
         self.history.append(entry)
-        log.info("epoch=%d loss=%.4f f1=%s", self.epoch, loss, scores["f1"])
         score = scores["f1"] if scores["f1"] is not None else -loss
         if self.epoch == 0 or score > self.best["score"]:
             weights = {k: v.cpu().clone() for k, v in self.model.state_dict().items()}

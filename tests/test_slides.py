@@ -1,0 +1,317 @@
+import io
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medray.errors import SlideError
+from medray.slides import ArraySlide, open_slide, read_thumbnail
+from medray.slides.digest import slide_digest, slide_stamp
+from medray.slides.levels import choose_level
+from medray.store import omezarr
+
+REAL = (
+    "CMU-1-Small-Region.svs",
+    "TCGA-CR-7395-01A-01-TS1.svs",
+    "CMU-1-Small-Region.derived-pyramid.tiff",
+    "hamamatsu-test3-DAPI-387.ndpi",
+)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_level_of_real_slides_equals_openslide(
+    shared_data: Path, name: str
+) -> None:
+    uri = shared_data / "wsi" / name
+    rng = np.random.default_rng(0)
+    with open_slide(uri, reader="tifffile") as ours:
+        with open_slide(uri, reader="openslide") as theirs:
+            sizes = [(level.height, level.width) for level in ours.levels]
+            assert sizes == [(level.height, level.width) for level in theirs.levels]
+            assert ours.mpp == pytest.approx(theirs.mpp) if theirs.mpp else True
+            assert ours.magnification == theirs.magnification
+            for level, (height, width) in enumerate(sizes):
+                whole = ours.read(0, 0, height, width, level)
+                np.testing.assert_array_equal(
+                    whole, theirs.read(0, 0, height, width, level)
+                )
+                for _ in range(5):
+                    y, x = rng.integers(height), rng.integers(width)
+                    h, w = (
+                        rng.integers(1, height - y + 1),
+                        rng.integers(1, width - x + 1),
+                    )
+                    part = ours.read(int(y), int(x), int(h), int(w), level)
+                    np.testing.assert_array_equal(part, whole[y : y + h, x : x + w])
+
+
+@pytest.mark.parametrize(
+    ("name", "mpp", "magnification", "levels"),
+    [
+        (REAL[0], 0.499, 20.0, 1),
+        (REAL[1], None, None, 2),
+        (REAL[2], 0.499, None, 4),
+        (REAL[3], 0.2282, 40.0, 4),
+    ],
+)
+def test_facts_of_real_slides(
+    shared_data: Path,
+    name: str,
+    mpp: float | None,
+    magnification: float | None,
+    levels: int,
+) -> None:
+    with open_slide(shared_data / "wsi" / name) as slide:
+        assert slide.mpp == (pytest.approx(mpp, abs=1e-4) if mpp else None)
+        assert slide.magnification == magnification
+        assert len(slide.levels) == levels
+
+
+@st.composite
+def tiffs(draw: st.DrawFn) -> tuple[bytes, np.ndarray]:
+    """A TIFF of any layout, and what it must read as."""
+    height, width = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    seed = draw(st.integers(0, 99))
+    kind = draw(st.sampled_from(["rgb", "rgba", "grey", "white", "palette", "grey16"]))
+    rng = np.random.default_rng(seed)
+    options: dict[str, object] = {
+        "compression": draw(st.sampled_from([None, "lzw", "deflate", "zstd"])),
+        "photometric": "minisblack",
+        "metadata": None,
+    }
+    if options["compression"] and kind != "palette":
+        options["predictor"] = draw(st.booleans())
+    if draw(st.booleans()):
+        options["tile"] = draw(st.sampled_from([(16, 16), (32, 64), (128, 128)]))
+    else:
+        options["rowsperstrip"] = draw(st.integers(1, 40))
+    if kind in ("rgb", "rgba"):
+        samples = 3 if kind == "rgb" else 4
+        dtype = draw(st.sampled_from([np.uint8, np.uint16]))
+        top = 255 if dtype == np.uint8 else 65535
+        data = rng.integers(0, top + 1, (height, width, samples)).astype(dtype)
+        eight = data if dtype == np.uint8 else (data >> 8).astype(np.uint8)
+        options["photometric"] = "rgb"
+        expected = eight[..., :3]
+        if kind == "rgba":
+            options["extrasamples"] = ["unassalpha"]
+            alpha = eight[..., 3:] / 255
+            expected = np.floor(expected * alpha + 255 * (1 - alpha) + 0.5)
+        if draw(st.booleans()):
+            data = np.ascontiguousarray(data.transpose(2, 0, 1))
+            options["planarconfig"] = "separate"
+    elif kind == "grey16":
+        data = rng.integers(0, 65536, (height, width)).astype(np.uint16)
+        expected = np.repeat((data >> 8).astype(np.uint8)[..., None], 3, 2)
+    elif kind == "palette":
+        data = rng.integers(0, 256, (height, width)).astype(np.uint8)
+        colormap = rng.integers(0, 65536, (3, 256)).astype(np.uint16)
+        options |= {"photometric": "palette", "colormap": colormap}
+        expected = np.moveaxis((colormap >> 8)[:, data], 0, 2)
+    else:
+        data = rng.integers(0, 256, (height, width)).astype(np.uint8)
+        options["photometric"] = "miniswhite" if kind == "white" else "minisblack"
+        expected = np.repeat((255 - data if kind == "white" else data)[..., None], 3, 2)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, data, **options)
+    return buffer.getvalue(), expected.astype(np.uint8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(tiffs(), st.data())
+def test_any_rectangle_of_any_tiff(
+    tiff: tuple[bytes, np.ndarray], data: st.DataObject
+) -> None:
+    content, expected = tiff
+    with fsspec.open("memory://slides/x.tif", "wb") as file:
+        file.write(content)
+    height, width = expected.shape[:2]
+    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    h, w = data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
+    with open_slide("memory://slides/x.tif") as slide:
+        assert slide.levels[0].height == height
+        part = slide.read(y, x, h, w)
+    np.testing.assert_array_equal(part, expected[y : y + h, x : x + w])
+
+
+def pyramid(path: Path, *, pages: bool, ome: bool = False, **options: object) -> list:
+    """Write a three-level pyramid as SubIFDs or as separate pages."""
+    rng = np.random.default_rng(1)
+    full = rng.integers(0, 256, (640, 512, 3), dtype=np.uint8)
+    levels = [full, full[::2, ::2], full[::4, ::4]]
+    common = {"tile": (64, 64), "photometric": "rgb", "metadata": None} | options
+    with tifffile.TiffWriter(path, ome=ome) as tiff:
+        first = dict(common)
+        if ome:
+            first["metadata"] = {"axes": "YXS", "PhysicalSizeX": 250.0}
+            first["metadata"] |= {"PhysicalSizeXUnit": "nm"}
+        tiff.write(full, subifds=0 if pages else 2, **first)
+        for level in levels[1:]:
+            tiff.write(level, subfiletype=1, **common)
+    return levels
+
+
+@pytest.mark.parametrize("pages", [True, False])
+def test_pyramids_as_subifds_and_as_pages(tmp_path: Path, pages: bool) -> None:
+    levels = pyramid(tmp_path / "p.tif", pages=pages)
+    with open_slide(tmp_path / "p.tif") as slide:
+        assert [level.downsample for level in slide.levels] == [1, 2, 4]
+        for index, pixels in enumerate(levels):
+            np.testing.assert_array_equal(
+                slide.read(5, 7, 90, 80, index), pixels[5:95, 7:87]
+            )
+
+
+def test_ome_tiff_says_its_resolution(tmp_path: Path) -> None:
+    pyramid(tmp_path / "p.ome.tif", pages=False, ome=True)
+    with open_slide(tmp_path / "p.ome.tif") as slide:
+        assert (slide.format, slide.mpp) == ("ome-tiff", pytest.approx(0.25))
+        assert len(slide.levels) == 3
+
+
+def test_only_the_touched_tiles_are_read(tmp_path: Path) -> None:
+    pyramid(tmp_path / "p.tif", pages=False)
+    with open_slide(tmp_path / "p.tif") as slide:
+        read: list[int] = []
+        file = slide._file  # type: ignore[attr-defined]
+
+        class Counting:
+            def seek(self, *args: int) -> int:
+                return file.seek(*args)
+
+            def read(self, count: int) -> bytes:
+                read.append(count)
+                return file.read(count)
+
+        slide._file = Counting()  # type: ignore[attr-defined]
+        slide.read(70, 70, 60, 120)
+        slide._file = file  # type: ignore[attr-defined]
+    tile = 64 * 64 * 3
+    assert read == [tile, tile]  # 60 x 120 pixels inside one row of two tiles
+
+
+def test_our_own_ome_zarr_is_a_slide(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x.ome.zarr")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (700, 600, 3), dtype=np.uint8)
+    from medray.grid import Rectangle
+
+    omezarr.create_image(uri, 700, 600, mpp=0.25, name="x", attributes={})
+    omezarr.write_region(uri, Rectangle(0, 0, 700, 600), np.moveaxis(pixels, 2, 0))
+    omezarr.build_pyramid(uri)
+    with open_slide(uri) as slide:
+        assert slide.mpp == 0.25
+        assert len(slide.levels) == 2
+        np.testing.assert_array_equal(slide.read(3, 5, 650, 30), pixels[3:653, 5:35])
+
+
+def test_plain_fields(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).convert("L").save(tmp_path / "b.bmp")
+    with open_slide(tmp_path / "a.png") as slide:
+        np.testing.assert_array_equal(slide.read(1, 2, 30, 20), pixels[1:31, 2:22])
+    with open_slide(tmp_path / "b.bmp") as slide:
+        assert slide.read(0, 0, 40, 30).shape == (40, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.tif", b"", "expected a TIFF"),
+        ("text.tif", b"Dear colleague, the slide follows.", "expected a TIFF"),
+        ("empty.png", b"", "expected a PNG"),
+        ("text.svs", b"\x00" * 64, "expected a TIFF"),
+        ("cut.tif", b"II*\x00\x08\x00\x00\x00\xff\xff", "expected a TIFF"),
+    ],
+)
+def test_what_is_no_slide_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SlideError, match=message) as error:
+        open_slide(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="nowhere.tif"):
+        open_slide(tmp_path / "nowhere.tif")
+
+
+def test_a_cut_off_slide_fails_where_it_is_cut(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, pixels, tile=(128, 128), photometric="rgb", metadata=None)
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 3 * 128 * 128 - 5)
+    with open_slide(path, reader="tifffile") as slide:
+        np.testing.assert_array_equal(slide.read(0, 0, 128, 128), pixels[:128, :128])
+        with pytest.raises(SlideError, match=r"x\.tif.*cut off"):
+            slide.read(256, 256, 256, 256)
+
+
+def test_declared_sizes_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "huge.tif"
+    tifffile.imwrite(path, np.zeros((16, 16, 3), np.uint8), photometric="rgb")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["ImageWidth"].overwrite(2**31 - 1)
+        tiff.pages[0].tags["ImageLength"].overwrite(2**31 - 1)
+    with pytest.raises(SlideError, match="huge.tif"):
+        open_slide(path)
+
+
+def test_a_rectangle_outside_is_refused() -> None:
+    slide = ArraySlide(np.zeros((10, 10, 3), np.uint8))
+    with pytest.raises(ValueError, match="inside"):
+        slide.read(5, 5, 6, 1)
+    with pytest.raises(ValueError, match="levels"):
+        slide.read(0, 0, 1, 1, level=1)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
+def test_thumbnail_pixels_are_block_means(height: int, width: int, side: int) -> None:
+    rng = np.random.default_rng(height)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    thumbnail, downsample = read_thumbnail(ArraySlide(pixels), side)
+    factor = int(downsample)
+    assert max(thumbnail.shape) <= max(side, 3)
+    block = pixels[:factor, :factor].reshape(-1, 3).mean(axis=0)
+    np.testing.assert_array_equal(thumbnail[0, 0], np.floor(block + 1e-9))
+
+
+def test_digest_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    path.write_bytes(b"a" * 1000)
+    first, stamp = slide_digest(str(path)), slide_stamp(str(path))
+    assert slide_digest(str(path)) == first
+    path.write_bytes(b"a" * 999 + b"b")
+    assert slide_digest(str(path)) != first
+    assert slide_stamp(str(path)) != stamp
+    with open(tmp_path / "large.tif", "wb") as file:
+        file.truncate(200 << 20)
+    large = slide_digest(str(tmp_path / "large.tif"))
+    with open(tmp_path / "large.tif", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert slide_digest(str(tmp_path / "large.tif")) != large
+
+
+def test_the_level_is_chosen_by_resolution(tmp_path: Path) -> None:
+    pyramid(tmp_path / "p.ome.tif", pages=False, ome=True)  # 0.25, 0.5, 1.0
+    with open_slide(tmp_path / "p.ome.tif") as slide:
+        assert choose_level(slide, 0.5, None) == (1, "")
+        assert choose_level(slide, None, None) == (0, "")
+        with pytest.raises(SlideError, match=r"0\.7.*0\.25, 0\.5, 1"):
+            choose_level(slide, 0.7, None)
+    level, note = choose_level(ArraySlide(np.zeros((4, 4, 3), np.uint8)), 0.5, None)
+    assert level == 0
+    assert "--mpp" in note

@@ -1,0 +1,360 @@
+"""The stages on a real local Ray: what they make, what they do with bad input."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+
+import medray
+from medray.commit import Summary
+from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.errors import ConfigError
+from medray.evaluate import evaluate
+from medray.grid import Rectangle, Windows, plan_regions, region_windows
+from medray.infer import infer
+from medray.ingest import ingest
+from medray.models.predict import Predictor, RegionPixels
+from medray.run import mask_uri
+from medray.slides import open_slide
+from medray.store import omezarr
+from medray.synth import draw_scene, write_slide, write_svg
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def table(folder: Path) -> dict[str, dict]:
+    return {r["slide"]: r for r in pq.read_table(folder / "slides.parquet").to_pylist()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# --- ingest ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dataset")
+    summary = ingest(
+        [str(slides / "slides")],
+        annotations=str(slides / "annotations"),
+        groups=str(slides / "groups.csv"),
+        fractions=(0.5, 0.5, 0.0),
+        out=str(out),
+    )
+    assert (summary.done, summary.failed) == (4, {})
+    return out
+
+
+def test_a_dataset_holds_the_slides_pixels_and_labels(
+    slides: Path, dataset: Path
+) -> None:
+    for index in range(4):
+        name = f"slide_{index:03d}"
+        scene = draw_scene(50 + index, height=768, width=640, tumour=True)
+        with open_slide(slides / "slides" / f"{name}.tif") as slide:
+            pixels = slide.read(0, 0, 768, 640)
+        with open_slide(slide_uri(str(dataset), name)) as ours:
+            np.testing.assert_array_equal(ours.read(0, 0, 768, 640), pixels)
+            assert ours.mpp == pytest.approx(0.5)
+        labels = omezarr.open_level(labels_uri(str(dataset), name))[:]
+        assert (labels != scene.mask).mean() < 1e-3
+
+
+def test_patches_say_where_and_what(dataset: Path) -> None:
+    patches = read_patches(str(dataset), "train") + read_patches(str(dataset), "val")
+    assert len(patches) == 4 * 4
+    for patch in patches:
+        labels = omezarr.open_level(labels_uri(str(dataset), patch["slide"]))
+        place = Rectangle(patch["y"], patch["x"], patch["height"], patch["width"])
+        part = np.asarray(labels[place.slices()])
+        assert patch["class_px"] == np.bincount(part.ravel(), minlength=2).tolist()
+        assert 0 <= patch["tissue"] <= 1
+
+
+def test_patients_are_never_split(dataset: Path) -> None:
+    rows = table(dataset)
+    split_of: dict[str, set[str]] = {}
+    for row in rows.values():
+        split_of.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert {row["split"] for row in rows.values()} == {"train", "val"}
+
+
+def test_ingest_again_does_nothing(slides: Path, dataset: Path) -> None:
+    before = contents(dataset)
+    again = ingest(
+        [str(slides / "slides")],
+        annotations=str(slides / "annotations"),
+        groups=str(slides / "groups.csv"),
+        fractions=(0.5, 0.5, 0.0),
+        out=str(dataset),
+    )
+    assert (again.done, again.skipped, again.regions) == (0, 4, 0)
+    after = contents(dataset)
+    assert {k: v for k, v in after.items() if "parquet" not in k} == {
+        k: v for k, v in before.items() if "parquet" not in k
+    }
+
+
+def test_a_dataset_of_other_classes_is_refused(slides: Path, dataset: Path) -> None:
+    with pytest.raises(ConfigError, match="other settings.*classes"):
+        ingest([str(slides)], out=str(dataset), classes=("background", "other"))
+
+
+@pytest.fixture(scope="module")
+def bad_inbox(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good slides among everything that scanners and people leave behind."""
+    inbox = tmp_path_factory.mktemp("inbox")
+    (inbox / "a").mkdir()
+    (inbox / "b").mkdir()
+    good = slides / "slides" / "slide_000.tif"
+    shutil.copy(good, inbox / "a" / "same.tif")
+    shutil.copy(slides / "slides" / "slide_001.tif", inbox / "b" / "same.tif")
+    (inbox / "empty.tif").write_bytes(b"")
+    (inbox / "text.tif").write_text("not a slide")
+    cut = (slides / "slides" / "slide_002.tif").read_bytes()
+    (inbox / "cut.tif").write_bytes(cut[: len(cut) * 2 // 3])
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(
+        inbox / "no mpp.tif",
+        rng.integers(0, 256, (300, 200, 3), dtype=np.uint8),
+        photometric="rgb",
+    )
+    shutil.copy(good, inbox / "..%2fescape<script>.tif")
+    return inbox
+
+
+BAD = {"empty": "expected a TIFF", "text": "expected a TIFF", "cut": "cut"}
+GOOD = {"a__same", "b__same", "no_mpp", ".._2fescape_script_".strip(".")}
+
+
+def check_bad_inbox(summary: Summary, out: Path, inbox: Path) -> None:
+    rows = table(out)
+    assert set(summary.failed) == set(BAD)
+    assert {name for name, row in rows.items() if row["status"] == "done"} == GOOD
+    for name, message in BAD.items():
+        assert rows[name]["status"] == "failed"
+        assert message in rows[name]["message"]
+        assert f"{name}.tif" in rows[name]["message"]
+    inside = {path.resolve() for path in out.rglob("*")}
+    assert all(path.is_relative_to(out.resolve()) for path in inside)
+    assert not list(inbox.parent.glob("escape*"))
+
+
+def test_bad_slides_cost_a_row_each_in_ingest(bad_inbox: Path, tmp_path: Path) -> None:
+    summary = ingest([str(bad_inbox)], out=str(tmp_path))
+    check_bad_inbox(summary, tmp_path, bad_inbox)
+
+
+def test_bad_slides_cost_a_row_each_in_infer(
+    bad_inbox: Path, model: Path, tmp_path: Path
+) -> None:
+    summary = infer([str(bad_inbox)], model=str(model), out=str(tmp_path))
+    check_bad_inbox(summary, tmp_path, bad_inbox)
+    assert "--mpp" in table(tmp_path)["no_mpp"]["note"]
+    # Mended, the rest completes, and only the rest.
+    inbox = tmp_path / "mended"
+    shutil.copytree(bad_inbox, inbox)
+    for name in BAD:
+        shutil.copy(bad_inbox / "a" / "same.tif", bad_inbox / f"{name}.tif")
+    again = infer([str(bad_inbox)], model=str(model), out=str(tmp_path))
+    assert (again.done, again.skipped, again.failed) == (3, 4, {})
+
+
+def test_annotations_that_do_not_fit(
+    slides: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = draw_scene(1, height=512, width=512)
+    notes = tmp_path / "notes"
+    write_slide(tmp_path / "in", "other_size", scene)
+    write_slide(tmp_path / "in", "unknown", scene)
+    write_slide(tmp_path / "in", "unannotated", scene)
+    write_slide(tmp_path / "in", "crossed", scene)
+    write_svg(notes, "other_size", draw_scene(1, height=512, width=300))
+    write_svg(notes, "no_slide", scene)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 512 512">'
+    (notes / "unknown.svg").write_text(f'{head}<rect data-class="x" width="9"/></svg>')
+    bow = '<polygon points="0,0 512,512 512,0 0,512"/>'
+    (notes / "crossed.svg").write_text(f"{head}{bow}</svg>")
+    import logging
+
+    logging.getLogger("medray").propagate = True
+    with caplog.at_level("WARNING"):
+        summary = ingest(
+            [str(tmp_path / "in")], annotations=str(notes), out=str(tmp_path / "out")
+        )
+    assert set(summary.failed) == {"other_size", "unknown"}
+    assert "another slide" in summary.failed["other_size"]
+    assert "known classes" in summary.failed["unknown"]
+    assert "no_slide" in caplog.text
+    assert "unannotated" in caplog.text
+    rows = table(tmp_path / "out")
+    assert rows["unannotated"]["split"] == ""
+    assert rows["crossed"]["px_tumour"] == pytest.approx(512 * 512 / 2, rel=0.01)
+
+
+def test_a_folder_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no slides"):
+        ingest([str(tmp_path)], out=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="nothing there"):
+        ingest([str(tmp_path / "absent")], out=str(tmp_path / "out"))
+
+
+# --- infer ----------------------------------------------------------------------------
+
+
+def expected_mask(slide_path: Path, model: Path) -> np.ndarray:
+    """The mask by a plain loop in this process, with no Ray, float32."""
+    predictor = Predictor.from_folder(str(model), precision="float32")
+    with open_slide(slide_path) as slide:
+        level = slide.levels[0]
+        whole = Rectangle(0, 0, level.height, level.width)
+        windows: Windows = predictor.config.window
+        plan = region_windows(whole, level.height, level.width, windows)
+        pixels = slide.read(0, 0, level.height, level.width)
+        region = RegionPixels(pixels, plan, level.height, level.width)
+        return next(predictor.predict([region])).labels
+
+
+def test_masks_equal_the_plain_loop_for_any_regions(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    path = slides / "slides"
+    for region in (512, 2048):
+        out = tmp_path / str(region)
+        summary = infer(
+            [str(path)],
+            model=str(model),
+            out=str(out),
+            region=region,
+            precision="float32",
+            everywhere=True,
+        )
+        assert (summary.done, summary.failed) == (4, {})
+        assert summary.regions == 4 * len(list(plan_regions(768, 640, region)))
+        for index in range(2):
+            name = f"slide_{index:03d}"
+            mask = medray.open_mask(mask_uri(str(out), name)).compute()
+            expected = expected_mask(path / f"{name}.tif", model)
+            np.testing.assert_array_equal(mask, expected)
+
+
+def test_blank_glass_is_neither_predicted_nor_written(
+    model: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(240, 250, (1024, 1536, 3), dtype=np.uint8)
+    pixels[:400, :400] = draw_scene(3, height=400, width=400).pixels
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None
+    )
+    summary = infer(
+        [str(tmp_path / "a.tif")], model=str(model), out=str(tmp_path / "r"), region=512
+    )
+    assert summary.regions == 1  # of six
+    mask = medray.open_mask(mask_uri(str(tmp_path / "r"), "a")).compute()
+    assert mask[512:].sum() == 0
+    assert mask[:, 512:].sum() == 0
+    assert mask.shape == (1024, 1536)
+    shards = list((tmp_path / "r/masks/a.ome.zarr/0/c").rglob("*"))
+    assert sum(path.is_file() for path in shards) == 1
+
+
+def test_probabilities_are_kept_on_request(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    slide = slides / "slides" / "slide_000.tif"
+    infer([str(slide)], model=str(model), out=str(tmp_path), probabilities=True)
+    mask = medray.open_mask(mask_uri(str(tmp_path), "slide_000")).compute()
+    path = tmp_path / "masks" / "slide_000.probabilities.ome.zarr"
+    probabilities = medray.open_mask(str(path)).compute()
+    assert probabilities.shape == (2, 768, 640)
+    sure = np.abs(probabilities[1].astype(int) - probabilities[0]) > 2
+    np.testing.assert_array_equal(
+        (probabilities[1] > probabilities[0])[sure], mask[sure] == 1
+    )
+
+
+def test_a_run_of_another_model_is_refused(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    slide = str(slides / "slides" / "slide_000.tif")
+    infer([slide], model=str(model), out=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="precision: auto -> float32"):
+        infer([slide], model=str(model), out=str(tmp_path / "run"), precision="float32")
+
+
+def test_a_replaced_slide_is_done_again_and_a_touched_one_is_not(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tif"
+    shutil.copy(slides / "slides" / "slide_000.tif", path)
+    run = tmp_path / "run"
+    assert infer([str(path)], model=str(model), out=str(run)).done == 1
+    digest = table(run)["x"]["digest"]
+    path.touch()
+    touched = infer([str(path)], model=str(model), out=str(run))
+    assert (touched.done, touched.regions) == (0, 0)
+    assert table(run)["x"]["digest"] == digest
+    shutil.copy(slides / "slides" / "slide_001.tif", path)
+    assert infer([str(path)], model=str(model), out=str(run)).regions == 1
+    assert table(run)["x"]["digest"] != digest
+
+
+# --- evaluate -------------------------------------------------------------------------
+
+
+def test_evaluation_equals_counting_by_hand(
+    slides: Path, dataset: Path, model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    infer([str(slides / "slides")], model=str(model), out=str(run))
+    hits = wrong = missed = 0
+    for index in range(4):
+        name = f"slide_{index:03d}"
+        mask = medray.open_mask(mask_uri(str(run), name)).compute() == 1
+        truth = omezarr.open_level(labels_uri(str(dataset), name))[:] == 1
+        hits += int((mask & truth).sum())
+        wrong += int((mask & ~truth).sum())
+        missed += int((~mask & truth).sum())
+    f1 = 2 * hits / (2 * hits + wrong + missed)
+    by_labels = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "a"))
+    assert by_labels.f1 == pytest.approx(f1)
+    by_drawing = evaluate(
+        str(run), truth=str(slides / "annotations"), out=str(tmp_path / "b")
+    )
+    assert by_drawing.f1 == pytest.approx(f1)
+    assert (by_labels.evaluated, by_labels.failed) == (4, {})
+    page = Path(by_labels.report).read_text()
+    assert "slide_003" in page
+    assert "data:image/jpeg;base64" in page
+    val = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "c"), split="val")
+    assert val.evaluated == 2
+    again = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "a"))
+    assert again == by_labels
+
+
+def test_a_model_of_other_classes_is_refused(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    slide = str(slides / "slides" / "slide_000.tif")
+    ingest(
+        [slide],
+        annotations=str(slides / "annotations"),
+        classes=("background", "tumour", "stroma"),
+        out=str(tmp_path / "d"),
+    )
+    infer([slide], model=str(model), out=str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match=r"stroma.*not the model's"):
+        evaluate(
+            str(tmp_path / "r"), truth=str(tmp_path / "d"), out=str(tmp_path / "e")
+        )
+    with pytest.raises(ConfigError, match="none of the 1 slides"):
+        evaluate(str(tmp_path / "r"), truth=str(tmp_path), out=str(tmp_path / "e"))
