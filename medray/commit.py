@@ -166,8 +166,9 @@ class Commit:
             self.ledger.commit_slide(header["unchanged"])
             progress.slide(header["slide"], "unchanged")
         elif header["regions"] > 1:
-            finish = ray.remote(self.finish_slide).options(num_cpus=0)
-            self._finishing[finish.remote(header["slide"])] = header
+            finish = ray.remote(_call).options(num_cpus=0)
+            task = finish.remote(self.finish_slide, header["slide"])
+            self._finishing[task] = header
         else:
             self._succeed(header, progress)
 
@@ -199,6 +200,10 @@ class Commit:
         self.ledger.commit_slide(_outcome(header, "failed", message))
         self.failed[header["slide"]] = message
         progress.slide(header["slide"], f"failed: {message}")
+
+
+def _call(function: Callable[[str], None], slide: str) -> None:
+    function(slide)
 
 
 def _outcome(header: Row, status: str, message: str) -> Row:

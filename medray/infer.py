@@ -435,6 +435,8 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
     for part in ("read_s", "predict_s", "write_s"):
         row[part] = sum(region.get(part, 0.0) for region in regions)
+    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
+    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
     return row
 
 

@@ -345,7 +345,8 @@ def _cut(batch: Row, *, settings: DatasetSettings, out: str) -> Row:
     except (MedrayError, OSError, MemoryError) as error:
         return _packed(row | {"error": f"{error}"})
     patches = list(_count_patches(region, labels, tissue, settings))
-    row["record"] = {"patches": patches, "cut_s": time.time() - start}
+    times = {"cut_at": start, "cut_s": time.time() - start}
+    row["record"] = {"patches": patches} | times
     return _packed(row)
 
 
@@ -405,6 +406,9 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
         row |= {f"px_{name}": count for name, count in names}
     row["patches"] = len(patches)
     row["cut_s"] = sum(region["cut_s"] for region in regions)
+    row["first_cut_at"] = min((r["cut_at"] for r in regions), default=None)
+    ends = (region["cut_at"] + region["cut_s"] for region in regions)
+    row["last_cut_at"] = max(ends, default=None)
     return row
 
 

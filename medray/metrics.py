@@ -18,6 +18,9 @@ Float = npt.NDArray[np.float64]
 
 SCORES = ("f1", "iou", "precision", "recall", "specificity")
 
+# Draws of the bootstrap held at a time, so that memory does not grow with the slides.
+_DRAWS = 2_000_000
+
 
 def confusion(
     truth: npt.NDArray[Any], predicted: npt.NDArray[Any], n_classes: int
@@ -27,20 +30,24 @@ def confusion(
     Args:
         truth: Label values, any shape.
         predicted: Label values of the same shape.
-        n_classes: C; every label must be below it.
+        n_classes: C; every label must be from 0 to C - 1.
 
     Returns:
         (C, C) int64.
 
     Raises:
-        ValueError: The shapes differ, or a label is not below `n_classes`.
+        ValueError: The shapes differ, or a label is not from 0 to C - 1.
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}")
-    highest = max(truth.max(initial=0), predicted.max(initial=0))
-    if highest >= n_classes:
-        raise ValueError(f"label {highest} found, expected 0 to {n_classes - 1}")
-    pairs = truth.ravel().astype(np.int64) * n_classes + predicted.ravel()
+    for labels in (truth, predicted):
+        for label in (labels.min(initial=0), labels.max(initial=0)):
+            if not 0 <= label < n_classes:
+                raise ValueError(f"label {label} found, expected 0 to {n_classes - 1}")
+    # In place: a region may have tens of millions of pixels.
+    pairs = truth.ravel().astype(np.int64)
+    pairs *= n_classes
+    pairs += predicted.ravel().astype(np.int64, copy=False)
     flat = np.bincount(pairs, minlength=n_classes * n_classes)
     return flat.reshape(n_classes, n_classes).astype(np.int64)
 
@@ -66,13 +73,17 @@ def _macro(counts: npt.NDArray[Any]) -> dict[str, Float]:
     scores = _scores(counts)
     present = ~np.isnan(scores["f1"][..., 1:])
     result = {}
-    for name, values in scores.items():
-        # A class that occurs, but was never predicted, has a precision of 0; one that
-        # was predicted but does not occur has a recall of 0.
-        known = np.where(present, np.nan_to_num(values[..., 1:]), 0.0)
-        with np.errstate(invalid="ignore"):
-            result[name] = known.sum(axis=-1) / present.sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
+        for name, values in scores.items():
+            values = values[..., 1:]
+            # A class that occurs, but was never predicted, has a precision of 0; one
+            # that was predicted, but does not occur, has a recall of 0: leaving them
+            # out would reward a model for ignoring a class. A class without any
+            # negative pixel tells nothing of specificity.
+            used = ~np.isnan(values) if name == "specificity" else present
+            used = used & present
+            total = np.where(used, np.nan_to_num(values), 0.0).sum(axis=-1)
+            result[name] = total / used.sum(axis=-1)
         right = np.trace(counts, axis1=-2, axis2=-1)
         result["accuracy"] = right / counts.sum(axis=(-2, -1))
     return result
@@ -102,7 +113,19 @@ def summary(counts: Counts, names: Sequence[str]) -> dict[str, float | None]:
     """Give the pooled scores: means over the foreground classes that occur.
 
     A class that is neither in the truth nor in the prediction is left out; if none is
-    left, the scores are None. `f1` is the headline number.
+    left, the scores are None. Precision counts as 0 for a class that occurs but was
+    never predicted, recall as 0 for one that was predicted but does not occur.
+
+    Args:
+        counts: (C, C) int64.
+        names: Of the C classes.
+
+    Returns:
+        f1 (the headline number), iou, precision, recall, specificity, and accuracy
+        (the share of right pixels, background included).
+
+    Raises:
+        ValueError: `counts` and `names` do not fit.
     """
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} classes, but counts of shape {counts.shape}")
@@ -129,16 +152,23 @@ def bootstrap(
         level: Share of the samples inside the interval.
 
     Returns:
-        [low, high] by score, and `per_class`: by class name, then by score; None with
-        fewer than two slides, and for scores that were never defined.
+        [low, high] by score, and `per_class`: by class name, then by score. Samples in
+        which a score is undefined are left out; None if it never is defined. None
+        altogether with fewer than two slides.
     """
     slides = len(slide_counts)
     if slides < 2:
         return None
-    drawn = np.random.default_rng(seed).multinomial(
-        slides, np.full(slides, 1 / slides), size=rounds
-    )
-    pooled = np.tensordot(drawn, slide_counts.astype(np.float64), axes=1)
+    generator = np.random.default_rng(seed)
+    # float64: exact up to 2**53 pixels, and a matrix product that BLAS does.
+    flat = slide_counts.reshape(slides, -1).astype(np.float64)
+    share = np.full(slides, 1 / slides)
+    step = max(1, _DRAWS // slides)
+    blocks = [
+        generator.multinomial(slides, share, size=min(step, rounds - done)) @ flat
+        for done in range(0, rounds, step)
+    ]
+    pooled = np.concatenate(blocks).reshape(rounds, *slide_counts.shape[1:])
     ends = [(1 - level) / 2, (1 + level) / 2]
 
     def interval(values: Float) -> list[float] | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
+import pyarrow.csv
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
@@ -26,11 +27,14 @@ from medray.store import files
 UInt8 = npt.NDArray[np.uint8]
 
 _SHOWN = 4  # overlays of the worst slides, and as many of the best
-_MAX_ROWS = 500  # slides in the page's table; per_slide.csv has them all
+_MAX_ROWS = 500  # slides in a table of the page; per_slide.csv has them all
+_PANEL = (440, 294)  # height and width in pixels that a panel of an overlay may have
+# Colour-blind safe (Okabe and Ito 2008).
 _AGREEMENT = {
-    "correct": (0, 158, 115),
-    "wrongly marked": (213, 94, 0),
-    "missed": (0, 114, 178),
+    "correct": "#009e73",
+    "wrongly marked": "#d55e00",
+    "missed": "#0072b2",
+    "another class": "#cc79a7",
 }
 
 
@@ -54,7 +58,11 @@ class SlideReport:
 
 
 def slides_to_show(slides: Sequence[SlideReport], n: int = _SHOWN) -> list[str]:
-    """Name the `n` slides with the worst and the `n` with the best F1, worst first."""
+    """Name the `n` slides with the worst and the `n` with the best F1, worst first.
+
+    Slides without an F1 (failed, or nothing to find and nothing found) are never
+    named; ties go by name.
+    """
     scored = []
     for slide in slides:
         if slide.counts is not None:
@@ -63,7 +71,7 @@ def slides_to_show(slides: Sequence[SlideReport], n: int = _SHOWN) -> list[str]:
             if f1 is not None:
                 scored.append((f1, slide.slide))
     scored.sort()
-    shown = scored if len(scored) <= 2 * n else scored[:n] + scored[-n:]
+    shown = scored if len(scored) <= 2 * n else scored[:n] + scored[len(scored) - n :]
     return [name for _, name in shown]
 
 
@@ -74,138 +82,158 @@ def draw_overlay(rgb: UInt8, truth: UInt8, predicted: UInt8, classes: Classes) -
     """Draw a slide with the truth, with the prediction, and with their agreement.
 
     Args:
-        rgb: (h, w, 3) uint8.
+        rgb: (h, w, 3) uint8, the slide at any coarse level.
         truth: (h, w) uint8 label values.
         predicted: (h, w) uint8 label values.
         classes: Gives the colours.
 
     Returns:
-        A JPEG of the panels side by side.
+        A JPEG of the panels side by side, at most 900 pixels wide.
+
+    Raises:
+        ValueError: The three do not have the same height and width.
     """
-    panels = [
-        ("truth", _outlined(rgb, truth, classes)),
-        ("prediction", _outlined(rgb, predicted, classes)),
-        ("agreement", _agreement(rgb, truth, predicted)),
-    ]
-    height, width = rgb.shape[:2]
-    scale = min(1.0, 420 / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if not rgb.shape[:2] == truth.shape == predicted.shape:
+        raise ValueError(
+            f"slide is {rgb.shape}, truth {truth.shape}, prediction {predicted.shape}"
+        )
+    height, width = truth.shape
+    scale = min(_PANEL[0] / height, _PANEL[1] / width, 4.0)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    # Drawn at twice the size and then reduced, which smooths the outlines.
+    drawn = (2 * size[0], 2 * size[1])
+    pixels = _resized(rgb, drawn, Image.Resampling.BICUBIC)
+    true = _resized(truth, drawn, Image.Resampling.NEAREST)
+    found = _resized(predicted, drawn, Image.Resampling.NEAREST)
+    panels = {
+        "truth": _outlined(pixels, true, classes),
+        "prediction": _outlined(pixels, found, classes),
+        "agreement": _agreement(pixels, true, found),
+    }
     gap, band = 8, 22
-    sheet = Image.new("RGB", (3 * size[0] + 2 * gap, size[1] + band), "white")
+    sheet = Image.new("RGB", (3 * size[1] + 2 * gap, size[0] + band), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
-    for i, (title, pixels) in enumerate(panels):
-        left = i * (size[0] + gap)
-        draw.text((left, 2), title, fill="#444", font=font)
-        picture = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left, band))
+    for i, (title, panel) in enumerate(panels.items()):
+        left = i * (size[1] + gap)
+        draw.text((left, 2), title, fill="#5c6870", font=font)
+        reduced = _resized(panel, size, Image.Resampling.BOX)
+        sheet.paste(Image.fromarray(reduced), (left, band))
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=85)
+    # Without chroma subsampling: it washes out thin coloured lines.
+    sheet.save(buffer, "JPEG", quality=85, subsampling=0)
     return buffer.getvalue()
+
+
+def _resized(image: UInt8, size: tuple[int, int], how: Image.Resampling) -> UInt8:
+    """Resize to (height, width)."""
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), how))
+
+
+def _color(code: str) -> npt.NDArray[np.float32]:
+    return np.array(list(bytes.fromhex(code[1:])), np.float32)
 
 
 def _outlined(rgb: UInt8, labels: UInt8, classes: Classes) -> UInt8:
     """Tint each class and draw its outline."""
     shown = rgb.astype(np.float32)
     for value in np.unique(labels[labels > 0]).tolist():
-        color = np.array(list(bytes.fromhex(classes.colors[value][1:])), np.float32)
+        color = _color(classes.colors[value])
         inside = labels == value
-        shown[inside] = 0.75 * shown[inside] + 0.25 * color
-        width = max(1, round(max(labels.shape) / 300))
-        rim = inside & ~ndimage.binary_erosion(inside, iterations=width)
-        shown[rim] = color
+        shown[inside] = 0.8 * shown[inside] + 0.2 * color
+        shown[inside & ~ndimage.binary_erosion(inside, iterations=3)] = color
     return shown.astype(np.uint8)
 
 
 def _agreement(rgb: UInt8, truth: UInt8, predicted: UInt8) -> UInt8:
-    grey = rgb.mean(axis=2, keepdims=True) * 0.5 + 127
-    shown = np.repeat(grey, 3, axis=2)
-    right = (truth == predicted) & (truth > 0)
-    extra = (predicted > 0) & ~right
-    missed = (truth > 0) & (predicted == 0)
-    for name, where in zip(_AGREEMENT, (right, extra, missed), strict=True):
-        color = np.array(_AGREEMENT[name], np.float32)
-        shown[where] = 0.35 * shown[where] + 0.65 * color
+    """Colour each pixel by whether truth and prediction agree, on a pale slide."""
+    shown = np.repeat(rgb.mean(axis=2, keepdims=True) * 0.5 + 127, 3, axis=2)
+    places = {
+        "correct": (truth == predicted) & (truth > 0),
+        "wrongly marked": (truth == 0) & (predicted > 0),
+        "missed": (truth > 0) & (predicted == 0),
+        "another class": (truth != predicted) & (truth > 0) & (predicted > 0),
+    }
+    for name, where in places.items():
+        shown[where] = 0.35 * shown[where] + 0.65 * _color(_AGREEMENT[name])
     return shown.astype(np.uint8)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _as_svg(figure: Figure) -> str:
-    """Give a figure as an SVG element for the page."""
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        bbox_inches="tight",
-        metadata={"Date": None, "Creator": None},
-    )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _confusion_figure(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
-    size = 2.2 + 0.9 * len(names)
-    figure, axes = _figure(size, 0.85 * size)
-    rows = counts.sum(axis=1, keepdims=True)
-    share = counts / np.maximum(rows, 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(*counts.shape):
-        color = "white" if share[i, j] > 0.5 else "#222"
-        text = f"{share[i, j]:.1%}\n{_short(int(counts[i, j]))}"
-        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("truth")
-    axes.spines[:].set_visible(False)
-    return _as_svg(figure)
-
-
-def _short(count: int) -> str:
-    """Write pixels with a unit: 1234567 as 1.2 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit} px"
-    return f"{count} px"
-
-
 def _distribution_figure(values: Sequence[float]) -> str:
-    figure, axes = _figure(6.2, 1.9)
-    jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
+    """Draw a dot a slide, and a box around the middle half, as an SVG element."""
+    figure = Figure(figsize=(5.6, 1.9), layout="constrained")
+    axes = figure.subplots()
+    many = len(values) > 300
     if len(values) >= 5:
-        axes.boxplot(values, orientation="horizontal", widths=0.5, showfliers=False)
-    axes.scatter(values, 1 + jitter, s=22, alpha=0.55, color="#0072b2", zorder=3)
+        axes.boxplot(
+            values,
+            orientation="horizontal",
+            widths=0.55,
+            showfliers=False,
+            boxprops={"color": "#5c6870"},
+            whiskerprops={"color": "#5c6870"},
+            capprops={"color": "#5c6870"},
+            medianprops={"color": "#1d2429", "linewidth": 2},
+            zorder=4,
+        )
+    jitter = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
+    axes.scatter(
+        values,
+        1 + jitter,
+        s=6 if many else 24,
+        alpha=0.25 if many else 0.55,
+        color="#0b5c8a",
+        linewidths=0,
+        zorder=3,
+        rasterized=many,  # thousands of vector dots would bloat the page
+    )
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0.6, 1.4)
     axes.set_yticks([])
-    axes.set_xlabel("F1 of each slide")
+    axes.set_xlabel("F1 of each slide", color="#5c6870")
+    axes.tick_params(colors="#5c6870")
     axes.spines[["top", "left", "right"]].set_visible(False)
-    return _as_svg(figure)
+    axes.spines["bottom"].set_color("#dfe4e8")
+    buffer = io.StringIO()
+    # A salt of our own, so that the same scores give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "medray"}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            dpi=150,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 # --- tables ---------------------------------------------------------------------------
 
 
+def _schema(names: Sequence[str]) -> pa.Schema:
+    """Give the columns of per_slide; with types, so that all-blank columns keep one."""
+    fields = [(name, pa.string()) for name in ("slide", "status", "message")]
+    fields += [(score, pa.float64()) for score in (*SCORES, "accuracy")]
+    for name in names:
+        fields.append((f"f1_{name}", pa.float64()))
+        fields.append((f"truth_px_{name}", pa.int64()))
+        fields.append((f"predicted_px_{name}", pa.int64()))
+    return pa.schema(fields)
+
+
 def _slide_row(slide: SlideReport, names: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"slide": slide.slide, "status": slide.status}
-    row["message"] = slide.message
+    row: dict[str, Any] = dict.fromkeys(_schema(names).names)
+    row |= {"slide": slide.slide, "status": slide.status, "message": slide.message}
     counts = slide.counts
-    scores = {} if counts is None else summary(counts, names)
-    for score in (*SCORES, "accuracy"):
-        row[score] = scores.get(score)
-    per_class = [] if counts is None else class_scores(counts, names)
-    for i, name in enumerate(names):
-        row[f"f1_{name}"] = per_class[i]["f1"] if per_class else None
-        row[f"truth_px_{name}"] = None if counts is None else int(counts[i].sum())
-        row[f"predicted_px_{name}"] = (
-            None if counts is None else int(counts[:, i].sum())
-        )
-    if counts is not None and row["f1"] is None:
+    if counts is None:
+        return row
+    row |= summary(counts, names)
+    for i, scores in enumerate(class_scores(counts, names)):
+        row[f"f1_{names[i]}"] = scores["f1"]
+        row[f"truth_px_{names[i]}"] = int(counts[i].sum())
+        row[f"predicted_px_{names[i]}"] = int(counts[:, i].sum())
+    if row["f1"] is None:
         row["message"] = "nothing to find, nothing found"
     return row
 
@@ -249,15 +277,19 @@ def write_report(
         "date": date,
     }
     rows = [_slide_row(slide, names) for slide in slides]
-    table = pd.DataFrame(rows)
     page = _page(title, classes, slides, rows, metrics)
-    files.write_table(files.join(out, "per_slide.parquet"), pa.Table.from_pandas(table))
-    csv = table.to_csv(index=False)
-    files.write_bytes(files.join(out, "per_slide.csv"), csv.encode())
+    table = pa.Table.from_pylist(rows, _schema(names))
+    csv = io.BytesIO()
+    pyarrow.csv.write_csv(table, csv)
+    files.write_table(files.join(out, "per_slide.parquet"), table)
+    files.write_bytes(files.join(out, "per_slide.csv"), csv.getvalue())
     files.write_bytes(files.join(out, "report.html"), page.encode())
     # Last: a folder with metrics.json is a whole report.
     files.write_json(files.join(out, "metrics.json"), metrics)
     return metrics
+
+
+# --- page -----------------------------------------------------------------------------
 
 
 def _page(
@@ -274,46 +306,89 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["score"] = _score
-    environment.filters["span"] = _span
-    environment.filters["px"] = _short
-    scored = [row for row in rows if row["f1"] is not None]
-    by_slide = {slide.slide: slide for slide in slides}
-    row_of = {row["slide"]: row for row in rows}
-    shown = [
-        (row_of[name], _data_uri(by_slide[name].overlay))
-        for name in slides_to_show(slides)
-        if by_slide[name].overlay
-    ]
-    worst_first = sorted(
-        (row for row in rows if row["status"] == "done"),
-        key=lambda row: (row["f1"] is None, row["f1"] or 0.0, row["slide"]),
-    )
-    counts = np.array(metrics["confusion"], np.int64)
+    environment.filters |= {"score": _score, "span": _span, "px": _pixels}
+    done = [row for row in rows if row["status"] == "done"]
+    failed = [row for row in rows if row["status"] != "done"]
+    scored = [row["f1"] for row in done if row["f1"] is not None]
+    done.sort(key=lambda row: (row["f1"] is None, row["f1"] or 0.0, row["slide"]))
+    legend = dict(_AGREEMENT)
+    if len(classes) == 2:
+        del legend["another class"]
     return environment.get_template("report.html.jinja").render(
         title=title,
         classes=classes,
         metrics=metrics,
         scores=(*SCORES, "accuracy"),
-        legend=_AGREEMENT,
-        shown=shown,
-        failed=[row for row in rows if row["status"] != "done"],
-        rows=worst_first[:_MAX_ROWS],
-        left_out=max(0, len(worst_first) - _MAX_ROWS),
-        confusion=Markup(_confusion_figure(counts, classes.names)),
-        distribution=Markup(
-            _distribution_figure([row["f1"] for row in scored]) if scored else ""
-        ),
+        legend=legend,
+        shown=_shown(slides, rows),
+        failed=failed[:_MAX_ROWS],
+        failed_left_out=max(0, len(failed) - _MAX_ROWS),
+        rows=done[:_MAX_ROWS],
+        left_out=max(0, len(done) - _MAX_ROWS),
+        confusion=_confusion_cells(np.array(metrics["confusion"], np.int64)),
+        scored=len(scored),
+        blank=len(done) - len(scored),
+        distribution=Markup(_distribution_figure(scored)) if scored else "",
     )
 
 
-def _data_uri(picture: bytes | None) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(picture or b'').decode()}"
+def _shown(
+    slides: Sequence[SlideReport], rows: Sequence[dict[str, Any]]
+) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Give the row and the picture of the slides to show, under their headings."""
+    row_of = {row["slide"]: row for row in rows}
+    overlays = {slide.slide: slide.overlay for slide in slides}
+    names = slides_to_show(slides)
+    half = math.ceil(len(names) / 2)
+    groups = {"Worst slides": names[:half], "Best slides": names[half:][::-1]}
+    if len(names) < 2:
+        groups = {"The slide": names}
+    return {
+        heading: pictures
+        for heading, group in groups.items()
+        if (
+            pictures := [
+                (row_of[name], _data_uri(overlay))
+                for name in group
+                if (overlay := overlays[name])
+            ]
+        )
+    }
+
+
+def _confusion_cells(counts: npt.NDArray[np.int64]) -> list[list[dict[str, Any]]]:
+    """Give share of the row, pixels and colours of each cell of the matrix."""
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    white, full = _color("#ffffff"), _color("#0b5c8a")
+
+    def cell(i: int, j: int) -> dict[str, Any]:
+        mixed = np.rint(white + share[i, j] * (full - white)).astype(int).tolist()
+        return {
+            "share": f"{share[i, j]:.1%}" if counts[i].any() else "\N{EN DASH}",
+            "px": int(counts[i, j]),
+            "fill": f"rgb({mixed[0]},{mixed[1]},{mixed[2]})",
+            "ink": "#fff" if share[i, j] > 0.5 else "#1d2429",
+        }
+
+    return [[cell(i, j) for j in range(len(counts))] for i in range(len(counts))]
+
+
+def _data_uri(picture: bytes) -> str:
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "\N{EN DASH}" if value is None else f"{value:.3f}"
 
 
 def _span(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def _pixels(count: int) -> str:
+    """Write pixels with a unit: 1234567 as 1.2 M px."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit} px"
+    return f"{count} px"

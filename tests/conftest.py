@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# These machines are shared: how long an example takes says nothing.
+settings.register_profile("medray", deadline=None)
+settings.load_profile("medray")
 # One local cluster for the session; test_jobs.py has one of its own, with tokens.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 

@@ -13,7 +13,7 @@ from medray.grid import (
 )
 
 lengths = st.integers(1, 700)
-sizes = st.integers(1, 200)
+sizes = st.integers(8, 200)
 
 
 @st.composite

@@ -32,7 +32,9 @@ def test_every_level_of_real_slides_equals_openslide(
     with open_slide(uri, reader="tifffile") as ours:
         with open_slide(uri, reader="openslide") as theirs:
             sizes = [(level.height, level.width) for level in ours.levels]
-            assert sizes == [(level.height, level.width) for level in theirs.levels]
+            other = [(level.height, level.width) for level in theirs.levels]
+            # OpenSlide makes coarser levels of NDPI itself.
+            assert sizes == other[: len(sizes)]
             assert ours.mpp == pytest.approx(theirs.mpp) if theirs.mpp else True
             assert ours.magnification == theirs.magnification
             for level, (height, width) in enumerate(sizes):
@@ -189,10 +191,10 @@ def test_only_the_touched_tiles_are_read(tmp_path: Path) -> None:
                 return file.read(count)
 
         slide._file = Counting()  # type: ignore[attr-defined]
-        slide.read(70, 70, 60, 120)
+        slide.read(70, 70, 50, 120)
         slide._file = file  # type: ignore[attr-defined]
     tile = 64 * 64 * 3
-    assert read == [tile, tile]  # 60 x 120 pixels inside one row of two tiles
+    assert read == [tile, tile]  # 50 x 120 pixels inside one row of two tiles
 
 
 def test_our_own_ome_zarr_is_a_slide(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from medray.errors import ConfigError
 from medray.ingest import ingest
 from medray.models.augment import augment_batch, build_augmentation
-from medray.models.config import read_config
-from medray.models.folder import load_model, model_digest, save_model
+from medray.models.config import model_digest, read_config
+from medray.models.folder import load_model, save_model
 from medray.models.losses import SegmentationLoss
 from medray.patches import read_train, usable_patches
 from medray.recipe import Augment, Data, Loss, Recipe, Schedule, read_recipe

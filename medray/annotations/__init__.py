@@ -5,14 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 
-from PIL import Image
+from defusedxml import ElementTree
+from defusedxml.common import EntitiesForbidden
 
 from medray.annotations.area import Area, clip_to_slide
 from medray.annotations.geojson import geojson_features, parse_geojson
-from medray.annotations.mask_image import parse_mask
+from medray.annotations.mask_image import is_picture, parse_mask
 from medray.annotations.rasterise import rasterise
 from medray.annotations.svg import parse_svg
-from medray.annotations.xml import parse_xml
+from medray.annotations.xml import parse_asap, parse_imagescope
 from medray.classes import Classes
 from medray.errors import MedrayError, SlideError
 from medray.store import files
@@ -37,7 +38,11 @@ ANNOTATION_SUFFIXES = (
 )
 """What counts as an annotation in a folder, in the order of preference."""
 
-_MAX_BYTES = 1 << 28
+_MAX_BYTES = (
+    1 << 28
+)  # of a file of text, unpacked; pictures are bounded by their pixels
+_EXPECTED = "SVG, GeoJSON, ASAP or ImageScope XML, or a PNG or TIFF mask"
+_REMEDY = "export the annotation again, or remove this file"
 
 
 def read_annotation(
@@ -62,8 +67,6 @@ def read_annotation(
         if data[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise SlideError(f"{uri}: larger than {_MAX_BYTES} bytes; split it up")
         areas = _parse(uri, data, height, width, classes)
         for area in areas:
             classes.value(area.class_name)
@@ -75,9 +78,9 @@ def read_annotation(
         raise SlideError(f"{uri}: cannot be read ({error})") from error
     # Parsers raise exceptions of many kinds on what is not their format.
     except Exception as error:
+        found = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise SlideError(
-            f"{uri}: expected an annotation, found {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{uri}: expected {_EXPECTED}, found a damaged file ({found}); {_REMEDY}"
         ) from error
     return clip_to_slide(uri, areas, height, width)
 
@@ -85,14 +88,33 @@ def read_annotation(
 def _parse(
     uri: str, data: bytes, height: int, width: int, classes: Classes
 ) -> list[Area]:
-    start = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
+    """Tell the formats apart by their content: suffixes are often wrong."""
+    if is_picture(data):
+        return parse_mask(uri, data, height=height, width=width, classes=classes)
+    if len(data) > _MAX_BYTES:
+        raise SlideError(f"{uri}: larger than {_MAX_BYTES} bytes; split it up")
+    start = data[:4096]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = start.decode("utf-16", "ignore").encode()
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] in (b"{", b"["):
         return parse_geojson(uri, data)
-    if start[:1] == b"<":
-        if uri.lower().endswith(".svg") or b"<svg" in start:
-            return parse_svg(uri, data, height=height, width=width, classes=classes)
-        return parse_xml(uri, data, classes)
-    return parse_mask(uri, data, height=height, width=width, classes=classes)
-
-
-Image.MAX_IMAGE_PIXELS = None  # every reader here bounds sizes itself
+    if start[:1] != b"<":
+        found = f"a file that starts with {start[:16]!r}" if data else "an empty file"
+        raise SlideError(f"{uri}: expected {_EXPECTED}, found {found}; {_REMEDY}")
+    try:
+        # Editors write a harmless DOCTYPE; what harms are the entities inside one.
+        root = ElementTree.fromstring(data, forbid_dtd=False, forbid_entities=True)
+    except EntitiesForbidden as error:
+        raise SlideError(
+            f"{uri}: found an XML entity ({error.name}), and entities are refused, for "
+            f"they can grow without bounds; save it without (as plain SVG)"
+        ) from error
+    tag = str(root.tag).rpartition("}")[2]
+    if tag == "svg":
+        return parse_svg(uri, root, height=height, width=width, classes=classes)
+    if tag == "ASAP_Annotations":
+        return parse_asap(root)
+    if tag == "Annotations":
+        return parse_imagescope(root, classes)
+    raise SlideError(f"{uri}: expected {_EXPECTED}, found <{tag}>; {_REMEDY}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import shapely
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from shapely.geometry import MultiPolygon, Polygon, box
 
+from medray.classes import Classes
 from medray.errors import SlideError
 
 Ring = npt.NDArray[np.float64]  # (n, 2) of x, y in level-0 pixels
@@ -45,35 +48,52 @@ class Outline:
     hole: bool = False
 
 
+def match_class(name: str, classes: Classes) -> str | None:
+    """Find a known class, as it is written or else whatever its case."""
+    name = name.strip()
+    if name in classes.names:
+        return name
+    known = {known.casefold(): known for known in classes.names}
+    return known.get(name.casefold())
+
+
 def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
     """Give the area that rings enclose; they may cross themselves and each other.
 
     The plane is cut into faces along all rings; a face belongs to the area by the
-    rings' winding number around it (SVG 2, section 13.4.2, fill-rule).
+    rings' winding number around it (SVG 2, section 13.4.2, fill-rule). So both lobes
+    of a bow tie are kept.
 
     Returns:
         A valid shapely geometry of polygons; empty if the rings enclose nothing.
+
+    Raises:
+        SlideError: A coordinate is not a finite number.
     """
     kept = [ring for ring in map(_closed, rings) if len(ring) >= 4]
+    if not kept:
+        return Polygon()
     if len(kept) == 1:
         polygon = Polygon(kept[0])
         if polygon.is_valid:
             return polygon
-    if not kept:
-        return Polygon()
     lines = shapely.union_all([shapely.LineString(ring) for ring in kept])
-    faces = shapely.get_parts(shapely.polygonize([*shapely.get_parts(lines)]))
-    inside = []
-    for face in faces:
-        point = shapely.point_on_surface(face)
-        winding = sum(_winding(ring, point.x, point.y) for ring in kept)
-        if winding % 2 if rule == "evenodd" else winding:
-            inside.append(face)
-    return areal(shapely.union_all(inside))
+    faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(lines)))
+    points = shapely.point_on_surface(faces)
+    extents = [box(*ring.min(axis=0), *ring.max(axis=0)) for ring in kept]
+    winding = np.zeros(len(faces), np.int64)
+    for face, ring in shapely.STRtree(extents).query(points).T:
+        winding[face] += _winding(kept[ring], points[face].x, points[face].y)
+    inside = winding % 2 if rule == "evenodd" else winding
+    return areal(shapely.union_all(faces[inside != 0]))
 
 
 def _closed(ring: Ring) -> Ring:
     ring = np.asarray(ring, np.float64).reshape(-1, 2)
+    if not np.isfinite(ring).all():
+        raise SlideError(
+            "a coordinate is not a finite number; mend or remove that outline"
+        )
     if len(ring) and not np.array_equal(ring[0], ring[-1]):
         ring = np.vstack([ring, ring[:1]])
     return ring
@@ -93,38 +113,76 @@ def areal(geometry: Any) -> Any:
     """Keep the polygons of a geometry; points and lines have no area."""
     if geometry.geom_type in ("Polygon", "MultiPolygon"):
         return geometry
-    parts = [p for p in shapely.get_parts(geometry) if p.geom_type == "Polygon"]
-    return shapely.union_all(parts) if parts else Polygon()
+    # Twice, for a collection may hold multipolygons.
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    polygons = [part for part in parts if part.geom_type == "Polygon"]
+    return shapely.union_all(polygons) if polygons else Polygon()
 
 
 def combine(outlines: Sequence[Outline]) -> list[Area]:
     """Turn outlines into areas, class by class.
 
     Overlapping outlines of a class are united; one that lies wholly inside another is
-    a hole in it, one inside the hole is filled again; one marked as a hole always is.
+    a hole in it, one inside the hole is filled again; one marked as a hole always is,
+    and in every class if it states none.
+
+    Returns:
+        One area for outlines that hang together, in the order of their first outline.
     """
-    classes = dict.fromkeys(outline.class_name for outline in outlines)
-    areas = []
-    for name in classes:
-        chosen = [o for o in outlines if o.class_name == name and o.polygon.area > 0]
-        chosen.sort(key=lambda outline: -outline.polygon.area)
-        polygons = [outline.polygon for outline in chosen]
-        tree = shapely.STRtree(polygons)
-        filled: Any = Polygon()
-        pending: list[Any] = []
-        for outline in chosen:
-            around = tree.query(outline.polygon, predicate="within")
-            bigger = [i for i in around if polygons[i].area > outline.polygon.area]
-            depth = sum(-1 if chosen[i].hole else 1 for i in bigger)
-            if outline.hole or depth % 2:
-                filled = shapely.union_all([filled, *pending])
-                filled, pending = filled.difference(outline.polygon), []
-            else:
-                pending.append(outline.polygon)
-        filled = areal(shapely.union_all([filled, *pending]))
-        if not filled.is_empty:
-            areas.append(Area(filled, name))
-    return areas
+    names = dict.fromkeys(o.class_name for o in outlines if not o.hole)
+    found: list[tuple[int, Area]] = []
+    for name in names:
+        chosen = [
+            i
+            for i, o in enumerate(outlines)
+            if o.polygon.area > 0
+            and (o.class_name == name or (o.hole and o.class_name is None))
+        ]
+        for members, polygon in _regions([outlines[i] for i in chosen]):
+            first = min(chosen[i] for i in members)
+            found.append((first, Area(polygon, name)))
+    found.sort(key=lambda item: item[0])
+    return [area for _, area in found]
+
+
+def _regions(outlines: Sequence[Outline]) -> Iterator[tuple[Sequence[int], Any]]:
+    """Give the area of each group of outlines that touch, and their indexes."""
+    polygons = np.array([outline.polygon for outline in outlines], object)
+    if not len(polygons):
+        return
+    tree = shapely.STRtree(polygons)
+    depths = _depths(outlines, polygons, tree)
+    pairs = tree.query(polygons, predicate="intersects")
+    touching = coo_array((np.ones(pairs.shape[1], bool), pairs), (len(polygons),) * 2)
+    _, groups = connected_components(touching, directed=False)
+    order = np.argsort(groups, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        region: Any = Polygon()
+        for depth in np.unique(depths[members]):
+            layer = shapely.union_all(polygons[members[depths[members] == depth]])
+            region = region.difference(layer) if depth % 2 else region.union(layer)
+        region = areal(region)
+        if not region.is_empty:
+            yield members.tolist(), region
+
+
+def _depths(
+    outlines: Sequence[Outline], polygons: npt.NDArray[Any], tree: Any
+) -> npt.NDArray[np.int64]:
+    """Give how deep each outline is nested: even ones are filled, odd ones holes."""
+    sizes = shapely.area(polygons)
+    inner, outer = tree.query(polygons, predicate="within")
+    nested = sizes[outer] > sizes[inner]
+    inner, outer = inner[nested], outer[nested]
+    parents = np.full(len(polygons), -1)
+    # The smallest outline around each is its parent: it is assigned last.
+    descending = np.argsort(-sizes[outer], kind="stable")
+    parents[inner[descending]] = outer[descending]
+    depths = np.full(len(polygons), -1)
+    for i in np.argsort(-sizes, kind="stable"):
+        depth = depths[parents[i]] + 1 if parents[i] >= 0 else 0
+        depths[i] = depth + (depth + 1) % 2 if outlines[i].hole else depth
+    return depths
 
 
 def clip_to_slide(

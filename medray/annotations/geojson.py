@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import shapely
 
-from medray.annotations.area import Area, Ring, fill
+from medray.annotations.area import Area, Ring, areal, fill
 from medray.classes import Classes
 from medray.errors import SlideError
 
@@ -31,20 +30,24 @@ def parse_geojson(uri: str, data: bytes) -> list[Area]:
         stated = properties.get("classification")
         name = stated.get("name") if isinstance(stated, dict) else stated
         geometry = feature.get("geometry") or {}
-        parts = [_polygon(uri, rings) for rings in _polygons(geometry)]
-        polygon = shapely.union_all(parts)
+        parts = [_polygon(rings) for rings in _polygons(geometry)]
+        polygon = parts[0] if len(parts) == 1 else areal(shapely.union_all(parts))
         if not polygon.is_empty:
-            areas.append(Area(polygon, None if name is None else str(name)))
+            areas.append(Area(polygon, str(name) if name else None))
     return areas
 
 
 def _features(uri: str, document: Any) -> list[Any]:
     if isinstance(document, dict) and document.get("type") == "FeatureCollection":
-        document = document.get("features")
+        document = document["features"]
     elif isinstance(document, dict) and document.get("type") == "Feature":
         document = [document]
     if not isinstance(document, list) or not all(isinstance(f, dict) for f in document):
-        raise SlideError(f"{uri}: expected GeoJSON features, found something else")
+        kind = document.get("type") if isinstance(document, dict) else document
+        raise SlideError(
+            f"{uri}: expected a GeoJSON FeatureCollection, Feature or list of features, "
+            f"found {str(kind)[:80]!r}; export it again as GeoJSON"
+        )
     return document
 
 
@@ -59,19 +62,17 @@ def _polygons(geometry: Any) -> Iterator[Any]:
             yield from _polygons(part)
 
 
-def _polygon(uri: str, rings: Any) -> Any:
-    outer, *holes = (_ring(uri, ring) for ring in rings)
-    polygon = fill([outer])
-    for hole in holes:
-        polygon = polygon.difference(fill([hole]))
-    return polygon
+def _polygon(rings: Any) -> Any:
+    if not rings:
+        return shapely.Polygon()
+    outer, *holes = (fill([_ring(ring)]) for ring in rings)
+    return areal(outer.difference(shapely.union_all(holes))) if holes else outer
 
 
-def _ring(uri: str, points: Any) -> Ring:
-    ring = np.array([(float(p[0]), float(p[1])) for p in points]).reshape(-1, 2)
-    if not all(map(math.isfinite, ring.ravel())):
-        raise SlideError(f"{uri}: a coordinate is not a finite number")
-    return ring
+def _ring(points: Any) -> Ring:
+    # A third coordinate is the height, and says nothing here.
+    ring = [(float(x), float(y)) for x, y, *_ in points]
+    return np.array(ring, np.float64).reshape(-1, 2)
 
 
 def geojson_features(areas: Sequence[Area], classes: Classes) -> dict[str, Any]:
@@ -80,10 +81,10 @@ def geojson_features(areas: Sequence[Area], classes: Classes) -> dict[str, Any]:
     Ids are made of the areas themselves, so the same areas give the same file.
     """
     features = []
-    for area in areas:
+    for index, area in enumerate(areas):
         value = classes.value(area.class_name)
         geometry = json.loads(shapely.to_geojson(area.polygon))
-        name = json.dumps([value, geometry["coordinates"]])
+        name = json.dumps([index, value, geometry["coordinates"]])
         features.append(
             {
                 "type": "Feature",

@@ -18,6 +18,12 @@ from medray.classes import Classes
 from medray.errors import SlideError
 
 _MAX_PIXELS = 2**31
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Pillow's own limit lies far below the size of a slide. Whoever opens a picture in
+# medray bounds its size first.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def parse_mask(
@@ -39,12 +45,15 @@ def parse_mask(
         SlideError: The mask is of another size, or holds values that are no classes.
     """
     values = _read(uri, data)
+    if not values.size:
+        raise SlideError(f"{uri}: the mask has no pixels; export it again")
     factor = max(1, round(height / values.shape[0]))
-    fits = [
-        abs(n * factor - full) <= factor
+    # A smaller mask's size may have been rounded either way.
+    rounding = [
+        abs(n * factor - full)
         for n, full in zip(values.shape, (height, width), strict=True)
     ]
-    if not all(fits):
+    if max(rounding) >= factor:
         raise SlideError(
             f"{uri}: the mask is {values.shape[1]} x {values.shape[0]}, the slide "
             f"{width} x {height} pixels; expected the same size, or smaller by one "
@@ -60,30 +69,55 @@ def parse_mask(
     return areas
 
 
+def is_picture(data: bytes) -> bool:
+    """Tell a PNG, BMP or TIFF from other files by its first bytes."""
+    return data.startswith((_PNG, b"BM", *_TIFF))
+
+
 def _read(uri: str, data: bytes) -> npt.NDArray[Any]:
     """Read (H, W) values of any depth; RGB counts if all its channels are equal."""
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    values: npt.NDArray[Any]
+    if data.startswith(_TIFF):
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            page = tiff.pages[0]
-            _bound(uri, page.imagelength, page.imagewidth)  # type: ignore[union-attr]
-            values: npt.NDArray[Any] = np.asarray(page.asarray())
+            page: Any = tiff.pages[0]
+            _bound(uri, page.imagelength, page.imagewidth)
+            values = np.asarray(page.asarray())
+            if page.axes.startswith("S"):
+                values = np.moveaxis(values, 0, -1)
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+                values = ~values if values.dtype.kind in "bu" else values
     else:
         picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP"))
         _bound(uri, picture.height, picture.width)
         values = np.asarray(picture)
+        if data.startswith(_PNG):
+            depth, color = data[24], data[25]  # of the header (PNG 3, section 11.2.1)
+            if depth == 16 and color != 0:
+                raise SlideError(
+                    f"{uri}: expected a grey mask, found 16-bit colours; save it as grey"
+                )
+            if depth in (2, 4) and color == 0:  # Pillow spreads these over 0 to 255
+                values = values // (255 // (2**depth - 1))
     if values.ndim == 3:
-        colors = values[..., :3]
-        if colors.shape[2] == 3 and (colors != colors[..., :1]).any():
+        if values.shape[2] >= 3 and (values[..., 1:3] != values[..., :1]).any():
             raise SlideError(
-                f"{uri}: expected a mask of label values, found a colour image"
+                f"{uri}: expected a mask of label values, found a colour image; save it "
+                f"as grey or with a palette"
             )
         values = values[..., 0]
+    if values.ndim != 2:
+        raise SlideError(
+            f"{uri}: expected a mask of height x width, found the shape {values.shape}"
+        )
     return values
 
 
 def _bound(uri: str, height: int, width: int) -> None:
     if height * width > _MAX_PIXELS:
-        raise SlideError(f"{uri}: a mask of {height} x {width} pixels is too large")
+        raise SlideError(
+            f"{uri}: the mask declares {width} x {height} pixels, more than "
+            f"{_MAX_PIXELS}; save it smaller by a whole factor"
+        )
 
 
 def _labels(
@@ -97,8 +131,9 @@ def _labels(
         return values.astype(np.uint8)
     if len(classes) == 2:
         return (values > 0).astype(np.uint8)
-    found = sorted(set(np.unique(values).tolist()) - set(range(len(classes))))[:5]
+    strange = values[(values < 0) | (values >= len(classes))]
+    found = np.unique(strange[:1_000_000])[:5].tolist()
     raise SlideError(
         f"{uri}: holds the values {found}; expected 0 to {len(classes) - 1}, the label "
-        f"values of {list(classes.names)}"
+        f"values of {list(classes.names)}; is it a mask of instances?"
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 from rasterio import features
 from rasterio.transform import Affine
 
@@ -14,7 +15,7 @@ from medray.classes import Classes
 
 # Areas are drawn on blocks of one fixed grid, so that rounding, and with it the fate of
 # a pixel whose centre lies on an outline, does not depend on the rectangle asked for.
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 def rasterise(
@@ -43,35 +44,30 @@ def rasterise(
 
     Raises:
         SlideError: An area's class is unknown.
+
+    The work is done by GDAL's polygon fill through rasterio.features.rasterize.
     """
     labels = np.zeros((height, width), np.uint8)
-    drawn = [
-        (area.polygon, classes.value(area.class_name), area.polygon.bounds)
-        for area in areas
-    ]
+    polygons = [area.polygon for area in areas]
+    names = [area.class_name for area in areas]
+    values = {name: classes.value(name) for name in dict.fromkeys(names)}
+    x_min, y_min, x_max, y_max = shapely.bounds(polygons).reshape(-1, 4).T / downsample
     for top in range(y // _BLOCK * _BLOCK, y + height, _BLOCK):
         for left in range(x // _BLOCK * _BLOCK, x + width, _BLOCK):
             bottom, right = top + _BLOCK, left + _BLOCK
-            shapes = [
-                (polygon, value)
-                for polygon, value, (x0, y0, x1, y1) in drawn
-                if x0 < right * downsample
-                and x1 > left * downsample
-                and y0 < bottom * downsample
-                and y1 > top * downsample
-            ]
-            if not shapes:
+            y0, y1 = max(y, top), min(y + height, bottom)
+            x0, x1 = max(x, left), min(x + width, right)
+            meets = (x_min < x1) & (x_max > x0) & (y_min < y1) & (y_max > y0)
+            if not meets.any():
                 continue
             block = features.rasterize(
-                shapes,
+                [(polygons[i], values[names[i]]) for i in np.flatnonzero(meets)],
                 out_shape=(_BLOCK, _BLOCK),
                 transform=Affine(
                     downsample, 0, left * downsample, 0, downsample, top * downsample
                 ),
                 dtype="uint8",
             )
-            y0, y1 = max(y, top), min(y + height, bottom)
-            x0, x1 = max(x, left), min(x + width, right)
             part = block[y0 - top : y1 - top, x0 - left : x1 - left]
             labels[y0 - y : y1 - y, x0 - x : x1 - x] = part
     return labels

@@ -7,24 +7,46 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
+import numpy.typing as npt
 import svgelements
-from defusedxml import ElementTree
 
-from medray.annotations.area import Area, FillRule, Outline, Ring, combine, fill
+from medray.annotations.area import (
+    Area,
+    FillRule,
+    Outline,
+    Ring,
+    combine,
+    fill,
+    match_class,
+)
 from medray.classes import Classes
 from medray.errors import SlideError
 
 # Largest distance of a flattened curve from the true one, slide pixels.
-_FLATNESS = 0.25
+_FLATNESS = 0.1
 _MAX_DEPTH = 100
+_MAX_ELEMENTS = 1_000_000
 _HOLE = "hole"
-_CURVES = (svgelements.CubicBezier, svgelements.QuadraticBezier)
+# What is drawn elsewhere, by reference, or is no area.
+_NOT_DRAWN = {
+    "clipPath",
+    "filter",
+    "foreignObject",
+    "image",
+    "line",
+    "marker",
+    "mask",
+    "pattern",
+    "script",
+    "text",
+}
 
 
 def parse_svg(
-    uri: str, data: bytes, *, height: int, width: int, classes: Classes
+    uri: str, root: Any, *, height: int, width: int, classes: Classes
 ) -> list[Area]:
     """Read the areas of a drawing that covers the whole slide.
 
@@ -33,30 +55,40 @@ def parse_svg(
     outline is its `data-class`, else a known class in `inkscape:label`, `id`, `class`
     or `title` of the element or of the nearest group around it.
 
+    Args:
+        uri: Named in errors.
+        root: The <svg> element, safely parsed; it is changed.
+        height: Level-0 pixels of the slide.
+        width: Likewise.
+        classes: Names by label value.
+
     Raises:
         SlideError: The drawing has another shape than the slide, or an unknown class.
     """
-    root = ElementTree.fromstring(data, forbid_dtd=False, forbid_entities=True)
-    if root.tag.rpartition("}")[2] != "svg":
-        raise SlideError(f"{uri}: expected <svg>, found <{root.tag}>")
     left, top, space_width, space_height = _space(uri, root, height, width)
     scale_x, scale_y = width / space_width, height / space_height
     if abs(scale_x / scale_y - 1) > 0.01:
         raise SlideError(
-            f"{uri}: the drawing is {space_width:g} x {space_height:g}, the slide "
-            f"{width} x {height} pixels; it belongs to another slide or was cropped"
+            f"{uri}: SVG of another size than its slide: the drawing is "
+            f"{space_width:g} x {space_height:g}, the slide {width} x {height} pixels; "
+            f"it belongs to another slide or was cropped"
         )
-    # svgelements would apply the viewport itself, in CSS pixels; coordinates are
-    # wanted as they are drawn.
-    for name in ("viewBox", "width", "height", "x", "y"):
+    _bound(uri, root)
+    _prepare(uri, root)
+    # svgelements applies the viewport itself, in CSS pixels, but coordinates are wanted
+    # as they are drawn. A viewport of the drawing's own size leaves them alone, and
+    # percentages still mean something.
+    for name in ("x", "y", "transform", "preserveAspectRatio"):
         root.attrib.pop(name, None)
-    _check_depth(uri, root)
+    root.set("viewBox", f"0 0 {space_width!r} {space_height!r}")
+    root.set("width", repr(space_width))
+    root.set("height", repr(space_height))
     text = io.BytesIO(ElementTree.tostring(root))
     drawing = svgelements.SVG.parse(text, reify=True)
     scale = np.array([scale_x, scale_y])
     tolerance = _FLATNESS / max(scale_x, scale_y)
     outlines = []
-    for shape, ancestors in _shapes(drawing, ()):
+    for shape, ancestors in _shapes(drawing, (drawing,)):
         rings = [(ring - (left, top)) * scale for ring in _rings(shape, tolerance)]
         polygon = fill(rings, _fill_rule(shape))
         class_name, hole = _class_of([shape, *reversed(ancestors)], classes)
@@ -69,77 +101,171 @@ def _space(
     uri: str, root: Any, height: int, width: int
 ) -> tuple[float, float, float, float]:
     """Give x, y, width and height of the drawing's own coordinates."""
-    if box := root.get("viewBox"):
-        values = [float(v) for v in re.split(r"[\s,]+", box.strip())]
-        if len(values) == 4 and min(values[2:]) > 0 and all(map(math.isfinite, values)):
-            return values[0], values[1], values[2], values[3]
-        raise SlideError(f"{uri}: expected viewBox with four numbers, found {box!r}")
-    size = [_length(root.get(name)) for name in ("width", "height")]
-    if size[0] and size[1]:
-        return 0.0, 0.0, size[0], size[1]
-    return 0.0, 0.0, float(width), float(height)
+    x, y = 0.0, 0.0
+    if view_box := root.get("viewBox"):
+        found = f"viewBox {view_box!r}"
+        try:
+            x, y, *size = map(float, re.split(r"[\s,]+", view_box.strip()))
+        except ValueError:
+            size = []
+    else:
+        found = f"width {root.get('width')!r} and height {root.get('height')!r}"
+        size = [
+            length
+            for name in ("width", "height")
+            if (length := _length(root.get(name))) is not None
+        ]
+        if not size:
+            size = [width, height]
+    if len(size) != 2 or min(size) <= 0 or not all(map(math.isfinite, (x, y, *size))):
+        raise SlideError(
+            f"{uri}: expected an SVG with a viewBox of four numbers or a width and a "
+            f"height above zero, found {found}; set the viewBox to the slide's pixels"
+        )
+    return x, y, float(size[0]), float(size[1])
 
 
 def _length(text: str | None) -> float | None:
-    """Read a length without unit or in px; percentages and others say nothing."""
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(px)?\s*", text or "")
-    return float(match[1]) if match else None
+    """Give a length in CSS pixels; a percentage says nothing about the drawing."""
+    if text is None or text.strip().endswith("%") or text.strip() == "auto":
+        return None
+    value = svgelements.Length(text).value(ppi=96)
+    return float(value) if isinstance(value, int | float) else None
 
 
-def _check_depth(uri: str, root: Any) -> None:
+def _bound(uri: str, root: Any) -> None:
+    """Refuse drawings that would grow without bounds as groups and uses are followed.
+
+    Raises:
+        SlideError: Too deep, a `use` of itself, or too many elements.
+    """
     level, depth = [root], 0
     while level:
         depth += 1
         if depth > _MAX_DEPTH:
-            raise SlideError(f"{uri}: groups are nested more than {_MAX_DEPTH} deep")
+            raise SlideError(
+                f"{uri}: groups are nested more than {_MAX_DEPTH} deep; ungroup them"
+            )
         level = [child for element in level for child in element]
+    named = {e.get("id"): e for e in root.iter() if e.get("id")}
+    counts: dict[Any, int | None] = {}
+
+    def count(element: Any) -> int:
+        if element in counts:
+            known = counts[element]
+            if known is None:
+                raise SlideError(f"{uri}: a <use> draws itself; remove it")
+            return known
+        counts[element] = None
+        total = 1 + sum(map(count, element))
+        if _tag(element) == "use":
+            target = named.get(_href(element).removeprefix("#"))
+            total += 0 if target is None else count(target)
+        counts[element] = total
+        return total
+
+    if count(root) > _MAX_ELEMENTS:
+        raise SlideError(
+            f"{uri}: draws more than {_MAX_ELEMENTS} elements; split it up"
+        )
+
+
+def _prepare(uri: str, root: Any) -> None:
+    """Bring the tree into the part of SVG that svgelements draws right.
+
+    Raises:
+        SlideError: A part of the drawing has a viewport of its own.
+    """
+    for element in list(root.iter()):
+        for child in list(element):
+            tag = _tag(child)
+            if tag in _NOT_DRAWN:
+                element.remove(child)
+            elif tag == "title" and child.text:
+                element.set("title", child.text)
+            elif tag in ("svg", "symbol") and child.get("viewBox"):
+                raise SlideError(
+                    f"{uri}: a <{tag}> in the drawing has a viewBox of its own, which "
+                    f"is not supported; ungroup it"
+                )
+            elif tag in ("a", "switch"):
+                child.tag = _with_tag(child, "g")
+            elif tag == "symbol":  # drawn where it is used, not where it stands
+                child.tag = _with_tag(child, "g")
+                place = list(element).index(child)
+                definitions = ElementTree.Element(_with_tag(child, "defs"))
+                definitions.append(child)
+                element[place] = definitions
+
+
+def _tag(element: Any) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _with_tag(element: Any, tag: str) -> str:
+    namespace, brace, _ = str(element.tag).rpartition("}")
+    return f"{namespace}{brace}{tag}"
+
+
+def _href(element: Any) -> str:
+    return element.get("href") or element.get("{http://www.w3.org/1999/xlink}href", "")
 
 
 def _shapes(
     group: Any, ancestors: tuple[Any, ...]
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for element in group:
-        if isinstance(element, svgelements.Group):
+        if isinstance(element, svgelements.Group | svgelements.Use):
             yield from _shapes(element, (*ancestors, element))
-        elif isinstance(element, svgelements.Shape) and not isinstance(
-            element, svgelements.SimpleLine
-        ):
+        elif isinstance(element, svgelements.Shape):
             yield element, ancestors
 
 
 def _rings(shape: Any, tolerance: float) -> Iterator[Ring]:
     """Flatten each subpath to points (n, 2) of x, y."""
-    path = svgelements.Path(shape)
+    # Reifying again: a rotated rectangle or circle keeps its transform until it is a
+    # path.
+    path = svgelements.Path(shape).reify()
     path.approximate_arcs_with_cubics()
     for subpath in path.as_subpaths():
-        points: list[tuple[float, float]] = []
+        points = [np.zeros((0, 2))]
         for segment in subpath:
             if segment.end is None:
                 continue
-            if isinstance(segment, _CURVES):
-                points += _flatten(segment, tolerance)
-            else:
-                points.append((segment.end.x, segment.end.y))
-        yield np.array(points, np.float64).reshape(-1, 2)
+            control = _control_points(segment)
+            points.append(_flatten(control, tolerance) if control else _xy(segment.end))
+        yield np.concatenate(points)
 
 
-def _flatten(curve: Any, tolerance: float) -> list[tuple[float, float]]:
+def _xy(*points: Any) -> Ring:
+    return np.array([(point.x, point.y) for point in points], np.float64)
+
+
+def _control_points(segment: Any) -> Sequence[Any]:
+    if isinstance(segment, svgelements.CubicBezier):
+        return segment.start, segment.control1, segment.control2, segment.end
+    if isinstance(segment, svgelements.QuadraticBezier):
+        return segment.start, segment.control, segment.end
+    return ()
+
+
+def _flatten(control: Sequence[Any], tolerance: float) -> npt.NDArray[np.float64]:
     """Sample a Bézier curve so densely that its chords are near enough.
 
     The distance of n chords is at most max |B''| / (8 n^2).
+
+    Returns:
+        (n, 2) points x, y after the start.
     """
-    points = np.array([(p.x, p.y) for p in _control_points(curve)])
+    points = _xy(*control)
     degree = len(points) - 1
-    bend = np.abs(np.diff(points, n=2, axis=0)).sum(axis=1).max()
+    bend = np.hypot(*np.diff(points, n=2, axis=0).T).max()
     count = math.ceil(math.sqrt(degree * (degree - 1) * bend / (8 * tolerance)))
-    count = min(max(count, 1), 10_000)
-    return [(p.x, p.y) for p in (curve.point(i / count) for i in range(1, count + 1))]
-
-
-def _control_points(curve: Any) -> Sequence[Any]:
-    if isinstance(curve, svgelements.CubicBezier):
-        return curve.start, curve.control1, curve.control2, curve.end
-    return curve.start, curve.control, curve.end
+    t = np.linspace(0, 1, min(max(count, 1), 10_000) + 1)[1:, np.newaxis]
+    weights = [
+        math.comb(degree, k) * t**k * (1 - t) ** (degree - k) for k in range(degree + 1)
+    ]
+    return np.hstack(weights) @ points
 
 
 def _fill_rule(shape: Any) -> FillRule:
@@ -147,28 +273,29 @@ def _fill_rule(shape: Any) -> FillRule:
 
 
 def _class_of(elements: Sequence[Any], classes: Classes) -> tuple[str | None, bool]:
-    """Give the class of the innermost element that names one, and whether it is a hole.
+    """Give the class that the innermost element names, and whether one is a hole.
 
     Raises:
         SlideError: `data-class` is unknown.
     """
-    known = {name.casefold(): name for name in classes.names}
-    hole = False
+    class_name, hole = None, False
     for element in elements:
-        attributes = element.values.get("attributes", {})
+        attributes = {
+            key.rpartition("}")[2].rpartition(":")[2]: value
+            for key, value in element.values.get("attributes", {}).items()
+        }
+        words = attributes.get("class", "").split()
+        marks = [*words, attributes.get("id", ""), attributes.get("data-role", "")]
+        hole = hole or any(mark.casefold() == _HOLE for mark in marks)
+        if class_name is not None:
+            continue
         stated = attributes.get("data-class")
         if stated is not None:
-            classes.value(known.get(stated.casefold(), stated))
-            return known[stated.casefold()], hole
-        names = [
-            value
-            for key, value in attributes.items()
-            if key.rpartition("}")[2] in ("label", "id", "class", "title", "data-role")
-            or key == "inkscape:label"
-        ]
-        words = [word for name in names for word in (name, *name.split())]
-        hole = hole or any(word.casefold() == _HOLE for word in words)
-        for word in words:
-            if word.casefold() in known:
-                return known[word.casefold()], hole
-    return None, hole
+            class_name = match_class(stated, classes)
+            if class_name is None:
+                classes.value(stated)
+            continue
+        names = [attributes.get(key, "") for key in ("label", "id", "class", "title")]
+        matches = (match_class(name, classes) for name in (*names, *words))
+        class_name = next(filter(None, matches), None)
+    return class_name, hole

@@ -2,104 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import numpy as np
-from defusedxml import ElementTree
+import shapely
 from shapely import affinity
-from shapely.geometry import Point
+from shapely.geometry import Point, box
 
-from medray.annotations.area import Area, Outline, Ring, areal, fill
+from medray.annotations.area import Area, Ring, areal, fill, match_class
 from medray.classes import Classes
 from medray.errors import SlideError
 
-_SUPPORTED = ("ASAP_Annotations", "Annotations")
 
+def parse_asap(root: Any) -> list[Area]:
+    """Read ASAP's annotations; the class is the group that an annotation is part of.
 
-def parse_xml(uri: str, data: bytes, classes: Classes) -> list[Area]:
-    """Read ASAP or ImageScope annotations, told apart by the root element.
+    Splines are taken by their points. Dots, point sets and measurements are passed over.
 
     Raises:
-        SlideError: It is neither, or its structure is broken.
+        SlideError: A coordinate is missing or not a finite number.
     """
-    root = ElementTree.fromstring(data, forbid_dtd=True)
-    if root.tag == "ASAP_Annotations":
-        return [
-            Area(o.polygon, o.class_name) for o in _asap(root) if not o.polygon.is_empty
-        ]
-    if root.tag == "Annotations":
-        return list(_imagescope(root, classes))
-    raise SlideError(
-        f"{uri}: expected the root element {' or '.join(_SUPPORTED)}, found {root.tag}"
-    )
-
-
-def _asap(root: Any) -> Iterator[Outline]:
-    """Read ASAP's annotations; the class is the group that an annotation is part of."""
+    areas = []
     for annotation in root.iter("Annotation"):
-        group = annotation.get("PartOfGroup", "None").strip()
-        points = sorted(
-            (float(c.get("Order", i)), _float(c, "X"), _float(c, "Y"))
+        if annotation.get("Type", "Polygon") not in ("Polygon", "Spline", "Rectangle"):
+            continue
+        points = [
+            (_number(c, "Order", i), _number(c, "X"), _number(c, "Y"))
             for i, c in enumerate(annotation.iter("Coordinate"))
-        )
-        ring = np.array([(x, y) for _, x, y in points]).reshape(-1, 2)
-        name = None if group in ("None", "") else group
-        yield Outline(fill([ring]), name)
+        ]
+        points.sort(key=lambda point: point[0])
+        polygon = fill([np.array([(x, y) for _, x, y in points])])
+        group = annotation.get("PartOfGroup", "").strip()
+        if not polygon.is_empty:
+            areas.append(Area(polygon, None if group in ("", "None") else group))
+    return areas
 
 
-def _imagescope(root: Any, classes: Classes) -> Iterator[Area]:
-    """Read ImageScope's layers; regions with NegativeROA are cut out of their layer."""
+def parse_imagescope(root: Any, classes: Classes) -> list[Area]:
+    """Read ImageScope's layers; regions with NegativeROA are cut out of their layer.
+
+    The class is the first known one of a layer's name, its attributes' names and values,
+    a region's text and its attributes'; else the layer's name, though it is unknown.
+
+    Raises:
+        SlideError: A coordinate is missing or not a finite number.
+    """
+    areas = []
     for layer in root.iter("Annotation"):
-        solids: dict[str | None, Any] = {}
+        positive: list[Area] = []
         negative = []
         for region in layer.iter("Region"):
             polygon = _region(region)
             if polygon.is_empty:
                 continue
-            if region.get("NegativeROA", "0") == "1":
+            if region.get("NegativeROA", "0").strip() == "1":
                 negative.append(polygon)
-                continue
-            name = _layer_class(layer, region, classes)
-            before = solids.get(name)
-            solids[name] = polygon if before is None else before.union(polygon)
-        for name, polygon in solids.items():
-            for hole in negative:
-                polygon = polygon.difference(hole)
-            polygon = areal(polygon)
+            else:
+                positive.append(Area(polygon, _class_of(layer, region, classes)))
+        cuts = shapely.STRtree(negative)
+        for area in positive:
+            near = cuts.geometries[cuts.query(area.polygon)]
+            polygon = areal(area.polygon.difference(shapely.union_all(near)))
             if not polygon.is_empty:
-                yield Area(polygon, name)
+                areas.append(Area(polygon, area.class_name))
+    return areas
 
 
 def _region(region: Any) -> Any:
-    points = [(_float(v, "X"), _float(v, "Y")) for v in region.iter("Vertex")]
-    ring: Ring = np.array(points).reshape(-1, 2)
-    kind = region.get("Type", "0")
-    if kind in ("1", "2") and len(ring) >= 2:
+    """Give what a region encloses; boxes and ellipses may state two corners only."""
+    points = [(_number(v, "X"), _number(v, "Y")) for v in region.iter("Vertex")]
+    ring: Ring = np.array(points, np.float64).reshape(-1, 2)
+    kind = region.get("Type", "0").strip()
+    if kind in ("3", "4"):  # arrows and rulers
+        return shapely.Polygon()
+    if kind == "2" and len(ring) >= 2:
         (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
-        if kind == "2":
-            circle = Point((x0 + x1) / 2, (y0 + y1) / 2).buffer(1, quad_segs=64)
-            return affinity.scale(circle, (x1 - x0) / 2, (y1 - y0) / 2)
-        if len(ring) == 2:
-            ring = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+        circle = Point((x0 + x1) / 2, (y0 + y1) / 2).buffer(1, quad_segs=128)
+        ellipse = affinity.scale(circle, (x1 - x0) / 2, (y1 - y0) / 2)
+        return ellipse if ellipse.is_valid else shapely.Polygon()
+    if kind == "1" and len(ring) == 2:
+        (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
+        ring = np.array(box(x0, y0, x1, y1).exterior.coords)
     return fill([ring])
 
 
-def _float(element: Any, name: str) -> float:
-    value = element.get(name)
-    number = float(value) if value is not None else float("nan")
-    if not np.isfinite(number):
-        raise ValueError(f"{element.tag} has {name}={value}")
+def _number(element: Any, name: str, default: float | None = None) -> float:
+    value = element.get(name, default)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise SlideError(
+            f"expected a number as {name} of a <{element.tag}>, found {value!r}; mend "
+            f"or remove that outline"
+        )
     return number
 
 
-def _layer_class(layer: Any, region: Any, classes: Classes) -> str | None:
-    """Give the class that a layer's name, its attributes or a region's text state."""
-    stated = [layer.get("Name", ""), region.get("Text", "")]
-    for attribute in layer.iter("Attribute"):
-        stated += [attribute.get("Name", ""), attribute.get("Value", "")]
-    known = {name.casefold(): name for name in classes.names}
-    for name in stated:
-        if name.strip().casefold() in known:
-            return known[name.strip().casefold()]
-    return layer.get("Name", "").strip() or None
+def _class_of(layer: Any, region: Any, classes: Classes) -> str | None:
+    layer_name = layer.get("Name", "").strip()
+    names = [layer_name, *_attributes(layer), region.get("Text", "")]
+    names += _attributes(region)
+    matches = (match_class(name, classes) for name in names)
+    return next(filter(None, matches), layer_name or None)
+
+
+def _attributes(element: Any) -> list[str]:
+    return [
+        attribute.get(key, "")
+        for attribute in element.findall("Attributes/Attribute")
+        for key in ("Name", "Value")
+    ]
