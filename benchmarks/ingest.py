@@ -80,7 +80,8 @@ def main() -> None:
             for key in ("first_to_last", "whole")
         }
         speed = {key: megapixels / value for key, value in median.items()}
-        print(json.dumps({"seconds": median, "MPix/s": speed, "ratio": ratios}, indent=2))
+        result = {"seconds": median, "MPix/s": speed, "ratio": ratios}
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

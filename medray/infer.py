@@ -34,7 +34,7 @@ from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.models.config import model_digest, read_config
 from medray.progress import Progress
 from medray.run import RunSettings, create_mask, mask_uri, open_run, probabilities_uri
-from medray.slides import ArraySlide, Slide, open_slide, read_thumbnail
+from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
 from medray.slides.levels import choose_level
 from medray.slides.listing import find_slides
@@ -233,8 +233,7 @@ def _plan_slide(slide: Slide, settings: RunSettings) -> tuple[Row, list[Row]]:
     at_reading = len(regions) == 1 and len(slide.levels) == 1
     blocks = None
     if not settings.everywhere and not at_reading:
-        thumbnail, _ = read_thumbnail(slide)
-        blocks = tissue_share(thumbnail, height, width, omezarr.PATCH) > 0
+        blocks = tissue_share(slide, height, width, omezarr.PATCH) > 0
     rows = [
         {"index": i, "region": [r.y, r.x, r.height, r.width], "blocks": part.tolist()}
         for i, r in enumerate(regions)
@@ -310,8 +309,8 @@ def _read_halo(slide: Slide, row: Row, windows: Windows) -> UInt8:
 
 def _tissue_of(pixels: UInt8, height: int, width: int) -> list[list[bool]]:
     """Find the tissue of a slide that has been read whole."""
-    thumbnail, _ = read_thumbnail(ArraySlide(pixels[:height, :width]))
-    blocks = tissue_share(thumbnail, height, width, omezarr.PATCH) > 0
+    slide = ArraySlide(pixels[:height, :width])
+    blocks = tissue_share(slide, height, width, omezarr.PATCH) > 0
     return blocks.tolist()  # type: ignore[no-any-return]
 
 

@@ -44,7 +44,7 @@ from medray.dataset import (
 from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
 from medray.progress import Progress
-from medray.slides import ArraySlide, Slide, open_slide, read_thumbnail
+from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_files, find_slides, slide_id
 from medray.slides.tissue import tissue_share
@@ -228,8 +228,7 @@ def _plan_slide(
     at_cutting = len(regions) == 1 and len(slide.levels) == 1
     share = None
     if not at_cutting:
-        thumbnail, _ = read_thumbnail(slide)
-        share = tissue_share(thumbnail, height, width, settings.patch)
+        share = tissue_share(slide, height, width, settings.patch)
     bounds = [area.polygon.bounds for area in areas]
     rows = []
     for index, region in enumerate(regions):
@@ -333,9 +332,8 @@ def _cut(batch: Row, *, settings: DatasetSettings, out: str) -> Row:
             labels = rasterise(areas, settings.classes, **place)
         tissue = row["tissue"]
         if tissue is None:
-            thumbnail, _ = read_thumbnail(ArraySlide(pixels))
-            shape = (region.height, region.width)
-            tissue = tissue_share(thumbnail, *shape, settings.patch).tolist()
+            size = (region.height, region.width)
+            tissue = tissue_share(ArraySlide(pixels), *size, settings.patch).tolist()
         uri = slide_uri(out, row["slide"])
         omezarr.write_region(uri, region, np.moveaxis(pixels, 2, 0))
         if row["annotated"]:

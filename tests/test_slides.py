@@ -287,7 +287,7 @@ def test_thumbnail_pixels_are_block_means(height: int, width: int, side: int) ->
     factor = int(downsample)
     assert max(thumbnail.shape) <= max(side, 3)
     block = pixels[:factor, :factor].reshape(-1, 3).mean(axis=0)
-    np.testing.assert_array_equal(thumbnail[0, 0], np.floor(block + 1e-9))
+    assert np.abs(thumbnail[0, 0] - block).max() <= 0.6  # Pillow rounds in fixed point
 
 
 def test_digest_follows_the_content(tmp_path: Path) -> None:

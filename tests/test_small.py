@@ -18,6 +18,7 @@ from medray.dataset import split_slides
 from medray.errors import ConfigError, SlideError
 from medray.metrics import bootstrap, class_scores, confusion, summary
 from medray.report import SlideReport, draw_overlay, slides_to_show, write_report
+from medray.slides import ArraySlide
 from medray.slides.listing import find_slides, slide_id
 from medray.slides.tissue import find_tissue, pen_marks, tissue_share
 from medray.store import files
@@ -116,8 +117,8 @@ def test_tissue_is_found_and_pen_and_glass_are_not() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 30))
 def test_tissue_shares_cover_the_slide(height: int, width: int, side: int) -> None:
-    thumbnail = np.full((7, 9, 3), 240, np.uint8)
-    share = tissue_share(thumbnail, height * 10, width * 10, side * 10)
+    glass = ArraySlide(np.full((height, width, 3), 240, np.uint8))
+    share = tissue_share(glass, height, width, side)
     assert share.shape == (-(-height // side), -(-width // side))
     assert not share.any()
 

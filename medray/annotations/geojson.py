@@ -45,8 +45,8 @@ def _features(uri: str, document: Any) -> list[Any]:
     if not isinstance(document, list) or not all(isinstance(f, dict) for f in document):
         kind = document.get("type") if isinstance(document, dict) else document
         raise SlideError(
-            f"{uri}: expected a GeoJSON FeatureCollection, Feature or list of features, "
-            f"found {str(kind)[:80]!r}; export it again as GeoJSON"
+            f"{uri}: expected a GeoJSON FeatureCollection, Feature or list of "
+            f"features, found {str(kind)[:80]!r}; export it again as GeoJSON"
         )
     return document
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rasterio import features
 from shapely import affinity
 from shapely.geometry import shape
@@ -84,25 +84,32 @@ def _read(uri: str, data: bytes) -> npt.NDArray[Any]:
             values = np.asarray(page.asarray())
             if page.axes.startswith("S"):
                 values = np.moveaxis(values, 0, -1)
-            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-                values = ~values if values.dtype.kind in "bu" else values
+            bilevel = page.bitspersample == 1
+            if bilevel and page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+                values = values == 0
     else:
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP"))
+        try:
+            picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP"))
+        except UnidentifiedImageError as error:
+            raise SlideError(
+                f"{uri}: expected a PNG or BMP mask, found a damaged header; export "
+                f"the mask again"
+            ) from error
         _bound(uri, picture.height, picture.width)
         values = np.asarray(picture)
         if data.startswith(_PNG):
             depth, color = data[24], data[25]  # of the header (PNG 3, section 11.2.1)
             if depth == 16 and color != 0:
                 raise SlideError(
-                    f"{uri}: expected a grey mask, found 16-bit colours; save it as grey"
+                    f"{uri}: expected a grey mask, found 16-bit colours; save it grey"
                 )
             if depth in (2, 4) and color == 0:  # Pillow spreads these over 0 to 255
                 values = values // (255 // (2**depth - 1))
     if values.ndim == 3:
         if values.shape[2] >= 3 and (values[..., 1:3] != values[..., :1]).any():
             raise SlideError(
-                f"{uri}: expected a mask of label values, found a colour image; save it "
-                f"as grey or with a palette"
+                f"{uri}: expected a mask of label values, found a colour image; save "
+                f"it as grey or with a palette"
             )
         values = values[..., 0]
     if values.ndim != 2:

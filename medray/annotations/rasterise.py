@@ -1,4 +1,4 @@
-"""Areas to label arrays, region by region."""
+"""Areas to label arrays, region by region, by GDAL's polygon fill through rasterio."""
 
 from __future__ import annotations
 
@@ -44,24 +44,36 @@ def rasterise(
 
     Raises:
         SlideError: An area's class is unknown.
-
-    The work is done by GDAL's polygon fill through rasterio.features.rasterize.
     """
     labels = np.zeros((height, width), np.uint8)
-    polygons = [area.polygon for area in areas]
     names = [area.class_name for area in areas]
     values = {name: classes.value(name) for name in dict.fromkeys(names)}
-    x_min, y_min, x_max, y_max = shapely.bounds(polygons).reshape(-1, 4).T / downsample
+    parts, owners = shapely.get_parts(
+        np.array([area.polygon for area in areas], object), return_index=True
+    )
+    filled = ~shapely.is_empty(parts)
+    parts, owners = parts[filled], owners[filled]
+    rings, ring_parts = shapely.get_rings(parts, return_index=True)
+    shells = np.searchsorted(ring_parts, np.arange(len(parts)))
+    extents = shapely.bounds(rings).reshape(-1, 4).T / downsample
     for top in range(y // _BLOCK * _BLOCK, y + height, _BLOCK):
         for left in range(x // _BLOCK * _BLOCK, x + width, _BLOCK):
             bottom, right = top + _BLOCK, left + _BLOCK
             y0, y1 = max(y, top), min(y + height, bottom)
             x0, x1 = max(x, left), min(x + width, right)
+            x_min, y_min, x_max, y_max = extents
             meets = (x_min < x1) & (x_max > x0) & (y_min < y1) & (y_max > y0)
-            if not meets.any():
+            # A hole elsewhere changes nothing here, and an area may have thousands.
+            chosen = np.flatnonzero(meets & meets[shells][ring_parts])
+            if not len(chosen):
                 continue
+            drawn, indices = np.unique(ring_parts[chosen], return_inverse=True)
+            cut = shapely.polygons(rings[chosen], indices=indices)
             block = features.rasterize(
-                [(polygons[i], values[names[i]]) for i in np.flatnonzero(meets)],
+                [
+                    (polygon, values[names[owners[part]]])
+                    for polygon, part in zip(cut, drawn, strict=True)
+                ],
                 out_shape=(_BLOCK, _BLOCK),
                 transform=Affine(
                     downsample, 0, left * downsample, 0, downsample, top * downsample

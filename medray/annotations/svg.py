@@ -208,7 +208,8 @@ def _with_tag(element: Any, tag: str) -> str:
 
 
 def _href(element: Any) -> str:
-    return element.get("href") or element.get("{http://www.w3.org/1999/xlink}href", "")
+    old_style = element.get("{http://www.w3.org/1999/xlink}href", "")
+    return str(element.get("href") or old_style)
 
 
 def _shapes(

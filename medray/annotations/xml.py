@@ -18,7 +18,8 @@ from medray.errors import SlideError
 def parse_asap(root: Any) -> list[Area]:
     """Read ASAP's annotations; the class is the group that an annotation is part of.
 
-    Splines are taken by their points. Dots, point sets and measurements are passed over.
+    Splines are taken by their points. Dots, point sets and measurements are passed
+    over.
 
     Raises:
         SlideError: A coordinate is missing or not a finite number.
@@ -42,8 +43,8 @@ def parse_asap(root: Any) -> list[Area]:
 def parse_imagescope(root: Any, classes: Classes) -> list[Area]:
     """Read ImageScope's layers; regions with NegativeROA are cut out of their layer.
 
-    The class is the first known one of a layer's name, its attributes' names and values,
-    a region's text and its attributes'; else the layer's name, though it is unknown.
+    The class is the first known one of a layer's name, its attributes' names and
+    values, a region's text and its attributes'; else the layer's name, though unknown.
 
     Raises:
         SlideError: A coordinate is missing or not a finite number.

@@ -19,6 +19,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 # These formats are decoded whole; larger fields should come as tiled TIFF.
 _MAX_PIXELS = 2**28
+Image.MAX_IMAGE_PIXELS = None  # bounded here instead
 
 
 class ArraySlide:

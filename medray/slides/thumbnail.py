@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from medray.slides.slide import Slide
 
@@ -32,18 +33,6 @@ def read_thumbnail(
     for y in range(0, level.height, band):
         height = min(band, level.height - y)
         pixels = slide.read(y, 0, height, level.width, index)
-        parts.append(_mean(pixels, factor))
+        # Pillow's reduce averages whole blocks; those at the end may be smaller.
+        parts.append(np.asarray(Image.fromarray(pixels).reduce(factor)))
     return np.concatenate(parts), level.downsample * factor
-
-
-def _mean(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
-    """Average blocks of factor x factor pixels; those at the end may be smaller."""
-    if factor == 1:
-        return pixels
-    height, width = pixels.shape[:2]
-    rows, columns = np.arange(0, height, factor), np.arange(0, width, factor)
-    total = np.add.reduceat(pixels, rows, axis=0, dtype=np.uint32)
-    total = np.add.reduceat(total, columns, axis=1)
-    sizes = np.diff(rows, append=height)[:, None] * np.diff(columns, append=width)
-    mean: npt.NDArray[np.uint8] = (total // sizes[..., None]).astype(np.uint8)
-    return mean

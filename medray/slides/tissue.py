@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from medray.slides.slide import Slide
+from medray.slides.thumbnail import read_thumbnail
+
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
@@ -54,7 +57,7 @@ def pen_marks(rgb: UInt8) -> Bool:
     red, green, blue = (rgb[..., i].astype(np.int16) for i in range(3))
     is_green = (green > red + 12) & (green > blue + 4)
     is_blue = (blue > red + 60) & (green > red - 10)
-    is_black = rgb.max(axis=-1) < 70
+    is_black = np.maximum(np.maximum(red, green), blue) < 70
     ink = is_green | is_blue | is_black
     size = max(3, round(min(rgb.shape[:2]) / 128) | 1)
     ink = ndimage.binary_opening(ink, np.ones((3, 3), bool))
@@ -73,7 +76,9 @@ def find_tissue(rgb: UInt8) -> Bool:
         (H, W) bool; all False on a blank slide.
     """
     smooth = ndimage.uniform_filter(rgb, size=(3, 3, 1))
-    saturation = smooth.max(axis=-1) - smooth.min(axis=-1)
+    red, green, blue = (smooth[..., i] for i in range(3))
+    high = np.maximum(np.maximum(red, green), blue)
+    saturation = high - np.minimum(np.minimum(red, green), blue)
     ink = pen_marks(rgb)
     clean = saturation[~ink]
     if clean.size == 0:
@@ -90,14 +95,14 @@ def find_tissue(rgb: UInt8) -> Bool:
 
 
 def tissue_share(
-    thumbnail: UInt8, height: int, width: int, side: int
+    slide: Slide, height: int, width: int, side: int
 ) -> npt.NDArray[np.float64]:
     """Give the share of tissue in each block of a slide.
 
     It depends on the slide alone, never on how it is cut into regions.
 
     Args:
-        thumbnail: (h, w, 3) uint8 picture of the whole slide.
+        slide: Its coarse pixels are read, see `read_thumbnail`.
         height: Height of the slide at the working level, pixels.
         width: Likewise its width.
         side: Side of a block, pixels at the working level.
@@ -106,6 +111,8 @@ def tissue_share(
         (ceil(height / side), ceil(width / side)) from 0 to 1; 0 only where neither the
         block nor the thumbnail pixels next to it hold tissue.
     """
+    # At least 8 thumbnail pixels a block, and enough of them for Otsu on small slides.
+    thumbnail, _ = read_thumbnail(slide, max(512, 8 * max(height, width) // side))
     tissue = ndimage.binary_dilation(find_tissue(thumbnail), np.ones((3, 3), bool))
     rows = np.arange(0, height, side) * tissue.shape[0] // height
     columns = np.arange(0, width, side) * tissue.shape[1] // width
