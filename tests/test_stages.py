@@ -358,3 +358,22 @@ def test_a_model_of_other_classes_is_refused(
         )
     with pytest.raises(ConfigError, match="none of the 1 slides"):
         evaluate(str(tmp_path / "r"), truth=str(tmp_path), out=str(tmp_path / "e"))
+
+
+def test_a_dataset_stands_for_its_slides(
+    slides: Path, dataset: Path, model: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for source in (slides / "slides", dataset):
+        out = tmp_path / source.name
+        summary = infer(
+            [str(source)], model=str(model), out=str(out), precision="float32"
+        )
+        assert (summary.done, summary.failed) == (4, {})
+        runs.append(out)
+    for index in range(4):
+        first, second = (
+            medray.open_mask(mask_uri(str(run), f"slide_{index:03d}")).compute()
+            for run in runs
+        )
+        np.testing.assert_array_equal(first, second)
