@@ -15,6 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from rasterio import features
+from rasterio.transform import Affine
 from scipy import ndimage
 from shapely import affinity
 from shapely.geometry import MultiPolygon, Point, Polygon, box
@@ -269,6 +271,55 @@ def test_hostile_drawings_are_refused(tmp_path: Path, body: str, message: str) -
         read(svg(tmp_path, body))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        '<polygon points="0,0 nan,5 100,0 100,100 0,100"/>',
+        '<polygon points="0,0 100,0 100,100 0"/>',
+        '<path d="M0 0 L100 0 L100 100 L nan 5 L 0 100z"/>',
+        '<path d="M0 0 L100 0 L100 100 L 5"/>',
+        '<path d="M0 0 C 1 2 3 4"/>',
+        '<rect width="9" height="9" transform="tranlsate(500 500)"/>',
+        '<rect width="9" height="9" transform="translate(500"/>',
+        '<g transform="matrix(1 0 0 1 5)"><rect width="9" height="9"/></g>',
+        '<circle cx="abc" cy="50" r="9"/>',
+        '<rect width="9em" height="9"/>',
+        '<rect style="transform: translate(5px,5px)" width="9" height="9"/>',
+        '<style>.a{transform:scale(2)}</style><rect class="a" width="9" height="9"/>',
+        '<rect transform="scale(2)" transform-origin="5 5" width="9" height="9"/>',
+    ],
+)
+def test_damaged_values_do_not_move_outlines(tmp_path: Path, shape: str) -> None:
+    body = '<rect x="500" width="100" height="100"/>' + shape
+    with pytest.raises(SlideError, match=r"a\.svg: (expected|a <).*(found|transform)"):
+        read(svg(tmp_path, body))
+
+
+@pytest.mark.parametrize(
+    ("body", "bounds"),
+    [
+        ('<path d="m10+5 10.5.5,1e1-5e-1z M.5.5h9v9H.5z"/>', (0.5, 0.5, 30.5, 9.5)),
+        ('<path d="M10 10a5 5 0 0110 0z"/>', (10, 5, 20, 10)),
+        ('<polygon points=" 0,0,10-0 10,10\n"/>', (0, 0, 10, 10)),
+        ('<rect width="9" height="9" transform="translate(5px, 4px) rotate(90deg)"/>',
+         (0, 4, 5, 13)),
+        ('<rect width="9" height="9" rx="auto" transform="none"/>', (0, 0, 9, 9)),
+        ('<rect width="9" height="9" transform="rotate(180 9,9), scale(2)"/>',
+         (0, 0, 18, 18)),
+        ('<rect width="9" height="9" style="transform: none; text-transform:uppercase"/>',
+         (0, 0, 9, 9)),
+        ('<style>.a{display:none !important}</style><rect width="9" height="9"/>'
+         '<rect class="a" width="90" height="90"/>'
+         '<rect style="display:none!important" width="90" height="90"/>', (0, 0, 9, 9)),
+    ],
+)  # fmt: skip
+def test_unusual_but_sound_values_are_read(
+    tmp_path: Path, body: str, bounds: tuple[float, ...]
+) -> None:
+    found = shapely.total_bounds([a.polygon for a in read(svg(tmp_path, body))])
+    assert found == pytest.approx(bounds, abs=0.1)
+
+
 def test_entity_bombs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "b.svg"
     path.write_text(
@@ -465,6 +516,34 @@ def test_a_cut_does_not_move_outlines_that_run_through_pixel_centres() -> None:
             size = 200 - cut
             part = rasterise(areas, ONE, y=cut, x=cut, height=size, width=size)
             np.testing.assert_array_equal(part, whole[cut:, cut:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([60, 400, 1500]), st.sampled_from([1, 2]))
+def test_long_outlines_are_drawn_as_if_whole(
+    seed: int, step: int, downsample: int
+) -> None:
+    """Points left out far from a block must not change it: GDAL, given all, agrees."""
+    rng = np.random.default_rng(seed)
+    steps = rng.normal(0, step, (600, 2)) * downsample
+    start = rng.uniform(-500, 3500, 2) * downsample
+    # Many coordinates on half pixels, where rounding decides.
+    ring = np.round(2 * (start + np.cumsum(steps, axis=0))) / 2
+    polygon = Polygon(ring)  # crosses itself: every crossing of a row counts
+    for top in (0, 1024, 2048):
+        for left in (0, 1024, 2048):
+            expected = features.rasterize(
+                [(polygon, 1)],
+                out_shape=(1024, 1024),
+                transform=Affine(
+                    downsample, 0, left * downsample, 0, downsample, top * downsample
+                ),
+            )
+            labels = rasterise(
+                [Area(polygon, None)], ONE, y=top, x=left, height=1024, width=1024,
+                downsample=downsample,
+            )  # fmt: skip
+            np.testing.assert_array_equal(labels, expected)
 
 
 def test_areas_in_parts_and_with_many_holes_are_drawn_whole() -> None:

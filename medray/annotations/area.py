@@ -203,7 +203,7 @@ def clip_to_slide(
             kept.append(Area(polygon, area.class_name))
     if areas and not kept:
         bounds = shapely.total_bounds([area.polygon for area in areas])
-        found = ", ".join(f"{value:.0f}" for value in bounds)
+        found = ", ".join(f"{value:.9g}" for value in bounds)
         raise SlideError(
             f"{uri}: all areas lie outside the slide of {width} x {height} pixels "
             f"(x0, y0, x1, y1 = {found}); is it the annotation of another slide?"

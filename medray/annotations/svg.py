@@ -22,14 +22,14 @@ from medray.annotations.area import (
     fill,
     match_class,
 )
+from medray.annotations.svg_check import check_size, check_values, tag_of
 from medray.classes import Classes
 from medray.errors import SlideError
 
 # Largest distance of a flattened curve from the true one, slide pixels.
 _FLATNESS = 0.1
-_MAX_DEPTH = 100
-_MAX_ELEMENTS = 1_000_000
 _HOLE = "hole"
+_IMPORTANT = re.compile(r"\s*!\s*important", re.IGNORECASE)
 # What is drawn elsewhere, by reference, or is no area.
 _NOT_DRAWN = {
     "clipPath",
@@ -73,8 +73,9 @@ def parse_svg(
             f"{space_width:g} x {space_height:g}, the slide {width} x {height} pixels; "
             f"it belongs to another slide or was cropped"
         )
-    _bound(uri, root)
+    check_size(uri, root)
     _prepare(uri, root)
+    check_values(uri, root)
     # svgelements applies the viewport itself, in CSS pixels, but coordinates are wanted
     # as they are drawn. A viewport of the drawing's own size leaves them alone, and
     # percentages still mean something.
@@ -133,43 +134,6 @@ def _length(text: str | None) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _bound(uri: str, root: Any) -> None:
-    """Refuse drawings that would grow without bounds as groups and uses are followed.
-
-    Raises:
-        SlideError: Too deep, a `use` of itself, or too many elements.
-    """
-    level, depth = [root], 0
-    while level:
-        depth += 1
-        if depth > _MAX_DEPTH:
-            raise SlideError(
-                f"{uri}: groups are nested more than {_MAX_DEPTH} deep; ungroup them"
-            )
-        level = [child for element in level for child in element]
-    named = {e.get("id"): e for e in root.iter() if e.get("id")}
-    counts: dict[Any, int | None] = {}
-
-    def count(element: Any) -> int:
-        if element in counts:
-            known = counts[element]
-            if known is None:
-                raise SlideError(f"{uri}: a <use> draws itself; remove it")
-            return known
-        counts[element] = None
-        total = 1 + sum(map(count, element))
-        if _tag(element) == "use":
-            target = named.get(_href(element).removeprefix("#"))
-            total += 0 if target is None else count(target)
-        counts[element] = total
-        return total
-
-    if count(root) > _MAX_ELEMENTS:
-        raise SlideError(
-            f"{uri}: draws more than {_MAX_ELEMENTS} elements; split it up"
-        )
-
-
 def _prepare(uri: str, root: Any) -> None:
     """Bring the tree into the part of SVG that svgelements draws right.
 
@@ -177,8 +141,13 @@ def _prepare(uri: str, root: Any) -> None:
         SlideError: A part of the drawing has a viewport of its own.
     """
     for element in list(root.iter()):
+        # svgelements takes the mark for a part of the value: display none would show.
+        if style := element.get("style"):
+            element.set("style", _IMPORTANT.sub("", style))
+        if tag_of(element) == "style" and element.text:
+            element.text = _IMPORTANT.sub("", element.text)
         for child in list(element):
-            tag = _tag(child)
+            tag = tag_of(child)
             if tag in _NOT_DRAWN:
                 element.remove(child)
             elif tag == "title" and child.text:
@@ -198,18 +167,9 @@ def _prepare(uri: str, root: Any) -> None:
                 element[place] = definitions
 
 
-def _tag(element: Any) -> str:
-    return str(element.tag).rpartition("}")[2]
-
-
 def _with_tag(element: Any, tag: str) -> str:
     namespace, brace, _ = str(element.tag).rpartition("}")
     return f"{namespace}{brace}{tag}"
-
-
-def _href(element: Any) -> str:
-    old_style = element.get("{http://www.w3.org/1999/xlink}href", "")
-    return str(element.get("href") or old_style)
 
 
 def _shapes(
