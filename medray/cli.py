@@ -47,16 +47,19 @@ def _train(args: argparse.Namespace) -> Any:
 def _infer(args: argparse.Namespace) -> Any:
     from medray.infer import infer
 
-    return infer(
-        args.slides,
-        model=args.model,
-        out=args.out,
-        mpp=args.mpp,
-        precision=args.precision,
-        probabilities=args.probabilities,
-        everywhere=args.everywhere,
-        region=args.region,
-    )
+    return infer(args.slides, model=args.model, out=args.out, options=_options(args))
+
+
+def _options(args: argparse.Namespace) -> Any:
+    """Gather what was said about a run."""
+    from medray.models.config import Prediction
+    from medray.run import Options
+
+    def chosen(cls: type[Any]) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {key: value for key, value in vars(args).items() if key in names}
+
+    return Options(**chosen(Options), prediction=Prediction(**chosen(Prediction)))
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
@@ -110,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--splits", metavar="CSV", help="slide,split: train, val or test")
     sub.add_argument(
         "--fractions",
-        type=_fractions,
+        type=_numbers,
         default=(0.7, 0.15, 0.15),
         metavar="T,V,T",
         help="shares of train, val and test (0.7,0.15,0.15)",
@@ -125,18 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("infer", _infer, "slides and a model into masks")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
-    sub.add_argument("--model", required=True, metavar="MODEL", help="from train")
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
-    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
-    sub.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto takes bfloat16 or float16 where it is fast",
-    )
-    sub.add_argument("--probabilities", action="store_true", help="store them too")
-    sub.add_argument("--everywhere", action="store_true", help="predict glass as well")
-    sub.add_argument("--region", type=int, default=2048, help="side in pixels (2048)")
+    _add_run_options(sub)
 
     sub = command("evaluate", _evaluate, "a run and the truth into a report")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")
@@ -148,11 +141,54 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    """Add what may be chosen about a run."""
+
+    def choice(name: str, values: tuple[str, ...], text: str) -> None:
+        sub.add_argument(name, choices=values, default=values[0], help=text)
+
+    def flag(name: str, text: str) -> None:
+        sub.add_argument(name, action="store_true", help=text)
+
+    sub.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        metavar="MODEL",
+        help="from train; several: ensemble",
+    )
+    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    choice("--precision", precisions, "auto: half where it is fast")
+    choice("--stitch", ("crop", "blend"), "windows' middles, or blended (crop)")
+    choice("--tta", ("none", "flips", "all"), "mirrored and turned windows too")
+    flag("--vote", "of several models the commonest class, not the mean")
+    sub.add_argument(
+        "--thresholds",
+        type=_numbers,
+        default=(),
+        metavar="P,P",
+        help="least probability by class, background first",
+    )
+    sub.add_argument(
+        "--crf", type=int, default=0, metavar="N", help="boundary refinement rounds (0)"
+    )
+    flag("--probabilities", "store them too")
+    flag("--quality", "store uncertainty, disagreement, unreadable too")
+    flag("--outlines", "write GeoJSON for QuPath too")
+    flag("--everywhere", "predict glass as well")
+    sub.add_argument("--within", metavar="DIR", help="only inside these annotations")
+    sub.add_argument(
+        "--coarse", type=int, default=1, metavar="K", help="look first K times coarser"
+    )
+    sub.add_argument("--region", type=int, default=0, help="side in pixels (0: fits)")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _fractions(text: str) -> tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 

@@ -126,9 +126,9 @@ class Commit:
     def take(self, row: Row, progress: Progress) -> None:
         """Note one row of the chain."""
         slide = self._slides.setdefault(row["slide"], _Slide())
-        if row["index"] == HEADER:
-            slide.header = row
-        else:
+        if "todo" in row:  # of a header, or of a region that carries the slide's facts
+            slide.header = slide.header or row
+        if row["index"] != HEADER:
             slide.arrived += 1
         if "error" in row:
             slide.error = slide.error or row["error"]
@@ -190,10 +190,14 @@ class Commit:
     def _succeed(self, header: Row, progress: Progress) -> None:
         key = slide_key(header["slide"], header["digest"])
         regions = list(self.ledger.regions.get(key, {}).values())
-        row = _outcome(header, "done", "") | self.slide_row(header, regions)
+        try:
+            row = _outcome(header, "done", "") | self.slide_row(header, regions)
+        except SlideError as error:
+            self._fail(header, f"{error}", progress)
+            return
         self.ledger.commit_slide(row)
         self.done += 1
-        note = header.get("note") or ""
+        note = row.get("note") or ""
         progress.slide(header["slide"], f"done {note}".strip())
 
     def _fail(self, header: Row, message: str, progress: Progress) -> None:

@@ -113,12 +113,13 @@ def evaluate(run: str, *, truth: str, out: str, split: str | None = None) -> Eva
         provenance={
             "run": run.rsplit("/", 1)[-1],
             "run digest": settings.digest(),
-            "model": settings.model.rsplit("/", 1)[-1],
+            "model": settings.names,
             "model digest": settings.model_digest,
             "truth": truth.rsplit("/", 1)[-1],
             "inputs": inputs,
-            "precision": settings.precision,
+            "precision": settings.options.prediction.precision,
             "window": f"{settings.windows.size} px, every {settings.windows.stride}",
+            "stitching": settings.options.prediction.stitch,
             "resolution": f"{settings.model_mpp or 'level 0'} um per pixel",
         }
         | {f"version of {name}": v for name, v in settings.versions.items()},

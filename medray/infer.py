@@ -1,44 +1,58 @@
-"""Slides and a model -> one OME-Zarr mask a slide, and slides.parquet.
+"""Slides and models -> one OME-Zarr mask a slide, and slides.parquet.
 
 The way of a region, top to bottom:
 
-    plan     a slide becomes rows of numbers: which regions hold tissue
-    read     a region and its halo become one uint8 array
-    predict  an actor cuts windows, runs the model, blends, takes the likeliest class
-    write    the region's classes become one shard of the mask
+    plan     slides become packets of regions, numbers only: which hold tissue
+    lane     an actor a GPU takes a packet and keeps its device busy:
+      read     tasks read regions and their halos ahead, within a budget of bytes
+      predict  windows of successive regions share batches; classes come out
+      write    tasks write the classes as the region's shards
     commit   the driver notes the region; with its last region a slide is done
 
-No two tasks write one shard, and a task that runs twice writes the same bytes, so any
-worker may die or be repeated. What the driver has noted is not computed again.
+Pixels go from the readers to the lane and from the lane to the writers; the driver and
+Ray Data only see packets and outcomes. No two tasks write one shard, and a task that
+runs twice writes the same bytes, so any worker may die or be repeated. What the driver
+has noted is not computed again.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray
 import ray.data
+from ray.util.metrics import Counter
 
 from medray import cluster
+from medray.annotations.matching import match_annotations
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
-from medray.errors import ConfigError, MedrayError
-from medray.grid import Rectangle, Windows, plan_regions, region_windows
+from medray.errors import ConfigError, MedrayError, SlideError
+from medray.grid import Rectangle, region_side, region_windows
 from medray.models.config import model_digest, read_config
+from medray.plan import coarse_mask, plan_slide, wanted_windows
 from medray.progress import Progress
-from medray.run import RunSettings, create_mask, mask_uri, open_run, probabilities_uri
-from medray.slides import ArraySlide, Slide, open_slide
+from medray.region import (
+    finish_slide,
+    opened,
+    read_region,
+    working_of,
+    write_region,
+)
+from medray.run import Options, RunSettings, create_mask, open_run
 from medray.slides.digest import slide_digest
-from medray.slides.levels import choose_level
 from medray.slides.listing import find_slides
-from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger, slide_key
 
@@ -49,45 +63,45 @@ UInt8 = npt.NDArray[np.uint8]
 def infer(
     slides: Sequence[str],
     *,
-    model: str,
+    model: str | Sequence[str],
     out: str,
-    mpp: float | None = None,
-    precision: str = "auto",
-    probabilities: bool = False,
-    everywhere: bool = False,
-    region: int = omezarr.REGION,
+    options: Options | None = None,
 ) -> Summary:
     """Segment slides with a model: one OME-Zarr mask a slide in OUT/masks.
 
     Running the same command again finishes what is missing and does nothing twice.
 
     Args:
-        slides: Files, globs, folders, s3:// or gs:// addresses.
-        model: Model folder, as `medray train` writes it.
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        model: Model folder, as `medray train` writes it, or several: an ensemble.
         out: Folder of the run; made if needed.
-        mpp: Microns per pixel of slides whose files do not say.
-        precision: auto, float32, bfloat16 or float16.
-        probabilities: Store class probabilities too (uint8).
-        everywhere: Predict glass as well as tissue.
-        region: Side of a region in pixels, a multiple of 512.
+        options: How; by default the model's way.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
             other settings.
     """
-    settings = _settings(model, mpp, precision, probabilities, everywhere, region)
+    options = options or Options()
+    settings = settings_of([model] if isinstance(model, str) else model, options)
     out = files.absolute(out)
     open_run(out, settings)
     ledger = Ledger(out)
     wanted = find_slides(slides)
-    todo = changed_slides(wanted, ledger)
+    areas = match_annotations(wanted, options.within)
+    if options.within:
+        wanted = [slide for slide in wanted if slide.slide in areas]
+    if not wanted:
+        raise ConfigError(f"{options.within}: no annotation is named like a slide")
+    todo = changed_slides(wanted, ledger, areas)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     skipped = len(wanted) - len(todo)
     if not todo:
         return Summary(out, 0, skipped, {}, 0, 0.0)
     cluster.connect()
+    if options.coarse > 1:
+        _first_pass([row["uri"] for row in todo], settings, out)
     start = time.perf_counter()
-    commit = Commit(ledger, functools.partial(_finish_mask, settings, out), _slide_row)
+    commit = Commit(ledger, functools.partial(finish_slide, settings, out), _slide_row)
     with Progress("infer", len(todo)) as progress:
         for row in _chain(todo, settings, out, ledger):
             commit.take(row, progress)
@@ -96,31 +110,40 @@ def infer(
     return commit.summary(out, skipped, time.perf_counter() - start)
 
 
-def _settings(
-    model: str,
-    mpp: float | None,
-    precision: str,
-    probabilities: bool,
-    everywhere: bool,
-    region: int,
-) -> RunSettings:
-    model = files.absolute(model)
-    config = read_config(model)
-    if precision not in ("auto", "float32", "bfloat16", "float16"):
+def settings_of(models: Sequence[str], options: Options) -> RunSettings:
+    """Settle what a run of these models will be.
+
+    Raises:
+        ConfigError: A folder is no model, or the models do not fit each other.
+    """
+    folders = tuple(files.absolute(model) for model in models)
+    configs = [read_config(folder) for folder in folders]
+    config = configs[0]
+    for folder, other in zip(folders, configs, strict=True):
+        for name in ("classes", "window", "mpp"):
+            if getattr(other, name) != getattr(config, name):
+                raise ConfigError(
+                    f"{folder}: models of one ensemble need the same {name}, found "
+                    f"{getattr(other, name)} beside {getattr(config, name)}"
+                )
+    thresholds = options.prediction.thresholds
+    if thresholds and len(thresholds) != len(config.classes):
         raise ConfigError(
-            f"precision {precision!r}: expected auto, float32, bfloat16 or float16"
+            f"thresholds: expected {len(config.classes)}, one for each of "
+            f"{list(config.classes.names)}, found {len(thresholds)}"
         )
+    if options.within:
+        options = replace(options, within=files.absolute(options.within))
+    side = options.region or region_side(config.window, omezarr.PATCH)
+    digests = [model_digest(folder) for folder in folders]
+    whole = hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
     return RunSettings(
-        model=model,
-        model_digest=model_digest(model),
+        models=folders,
+        model_digest=digests[0] if len(digests) == 1 else f"blake2b:{whole}",
         classes=config.classes,
         windows=config.window,
         model_mpp=config.mpp,
-        mpp=mpp,
-        precision=precision,
-        probabilities=probabilities,
-        everywhere=everywhere,
-        region=region,
+        options=replace(options, region=side),
         versions={
             name: importlib.metadata.version(name)
             for name in ("medray", "torch", "tifffile", "imagecodecs", "zarr")
@@ -128,55 +151,78 @@ def _settings(
     )
 
 
+def _first_pass(slides: list[str], settings: RunSettings, out: str) -> None:
+    """Predict at a coarser level, to know where it is worth looking closely."""
+    options = settings.options
+    if settings.model_mpp is None:
+        raise ConfigError("coarse needs a model that names its microns per pixel")
+    coarse = replace(
+        settings,
+        model_mpp=settings.model_mpp * options.coarse,
+        options=replace(options, coarse=1, outlines=False),
+    )
+    out = files.join(out, "coarse")
+    open_run(out, coarse)
+    ledger = Ledger(out)
+    todo = changed_slides(find_slides(slides), ledger)
+    commit = Commit(ledger, functools.partial(finish_slide, coarse, out), _slide_row)
+    with Progress("coarse", len(todo)) as progress:
+        for row in _chain(todo, coarse, out, ledger) if todo else ():
+            commit.take(row, progress)
+        commit.finish(progress)
+    ledger.close()
+
+
 def _chain(
     todo: list[Row], settings: RunSettings, out: str, ledger: Ledger
 ) -> Iterator[Row]:
-    """Run plan -> read -> predict -> write over Ray Data; give a row a region."""
+    """Run plan -> lanes over Ray Data; give a row a region."""
     committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-    side = settings.region + 2 * settings.windows.size
-    shared = {"settings": settings, "out": out}
-    with cluster.streaming(block_bytes=3 * side * side):
+    gpus = cluster.gpus()
+    lanes = gpus or sum(node["Alive"] for node in ray.nodes())
+    packet = 16 if gpus else 8
+    share = max(1, min(packet, -(-len(todo) // (2 * lanes))))
+    groups = [
+        {"json": json.dumps(todo[first : first + share])}
+        for first in range(0, len(todo), share)
+    ]
+    # Every row is a block of its own: a packet goes out when it is planned, an outcome
+    # comes back when its region is written.
+    with cluster.streaming(block_bytes=1):
         rows = (
-            ray.data.from_items(todo, override_num_blocks=min(len(todo), 1000))
+            ray.data.from_items(groups, override_num_blocks=min(len(groups), 1000))
             .map_batches(
                 _plan,
                 batch_size=1,
                 num_cpus=0.25,
-                fn_kwargs={**shared, "committed": committed},
-            )
-            .repartition(target_num_rows_per_block=1)
-            .map_batches(
-                _read, batch_size=1, num_cpus=0.5, fn_kwargs={"settings": settings}
-            )
-            .map_batches(
-                _Predict,
-                batch_size=4,
-                batch_format="pyarrow",
-                compute=_actors(),
-                fn_constructor_args=(settings,),
-                **_actor_resources(),
+                fn_kwargs={
+                    "settings": settings,
+                    "out": out,
+                    "committed": committed,
+                    "packet": packet,
+                },
             )
             .map_batches(
-                _write,
+                Lane,
                 batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=0.25,
-                fn_kwargs=shared,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1,
+                    max_size=lanes,
+                    # While one packet's last regions are written the next is predicted.
+                    max_concurrent_calls_per_actor=2,
+                    max_tasks_in_flight_per_actor=2,
+                    enable_true_multi_threading=True,
+                ),
+                fn_constructor_args=(settings, out),
+                **_lane_resources(),
             )
         )
-        for row in rows.iter_rows():
-            yield json.loads(row["json"])
+        for outcome in rows.iter_rows():
+            yield from json.loads(outcome["json"])
 
 
-def _actors() -> ray.data.ActorPoolStrategy:
-    if cluster.gpus():
-        return ray.data.ActorPoolStrategy(min_size=1, max_size=cluster.gpus())
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return ray.data.ActorPoolStrategy(size=nodes)
-
-
-def _actor_resources() -> dict[str, float]:
-    """One actor a GPU; without GPUs one a node, which leaves a core for reading."""
+def _lane_resources() -> dict[str, float]:
+    """One lane a GPU; without GPUs one a node, which leaves a core for reading."""
     if cluster.gpus():
         return {"num_gpus": 1}
     return {"num_cpus": max(1, cluster.cpus_per_node() - 1)}
@@ -186,254 +232,252 @@ def _actor_resources() -> dict[str, float]:
 
 
 def _plan(
-    batch: Row, *, settings: RunSettings, out: str, committed: dict[str, list[int]]
+    batch: Row,
+    *,
+    settings: RunSettings,
+    out: str,
+    committed: dict[str, list[int]],
+    packet: int,
 ) -> Iterator[Row]:
-    """One slide to its header row and a row for each region that is to be computed."""
-    slide, uri = str(batch["slide"][0]), str(batch["uri"][0])
-    before, stamp = json.loads(batch["before"][0]), str(batch["stamp"][0])
-    header: Row = {"slide": slide, "uri": uri, "stamp": stamp, "index": HEADER}
+    """Plan slides, make their empty masks, and give their regions in packets."""
     rows: list[Row] = []
+    for slide in json.loads(batch["json"][0]):
+        rows += _plan_one(slide, settings, out, committed)
+        while len(rows) >= packet:
+            yield {"json": [json.dumps(rows[:packet])]}
+            rows = rows[packet:]
+    if rows:
+        yield {"json": [json.dumps(rows)]}
+
+
+def _plan_one(
+    row: Row, settings: RunSettings, out: str, committed: dict[str, list[int]]
+) -> list[Row]:
+    """Give a row for each region to do, or one that says why there is none."""
+    header = row | {"index": HEADER, "todo": 0}
     try:
-        digest = slide_digest(uri)
-        header["digest"] = digest
-        if before and before["digest"] == digest:
-            unchanged = before | {"stamp": stamp, "uri": uri}
-            yield _packed(header | {"unchanged": unchanged, "todo": 0})
-            return
-        with open_slide(uri) as opened:
-            facts, rows = _plan_slide(opened, settings)
-        header |= facts | {"classes": settings.classes.names}
-        done = set(committed.get(slide_key(slide, digest), ()))
-        create_mask(slide, digest, facts, settings, out)
-        rows = [row for row in rows if row["index"] not in done]
-    except (MedrayError, OSError, MemoryError) as error:
-        header["error"] = f"{error}"
-    yield _packed(header | {"todo": len(rows)})
-    for row in rows:
-        yield _packed(
-            {key: header[key] for key in ("slide", "uri", "digest")} | facts | row
-        )
+        header["digest"] = slide_digest(row["uri"])
+        before = json.loads(row["before"])
+        if before and before["digest"] == header["digest"]:
+            # Touched, not changed: its mask stands, its row comes back.
+            return [header | {"unchanged": before | {"stamp": row["stamp"]}}]
+        coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
+        slide = opened(row["uri"], header["digest"])
+        facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
+        working = working_of(facts)
+        create_mask(row["slide"], header["digest"], working, settings, out)
+        done = set(committed.get(slide_key(row["slide"], header["digest"]), ()))
+        regions = [region for region in regions if region["index"] not in done]
+        header |= facts | {"todo": len(regions), "classes": settings.classes.names}
+        if not regions and header["regions"] <= 1:
+            finish_slide(settings, out, row["slide"])
+    except (MedrayError, OSError) as error:
+        return [header | {"error": f"{error}"}]
+    del header["before"]
+    return [header | region for region in regions] or [header]
 
 
-def _packed(row: Row, pixels: bytes | memoryview = b"") -> Row:
-    """Make a block of one row: everything small as JSON, pixels as bytes."""
-    return {"json": [json.dumps(row)], "pixels": [pixels]}
+# --- lane -----------------------------------------------------------------------------
 
 
-def _plan_slide(slide: Slide, settings: RunSettings) -> tuple[Row, list[Row]]:
-    """Give a slide's facts and its regions with tissue, from a few coarse pixels."""
-    level, note = choose_level(slide, settings.model_mpp, settings.mpp)
-    chosen = slide.levels[level]
-    height, width = chosen.height, chosen.width
-    mpp = slide.mpp or settings.mpp
-    if mpp is None and settings.model_mpp is not None:
-        mpp = settings.model_mpp / chosen.downsample
-    regions = list(plan_regions(height, width, settings.region))
-    # A flat slide of one region is decoded once: its tissue is found when it is read.
-    at_reading = len(regions) == 1 and len(slide.levels) == 1
-    blocks = None
-    if not settings.everywhere and not at_reading:
-        blocks = tissue_share(slide, height, width, omezarr.PATCH) > 0
-    rows = [
-        {"index": i, "region": [r.y, r.x, r.height, r.width], "blocks": part.tolist()}
-        for i, r in enumerate(regions)
-        if (part := _blocks_of(r, blocks)).any()
-    ]
-    facts = {
-        "level": level,
-        "downsample": chosen.downsample,
-        "mpp": None if mpp is None else mpp * chosen.downsample,
-        "height": height,
-        "width": width,
-        "level0_height": slide.levels[0].height,
-        "level0_width": slide.levels[0].width,
-        "regions": len(rows),
-        "note": note,
-        "tissue_at_reading": at_reading and not settings.everywhere,
-    }
-    return facts, rows
+class Lane:
+    """One device with all that keeps it busy: readers ahead of it, writers behind.
 
-
-def _blocks_of(
-    region: Rectangle, blocks: npt.NDArray[np.bool_] | None
-) -> npt.NDArray[np.bool_]:
-    """Give which 512 px blocks of a region hold tissue."""
-    y0, x0 = region.y // omezarr.PATCH, region.x // omezarr.PATCH
-    y1, x1 = -(-region.bottom // omezarr.PATCH), -(-region.right // omezarr.PATCH)
-    if blocks is None:
-        return np.ones((y1 - y0, x1 - x0), dtype=bool)
-    return blocks[y0:y1, x0:x1]
-
-
-# --- read -----------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4)
-def _opened(uri: str, digest: str) -> Slide:
-    """Keep the slides at hand open; the digest tells a replaced file apart."""
-    return open_slide(uri)
-
-
-def _read(batch: Row, *, settings: RunSettings) -> Row:
-    """Read one region with its halo; an unreadable one becomes a row with why."""
-    row = json.loads(batch["json"][0])
-    if row["index"] == HEADER:
-        return _packed(row)
-    start = time.time()
-    try:
-        pixels = _read_halo(_opened(row["uri"], row["digest"]), row, settings.windows)
-        if row["tissue_at_reading"]:
-            row["blocks"] = _tissue_of(pixels, row["height"], row["width"])
-    except (MedrayError, OSError, MemoryError) as error:
-        return _packed(row | {"error": f"{error}"})
-    row |= {"read_at": start, "read_s": time.time() - start}
-    if not np.any(row["blocks"]):
-        return _packed(row)
-    return _packed(row, pixels.tobytes())
-
-
-def _read_halo(slide: Slide, row: Row, windows: Windows) -> UInt8:
-    """Read the pixels of every window that touches a region.
-
-    Returns:
-        (halo height, halo width, 3) uint8; a slide smaller than a window is continued
-        by its mirror image.
+    Two packets may be under way in two threads; the device predicts one after the
+    other, so that the second is read while the first is predicted, and predicted while
+    the last regions of the first are written.
     """
-    height, width = row["height"], row["width"]
-    halo = region_windows(Rectangle(*row["region"]), height, width, windows).halo
-    bottom, right = min(halo.bottom, height), min(halo.right, width)
-    pixels = slide.read(halo.y, halo.x, bottom - halo.y, right - halo.x, row["level"])
-    pad = ((0, halo.bottom - bottom), (0, halo.right - right), (0, 0))
-    return np.pad(pixels, pad, mode="symmetric") if np.any(pad) else pixels
 
+    def __init__(self, settings: RunSettings, out: str) -> None:
+        """Load the models and start the model's device."""
+        from medray.models.predict import Predictor, choose_device, use_threads
 
-def _tissue_of(pixels: UInt8, height: int, width: int) -> list[list[bool]]:
-    """Find the tissue of a slide that has been read whole."""
-    slide = ArraySlide(pixels[:height, :width])
-    blocks = tissue_share(slide, height, width, omezarr.PATCH) > 0
-    return blocks.tolist()  # type: ignore[no-any-return]
-
-
-# --- predict --------------------------------------------------------------------------
-
-
-class _Predict:
-    """The actor that holds the model."""
-
-    def __init__(self, settings: RunSettings) -> None:
-        from medray.models.predict import (
-            Precision,
-            Predictor,
-            choose_device,
-            use_threads,
-        )
-
-        if choose_device().type == "cpu":
+        device = choose_device()
+        if device.type == "cpu":
             use_threads(cluster.cpus_per_node())
-        precision: Precision = settings.precision  # type: ignore[assignment]
-        self._windows = settings.windows
-        self._predictor = Predictor.from_folder(
-            settings.model, precision=precision, probabilities=settings.probabilities
+        self._settings, self._out = settings, out
+        self._predictor = Predictor.from_folders(
+            settings.models, settings.options.prediction
+        )
+        gpu = device.type == "cuda"
+        # Enough to be read while others are predicted; per packet under way.
+        self._ahead_bytes = (512 if gpu else 64) << 20
+        self._group = 8 if gpu else 1
+        self._turn = threading.Lock()
+        self._read = ray.remote(read_region).options(
+            num_cpus=0.5, num_returns=2, max_retries=2
+        )
+        self._write = ray.remote(write_region).options(num_cpus=0.25, max_retries=2)
+        self._regions = Counter("medray_regions", "Regions predicted.")
+        self._pixels = Counter("medray_pixels", "Pixels predicted.")
+        self._failures = Counter("medray_region_failures", "Regions that failed.")
+        self._waited = Counter(
+            "medray_lane_waited_seconds", "How long a device waited for pixels."
         )
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Give the classes of a few regions; rows without pixels pass through."""
+    def __call__(self, batch: Row) -> Iterator[Row]:
+        """Work on a packet; give outcomes in its order, a few at a time.
+
+        The order and the grouping are those of the packet, so that a repeated call
+        gives the same blocks and none is lost or counted twice.
+        """
+        outcomes: list[Row] = []
+        for row in self._work(json.loads(batch["json"][0])):
+            outcomes.append(row)
+            if len(outcomes) == self._group:
+                yield {"json": [json.dumps(outcomes)]}
+                outcomes = []
+        if outcomes:
+            yield {"json": [json.dumps(outcomes)]}
+
+    def _work(self, rows: list[Row]) -> Iterator[Row]:
+        ahead = _ReadAhead(self._read, rows, self._settings, self._ahead_bytes)
+        writes: deque[tuple[Row, Any]] = deque()
+        with self._turn:
+            for row, layers in self._predicted(ahead):
+                writes.append((row, self._start_writing(row, layers)))
+                while writes and (len(writes) > 8 or _is_ready(writes[0][1])):
+                    yield self._outcome(*writes.popleft())
+        while writes:
+            yield self._outcome(*writes.popleft())
+
+    def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, dict[str, UInt8]]]:
+        """Give the rows in their order, with what the models make of their pixels."""
+        waiting: deque[tuple[Row, bool]] = deque()
+
+        def regions() -> Iterator[Any]:
+            for row, pixels, waited in ahead:
+                waiting.append((row, pixels is not None))
+                if pixels is not None:
+                    self._waited.inc(waited)
+                    yield self._region_pixels(row | {"waited_s": waited}, pixels)
+
+        def passed_through() -> Iterator[tuple[Row, dict[str, UInt8]]]:
+            while waiting and not waiting[0][1]:
+                yield waiting.popleft()[0], {}
+
+        start = time.perf_counter()
+        for result in self._predictor.predict(regions()):
+            yield from passed_through()
+            row, _ = waiting.popleft()
+            row["predict_s"] = time.perf_counter() - start
+            self._regions.inc()
+            self._pixels.inc(row["region"][2] * row["region"][3])
+            layers = {
+                "labels": result.labels,
+                "probabilities": result.probabilities,
+                "uncertainty": result.uncertainty,
+                "disagreement": result.disagreement,
+            }
+            yield row, {k: v for k, v in layers.items() if v is not None}
+            start = time.perf_counter()
+        yield from passed_through()
+
+    def _region_pixels(self, row: Row, pixels: UInt8) -> Any:
         from medray.models.predict import RegionPixels
 
-        rows = [json.loads(text) for text in batch["json"].to_pylist()]
-        inputs: list[tuple[Row, RegionPixels]] = []
-        for row, value in zip(rows, batch["pixels"], strict=True):
-            buffer = value.as_buffer()
-            if not buffer.size:
-                yield _table(row)
+        size = (row["height"], row["width"])
+        windows, how = self._settings.windows, self._settings.options.prediction
+        plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
+        return RegionPixels(pixels, plan, *size, wanted_windows(row, self._settings))
+
+    def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
+        if row["index"] == HEADER or "error" in row:
+            return None
+        return self._write.remote(row, layers, self._settings, self._out)
+
+    def _outcome(self, row: Row, write: Any) -> Row:
+        if write is not None:
+            try:
+                row = ray.get(write)
+            except ray.exceptions.RayError as error:
+                row = row | {"error": f"{row['uri']}: the writer died ({error})"}
+        if "error" in row:
+            self._failures.inc()
+        return row
+
+
+def _is_ready(write: Any) -> bool:
+    return write is None or bool(ray.wait([write], timeout=0)[0])
+
+
+class _ReadAhead:
+    """Reads the regions of a packet in their order, some bytes ahead."""
+
+    def __init__(
+        self, read: Any, rows: list[Row], settings: RunSettings, ahead_bytes: int
+    ) -> None:
+        self._read, self._settings = read, settings
+        self._todo = deque(rows)
+        self._under_way: deque[tuple[Row, Any]] = deque()
+        self._free = ahead_bytes
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._todo and (self._free > 0 or not self._under_way):
+            row = self._todo.popleft()
+            if row["index"] == HEADER:
+                self._under_way.append((row, None))
                 continue
-            region = Rectangle(*row["region"])
-            size = (row["height"], row["width"])
-            plan = region_windows(region, *size, self._windows)
-            shape = (plan.halo.height, plan.halo.width, 3)
-            pixels = np.frombuffer(buffer, np.uint8).reshape(shape)
-            inputs.append((row, RegionPixels(pixels, plan, *size)))
-        start = time.time()
-        results = self._predictor.predict([pixels for _, pixels in inputs])
-        for (row, _), result in zip(inputs, results, strict=True):
-            row |= {"predict_s": (time.time() - start) / len(inputs)}
-            parts = [result.labels]
-            if result.probabilities is not None:
-                parts.append(result.probabilities)
-            yield _table(row, b"".join(part.tobytes() for part in parts))
+            self._free -= _halo_bytes(row, self._settings)
+            self._under_way.append((row, self._read.remote(row, self._settings)))
+
+    def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
+        """Give each row with its pixels, and how many seconds they were waited for."""
+        while self._under_way:
+            row, reading = self._under_way.popleft()
+            start = time.perf_counter()
+            pixels: UInt8 | None = None
+            if reading is not None:
+                self._free += _halo_bytes(row, self._settings)
+                try:
+                    row, pixels = ray.get(list(reading))
+                except ray.exceptions.RayError as error:
+                    kind = type(error).__name__
+                    row = row | {"error": f"{row['uri']}: its reader died ({kind})"}
+            self._fill()
+            yield row, pixels, time.perf_counter() - start
 
 
-def _table(row: Row, pixels: bytes = b"") -> pa.Table:
-    return pa.table(
-        {
-            "json": pa.array([json.dumps(row)], pa.string()),
-            "pixels": pa.array([pixels], pa.large_binary()),
-        }
-    )
-
-
-# --- write ----------------------------------------------------------------------------
-
-
-def _write(batch: pa.Table, *, settings: RunSettings, out: str) -> Row:
-    """Write one region's shard; a slide of one region gets its pyramid at once."""
-    row = json.loads(batch["json"][0].as_py())
-    if row["index"] == HEADER or "error" in row:
-        return {"json": [json.dumps(row)]}
-    start = time.time()
+def _halo_bytes(row: Row, settings: RunSettings) -> int:
+    size = (row["height"], row["width"])
+    stitch = settings.options.prediction.stitch
     region = Rectangle(*row["region"])
-    pixels = np.frombuffer(batch["pixels"][0].as_buffer(), np.uint8)
-    shape = (1 + len(settings.classes) * settings.probabilities, *_shape(region))
-    layers = pixels.reshape(shape) if pixels.size else np.zeros(shape, np.uint8)
-    layers = np.where(_mask_of(row["blocks"], region), layers, np.uint8(0))
-    counts = np.bincount(layers[0].ravel(), minlength=len(settings.classes))
-    try:
-        omezarr.write_region(mask_uri(out, row["slide"]), region, layers[0])
-        if settings.probabilities:
-            uri = probabilities_uri(out, row["slide"])
-            omezarr.write_region(uri, region, layers[1:])
-        if row["regions"] == 1:
-            _finish_mask(settings, out, row["slide"])
-    except (MedrayError, OSError) as error:
-        return {"json": [json.dumps(row | {"error": f"{error}"})]}
-    record = {key: row[key] for key in ("read_at", "read_s", "predict_s") if key in row}
-    record |= {"class_px": counts.tolist(), "write_s": time.time() - start}
-    row["record"] = record | {"written_at": time.time()}
-    return {"json": [json.dumps(row)]}
-
-
-def _shape(region: Rectangle) -> tuple[int, int]:
-    return region.height, region.width
-
-
-def _mask_of(blocks: list[list[bool]], region: Rectangle) -> npt.NDArray[np.bool_]:
-    """Enlarge a region's tissue blocks to its pixels, (height, width)."""
-    ones = np.ones((omezarr.PATCH, omezarr.PATCH), dtype=bool)
-    whole = np.kron(np.asarray(blocks, dtype=bool), ones)
-    return whole[: region.height, : region.width]
-
-
-def _finish_mask(settings: RunSettings, out: str, slide: str) -> None:
-    """Build the pyramid, once all regions are written."""
-    omezarr.build_pyramid(mask_uri(out, slide))
-    if settings.probabilities:
-        omezarr.build_pyramid(probabilities_uri(out, slide))
+    halo = region_windows(region, *size, settings.windows, stitch).halo
+    return 3 * halo.height * halo.width
 
 
 # --- commit ---------------------------------------------------------------------------
 
 
 def _slide_row(header: Row, regions: list[Row]) -> Row:
-    """Sum up a finished slide for slides.parquet."""
+    """Sum up a finished slide for slides.parquet.
+
+    Raises:
+        SlideError: Nothing of the slide could be read.
+    """
     row = {key: header[key] for key in _FACTS}
+    total = header["height"] * header["width"]
+    unreadable = sum(region.get("unreadable_px", 0) for region in regions)
+    if unreadable >= total:
+        raise SlideError(f"{header['uri']}: none of its pixels can be read")
+    if unreadable:
+        said = f"{unreadable / total:.1%} of its pixels cannot be read"
+        row["note"] = f"{row['note']}; {said}" if row["note"] else said
+    row["unreadable_px"] = unreadable
     classes = header["classes"]
     counts = np.zeros(len(classes), np.int64)
     for region in regions:
         counts += np.asarray(region["class_px"])
-    counts[0] += header["height"] * header["width"] - counts.sum()
+    counts[0] += total - counts.sum()
     row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
-    for part in ("read_s", "predict_s", "write_s"):
-        row[part] = sum(region.get(part, 0.0) for region in regions)
+    looked_at = sum(region.get("predicted_px", 0) for region in regions)
+    for layer, most in (("uncertainty", 255), ("disagreement", 1)):
+        if looked_at:
+            total = sum(region[f"{layer}_sum"] for region in regions)
+            row[layer] = total / most / looked_at
+    for part in ("read_s", "predict_s", "waited_s", "write_s", "windows"):
+        row[part] = sum(region.get(part, 0) for region in regions)
     row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
     row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
     return row
@@ -441,6 +485,7 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
 
 _FACTS = (
     "level",
+    "scale",
     "downsample",
     "mpp",
     "height",

@@ -23,11 +23,11 @@ import ray.data
 
 from medray import cluster
 from medray.annotations import (
-    ANNOTATION_SUFFIXES,
     Area,
     rasterise,
     read_annotation,
 )
+from medray.annotations.matching import match_annotations
 from medray.classes import Classes
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
 from medray.dataset import (
@@ -46,7 +46,7 @@ from medray.grid import Rectangle, plan_regions
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
-from medray.slides.listing import SlideFile, find_files, find_slides, slide_id
+from medray.slides.listing import find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger, slide_key
@@ -90,7 +90,7 @@ def ingest(
     out = files.absolute(out)
     _check_fractions(fractions)
     wanted = find_slides(slides)
-    matched = _match(wanted, annotations)
+    matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
     split_of = _read_splits(splits) if splits else None
     open_dataset(out, settings)
@@ -119,37 +119,6 @@ def _check_fractions(fractions: tuple[float, float, float]) -> None:
             f"fractions: expected three shares of train, val and test that sum to 1, "
             f"found {list(fractions)}"
         )
-
-
-def _match(wanted: Sequence[SlideFile], annotations: str | None) -> dict[str, str]:
-    """Find the annotation of each slide: the same path below its folder, or name."""
-    if annotations is None:
-        return {}
-    by_name: dict[str, list[str]] = {}
-    for uri, relative in find_files([annotations], ANNOTATION_SUFFIXES):
-        by_name.setdefault(slide_id(relative, ANNOTATION_SUFFIXES), []).append(uri)
-    matched = {}
-    for file in wanted:
-        name = file.name if file.name in by_name else file.name.rpartition("__")[2]
-        if name in by_name:
-            best = min(by_name[name], key=_preference)
-            matched[file.slide] = best
-    used = set(matched.values())
-    for name, uris in by_name.items():
-        if used.isdisjoint(uris):
-            log.warning(
-                "annotation %s has no slide named %s; it is not used", uris, name
-            )
-    bare = [file.slide for file in wanted if file.slide not in matched]
-    if bare:
-        shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
-        log.warning("%d slides have no annotation: %s", len(bare), shown)
-    return matched
-
-
-def _preference(uri: str) -> int:
-    lower = uri.lower()
-    return next(i for i, s in enumerate(ANNOTATION_SUFFIXES) if lower.endswith(s))
 
 
 def _chain(
@@ -294,8 +263,9 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
         uri, *size, mpp=header["mpp"], name=header["slide"], attributes=attributes
     )
     if header["annotated"]:
+        omezarr.list_labels(uri, [LABELS])
         omezarr.create_labels(
-            omezarr.add_labels_to_image(uri, LABELS),
+            labels_uri(out, header["slide"]),
             *size,
             mpp=header["mpp"],
             name=LABELS,

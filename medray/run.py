@@ -1,10 +1,13 @@
-"""A run: one inference of one model over slides; its folder and its settings.
+"""A run: one inference of models over slides; its folder and its settings.
 
 RUN/
 run.yaml                    what decides the bytes of its masks (RunSettings)
 slides.parquet              a row a slide: status, digests, timings
 masks/SLIDE.ome.zarr        class of every pixel
+    labels/LAYER            on request: uncertainty, disagreement, unreadable
 masks/SLIDE.probabilities.ome.zarr   on request
+outlines/SLIDE.geojson      on request
+coarse/                     the run of the first pass, when there is one
 """
 
 from __future__ import annotations
@@ -17,8 +20,53 @@ from typing import Any
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.grid import Windows
+from medray.models.config import Prediction
 from medray.settings import from_dict, read_yaml, to_dict, write_settings
+from medray.slides.levels import Working
 from medray.store import files, omezarr
+
+LAYERS = {
+    "uncertainty": Classes(("certain", "uncertain")),
+    "disagreement": Classes(("agreed", "disagreed")),
+    "unreadable": Classes(("readable", "unreadable")),
+}
+"""The quality layers of a mask, and what their values mean (uncertainty: 0..255)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person may choose about a run; see `medray infer --help`.
+
+    Attributes:
+        prediction: How windows become classes.
+        mpp: Microns per pixel of slides whose files do not say; None: not given.
+        everywhere: Predict glass as well as tissue.
+        within: Folder of annotations named like the slides: predict only inside their
+            areas, and only slides that have one. None: everywhere.
+        coarse: First predict at so many times the model's microns per pixel, and then
+            only where that found a class other than 0; 1: no first pass.
+        outlines: Write the mask's objects as GeoJSON too.
+        region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
+    """
+
+    prediction: Prediction = field(default_factory=Prediction)
+    mpp: float | None = None
+    everywhere: bool = False
+    within: str | None = None
+    coarse: int = 1
+    outlines: bool = False
+    region: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.region < 0 or self.region % omezarr.PATCH:
+            raise ConfigError(
+                f"region must be a multiple of {omezarr.PATCH}, found {self.region}"
+            )
+        if self.coarse not in (1, 2, 4, 8):
+            raise ConfigError(f"coarse must be 1, 2, 4 or 8, found {self.coarse}")
+        if self.coarse > 1 and self.within:
+            raise ConfigError("coarse and within cannot be combined; choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,41 +74,36 @@ class RunSettings:
     """What decides the bytes of a run's masks; stored as `run.yaml`.
 
     Attributes:
-        model: Folder of the model (absolute, or an address).
-        model_digest: Digest of its weights and configuration.
+        models: Folders of the models (absolute, or addresses).
+        model_digest: Digest of their weights and configurations.
         classes: Names by label value.
-        windows: Size and stride of the model's input, pixels.
-        model_mpp: Microns per pixel that the model works at; None: level 0 as it is.
-        mpp: Microns per pixel of slides whose files do not say; None: not given.
-        precision: Of the model's arithmetic, as asked for: auto, float32, ...
-        probabilities: Store them too, as (class, y, x) uint8.
-        everywhere: Predict glass as well as tissue.
-        region: Side of a region in pixels.
+        windows: Size and stride of the models' input, pixels.
+        model_mpp: Microns per pixel to work at; None: level 0 as it is.
+        options: What was asked for.
         versions: Of the packages that decide the result.
     """
 
-    model: str
+    models: tuple[str, ...]
     model_digest: str
     classes: Classes
     windows: Windows
     model_mpp: float | None
-    mpp: float | None = None
-    precision: str = "auto"
-    probabilities: bool = False
-    everywhere: bool = False
-    region: int = omezarr.REGION
+    options: Options = field(default_factory=Options)
     versions: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Check the size of a region."""
-        if self.region < omezarr.PATCH or self.region % omezarr.PATCH:
-            raise ConfigError(
-                f"region must be a multiple of {omezarr.PATCH}, found {self.region}"
-            )
+    @property
+    def names(self) -> str:
+        """What the models are called."""
+        return ", ".join(model.rsplit("/", 1)[-1] for model in self.models)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The quality layers that each mask has."""
+        return tuple(LAYERS) if self.options.prediction.quality else ()
 
     def digest(self) -> str:
         """Name the run: equal digests give equal masks."""
-        decisive = to_dict(self) | {"model": None}
+        decisive = to_dict(self) | {"models": None}
         text = json.dumps(decisive, sort_keys=True)
         return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
@@ -74,14 +117,24 @@ def open_run(out: str, settings: RunSettings) -> None:
     before = from_dict(RunSettings, read_yaml(uri), uri)
     if before.digest() == settings.digest():
         return
-    old, new = to_dict(before), to_dict(settings)
+    old, new = _flat(to_dict(before)), _flat(to_dict(settings))
     changed = ", ".join(
-        f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != "models"
     )
     raise ConfigError(
         f"{out}: holds a run with other settings ({changed}); choose another --out, "
         f"or delete this run"
     )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Bring nested settings to one level, by their own names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def read_run(out: str) -> RunSettings:
@@ -103,12 +156,35 @@ def mask_uri(out: str, slide: str) -> str:
     return files.join(out, "masks", f"{slide}.ome.zarr")
 
 
+def layer_uri(out: str, slide: str, layer: str) -> str:
+    """Give the place of a quality layer of a slide's mask."""
+    return files.join(mask_uri(out, slide), "labels", layer)
+
+
+def probabilities_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's class probabilities in a run."""
+    return files.join(out, "masks", f"{slide}.probabilities.ome.zarr")
+
+
+def outlines_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's outlines in a run."""
+    return files.join(out, "outlines", f"{slide}.geojson")
+
+
+def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
+    """Give every OME-Zarr that a slide has in a run."""
+    stores = [mask_uri(out, slide)]
+    if settings.options.prediction.probabilities:
+        stores.append(probabilities_uri(out, slide))
+    return stores + [layer_uri(out, slide, layer) for layer in settings.layers]
+
+
 def create_mask(
-    slide: str, digest: str, facts: dict[str, Any], settings: RunSettings, out: str
+    slide: str, digest: str, working: Working, settings: RunSettings, out: str
 ) -> None:
     """Make the empty mask, unless it is there for this very slide and run.
 
-    A plan task may be repeated while regions are already being written, so a mask
+    A plan task may be repeated while regions are already being written, so a store
     with the right attributes is never touched.
     """
     provenance = {
@@ -117,25 +193,29 @@ def create_mask(
         "slide_digest": digest,
         "run_digest": settings.digest(),
         "model_digest": settings.model_digest,
-        "mpp": facts["mpp"],
-        "level": facts["level"],
-        "downsample": facts["downsample"],
-        "settings": to_dict(settings) | {"model": settings.model.rsplit("/", 1)[-1]},
+        "mpp": working.mpp,
+        "level": working.level,
+        "downsample": working.downsample,
+        "settings": to_dict(settings) | {"models": settings.names},
     }
-    size = (facts["height"], facts["width"])
-    common: Any = {"mpp": facts["mpp"], "name": slide, "attributes": provenance}
-    common |= {"region": settings.region}
-    mask, probabilities = mask_uri(out, slide), probabilities_uri(out, slide)
+    size = (working.height, working.width)
+    common: Any = {"mpp": working.mpp, "attributes": provenance}
+    common |= {"region": settings.options.region}
+    mask, classes = mask_uri(out, slide), settings.classes
     if omezarr.read_attributes(mask) != provenance:
-        omezarr.create_labels(mask, *size, classes=settings.classes, **common)
-    if settings.probabilities and omezarr.read_attributes(probabilities) != provenance:
-        classes = settings.classes
+        omezarr.create_labels(mask, *size, classes=classes, name=slide, **common)
+    if settings.options.prediction.probabilities:
+        uri = probabilities_uri(out, slide)
         channels = list(zip(classes.names, classes.colors, strict=True))
-        omezarr.create_image(
-            probabilities, *size, channels=channels, fill_value=0, **common
-        )
-
-
-def probabilities_uri(out: str, slide: str) -> str:
-    """Give the place of a slide's class probabilities in a run."""
-    return files.join(out, "masks", f"{slide}.probabilities.ome.zarr")
+        if omezarr.read_attributes(uri) != provenance:
+            omezarr.create_image(
+                uri, *size, channels=channels, fill_value=0, name=slide, **common
+            )
+    if settings.layers:
+        omezarr.list_labels(mask, settings.layers)
+    for layer in settings.layers:
+        uri = layer_uri(out, slide, layer)
+        if omezarr.read_attributes(uri) != provenance:
+            omezarr.create_labels(
+                uri, *size, classes=LAYERS[layer], name=layer, source="../../", **common
+            )

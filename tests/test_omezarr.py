@@ -23,7 +23,8 @@ def write_pair(folder: Path, height: int, width: int) -> tuple[str, str]:
     coarse = rng.random((height // 64 + 1, width // 64 + 1)) < 0.4
     labels = coarse.repeat(64, 0).repeat(64, 1)[:height, :width].astype(np.uint8)
     omezarr.create_image(uri, height, width, mpp=0.25, name="x", attributes={})
-    where = omezarr.add_labels_to_image(uri, "annotation")
+    omezarr.list_labels(uri, ["annotation"])
+    where = f"{uri}/labels/annotation"
     omezarr.create_labels(
         where,
         height,

@@ -11,6 +11,7 @@ from medray.grid import Windows
 from medray.infer import infer
 from medray.ingest import ingest
 from medray.recipe import Data, Recipe, Schedule
+from medray.run import Options
 from medray.settings import write_settings
 from medray.train import train
 
@@ -78,7 +79,7 @@ def test_nuclei_are_found_on_fields_never_seen(
     )
     write_settings(str(tmp_path / "recipe.yaml"), recipe)
     training = train(str(tmp_path / "recipe.yaml"), data=data, out=model)
-    infer([str(fields)], model=model, out=run, everywhere=True)
+    infer([str(fields)], model=model, out=run, options=Options(everywhere=True))
     result = evaluate(run, truth=data, out=str(tmp_path / "report"), split="test")
     print(f"F1 {result.f1} {result.interval}, trained {training.seconds:.0f} s")
     assert result.evaluated >= 15

@@ -12,7 +12,7 @@ from PIL import Image
 from medray.errors import SlideError
 from medray.slides import ArraySlide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.levels import choose_level
+from medray.slides.levels import Working, choose_level, read_working
 from medray.store import omezarr
 
 REAL = (
@@ -310,10 +310,60 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 def test_the_level_is_chosen_by_resolution(tmp_path: Path) -> None:
     pyramid(tmp_path / "p.ome.tif", pages=False, ome=True)  # 0.25, 0.5, 1.0
     with open_slide(tmp_path / "p.ome.tif") as slide:
-        assert choose_level(slide, 0.5, None) == (1, "")
-        assert choose_level(slide, None, None) == (0, "")
-        with pytest.raises(SlideError, match=r"0\.7.*0\.25, 0\.5, 1"):
-            choose_level(slide, 0.7, None)
-    level, note = choose_level(ArraySlide(np.zeros((4, 4, 3), np.uint8)), 0.5, None)
-    assert level == 0
-    assert "--mpp" in note
+        level0 = slide.levels[0]
+        chosen = choose_level(slide, 0.5, None)
+        assert (chosen.level, chosen.scale, chosen.note) == (1, 1.0, "")
+        assert choose_level(slide, None, None).level == 0
+        # No level fits: the next finer one is averaged down.
+        between = choose_level(slide, 0.7, None)
+        assert (between.level, between.scale) == (1, pytest.approx(1.4))
+        assert between.downsample == pytest.approx(2.8)
+        assert between.height == round(slide.levels[1].height / 1.4)
+        assert between.mpp == pytest.approx(0.7)
+        assert "averaged down" in between.note
+        finer = choose_level(slide, 0.15, None)
+        assert (finer.level, finer.scale) == (0, pytest.approx(0.6))
+        assert finer.height == round(level0.height / 0.6)
+        with pytest.raises(SlideError, match=r"0\.1.*0\.25, 0\.5, 1.*too coarse"):
+            choose_level(slide, 0.1, None)
+    unknown = choose_level(ArraySlide(np.zeros((4, 4, 3), np.uint8)), 0.5, None)
+    assert unknown.level == 0
+    assert "--mpp" in unknown.note
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(8, 120),
+    st.integers(8, 120),
+    st.floats(0.5, 4.0),
+    st.integers(0, 9),
+    st.data(),
+)
+def test_resampled_pixels_do_not_depend_on_the_rectangle(
+    height: int, width: int, scale: float, seed: int, data: st.DataObject
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    slide = ArraySlide(pixels)
+    size = (max(1, round(height / scale)), max(1, round(width / scale)))
+    working = Working(0, scale, *size, scale, None)
+    whole, _ = read_working(slide, working, 0, 0, *size)
+    assert whole.shape == (*size, 3)
+    y = data.draw(st.integers(0, size[0] - 1))
+    x = data.draw(st.integers(0, size[1] - 1))
+    h = data.draw(st.integers(1, size[0] - y))
+    w = data.draw(st.integers(1, size[1] - x))
+    part, _ = read_working(slide, working, y, x, h, w)
+    np.testing.assert_array_equal(part, whole[y : y + h, x : x + w])
+
+
+def test_averaging_by_a_whole_factor_is_the_mean_of_blocks() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    working = Working(0, 3.0, 20, 30, 3.0, None)
+    reduced, _ = read_working(ArraySlide(pixels), working, 0, 0, 20, 30)
+    mean = pixels.reshape(20, 3, 30, 3, 3).mean(axis=(1, 3))
+    assert np.abs(reduced - mean).max() <= 0.5 + 1e-3
+    flat = np.full((50, 50, 3), 77, np.uint8)
+    enlarged, _ = read_working(
+        ArraySlide(flat), Working(0, 0.7, 71, 71, 0.7, None), 0, 0, 71, 71
+    )
+    assert (enlarged == 77).all()

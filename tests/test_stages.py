@@ -16,8 +16,9 @@ from medray.evaluate import evaluate
 from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.infer import infer
 from medray.ingest import ingest
+from medray.models.config import Prediction
 from medray.models.predict import Predictor, RegionPixels
-from medray.run import mask_uri
+from medray.run import Options, mask_uri
 from medray.slides import open_slide
 from medray.store import omezarr
 from medray.synth import draw_scene, write_slide, write_svg
@@ -212,7 +213,8 @@ def test_a_folder_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
 
 def expected_mask(slide_path: Path, model: Path) -> np.ndarray:
     """The mask by a plain loop in this process, with no Ray, float32."""
-    predictor = Predictor.from_folder(str(model), precision="float32")
+    how = Prediction(precision="float32")
+    predictor = Predictor.from_folders([str(model)], how)
     with open_slide(slide_path) as slide:
         level = slide.levels[0]
         whole = Rectangle(0, 0, level.height, level.width)
@@ -233,9 +235,11 @@ def test_masks_equal_the_plain_loop_for_any_regions(
             [str(path)],
             model=str(model),
             out=str(out),
-            region=region,
-            precision="float32",
-            everywhere=True,
+            options=Options(
+                region=region,
+                prediction=Prediction(precision="float32"),
+                everywhere=True,
+            ),
         )
         assert (summary.done, summary.failed) == (4, {})
         assert summary.regions == 4 * len(list(plan_regions(768, 640, region)))
@@ -256,7 +260,10 @@ def test_blank_glass_is_neither_predicted_nor_written(
         tmp_path / "a.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None
     )
     summary = infer(
-        [str(tmp_path / "a.tif")], model=str(model), out=str(tmp_path / "r"), region=512
+        [str(tmp_path / "a.tif")],
+        model=str(model),
+        out=str(tmp_path / "r"),
+        options=Options(region=512),
     )
     assert summary.regions == 1  # of six
     mask = medray.open_mask(mask_uri(str(tmp_path / "r"), "a")).compute()
@@ -271,7 +278,8 @@ def test_probabilities_are_kept_on_request(
     slides: Path, model: Path, tmp_path: Path
 ) -> None:
     slide = slides / "slides" / "slide_000.tif"
-    infer([str(slide)], model=str(model), out=str(tmp_path), probabilities=True)
+    options = Options(prediction=Prediction(probabilities=True))
+    infer([str(slide)], model=str(model), out=str(tmp_path), options=options)
     mask = medray.open_mask(mask_uri(str(tmp_path), "slide_000")).compute()
     path = tmp_path / "masks" / "slide_000.probabilities.ome.zarr"
     probabilities = medray.open_mask(str(path)).compute()
@@ -287,8 +295,9 @@ def test_a_run_of_another_model_is_refused(
 ) -> None:
     slide = str(slides / "slides" / "slide_000.tif")
     infer([slide], model=str(model), out=str(tmp_path / "run"))
+    options = Options(prediction=Prediction(precision="float32"))
     with pytest.raises(ConfigError, match="precision: auto -> float32"):
-        infer([slide], model=str(model), out=str(tmp_path / "run"), precision="float32")
+        infer([slide], model=str(model), out=str(tmp_path / "run"), options=options)
 
 
 def test_a_replaced_slide_is_done_again_and_a_touched_one_is_not(
@@ -367,7 +376,10 @@ def test_a_dataset_stands_for_its_slides(
     for source in (slides / "slides", dataset):
         out = tmp_path / source.name
         summary = infer(
-            [str(source)], model=str(model), out=str(out), precision="float32"
+            [str(source)],
+            model=str(model),
+            out=str(out),
+            options=Options(prediction=Prediction(precision="float32")),
         )
         assert (summary.done, summary.failed) == (4, {})
         runs.append(out)

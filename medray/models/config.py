@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.grid import Windows
+from medray.grid import Stitch, Windows
 from medray.settings import from_dict, read_yaml, to_dict
 from medray.store import files
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Tta = Literal["none", "flips", "all"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network of segmentation-models-pytorch.
+    """A network of segmentation-models-pytorch, or a classifier of timm.
 
     Attributes:
-        name: Decoder: unet, unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...
+        name: Decoder: unet, unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...;
+            or `classifier`: one class for a whole window.
         encoder: Any encoder of segmentation-models-pytorch or `tu-` + any of timm.
     """
 
@@ -47,6 +51,40 @@ class ModelConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     made_from: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How windows become classes.
+
+    Attributes:
+        precision: Of the models' arithmetic; blending is always float32.
+        stitch: Each pixel from the window in whose core it lies, or blended.
+        tta: Test-time augmentation: also predict windows mirrored (`flips`, 4 times the
+            work) or mirrored and turned (`all`, 8 times), and take the mean.
+        vote: Of several models take the commonest class, not the mean probability.
+        thresholds: Least probability of each class, by label value; a pixel that
+            reaches none is class 0. Empty: the likeliest class.
+        crf: Iterations of boundary refinement (see medray.models.crf); 0: none.
+        probabilities: Give them beside the labels.
+        quality: Give uncertainty and disagreement of windows too.
+    """
+
+    precision: Precision = "auto"
+    stitch: Stitch = "crop"
+    tta: Tta = "none"
+    vote: bool = False
+    thresholds: tuple[float, ...] = ()
+    crf: int = 0
+    probabilities: bool = False
+    quality: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if any(not 0 <= value <= 1 for value in self.thresholds):
+            raise ConfigError(f"thresholds lie in 0..1, found {self.thresholds}")
+        if not 0 <= self.crf <= 20:
+            raise ConfigError(f"crf takes 0 to 20 iterations, found {self.crf}")
 
 
 def read_config(folder: str) -> ModelConfig:

@@ -14,8 +14,7 @@ import safetensors.torch
 from torch import nn
 
 from medray.errors import FormatError
-from medray.models.config import ModelConfig, read_config
-from medray.models.segmenters import build_segmenter
+from medray.models.config import Architecture, ModelConfig, read_config
 from medray.settings import write_settings
 from medray.store import files
 
@@ -48,6 +47,17 @@ def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:
     )
 
 
+def _build(architecture: Architecture, classes: int) -> nn.Module:
+    # Imported here: each brings libraries that take seconds to load.
+    if architecture.name == "classifier":
+        from medray.models.classifiers import build_classifier
+
+        return build_classifier(architecture, classes)
+    from medray.models.segmenters import build_segmenter
+
+    return build_segmenter(architecture, classes)
+
+
 def load_model(folder: str) -> tuple[nn.Module, ModelConfig]:
     """Load a model for inference, in evaluation mode on the CPU.
 
@@ -56,7 +66,7 @@ def load_model(folder: str) -> tuple[nn.Module, ModelConfig]:
         FormatError: The weights are not safetensors or do not fit the architecture.
     """
     config = read_config(folder)
-    model = build_segmenter(config.architecture, len(config.classes))
+    model = _build(config.architecture, len(config.classes))
     uri = files.join(folder, "weights.safetensors")
     try:
         state = safetensors.torch.load(files.read_bytes(uri))

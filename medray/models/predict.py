@@ -1,24 +1,39 @@
-"""A trained model over regions: windows in, classes out, all on the device."""
+"""Trained models over regions: windows in, classes out, all on the device."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from medray.errors import ConfigError
-from medray.grid import RegionWindows, Windows, window_starts, window_weights
-from medray.models.config import ModelConfig
+from medray.grid import (
+    Rectangle,
+    RegionWindows,
+    Windows,
+    window_reach,
+    window_starts,
+    window_weights,
+)
+from medray.models.config import ModelConfig, Precision, Prediction, Tta
+from medray.models.crf import refine
 from medray.models.folder import load_model
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 UInt8 = npt.NDArray[np.uint8]
+
+# (quarter turns, then mirrored): the symmetries of a square, the identity first.
+_TURNS: dict[Tta, tuple[tuple[int, bool], ...]] = {
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "all": tuple((turns, mirror) for mirror in (False, True) for turns in range(4)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +45,15 @@ class RegionPixels:
         plan: The region, its halo and its windows.
         height: Height of the slide at the working level, pixels.
         width: Likewise its width.
+        wanted: (rows, columns) bool, which of the region's windows to predict; what no
+            wanted window decides becomes class 0. None: all.
     """
 
     pixels: UInt8
     plan: RegionWindows
     height: int
     width: int
+    wanted: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +64,16 @@ class RegionClasses:
         labels: (height, width) uint8 class of each pixel.
         probabilities: (classes, height, width) uint8, 255 is certain; None unless
             asked for.
+        uncertainty: (height, width) uint8 entropy of the class probabilities, 255 is
+            all classes alike; None unless asked for.
+        disagreement: (height, width) uint8, 1 where a window of this region that covers
+            the pixel sees another class than the mask's; None unless asked for.
     """
 
     labels: UInt8
-    probabilities: UInt8 | None
+    probabilities: UInt8 | None = None
+    uncertainty: UInt8 | None = None
+    disagreement: UInt8 | None = None
 
 
 def choose_device() -> torch.device:
@@ -80,188 +104,384 @@ def _cpu_is_fast_in_bfloat16() -> bool:
 
 
 class Predictor:
-    """A model folder, loaded once, applied to many regions.
+    """One model or several, loaded once, applied to a stream of regions.
 
-    Windows of the regions of one call share batches, and every batch has the same
-    shape (the last one is filled up with zeros), so a window's prediction does not
-    depend on what else is predicted beside it.
+    Windows of successive regions share batches, and every batch has the same shape (the
+    last one is filled up with zeros), so a window's prediction does not depend on what
+    else is predicted beside it.
     """
+
+    def __init__(
+        self,
+        models: Sequence[tuple[nn.Module, ModelConfig]],
+        how: Prediction | None = None,
+        *,
+        batch: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Move the models to their device.
+
+        Args:
+            models: Each maps (N, 3, S, S) to (N, C, S, S) logits, or to (N, C) logits
+                that hold for the whole window; classes and windows are the same.
+            how: How windows become classes.
+            batch: Windows a batch; by default 4 on a CPU and 25 on a GPU.
+            device: By default the GPU if there is one.
+
+        Raises:
+            ConfigError: The models do not fit each other.
+        """
+        self.how = how or Prediction()
+        self.device = device or choose_device()
+        self.dtype = choose_precision(self.how.precision, self.device)
+        self.config = models[0][1]
+        for _, other in models[1:]:
+            _check_alike(self.config, other)
+        self.batch = batch or (4 if self.device.type == "cpu" else 25)
+        self._networks = [
+            _Network(model, config, self.device, self.dtype) for model, config in models
+        ]
+        self._soft = (
+            len(models) > 1
+            or self.how.stitch == "blend"
+            or self.how.tta != "none"
+            or bool(self.how.thresholds)
+            or self.how.crf > 0
+            or self.how.probabilities
+            or self.how.quality
+        )
+
+    @classmethod
+    def from_folders(
+        cls,
+        folders: Sequence[str],
+        how: Prediction | None = None,
+        *,
+        batch: int | None = None,
+    ) -> Predictor:
+        """Load model folders (see medray.models.folder)."""
+        return cls([load_model(folder) for folder in folders], how, batch=batch)
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S)."""
+        return self._networks[0](pixels)
+
+    def scores(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Give the windows' scores: the likeliest class has the highest.
+
+        Args:
+            pixels: (N, S, S, 3) uint8 RGB on the device.
+
+        Returns:
+            (N, C, S, S): the logits where they are all that is needed, else class
+            probabilities in float32.
+        """
+        if not self._soft:
+            return self.logits(pixels).contiguous()
+        votes = [self._probabilities(network, pixels) for network in self._networks]
+        if self.how.vote:
+            classes = len(self.config.classes)
+            # Of equally many votes the higher mean probability decides.
+            votes = [_one_hot(vote, classes) + vote / 1e3 for vote in votes]
+        total = votes[0]
+        for vote in votes[1:]:
+            total = total + vote
+        scores = total / total.sum(dim=1, keepdim=True)
+        return refine(scores, pixels, self.how.crf) if self.how.crf else scores
+
+    def _probabilities(self, network: _Network, pixels: torch.Tensor) -> torch.Tensor:
+        symmetries = _TURNS[self.how.tta]
+        total: torch.Tensor | None = None
+        for turns, mirror in symmetries:
+            turned = torch.rot90(pixels, turns, (1, 2))
+            turned = turned.flip(2) if mirror else turned
+            # Class by class in memory: the softmax and all that follows then run over
+            # long rows, several times faster than over two or three classes at a time.
+            logits = network(turned.contiguous()).float().contiguous()
+            soft = torch.softmax(logits, dim=1)
+            soft = soft.flip(3) if mirror else soft
+            soft = torch.rot90(soft, -turns, (2, 3))
+            total = soft if total is None else total.add_(soft)
+        if total is None:
+            raise RuntimeError("there is always the identity")
+        return total.div_(len(symmetries)).contiguous()
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Give the class of each pixel: (..., C, h, w) scores to (..., h, w) uint8."""
+        if self.how.thresholds:
+            least = torch.tensor(self.how.thresholds, device=scores.device)
+            low = scores < least[:, None, None]
+            low[..., 0, :, :] = False
+            scores = scores.masked_fill(low, -1.0)
+            # Background is what remains: it wins only where no class reaches its own.
+            reached = (~low[..., 1:, :, :]).any(dim=-3)
+            scores[..., 0, :, :] = torch.where(reached, -0.5, scores[..., 0, :, :])
+        return _likeliest(scores)
+
+    @torch.inference_mode()
+    def predict(self, regions: Iterable[RegionPixels]) -> Iterator[RegionClasses]:
+        """Predict a stream of regions, in their order.
+
+        A region is taken from the stream when the windows before it are under way, so
+        the stream may read ahead and wait for pixels as it likes.
+
+        Yields:
+            The class of every pixel of `plan.region`.
+        """
+        canvases: deque[_Canvas] = deque()
+        pending: list[tuple[_Canvas, int, int]] = []
+        for region in regions:
+            # On a GPU the region before is fetched only when this one is under way.
+            yield from self._finished(canvases, keep=self.device.type == "cuda")
+            canvas = _Canvas(region, self)
+            canvases.append(canvas)
+            for row, column in canvas.todo():
+                pending.append((canvas, row, column))
+                if len(pending) == self.batch:
+                    self._run(pending)
+                    pending = []
+        if pending:
+            self._run(pending)
+        yield from self._finished(canvases, keep=False)
+
+    def _finished(
+        self, canvases: deque[_Canvas], *, keep: bool
+    ) -> Iterator[RegionClasses]:
+        while len(canvases) > keep and canvases[0].missing == 0:
+            yield canvases.popleft().result()
+
+    def _run(self, windows: Sequence[tuple[_Canvas, int, int]]) -> None:
+        size = self.config.window.size
+        shape = (self.batch, size, size, 3)
+        batch = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        for i, (canvas, row, column) in enumerate(windows):
+            batch[i] = canvas.cut(row, column)
+        batch[len(windows) :] = 0
+        scores = self.scores(batch)
+        labels = self.choose(scores)
+        for i, (canvas, row, column) in enumerate(windows):
+            canvas.add(row, column, scores[i], labels[i])
+
+
+class _Network:
+    """A model with its normalisation, on its device, fed with uint8 windows."""
 
     def __init__(
         self,
         model: nn.Module,
         config: ModelConfig,
-        *,
-        precision: Precision = "auto",
-        batch: int | None = None,
-        device: torch.device | None = None,
-        probabilities: bool = False,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        """Move the model to its device.
+        model = _folded(model.eval()).to(device)
+        self._model = model.to(memory_format=torch.channels_last)
+        self._device, self._dtype = device, dtype
+        std = torch.tensor(config.std, device=device).reshape(1, 3, 1, 1)
+        mean = torch.tensor(config.mean, device=device).reshape(1, 3, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
 
-        Args:
-            model: Maps (N, 3, S, S) to (N, C, S, S) logits.
-            config: How the model must be fed.
-            precision: Of the model's arithmetic; blending is always float32.
-            batch: Windows a batch; by default 5 on a CPU (which divides the 25 windows
-                of a 2048 x 2048 slide) and 25 on a GPU.
-            device: By default the GPU if there is one.
-            probabilities: Return them beside the labels.
-        """
-        self.device = device or choose_device()
-        self.dtype = choose_precision(precision, self.device)
-        self.config = config
-        self.batch = batch or (5 if self.device.type == "cpu" else 25)
-        self.probabilities = probabilities
-        self._model = model.to(self.device).to(memory_format=torch.channels_last)
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(config.mean, device=self.device).reshape(shape)
-        self._std = torch.tensor(config.std, device=self.device).reshape(shape)
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: str,
-        *,
-        precision: Precision = "auto",
-        batch: int | None = None,
-        probabilities: bool = False,
-    ) -> Predictor:
-        """Load a model folder (see medray.models.folder)."""
-        model, config = load_model(folder)
-        return cls(
-            model,
-            config,
-            precision=precision,
-            batch=batch,
-            probabilities=probabilities,
-        )
-
-    def windows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Give class probabilities of windows.
-
-        Args:
-            pixels: (N, 3, S, S) uint8 on the device.
-
-        Returns:
-            (N, C, S, S) float32.
-        """
-        inputs = pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-            logits = self._model(inputs)
-        # Class by class in memory: the softmax and all that follows then run over long
-        # rows, several times faster than over two or three classes at a time.
-        return torch.softmax(logits.float().contiguous(), dim=1)
-
-    @torch.inference_mode()
-    def predict(self, regions: Sequence[RegionPixels]) -> Iterator[RegionClasses]:
-        """Predict regions, in their order.
-
-        Yields:
-            Class of every pixel of `plan.region`, the overlapping windows blended.
-        """
-        canvases = [_Canvas(region, self.config, self.device) for region in regions]
-        pending: list[tuple[_Canvas, int]] = []
-        todo = [(canvas, i) for canvas in canvases for i in range(len(canvas))]
-        for window in todo:
-            pending.append(window)
-            if len(pending) == self.batch or window is todo[-1]:
-                self._blend(pending)
-                pending = []
-        for canvas in canvases:
-            yield canvas.classes(self.probabilities)
-
-    def _blend(self, windows: Sequence[tuple[_Canvas, int]]) -> None:
-        size = self.config.window.size
-        batch = torch.zeros(
-            (self.batch, 3, size, size), dtype=torch.uint8, device=self.device
-        )
-        for i, (canvas, window) in enumerate(windows):
-            batch[i] = canvas.cut(window)
-        for probability, (canvas, window) in zip(
-            self.windows(batch), windows, strict=False
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
+        inputs = pixels.permute(0, 3, 1, 2).to(torch.float32)
+        inputs = inputs.mul_(self._scale).add_(self._shift)
+        with torch.autocast(
+            self._device.type, self._dtype, enabled=self._dtype != torch.float32
         ):
-            canvas.add(window, probability)
+            logits: torch.Tensor = self._model(inputs)
+        if logits.ndim == 2:
+            logits = logits[:, :, None, None].expand(-1, -1, *inputs.shape[2:])
+        return logits
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Fold batch normalisation into the convolutions before it, where it can be traced.
+
+    In float32 that saves a sixth of a U-Net's time on a CPU.
+    """
+    try:
+        folded: nn.Module = fuse(model)
+    except Exception:  # tracing stops at whatever the network's author wrote
+        return model
+    return folded
+
+
+def _check_alike(one: ModelConfig, other: ModelConfig) -> None:
+    for name in ("classes", "window", "mpp"):
+        if getattr(one, name) != getattr(other, name):
+            raise ConfigError(
+                f"models of one ensemble need the same {name}, found "
+                f"{getattr(one, name)} and {getattr(other, name)}"
+            )
+
+
+def _one_hot(scores: torch.Tensor, classes: int) -> torch.Tensor:
+    labels = _likeliest(scores)
+    return torch.stack([labels == value for value in range(classes)], 1).float()
 
 
 class _Canvas:
-    """The sum of weighted window probabilities over one region, on the device."""
+    """What is known of one region so far, on the device."""
 
-    def __init__(
-        self, source: RegionPixels, config: ModelConfig, device: torch.device
-    ) -> None:
-        plan, self._config = source.plan, config
+    def __init__(self, source: RegionPixels, owner: Predictor) -> None:
+        plan, self._how = source.plan, owner.how
         self._region, self._halo = plan.region, plan.halo
-        pixels = torch.from_numpy(np.ascontiguousarray(source.pixels)).to(device)
-        self._pixels = pixels.permute(2, 0, 1)
-        self._rows = _axis(source.height, config.window, plan.rows, device)
-        self._columns = _axis(source.width, config.window, plan.columns, device)
-        shape = (len(config.classes), plan.region.height, plan.region.width)
-        self._sum = torch.zeros(shape, device=device)
+        self._windows = owner.config.window
+        self._choose = owner.choose
+        device = owner.device
+        self._pixels = _upload(source.pixels, device)
+        self._rows = _axis(source.height, self._windows, plan.rows, self._how, device)
+        self._columns = _axis(
+            source.width, self._windows, plan.columns, self._how, device
+        )
+        wanted = source.wanted
+        shape = (len(self._rows), len(self._columns))
+        self._wanted = np.ones(shape, bool) if wanted is None else wanted
+        self.missing = int(self._wanted.sum())
+        area = (plan.region.height, plan.region.width)
+        classes = len(owner.config.classes)
+        self._labels = torch.zeros(area, dtype=torch.uint8, device=device)
+        keep_scores = self._how.stitch == "blend" or owner.how.probabilities
+        keep_scores = keep_scores or self._how.quality
+        self._scores = (
+            torch.zeros((classes, *area), device=device) if keep_scores else None
+        )
+        self._seen: list[tuple[Rectangle, torch.Tensor]] = []
 
-    def __len__(self) -> int:
-        return len(self._rows) * len(self._columns)
+    def todo(self) -> Iterator[tuple[int, int]]:
+        """Give the wanted windows, row by row."""
+        for row, column in np.argwhere(self._wanted):
+            yield int(row), int(column)
 
-    def cut(self, window: int) -> torch.Tensor:
-        """Give the (3, S, S) uint8 pixels of a window."""
-        (y, _), (x, _) = self._position(window)
-        y, x, size = y - self._halo.y, x - self._halo.x, self._config.window.size
-        return self._pixels[:, y : y + size, x : x + size]
+    def cut(self, row: int, column: int) -> torch.Tensor:
+        """Give the (S, S, 3) uint8 pixels of a window."""
+        y = self._rows[row].start - self._halo.y
+        x = self._columns[column].start - self._halo.x
+        size = self._windows.size
+        return self._pixels[y : y + size, x : x + size]
 
-    def _position(
-        self, window: int
-    ) -> tuple[tuple[int, torch.Tensor], tuple[int, torch.Tensor]]:
-        row, column = divmod(window, len(self._columns))
-        return self._rows[row], self._columns[column]
+    def add(
+        self, row: int, column: int, scores: torch.Tensor, labels: torch.Tensor
+    ) -> None:
+        """Take a window's (C, S, S) scores and (S, S) classes where it decides.
 
-    def add(self, window: int, probability: torch.Tensor) -> None:
-        """Blend in a window's (C, S, S) probabilities where it meets the region.
-
-        Windows are added in the order of the slide's grid, so a pixel's float32 sum
-        has the same terms in the same order however the slide is cut.
+        Windows come in the order of the slide's grid, so with blending a pixel's
+        float32 sum has the same terms in the same order however the slide is cut.
         """
-        (y, weight_y), (x, weight_x) = self._position(window)
-        size, region = self._config.window.size, self._region
-        y0, y1 = max(y, region.y), min(y + size, region.bottom)
-        x0, x1 = max(x, region.x), min(x + size, region.right)
-        part = probability[:, y0 - y : y1 - y, x0 - x : x1 - x]
-        weight = weight_y[y0 - y : y1 - y, None] * weight_x[x0 - x : x1 - x]
-        self._sum[
-            :, y0 - region.y : y1 - region.y, x0 - region.x : x1 - region.x
-        ].addcmul_(part, weight)
+        down, across = self._rows[row], self._columns[column]
+        size, region = self._windows.size, self._region
+        decided = _common(down.decides, across.decides, region)
+        source = decided.slices(origin=Rectangle(down.start, across.start, size, size))
+        target = decided.slices(origin=region)
+        if self._how.stitch == "crop":
+            self._labels[target] = labels[source]
+        if self._scores is not None and self._how.stitch == "crop":
+            self._scores[:, *target] = scores[:, *source]
+        elif self._scores is not None:
+            weight = down.weights[source[0], None] * across.weights[source[1]]
+            self._scores[:, *target].addcmul_(scores[:, *source], weight)
+        if self._how.quality:
+            covered = _common(
+                (down.start, down.start + size),
+                (across.start, across.start + size),
+                region,
+            )
+            part = covered.slices(
+                origin=Rectangle(down.start, across.start, size, size)
+            )
+            self._seen.append((covered, labels[part].clone()))
+        self.missing -= 1
+        if self.missing == 0 and self._how.stitch == "blend":
+            if self._scores is None:
+                raise RuntimeError("blending keeps scores")
+            self._labels = self._choose(self._scores)
 
-    def classes(self, with_probabilities: bool) -> RegionClasses:
-        """Take the likeliest class of every pixel."""
-        labels = _likeliest(self._sum).cpu().numpy()
-        if not with_probabilities:
-            return RegionClasses(labels, None)
-        scaled = (self._sum * 255).round_().clamp_(0, 255).to(torch.uint8)
-        return RegionClasses(labels, scaled.cpu().numpy())
+    def result(self) -> RegionClasses:
+        """Fetch what has become of the region."""
+        labels = self._labels.cpu().numpy()
+        if self._scores is None:
+            return RegionClasses(labels)
+        probabilities = uncertainty = disagreement = None
+        if self._how.probabilities:
+            probabilities = _as_uint8(self._scores).cpu().numpy()
+        if self._how.quality:
+            uncertainty = _as_uint8(_entropy(self._scores)).cpu().numpy()
+            differs = torch.zeros_like(self._labels)
+            for covered, seen in self._seen:
+                place = covered.slices(origin=self._region)
+                differs[place] |= seen != self._labels[place]
+            disagreement = differs.cpu().numpy()
+        return RegionClasses(labels, probabilities, uncertainty, disagreement)
+
+
+def _common(
+    rows: tuple[int, int], columns: tuple[int, int], region: Rectangle
+) -> Rectangle:
+    y0, y1 = max(rows[0], region.y), min(rows[1], region.bottom)
+    x0, x1 = max(columns[0], region.x), min(columns[1], region.right)
+    return Rectangle(y0, x0, y1 - y0, x1 - x0)
+
+
+def _upload(pixels: UInt8, device: torch.device) -> torch.Tensor:
+    """Bring pixels to the device; to a GPU through pinned memory, without waiting."""
+    if device.type == "cpu":
+        # The array may be a read-only view of Ray's store; it is only ever read.
+        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    np.copyto(pinned.numpy(), pixels)
+    return pinned.to(device, non_blocking=True)
+
+
+def _as_uint8(share: torch.Tensor) -> torch.Tensor:
+    return (share * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Give the entropy of (C, h, w) as a share of the greatest possible: (h, w)."""
+    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=0)
+    return total / float(np.log(max(2, len(probabilities))))
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """Give the class of the highest score, of equal ones the first: (C, h, w) to uint8.
+    """Give the class of the highest score, of equal ones the first.
 
-    `argmax` says the same, but over so short a first axis it takes 15 times as long.
+    (..., C, h, w) to (..., h, w) uint8. `argmax` says the same, but over so short an
+    axis it takes 15 times as long.
     """
-    best = scores[0].clone()
+    best = scores[..., 0, :, :].clone()
     labels = torch.zeros_like(best, dtype=torch.uint8)
-    for value in range(1, len(scores)):
-        labels.masked_fill_(scores[value] > best, value)
-        torch.maximum(best, scores[value], out=best)
+    for value in range(1, scores.shape[-3]):
+        score = scores[..., value, :, :]
+        labels.masked_fill_(score > best, value)
+        torch.maximum(best, score, out=best)
     return labels
 
 
+@dataclass(frozen=True)
+class _Window:
+    """A window along one axis: where it begins, what it decides, with what weights."""
+
+    start: int
+    decides: tuple[int, int]
+    weights: torch.Tensor
+
+
 def _axis(
-    length: int, windows: Windows, indices: tuple[int, int], device: torch.device
-) -> list[tuple[int, torch.Tensor]]:
-    """Give first pixel and blending weights (S,) of the windows of one axis."""
+    length: int,
+    windows: Windows,
+    indices: tuple[int, int],
+    how: Prediction,
+    device: torch.device,
+) -> list[_Window]:
     first, end = indices
-    starts = window_starts(length, windows)[first:end]
-    weights = torch.from_numpy(window_weights(length, windows)[first:end]).to(device)
-    return [(int(start), weight) for start, weight in zip(starts, weights, strict=True)]
+    starts = window_starts(length, windows)
+    begins, ends = window_reach(length, windows, how.stitch)
+    weights = torch.empty((len(starts), 0), device=device)
+    if how.stitch == "blend":
+        weights = torch.from_numpy(window_weights(length, windows)).to(device)
+    return [
+        _Window(int(starts[i]), (int(begins[i]), int(ends[i])), weights[i])
+        for i in range(first, end)
+    ]
 
 
 def use_threads(count: int) -> None:

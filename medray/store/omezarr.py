@@ -42,6 +42,10 @@ Array = zarr.Array[Any]
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
 # in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
 _COMPRESSOR = ZstdCodec(level=1, checksum=False)
+# Levels that the writer of a region fills at once: in level k a shard is a region's
+# side / 2^k, so that no two regions share one. Coarser levels, 1/64 of the pixels, have
+# large shards again and are built when the slide is complete.
+_AT_ONCE = 3
 
 
 def _store(uri: str, *, read_only: bool) -> LocalStore | FsspecStore:
@@ -136,11 +140,15 @@ def _create_arrays(
 ) -> None:
     for level, shape in enumerate(shapes):
         lead = shape[:-2]
+        shard = region >> level if level < _AT_ONCE else region
+        chunk = next(
+            shard // n for n in range(-(-shard // PATCH), shard) if not shard % n
+        )
         group.create_array(
             str(level),
             shape=shape,
-            chunks=(*lead, PATCH, PATCH),
-            shards=(*lead, region, region),
+            chunks=(*lead, chunk, chunk),
+            shards=(*lead, shard, shard),
             dtype="uint8",
             compressors=[_COMPRESSOR],
             serializer=BytesCodec(),
@@ -229,23 +237,27 @@ def create_labels(
     group.attrs.put({"ome": ome, "medray": attributes})
 
 
-def add_labels_to_image(image_uri: str, name: str) -> str:
-    """List label image `name` in an image's `labels` group; give its place.
+def list_labels(uri: str, names: Sequence[str]) -> None:
+    """List label images in an OME-Zarr's `labels` group, unless they are listed.
 
     Vizarr looks for the list at the top of the attributes, the specification under
     `ome`: both are written.
     """
+    where = files.join(uri, "labels")
+    wanted: Any = {"ome": {"version": "0.5", "labels": [*names]}, "labels": [*names]}
+    try:
+        if open_group(where).attrs.asdict() == wanted:
+            return
+    except FormatError:
+        pass
     labels = zarr.create_group(
-        _store(files.join(image_uri, "labels"), read_only=False),
-        zarr_format=3,
-        overwrite=True,
+        _store(where, read_only=False), zarr_format=3, overwrite=True
     )
-    labels.attrs.put({"ome": {"version": "0.5", "labels": [name]}, "labels": [name]})
-    return files.join(image_uri, "labels", name)
+    labels.attrs.put(wanted)
 
 
 def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
-    """Write one region of level 0, which is exactly one shard.
+    """Write one region, which is exactly one shard of each of the first levels.
 
     Args:
         uri: The OME-Zarr, made by `create_image` or `create_labels`.
@@ -256,11 +268,17 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
         StoreError: The place cannot be written.
     """
     try:
-        array = _array(open_group(uri, mode="r+"), 0)
-        side = (array.shards or array.chunks)[-1]
-        if region.y % side or region.x % side:
-            raise ValueError(f"{region} does not start at a multiple of {side}")
-        array[..., *region.slices()] = pixels
+        group = open_group(uri, mode="r+")
+        for level in range(min(_AT_ONCE, _levels(group))):
+            array = _array(group, level)
+            side = (array.shards or array.chunks)[-1]
+            y, x = region.y >> level, region.x >> level
+            if y % side or x % side:
+                raise ValueError(f"{region} does not start at a multiple of {side}")
+            if level:
+                pixels = _reduced(pixels)
+            height, width = pixels.shape[-2:]
+            array[..., y : y + height, x : x + width] = pixels
     except OSError as error:
         raise StoreError(
             f"{uri}: region {region} cannot be written ({error}); free space or choose "
@@ -309,6 +327,17 @@ def _majority(labels: UInt8) -> UInt8:
     return majority
 
 
+def _reduced(pixels: UInt8) -> UInt8:
+    """Halve labels (h, w) or an image (c, h, w), odd sizes rounded up."""
+    reduce = _mean if pixels.ndim == 3 else _majority
+    return reduce(_even(pixels))
+
+
+def _levels(group: zarr.Group) -> int:
+    ome: Any = group.attrs["ome"]
+    return len(ome["multiscales"][0]["datasets"])
+
+
 def _even(pixels: UInt8) -> UInt8:
     """Repeat the last row and column of odd sizes."""
     h, w = pixels.shape[-2:]
@@ -317,19 +346,18 @@ def _even(pixels: UInt8) -> UInt8:
 
 
 def build_pyramid(uri: str) -> None:
-    """Fill levels 1 and up from level 0, in the memory of four shards."""
+    """Fill the levels that `write_region` leaves, in the memory of four shards."""
     group = open_group(uri, mode="r+")
-    levels = sum(1 for _ in group.array_keys())
-    for level in range(1, levels):
+    for level in range(_AT_ONCE, _levels(group)):
         below, target = _array(group, level - 1), _array(group, level)
-        reduce = _mean if target.ndim == 3 else _majority
         height, width = target.shape[-2:]
-        for region in plan_regions(height, width, REGION):
+        side = (target.shards or target.chunks)[-1]
+        for region in plan_regions(height, width, side):
             rows, columns = (
                 slice(2 * part.start, 2 * part.stop) for part in region.slices()
             )
             source = np.asarray(below[..., rows, columns], dtype=np.uint8)
-            target[..., *region.slices()] = reduce(_even(source))
+            target[..., *region.slices()] = _reduced(source)
 
 
 def read_attributes(uri: str) -> Any:

@@ -1,0 +1,207 @@
+"""A region's way in and out: pixels with their halo, and classes as one shard.
+
+What runs in read and write workers; neither torch nor Ray is imported, so that such a
+worker starts quickly.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.annotations import rasterise, read_annotation
+from medray.annotations.area import Area
+from medray.classes import AnyClass
+from medray.errors import MedrayError
+from medray.grid import Rectangle, region_windows
+from medray.run import (
+    RunSettings,
+    layer_uri,
+    mask_uri,
+    probabilities_uri,
+    stores_of,
+)
+from medray.slides import ArraySlide, Slide, open_slide
+from medray.slides.levels import Working, read_working
+from medray.slides.tissue import tissue_share
+from medray.store import omezarr
+
+UInt8 = npt.NDArray[np.uint8]
+Row = dict[str, Any]
+Blocks = npt.NDArray[np.bool_]
+
+BLOCK = omezarr.PATCH
+"""Side in pixels of the blocks that hold tissue or do not; a property of the slide, so
+that what is left out does not depend on the regions."""
+
+
+@functools.lru_cache(maxsize=4)
+def opened(uri: str, digest: str) -> Slide:
+    """Keep the slides at hand open; the digest tells a replaced file apart."""
+    return open_slide(uri)
+
+
+def working_of(row: Row) -> Working:
+    """Take the working level out of a region's row."""
+    names = ("level", "scale", "height", "width", "downsample", "mpp")
+    return Working(**{name: row[name] for name in names})
+
+
+def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
+    """Read one region with its halo.
+
+    Args:
+        row: The region, as the plan made it.
+        settings: Of the run.
+
+    Returns:
+        The row with how it went, and (halo height, halo width, 3) uint8 pixels; None
+        where there is nothing to predict. An unreadable region's row has an `error`.
+    """
+    start = time.time()
+    try:
+        pixels, damaged = _read_halo(opened(row["uri"], row["digest"]), row, settings)
+        if row["tissue_at_reading"]:
+            blocks = _tissue_of(pixels, row["height"], row["width"])
+            row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
+    except (MedrayError, OSError, MemoryError) as error:
+        return row | {"error": f"{error}"}, None
+    row = row | {"read_at": start, "read_s": time.time() - start}
+    if damaged:
+        row["damaged"] = damaged
+    return row, pixels if np.any(row["blocks"]) else None
+
+
+def _read_halo(
+    slide: Slide, row: Row, settings: RunSettings
+) -> tuple[UInt8, list[list[int]]]:
+    """Read the pixels of every window that a region needs.
+
+    Returns:
+        (halo height, halo width, 3) uint8; a slide smaller than a window is continued
+        by its mirror image. And the unreadable rectangles (y, x, height, width),
+        working pixels of the slide.
+    """
+    height, width = row["height"], row["width"]
+    region = Rectangle(*row["region"])
+    stitch = settings.options.prediction.stitch
+    halo = region_windows(region, height, width, settings.windows, stitch).halo
+    bottom, right = min(halo.bottom, height), min(halo.right, width)
+    size = (bottom - halo.y, right - halo.x)
+    pixels, damaged = read_working(slide, working_of(row), halo.y, halo.x, *size)
+    pad = ((0, halo.bottom - bottom), (0, halo.right - right), (0, 0))
+    if np.any(pad):
+        pixels = np.pad(pixels, pad, mode="symmetric")
+    return pixels, [[halo.y + y, halo.x + x, h, w] for y, x, h, w in damaged]
+
+
+def _tissue_of(pixels: UInt8, height: int, width: int) -> Blocks:
+    """Find the tissue of a slide that has been read whole."""
+    slide = ArraySlide(pixels[:height, :width])
+    return np.asarray(tissue_share(slide, height, width, BLOCK) > 0)
+
+
+def write_region(
+    row: Row,
+    layers: dict[str, UInt8],
+    settings: RunSettings,
+    out: str,
+) -> Row:
+    """Write one region's shards; a slide of one region is finished at once.
+
+    Args:
+        row: The region, as it was read.
+        layers: `labels` (height, width), and as asked for `probabilities` (classes,
+            height, width), `uncertainty` and `disagreement` (height, width); uint8.
+            Empty when there was nothing to predict.
+        settings: Of the run.
+        out: Its folder.
+
+    Returns:
+        The row with a `record` for the ledger, or an `error`.
+    """
+    start = time.time()
+    region = Rectangle(*row["region"])
+    shape = (region.height, region.width)
+    try:
+        unreadable = _unreadable(row, region)
+        inside = _inside(row, region) & (unreadable == 0)
+        labels = np.where(inside, layers.get("labels", np.uint8(0)), np.uint8(0))
+        record = _summed_up(row, labels, inside, layers, settings)
+        omezarr.write_region(mask_uri(out, row["slide"]), region, labels)
+        if "probabilities" in layers:
+            kept = np.where(inside, layers["probabilities"], np.uint8(0))
+            omezarr.write_region(probabilities_uri(out, row["slide"]), region, kept)
+        for layer in settings.layers:
+            values = layers.get(layer, np.zeros(shape, np.uint8))
+            values = unreadable if layer == "unreadable" else values * inside
+            omezarr.write_region(layer_uri(out, row["slide"], layer), region, values)
+        if row["regions"] == 1:
+            finish_slide(settings, out, row["slide"])
+    except (MedrayError, OSError) as error:
+        return row | {"error": f"{error}"}
+    record["unreadable_px"] = int(unreadable.sum())
+    record["write_s"] = time.time() - start
+    return row | {"record": record | {"written_at": time.time()}}
+
+
+def finish_slide(settings: RunSettings, out: str, slide: str) -> None:
+    """Build what needs the whole mask: the coarse levels of its pyramid."""
+    for uri in stores_of(settings, out, slide):
+        omezarr.build_pyramid(uri)
+
+
+def _summed_up(
+    row: Row, labels: UInt8, inside: Blocks, layers: dict[str, UInt8], settings: Any
+) -> Row:
+    kept = ("read_at", "read_s", "predict_s", "waited_s", "windows")
+    record: Row = {key: row[key] for key in kept if key in row}
+    counts = np.bincount(labels.ravel(), minlength=len(settings.classes))
+    record["class_px"] = counts.tolist()
+    if settings.options.prediction.quality:
+        record["predicted_px"] = int(inside.sum())
+        for layer in ("uncertainty", "disagreement"):
+            values = layers.get(layer)
+            total = 0 if values is None else int((values * inside).sum(dtype=np.int64))
+            record[f"{layer}_sum"] = total
+    return record
+
+
+def _inside(row: Row, region: Rectangle) -> Blocks:
+    """Give which pixels of a region count: (height, width) bool."""
+    ones = np.ones((BLOCK, BLOCK), dtype=bool)
+    whole = np.kron(np.asarray(row["blocks"], dtype=bool), ones)
+    inside: Blocks = whole[: region.height, : region.width]
+    if row.get("within"):
+        size = (row["level0_height"], row["level0_width"])
+        areas = areas_within(row["within"], *size)
+        drawn = rasterise(
+            areas,
+            AnyClass(),
+            y=region.y,
+            x=region.x,
+            height=region.height,
+            width=region.width,
+            downsample=row["downsample"],
+        )
+        inside = inside & (drawn > 0)
+    return inside
+
+
+@functools.lru_cache(maxsize=4)
+def areas_within(uri: str, height: int, width: int) -> list[Area]:
+    """Read the areas to stay within; their classes do not matter."""
+    return read_annotation(uri, height=height, width=width, classes=AnyClass())
+
+
+def _unreadable(row: Row, region: Rectangle) -> UInt8:
+    """Give where a region could not be read: (height, width) of 0 and 1."""
+    layer = np.zeros((region.height, region.width), np.uint8)
+    for y, x, height, width in row.get("damaged", ()):
+        rows = slice(max(0, y - region.y), max(0, y + height - region.y))
+        layer[rows, max(0, x - region.x) : max(0, x + width - region.x)] = 1
+    return layer
