@@ -3,11 +3,12 @@
 In one run, interleaved, over the same slides and windows, with the same weights,
 precision and batch:
 
-    bare    the model's forward over the windows, pixels already in memory
-    loop    one process: read the whole slide, window, average, write the zarr
+    bare    the model's forward over the windows, counted once, pixels in memory
+    loop    one process: read the whole slide, predict, write the zarr (flat slides)
     medray  `medray.infer`, Ray up: from the first read to the last commit, and whole
 
-Run: python benchmarks/infer.py --slides 8 --rounds 3 [--model MODEL]
+Run: python benchmarks/infer.py --slides 16 --rounds 3 [--model MODEL]
+     python benchmarks/infer.py --pyramid 20480 --rounds 1
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -24,16 +26,22 @@ import torch
 
 from medray import cluster
 from medray.classes import Classes
-from medray.grid import Rectangle, Windows, region_windows, window_starts
+from medray.grid import (
+    Rectangle,
+    Windows,
+    region_windows,
+    window_starts,
+)
 from medray.infer import infer
-from medray.models.config import Architecture, ModelConfig
+from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.folder import save_model
 from medray.models.predict import Predictor, RegionPixels
 from medray.models.segmenters import build_segmenter
+from medray.run import Options
 from medray.slides import open_slide
 from medray.store import omezarr
 from medray.store.files import read_table
-from medray.synth import generate
+from medray.synth import generate, write_pyramid
 
 
 def random_model(folder: Path, encoder: str) -> str:
@@ -50,29 +58,47 @@ def random_model(folder: Path, encoder: str) -> str:
     return str(folder)
 
 
-def bare(predictor: Predictor, slides: list[Path]) -> float:
-    """The forward alone, over every window of every slide, in full batches."""
+def count_windows(slides: list[Path], windows: Windows) -> int:
+    total = 0
+    for path in slides:
+        with open_slide(path) as slide:
+            level = slide.levels[0]
+        rows, columns = (
+            len(window_starts(length, windows))
+            for length in (level.height, level.width)
+        )
+        total += rows * columns
+    return total
+
+
+def bare(predictor: Predictor, slides: list[Path], most: int) -> float:
+    """The forward alone over every window, in full batches.
+
+    Of more than `most` windows, the first `most` are timed and counted up: a forward's
+    time does not depend on its pixels.
+    """
     size = predictor.config.window.size
     windows = []
     for path in slides:
         with open_slide(path) as slide:
             level = slide.levels[0]
-            pixels = slide.read(0, 0, level.height, level.width)
-        for y in window_starts(level.height, predictor.config.window):
-            for x in window_starts(level.width, predictor.config.window):
-                windows.append(pixels[y : y + size, x : x + size].transpose(2, 0, 1))
+            for y in window_starts(level.height, predictor.config.window):
+                for x in window_starts(level.width, predictor.config.window):
+                    if len(windows) < most:
+                        windows.append(slide.read(int(y), int(x), size, size))
+    total = count_windows(slides, predictor.config.window)
     start = time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(windows), predictor.batch):
             batch = np.stack(windows[first : first + predictor.batch])
-            predictor.windows(torch.from_numpy(batch).to(predictor.device))
+            predictor.logits(torch.from_numpy(batch).to(predictor.device))
     if predictor.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) * total / len(windows)
 
 
 def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
-    """What one writes in a notebook, with the same blending."""
+    """What one writes in a notebook, with the same stitching."""
     start = time.perf_counter()
     for path in slides:
         with open_slide(path) as slide:
@@ -91,49 +117,67 @@ def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
     return time.perf_counter() - start
 
 
-def medray(model: str, slides: list[Path], out: Path, precision: str) -> dict:
+def medray(model: str, slides: list[Path], out: Path, how: Prediction) -> dict:
     start = time.perf_counter()
     infer(
         [str(slides[0].parent)],
         model=model,
         out=str(out),
-        precision=precision,
-        everywhere=True,
+        options=Options(prediction=how, everywhere=True),
     )
     whole = time.perf_counter() - start
     rows = read_table(str(out / "slides.parquet")).to_pylist()
     first = min(row["first_read_at"] for row in rows)
-    last = max(row["last_write_at"] for row in rows)
-    return {"whole": whole, "read_to_commit": last - first}
+    last = max(row["committed_at"] for row in rows)
+    return {
+        "whole": whole,
+        "read_to_commit": last - first,
+        "lane waited for pixels": sum(row["waited_s"] for row in rows),
+        "lane predicting": sum(row["predict_s"] for row in rows),
+        "windows": sum(row["windows"] for row in rows),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--slides", type=int, default=8)
+    parser.add_argument("--slides", type=int, default=16)
+    parser.add_argument(
+        "--pyramid", type=int, help="one slide, this many px a side"
+    )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=400, help="windows of `bare`")
     parser.add_argument("--model")
     parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--precision", default="auto")
     args = parser.parse_args()
     logging.getLogger("medray").setLevel(logging.ERROR)
+    how = Prediction(precision=args.precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        slides = generate(folder / "data", slides=args.slides, seed=1)
+        if args.pyramid:
+            path = folder / "data" / "pyramid.tif"
+            path.parent.mkdir()
+            write_pyramid(path, args.pyramid, args.pyramid, seed=1)
+            slides = [path]
+        else:
+            slides = generate(folder / "data", slides=args.slides, seed=1)
         model = args.model or random_model(folder / "model", args.encoder)
         cluster.connect()
         torch.set_num_threads(cluster.cpus_per_node())
-        predictor = Predictor.from_folder(model, precision=args.precision)
+        predictor = Predictor.from_folders([model], how)
         times: dict[str, list[float]] = {}
-        for index in range(args.rounds + 1):  # the first round warms up
-            figures = {
-                "bare": bare(predictor, slides),
-                "loop": loop(predictor, slides, folder / f"loop{index}"),
-            }
-            job = medray(model, slides, folder / f"run{index}", args.precision)
-            figures |= job
-            if index:
-                for key, value in figures.items():
-                    times.setdefault(key, []).append(value)
+        bare(predictor, slides, 40)  # warms up
+        for index in range(args.rounds):
+            before = bare(predictor, slides, args.most)
+            figures: dict[str, Any] = {}
+            if not args.pyramid:
+                figures["loop"] = loop(predictor, slides, folder / f"loop{index}")
+            figures |= medray(model, slides, folder / f"run{index}", how)
+            # Before and after: the machine's speed drifts.
+            figures["bare"] = (before + bare(predictor, slides, args.most)) / 2
+            print(json.dumps(figures), flush=True)
+            for key, value in figures.items():
+                times.setdefault(key, []).append(value)
         ray.shutdown()
         median = {key: statistics.median(values) for key, values in times.items()}
         ratios = {
@@ -141,16 +185,17 @@ def main() -> None:
                 b / v for b, v in zip(times["bare"], times[key], strict=True)
             )
             for key in ("loop", "read_to_commit", "whole")
+            if key in times
         }
-        windows = 25 * args.slides
+        windows = count_windows(slides, predictor.config.window)
         print(
             json.dumps(
                 {
                     "device": str(predictor.device),
                     "precision": str(predictor.dtype),
                     "batch": predictor.batch,
-                    "windows": windows,
-                    "seconds": median,
+                    "windows, counted once": windows,
+                    "medians": median,
                     "ratio": ratios,
                     "bare MPix/s": windows * 0.512**2 / median["bare"],
                 },

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,4 +222,5 @@ def _outcome(header: Row, status: str, message: str) -> Row:
         "stamp": header["stamp"],
         "annotation": header.get("annotation", ""),
         "finished_at": now,
+        "committed_at": time.time(),
     }

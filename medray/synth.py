@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import tifffile
+from PIL import Image
 from rasterio import features
 from scipy import ndimage
 from shapely.geometry import Polygon
@@ -31,6 +34,7 @@ _HAEMATOXYLIN = np.array([0.650, 0.704, 0.286])
 _EOSIN = np.array([0.072, 0.990, 0.105])
 _INKS = ((40, 60, 190), (30, 130, 60), (25, 25, 30))
 _STAMP = 25  # side of a nucleus' picture, pixels
+_FIELD, _TILE = 2048, 512  # of `write_pyramid`, pixels
 
 
 @dataclass(frozen=True)
@@ -467,3 +471,91 @@ def generate(
         writer.writerow(("slide", "group"))
         writer.writerows(rows)
     return paths
+
+
+def write_pyramid(
+    path: Path,
+    height: int,
+    width: int,
+    *,
+    seed: int = 0,
+    tissue: float = 1.0,
+    mpp: float = 0.5,
+) -> None:
+    """Write a slide of any size quickly: one generated field, repeated.
+
+    A pyramidal JPEG BigTIFF with levels of 1, 1/4, 1/16, ... of the size. Fields of
+    2048 pixels either show tissue or are glass, which is not stored at all.
+
+    Args:
+        path: The file.
+        height: Level-0 pixels.
+        width: Likewise.
+        seed: Of the field.
+        tissue: Share of the fields that show tissue, spread evenly.
+        mpp: Microns per pixel of level 0.
+    """
+    field = draw_scene(seed, height=_FIELD, width=_FIELD).pixels
+    across = -(-width // _FIELD)
+    count = -(-height // _FIELD) * across
+    shown = np.floor(np.arange(1, count + 1) * tissue) > np.floor(
+        np.arange(count) * tissue
+    )
+    shown = shown.reshape(-1, across)
+    factors = [1]
+    while max(height, width) / factors[-1] > 1024 and factors[-1] < _FIELD:
+        factors.append(factors[-1] * 4)
+    options: dict[str, Any] = {
+        "dtype": "uint8",
+        "photometric": "ycbcr",
+        "subsampling": (2, 2),
+        "compression": "jpeg",
+        "tile": (_TILE, _TILE),
+        "software": "medray",
+        "metadata": None,
+        "resolutionunit": "CENTIMETER",
+    }
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for factor in factors:
+            size = (-(-height // factor), -(-width // factor), 3)
+            tiff.write(
+                _repeated(field, shown, factor, size),
+                shape=size,
+                subfiletype=0 if factor == 1 else 1,
+                resolution=(1e4 / (mpp * factor),) * 2,
+                **options,
+            )
+
+
+def _repeated(
+    field: npt.NDArray[np.uint8],
+    shown: npt.NDArray[np.bool_],
+    factor: int,
+    size: tuple[int, int, int],
+) -> Iterator[bytes]:
+    """Give the encoded tiles of one level, row by row; none of glass."""
+    small = np.asarray(Image.fromarray(field).reduce(factor))
+    side = len(small)
+    encoded: dict[Any, bytes] = {}
+    for y in range(0, size[0], _TILE):
+        for x in range(0, size[1], _TILE):
+            rows = np.arange(y, y + _TILE)
+            columns = np.arange(x, x + _TILE)
+            flags = shown[y // side : (y + _TILE - 1) // side + 1]
+            flags = flags[:, x // side : (x + _TILE - 1) // side + 1]
+            if not flags.any():
+                yield b""
+                continue
+            key = (y % side, x % side, flags.shape, flags.tobytes())
+            if key not in encoded:
+                tile = small[np.ix_(rows % side, columns % side)]
+                inside = np.ix_(
+                    np.minimum(rows // side, len(shown) - 1),
+                    np.minimum(columns // side, shown.shape[1] - 1),
+                )
+                tile = np.where(shown[inside][..., None], tile, np.uint8(245))
+                picture = imagecodecs.jpeg8_encode(
+                    tile, level=60, colorspace="RGB", outcolorspace="YCBCR"
+                )
+                encoded[key] = bytes(picture)
+            yield encoded[key]
