@@ -141,9 +141,7 @@ def medray(model: str, slides: list[Path], out: Path, how: Prediction) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slides", type=int, default=16)
-    parser.add_argument(
-        "--pyramid", type=int, help="one slide, this many px a side"
-    )
+    parser.add_argument("--pyramid", type=int, help="one slide, this many px a side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=400, help="windows of `bare`")
     parser.add_argument("--model")

@@ -22,10 +22,11 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import threading
+import queue
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +37,6 @@ import ray.data
 from ray.util.metrics import Counter
 
 from medray import cluster
-from medray.annotations.matching import match_annotations
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.grid import Rectangle, region_side, region_windows
@@ -87,11 +87,14 @@ def infer(
     open_run(out, settings)
     ledger = Ledger(out)
     wanted = find_slides(slides)
-    areas = match_annotations(wanted, options.within)
+    areas: dict[str, str] = {}
     if options.within:
+        from medray.annotations.matching import match_annotations
+
+        areas = match_annotations(wanted, options.within)
         wanted = [slide for slide in wanted if slide.slide in areas]
-    if not wanted:
-        raise ConfigError(f"{options.within}: no annotation is named like a slide")
+        if not wanted:
+            raise ConfigError(f"{options.within}: no annotation is named like a slide")
     todo = changed_slides(wanted, ledger, areas)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     skipped = len(wanted) - len(todo)
@@ -217,8 +220,11 @@ def _chain(
                 **_lane_resources(),
             )
         )
-        for outcome in rows.iter_rows():
-            yield from json.loads(outcome["json"])
+        for outcomes in rows.iter_batches(
+            batch_size=None, prefetch_batches=0, batch_format="pyarrow"
+        ):
+            for text in outcomes["json"]:
+                yield from json.loads(text.as_py())
 
 
 def _lane_resources() -> dict[str, float]:
@@ -283,27 +289,20 @@ def _plan_one(
 class Lane:
     """One device with all that keeps it busy: readers ahead of it, writers behind.
 
-    Two packets may be under way in two threads; the device predicts one after the
-    other, so that the second is read while the first is predicted, and predicted while
-    the last regions of the first are written.
+    One thread has the device to itself (on a CPU a second one would bring a second team
+    of OpenMP threads). Two packets may be under way: the second is read while the first
+    is predicted, and predicted while the last regions of the first are written.
     """
 
     def __init__(self, settings: RunSettings, out: str) -> None:
-        """Load the models and start the model's device."""
-        from medray.models.predict import Predictor, choose_device, use_threads
-
-        device = choose_device()
-        if device.type == "cpu":
-            use_threads(cluster.cpus_per_node())
+        """Load the models onto the device."""
         self._settings, self._out = settings, out
-        self._predictor = Predictor.from_folders(
-            settings.models, settings.options.prediction
-        )
-        gpu = device.type == "cuda"
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._predictor = self._device.submit(self._load).result()
+        gpu = self._predictor.device.type == "cuda"
         # Enough to be read while others are predicted; per packet under way.
         self._ahead_bytes = (512 if gpu else 64) << 20
         self._group = 8 if gpu else 1
-        self._turn = threading.Lock()
         self._read = ray.remote(read_region).options(
             num_cpus=0.5, num_returns=2, max_retries=2
         )
@@ -314,6 +313,17 @@ class Lane:
         self._waited = Counter(
             "medray_lane_waited_seconds", "How long a device waited for pixels."
         )
+
+    def _load(self) -> Any:
+        from medray.models.predict import Predictor, choose_device, use_threads
+
+        if choose_device().type == "cpu":
+            use_threads(cluster.cpus_per_node())
+        predictor = Predictor.from_folders(
+            self._settings.models, self._settings.options.prediction
+        )
+        predictor.warm_up()
+        return predictor
 
     def __call__(self, batch: Row) -> Iterator[Row]:
         """Work on a packet; give outcomes in its order, a few at a time.
@@ -332,14 +342,31 @@ class Lane:
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
         ahead = _ReadAhead(self._read, rows, self._settings, self._ahead_bytes)
+        predicted: queue.Queue[Any] = queue.Queue(maxsize=4)
+        predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
-        with self._turn:
-            for row, layers in self._predicted(ahead):
-                writes.append((row, self._start_writing(row, layers)))
-                while writes and (len(writes) > 8 or _is_ready(writes[0][1])):
-                    yield self._outcome(*writes.popleft())
-        while writes:
-            yield self._outcome(*writes.popleft())
+        more = True
+        while more or writes:
+            if writes and (not more or len(writes) > 8 or _is_ready(writes[0][1])):
+                yield self._outcome(*writes.popleft())
+                continue
+            try:
+                item = predicted.get(timeout=0.1 if writes else None)
+            except queue.Empty:
+                continue
+            if item is None:
+                predicting.result()  # raises what went wrong
+                more = False
+            else:
+                writes.append((item[0], self._start_writing(*item)))
+
+    def _predict(self, ahead: _ReadAhead, predicted: queue.Queue[Any]) -> None:
+        """Predict a packet in the device's thread; None ends what it gives."""
+        try:
+            for item in self._predicted(ahead):
+                predicted.put(item)
+        finally:
+            predicted.put(None)
 
     def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, dict[str, UInt8]]]:
         """Give the rows in their order, with what the models make of their pixels."""
@@ -350,7 +377,8 @@ class Lane:
                 waiting.append((row, pixels is not None))
                 if pixels is not None:
                     self._waited.inc(waited)
-                    yield self._region_pixels(row | {"waited_s": waited}, pixels)
+                    row["waited_s"] = waited
+                    yield self._region_pixels(row, pixels)
 
         def passed_through() -> Iterator[tuple[Row, dict[str, UInt8]]]:
             while waiting and not waiting[0][1]:
@@ -379,7 +407,9 @@ class Lane:
         size = (row["height"], row["width"])
         windows, how = self._settings.windows, self._settings.options.prediction
         plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
-        return RegionPixels(pixels, plan, *size, wanted_windows(row, self._settings))
+        wanted = wanted_windows(row, self._settings)
+        row["windows"] = int(wanted.sum())
+        return RegionPixels(pixels, plan, *size, wanted)
 
     def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
         if row["index"] == HEADER or "error" in row:

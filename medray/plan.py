@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import shapely
 
 from medray.grid import Rectangle, plan_regions, region_windows, windows_over
 from medray.region import BLOCK, areas_within
@@ -98,6 +97,8 @@ def _part(region: Rectangle, blocks: Blocks) -> Blocks:
 
 def _touched(areas: Any, working: Working, shape: tuple[int, ...]) -> Blocks:
     """Give which blocks an area touches."""
+    import shapely
+
     side = BLOCK * working.downsample
     y, x = (axis.ravel() for axis in np.indices(shape))
     boxes = shapely.box(x * side, y * side, (x + 1) * side, (y + 1) * side)

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.annotations import rasterise, read_annotation
-from medray.annotations.area import Area
 from medray.classes import AnyClass
 from medray.errors import MedrayError
 from medray.grid import Rectangle, region_windows
@@ -178,6 +176,8 @@ def _inside(row: Row, region: Rectangle) -> Blocks:
     inside: Blocks = whole[: region.height, : region.width]
     if row.get("within"):
         size = (row["level0_height"], row["level0_width"])
+        from medray.annotations import rasterise
+
         areas = areas_within(row["within"], *size)
         drawn = rasterise(
             areas,
@@ -193,8 +193,11 @@ def _inside(row: Row, region: Rectangle) -> Blocks:
 
 
 @functools.lru_cache(maxsize=4)
-def areas_within(uri: str, height: int, width: int) -> list[Area]:
+def areas_within(uri: str, height: int, width: int) -> list[Any]:
     """Read the areas to stay within; their classes do not matter."""
+    # Imported here: few runs need them, and they take a second to load.
+    from medray.annotations import read_annotation
+
     return read_annotation(uri, height=height, width=width, classes=AnyClass())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -162,6 +163,13 @@ class Predictor:
         """Load model folders (see medray.models.folder)."""
         return cls([load_model(folder) for folder in folders], how, batch=batch)
 
+    def warm_up(self) -> None:
+        """Run one batch, so that what is chosen and compiled at first use is ready."""
+        size = self.config.window.size
+        shape = (self.batch, size, size, 3)
+        with torch.inference_mode():
+            self.scores(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S)."""
         return self._networks[0](pixels)
@@ -230,25 +238,23 @@ class Predictor:
         """
         canvases: deque[_Canvas] = deque()
         pending: list[tuple[_Canvas, int, int]] = []
+        # A GPU's result is fetched only when the next batch is under way.
+        behind = self.device.type == "cuda"
         for region in regions:
-            # On a GPU the region before is fetched only when this one is under way.
-            yield from self._finished(canvases, keep=self.device.type == "cuda")
             canvas = _Canvas(region, self)
             canvases.append(canvas)
             for row, column in canvas.todo():
                 pending.append((canvas, row, column))
                 if len(pending) == self.batch:
+                    ready = _complete(canvases)
                     self._run(pending)
                     pending = []
+                    for _ in range(ready if behind else _complete(canvases)):
+                        yield canvases.popleft().result()
         if pending:
             self._run(pending)
-        yield from self._finished(canvases, keep=False)
-
-    def _finished(
-        self, canvases: deque[_Canvas], *, keep: bool
-    ) -> Iterator[RegionClasses]:
-        while len(canvases) > keep and canvases[0].missing == 0:
-            yield canvases.popleft().result()
+        for canvas in canvases:
+            yield canvas.result()
 
     def _run(self, windows: Sequence[tuple[_Canvas, int, int]]) -> None:
         size = self.config.window.size
@@ -261,6 +267,11 @@ class Predictor:
         labels = self.choose(scores)
         for i, (canvas, row, column) in enumerate(windows):
             canvas.add(row, column, scores[i], labels[i])
+
+
+def _complete(canvases: deque[_Canvas]) -> int:
+    """Count the leading regions of which no window is missing."""
+    return sum(1 for _ in itertools.takewhile(lambda c: c.missing == 0, canvases))
 
 
 class _Network:

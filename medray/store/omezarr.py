@@ -18,9 +18,8 @@ Specification: https://ngff.openmicroscopy.org/0.5/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -31,6 +30,9 @@ from medray.classes import Classes
 from medray.errors import FormatError, StoreError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 PATCH = 512
 REGION = 2048
@@ -381,6 +383,9 @@ def open_mask(uri: str, level: int = 0) -> da.Array:
     Raises:
         FormatError: There is no such level.
     """
+    # Imported here: it takes half a second, and workers never need it.
+    import dask.array as da
+
     array = open_level(files.absolute(uri), level)
     lazy: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         array, chunks=array.shards or array.chunks
