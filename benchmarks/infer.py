@@ -17,6 +17,7 @@ import logging
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,24 @@ def bare(predictor: Predictor, slides: list[Path], most: int) -> float:
                     if len(windows) < most:
                         windows.append(slide.read(int(y), int(x), size, size))
     total = count_windows(slides, predictor.config.window)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for first in range(0, len(windows), predictor.batch):
-            batch = np.stack(windows[first : first + predictor.batch])
-            predictor.logits(torch.from_numpy(batch).to(predictor.device))
-    if predictor.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * total / len(windows)
+    pixels = torch.from_numpy(np.stack(windows)).to(predictor.device)
+    batches = pixels.split(predictor.batch)
+
+    @torch.inference_mode()
+    def forward(batch: torch.Tensor) -> None:
+        predictor.logits(batch)
+
+    # As many threads as the predictor has, each with batches of its own.
+    with ThreadPoolExecutor(
+        predictor.threads, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        list(pool.map(forward, batches[: predictor.threads]))  # makes the threads ready
+        start = time.perf_counter()
+        list(pool.map(forward, batches))
+        if predictor.device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+    return elapsed * total / len(windows)
 
 
 def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
@@ -161,8 +172,8 @@ def main() -> None:
             slides = generate(folder / "data", slides=args.slides, seed=1)
         model = args.model or random_model(folder / "model", args.encoder)
         cluster.connect()
-        torch.set_num_threads(cluster.cpus_per_node())
-        predictor = Predictor.from_folders([model], how)
+        threads = cluster.cpus_per_node()
+        predictor = Predictor.from_folders([model], how, threads=threads)
         times: dict[str, list[float]] = {}
         bare(predictor, slides, 40)  # warms up
         for index in range(args.rounds):

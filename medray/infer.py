@@ -315,12 +315,12 @@ class Lane:
         )
 
     def _load(self) -> Any:
-        from medray.models.predict import Predictor, choose_device, use_threads
+        from medray.models.predict import Predictor
 
-        if choose_device().type == "cpu":
-            use_threads(cluster.cpus_per_node())
         predictor = Predictor.from_folders(
-            self._settings.models, self._settings.options.prediction
+            self._settings.models,
+            self._settings.options.prediction,
+            threads=cluster.cpus_per_node(),
         )
         predictor.warm_up()
         return predictor

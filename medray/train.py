@@ -44,7 +44,7 @@ from medray.models.augment import augment_batch, build_augmentation
 from medray.models.config import ModelConfig, read_config
 from medray.models.folder import save_model
 from medray.models.losses import SegmentationLoss
-from medray.models.predict import choose_device, choose_precision, use_threads
+from medray.models.predict import choose_device, choose_precision
 from medray.models.segmenters import build_segmenter
 from medray.patches import read_train, read_val, usable_patches
 from medray.recipe import Recipe, read_recipe
@@ -290,7 +290,8 @@ def _worker(config: Row) -> None:
     rank = context.get_world_rank()
     device = choose_device()
     if device.type == "cpu":
-        use_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        share = (os.cpu_count() or 1) // context.get_local_world_size()
+        torch.set_num_threads(max(1, share))
     torch.manual_seed(recipe.seed)
     classes = read_dataset(data).classes
     network = build_segmenter(recipe.model, len(classes), recipe.weights)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,12 +104,24 @@ def _cpu_is_fast_in_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+# Pixels of a batch on a CPU: what it needs then fits the caches, and malloc keeps it
+# (larger blocks go back to the system and are faulted in again, a sixth of the time).
+_CPU_BATCH_PIXELS = 512 * 512
+
+_Windows = Sequence[tuple["_Canvas", int, int]]
+_Scored = tuple[torch.Tensor, torch.Tensor]
+
+
 class Predictor:
     """One model or several, loaded once, applied to a stream of regions.
 
     Windows of successive regions share batches, and every batch has the same shape (the
     last one is filled up with zeros), so a window's prediction does not depend on what
     else is predicted beside it.
+
+    A GPU is given one batch after the other by the calling thread. On a CPU each thread
+    predicts batches of its own: threads that share a batch wait for each other at every
+    layer, and all of them whenever one is interrupted.
     """
 
     def __init__(
@@ -118,6 +130,7 @@ class Predictor:
         how: Prediction | None = None,
         *,
         batch: int | None = None,
+        threads: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         """Move the models to their device.
@@ -126,7 +139,9 @@ class Predictor:
             models: Each maps (N, 3, S, S) to (N, C, S, S) logits, or to (N, C) logits
                 that hold for the whole window; classes and windows are the same.
             how: How windows become classes.
-            batch: Windows a batch; by default 4 on a CPU and 25 on a GPU.
+            batch: Windows a batch; by default 25 on a GPU, on a CPU one of 512 pixels a
+                side or as many smaller ones.
+            threads: That predict on a CPU; by default one a core.
             device: By default the GPU if there is one.
 
         Raises:
@@ -138,7 +153,16 @@ class Predictor:
         self.config = models[0][1]
         for _, other in models[1:]:
             _check_alike(self.config, other)
-        self.batch = batch or (4 if self.device.type == "cpu" else 25)
+        size = self.config.window.size
+        fitting = max(1, _CPU_BATCH_PIXELS // size**2)
+        self.batch = batch or (fitting if self.device.type == "cpu" else 25)
+        self.threads = 1
+        self._pool: ThreadPoolExecutor | None = None
+        if self.device.type == "cpu":
+            self.threads = threads or os.cpu_count() or 1
+            self._pool = ThreadPoolExecutor(
+                self.threads, "predict", torch.set_num_threads, (1,)
+            )
         self._networks = [
             _Network(model, config, self.device, self.dtype) for model, config in models
         ]
@@ -159,16 +183,16 @@ class Predictor:
         how: Prediction | None = None,
         *,
         batch: int | None = None,
+        threads: int | None = None,
     ) -> Predictor:
         """Load model folders (see medray.models.folder)."""
-        return cls([load_model(folder) for folder in folders], how, batch=batch)
+        models = [load_model(folder) for folder in folders]
+        return cls(models, how, batch=batch, threads=threads)
 
     def warm_up(self) -> None:
-        """Run one batch, so that what is chosen and compiled at first use is ready."""
-        size = self.config.window.size
-        shape = (self.batch, size, size, 3)
-        with torch.inference_mode():
-            self.scores(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        """Run a batch in each thread: what is chosen at first use is then ready."""
+        for finish in [self._start([]) for _ in range(self.threads)]:
+            finish()
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S)."""
@@ -238,25 +262,56 @@ class Predictor:
         """
         canvases: deque[_Canvas] = deque()
         pending: list[tuple[_Canvas, int, int]] = []
-        # A GPU's result is fetched only when the next batch is under way.
-        behind = self.device.type == "cuda"
+        under_way: deque[tuple[_Windows, Callable[[], _Scored]]] = deque()
+        fetched: deque[_Canvas] = deque()
+        # On a CPU each thread finds its next batch waiting. A GPU works behind the
+        # caller's back anyhow: there a region is taken once the next batch is under
+        # way, so that the GPU has work while the caller sees to the region.
+        most = 2 * self.threads if self._pool else 0
+
+        def start() -> Iterator[RegionClasses]:
+            ready = len(fetched)
+            under_way.append((tuple(pending), self._start(pending)))
+            pending.clear()
+            while len(under_way) > most:
+                finish()
+            for _ in range(len(fetched) if self._pool else ready):
+                yield fetched.popleft().result()
+
+        def finish() -> None:
+            windows, finished = under_way.popleft()
+            _add(windows, *finished())
+            while canvases and not canvases[0].missing:
+                fetched.append(canvases.popleft())
+                fetched[-1].fetch()
+
         for region in regions:
             canvas = _Canvas(region, self)
             canvases.append(canvas)
             for row, column in canvas.todo():
                 pending.append((canvas, row, column))
                 if len(pending) == self.batch:
-                    ready = _complete(canvases)
-                    self._run(pending)
-                    pending = []
-                    for _ in range(ready if behind else _complete(canvases)):
-                        yield canvases.popleft().result()
+                    yield from start()
         if pending:
-            self._run(pending)
-        for canvas in canvases:
+            yield from start()
+        while under_way:
+            finish()
+        for canvas in canvases:  # of which no window is wanted
+            canvas.fetch()
+        for canvas in (*fetched, *canvases):
             yield canvas.result()
 
-    def _run(self, windows: Sequence[tuple[_Canvas, int, int]]) -> None:
+    def _start(self, windows: _Windows) -> Callable[[], _Scored]:
+        """Start a batch; what is returned waits for it."""
+        todo = tuple(windows)
+        if self._pool:
+            return self._pool.submit(self._score, todo).result
+        scored = self._score(todo)
+        return lambda: scored
+
+    @torch.inference_mode()
+    def _score(self, windows: _Windows) -> _Scored:
+        """Give a batch's scores and classes: (N, C, S, S) and (N, S, S) uint8."""
         size = self.config.window.size
         shape = (self.batch, size, size, 3)
         batch = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -264,14 +319,12 @@ class Predictor:
             batch[i] = canvas.cut(row, column)
         batch[len(windows) :] = 0
         scores = self.scores(batch)
-        labels = self.choose(scores)
-        for i, (canvas, row, column) in enumerate(windows):
-            canvas.add(row, column, scores[i], labels[i])
+        return scores, self.choose(scores)
 
 
-def _complete(canvases: deque[_Canvas]) -> int:
-    """Count the leading regions of which no window is missing."""
-    return sum(1 for _ in itertools.takewhile(lambda c: c.missing == 0, canvases))
+def _add(windows: _Windows, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    for i, (canvas, row, column) in enumerate(windows):
+        canvas.add(row, column, scores[i], labels[i])
 
 
 class _Network:
@@ -357,6 +410,8 @@ class _Canvas:
             torch.zeros((classes, *area), device=device) if keep_scores else None
         )
         self._seen: list[tuple[Rectangle, torch.Tensor]] = []
+        self._fetched: dict[str, torch.Tensor] = {}
+        self._arrived: torch.cuda.Event | None = None
 
     def todo(self) -> Iterator[tuple[int, int]]:
         """Give the wanted windows, row by row."""
@@ -406,22 +461,31 @@ class _Canvas:
                 raise RuntimeError("blending keeps scores")
             self._labels = self._choose(self._scores)
 
-    def result(self) -> RegionClasses:
-        """Fetch what has become of the region."""
-        labels = self._labels.cpu().numpy()
-        if self._scores is None:
-            return RegionClasses(labels)
-        probabilities = uncertainty = disagreement = None
-        if self._how.probabilities:
-            probabilities = _as_uint8(self._scores).cpu().numpy()
-        if self._how.quality:
-            uncertainty = _as_uint8(_entropy(self._scores)).cpu().numpy()
+    def fetch(self) -> None:
+        """Start to bring what has become of the region back from the device."""
+        layers = {"labels": self._labels}
+        if self._scores is not None and self._how.probabilities:
+            layers["probabilities"] = _as_uint8(self._scores)
+        if self._scores is not None and self._how.quality:
+            layers["uncertainty"] = _as_uint8(_entropy(self._scores))
             differs = torch.zeros_like(self._labels)
             for covered, seen in self._seen:
                 place = covered.slices(origin=self._region)
                 differs[place] |= seen != self._labels[place]
-            disagreement = differs.cpu().numpy()
-        return RegionClasses(labels, probabilities, uncertainty, disagreement)
+            layers["disagreement"] = differs
+        self._seen.clear()
+        self._scores = None
+        self._fetched = {name: _download(layer) for name, layer in layers.items()}
+        if self._labels.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def result(self) -> RegionClasses:
+        """Give what was fetched, once it is here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        layers = {name: layer.numpy() for name, layer in self._fetched.items()}
+        return RegionClasses(**layers)
 
 
 def _common(
@@ -440,6 +504,14 @@ def _upload(pixels: UInt8, device: torch.device) -> torch.Tensor:
     pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
     np.copyto(pinned.numpy(), pixels)
     return pinned.to(device, non_blocking=True)
+
+
+def _download(layer: torch.Tensor) -> torch.Tensor:
+    """Start a copy to the host; from a GPU into pinned memory, without waiting."""
+    if not layer.is_cuda:
+        return layer
+    pinned = torch.empty(layer.shape, dtype=layer.dtype, pin_memory=True)
+    return pinned.copy_(layer, non_blocking=True)
 
 
 def _as_uint8(share: torch.Tensor) -> torch.Tensor:
@@ -493,9 +565,3 @@ def _axis(
         _Window(int(starts[i]), (int(begins[i]), int(ends[i])), weights[i])
         for i in range(first, end)
     ]
-
-
-def use_threads(count: int) -> None:
-    """Give torch `count` CPU threads."""
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    torch.set_num_threads(count)
