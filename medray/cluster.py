@@ -64,6 +64,12 @@ def cpus_per_node() -> int:
     return min((count for count in counts if count), default=1)
 
 
+def gpus_per_node() -> int:
+    """Give the most GPUs that a node has."""
+    counts = (int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"])
+    return max(counts, default=0)
+
+
 def gpus() -> int:
     """Give the number of GPUs that the cluster has now."""
     resources = ray.cluster_resources()

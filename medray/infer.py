@@ -6,7 +6,7 @@ The way of a region, top to bottom:
     lane     an actor a GPU takes a packet and keeps its device busy:
       read     tasks read regions and their halos ahead, within a budget of bytes
       predict  windows of successive regions share batches; classes come out
-      write    tasks write the classes as the region's shards
+      write    they write the classes as the region's shards
     commit   the driver notes the region; with its last region a slide is done
 
 Pixels go from the readers to the lane and from the lane to the writers; the driver and
@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import queue
@@ -44,6 +45,7 @@ from medray.models.config import model_digest, read_config
 from medray.plan import coarse_mask, plan_slide, wanted_windows
 from medray.progress import Progress
 from medray.region import (
+    RegionIO,
     finish_slide,
     opened,
     read_region,
@@ -195,15 +197,12 @@ def _chain(
         rows = (
             ray.data.from_items(groups, override_num_blocks=min(len(groups), 1000))
             .map_batches(
-                _plan,
+                Planner,
                 batch_size=1,
                 num_cpus=0.25,
-                fn_kwargs={
-                    "settings": settings,
-                    "out": out,
-                    "committed": committed,
-                    "packet": packet,
-                },
+                # Actors, as tasks come so rarely that each would start a process.
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=lanes),
+                fn_constructor_args=(settings, out, committed, packet),
             )
             .map_batches(
                 Lane,
@@ -237,23 +236,30 @@ def _lane_resources() -> dict[str, float]:
 # --- plan -----------------------------------------------------------------------------
 
 
-def _plan(
-    batch: Row,
-    *,
-    settings: RunSettings,
-    out: str,
-    committed: dict[str, list[int]],
-    packet: int,
-) -> Iterator[Row]:
-    """Plan slides, make their empty masks, and give their regions in packets."""
-    rows: list[Row] = []
-    for slide in json.loads(batch["json"][0]):
-        rows += _plan_one(slide, settings, out, committed)
-        while len(rows) >= packet:
-            yield {"json": [json.dumps(rows[:packet])]}
-            rows = rows[packet:]
-    if rows:
-        yield {"json": [json.dumps(rows)]}
+class Planner:
+    """Plans slides: headers, thumbnails, empty masks; no pixels at working level."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        out: str,
+        committed: dict[str, list[int]],
+        packet: int,
+    ) -> None:
+        """Take what all slides share."""
+        self._settings, self._out = settings, out
+        self._committed, self._packet = committed, packet
+
+    def __call__(self, batch: Row) -> Iterator[Row]:
+        """Plan some slides, make their empty masks, give their regions in packets."""
+        rows: list[Row] = []
+        for slide in json.loads(batch["json"][0]):
+            rows += _plan_one(slide, self._settings, self._out, self._committed)
+            while len(rows) >= self._packet:
+                yield {"json": [json.dumps(rows[: self._packet])]}
+                rows = rows[self._packet :]
+        if rows:
+            yield {"json": [json.dumps(rows)]}
 
 
 def _plan_one(
@@ -289,9 +295,9 @@ def _plan_one(
 class Lane:
     """One device with all that keeps it busy: readers ahead of it, writers behind.
 
-    One thread has the device to itself (on a CPU a second one would bring a second team
-    of OpenMP threads). Two packets may be under way: the second is read while the first
-    is predicted, and predicted while the last regions of the first are written.
+    One thread has the device to itself. Two packets may be under way: the second is
+    read while the first is predicted, and predicted while the last regions of the
+    first are written.
     """
 
     def __init__(self, settings: RunSettings, out: str) -> None:
@@ -303,10 +309,7 @@ class Lane:
         # Enough to be read while others are predicted; per packet under way.
         self._ahead_bytes = (512 if gpu else 64) << 20
         self._group = 8 if gpu else 1
-        self._read = ray.remote(read_region).options(
-            num_cpus=0.5, num_returns=2, max_retries=2
-        )
-        self._write = ray.remote(write_region).options(num_cpus=0.25, max_retries=2)
+        self._hands = _Hands(gpu)
         self._regions = Counter("medray_regions", "Regions predicted.")
         self._pixels = Counter("medray_pixels", "Pixels predicted.")
         self._failures = Counter("medray_region_failures", "Regions that failed.")
@@ -341,7 +344,7 @@ class Lane:
             yield {"json": [json.dumps(outcomes)]}
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
-        ahead = _ReadAhead(self._read, rows, self._settings, self._ahead_bytes)
+        ahead = _ReadAhead(self._hands, rows, self._settings, self._ahead_bytes)
         predicted: queue.Queue[Any] = queue.Queue(maxsize=4)
         predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
@@ -414,12 +417,12 @@ class Lane:
     def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
         if row["index"] == HEADER or "error" in row:
             return None
-        return self._write.remote(row, layers, self._settings, self._out)
+        return self._hands.start("write", row, layers, self._settings, self._out)
 
     def _outcome(self, row: Row, write: Any) -> Row:
         if write is not None:
             try:
-                row = ray.get(write)
+                row = write.result()
             except ray.exceptions.RayError as error:
                 row = row | {"error": f"{row['uri']}: the writer died ({error})"}
         if "error" in row:
@@ -428,16 +431,75 @@ class Lane:
 
 
 def _is_ready(write: Any) -> bool:
-    return write is None or bool(ray.wait([write], timeout=0)[0])
+    return write is None or write.is_ready()
+
+
+class _Hands:
+    """The processes that read and write a lane's regions.
+
+    Actors rather than tasks: Ray ends a process that had no task for a second, and a
+    lane without a GPU gives one less often; starting one costs as much as a region.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        # What the lane itself needs aside, all of its share of the node.
+        share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
+        count = max(2, share - 2) if gpu else 2
+        actor = ray.remote(RegionIO).options(num_cpus=0.25, max_restarts=-1)
+        self._actors = [actor.remote() for _ in range(count)]
+        # Readers and writers take turns from opposite ends.
+        self._turns = {
+            "read": itertools.cycle(self._actors),
+            "write": itertools.cycle(reversed(self._actors)),
+        }
+
+    def start(self, name: str, *args: Any) -> _Started:
+        """Start to `read` or to `write`."""
+        return _Started(name, args, getattr(next(self._turns[name]), name))
+
+
+class _Started:
+    """Work that was given to a hand."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], method: Any) -> None:
+        self._name, self._args = name, args
+        self._returns = 2 if name == "read" else 1
+        self._ref = method.options(num_returns=self._returns).remote(*args)
+
+    def is_ready(self) -> bool:
+        refs = self._ref if isinstance(self._ref, list) else [self._ref]
+        return bool(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+
+    def result(self) -> Any:
+        """Wait for what comes of it.
+
+        When a process dies, all that was given to it is lost, also what is innocent of
+        its death. So each is repeated once in a process of its own.
+
+        Raises:
+            ray.exceptions.RayError: That one died too.
+        """
+        try:
+            return ray.get(self._ref)
+        except ray.exceptions.RayError:
+            work = {"read": read_region, "write": write_region}[self._name]
+            alone = ray.remote(work).options(
+                num_cpus=0.25, max_retries=0, num_returns=self._returns
+            )
+            return ray.get(alone.remote(*self._args))
 
 
 class _ReadAhead:
     """Reads the regions of a packet in their order, some bytes ahead."""
 
     def __init__(
-        self, read: Any, rows: list[Row], settings: RunSettings, ahead_bytes: int
+        self,
+        hands: _Hands,
+        rows: list[Row],
+        settings: RunSettings,
+        ahead_bytes: int,
     ) -> None:
-        self._read, self._settings = read, settings
+        self._hands, self._settings = hands, settings
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
         self._free = ahead_bytes
@@ -450,7 +512,9 @@ class _ReadAhead:
                 self._under_way.append((row, None))
                 continue
             self._free -= _halo_bytes(row, self._settings)
-            self._under_way.append((row, self._read.remote(row, self._settings)))
+            self._under_way.append(
+                (row, self._hands.start("read", row, self._settings))
+            )
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
         """Give each row with its pixels, and how many seconds they were waited for."""
@@ -461,7 +525,7 @@ class _ReadAhead:
             if reading is not None:
                 self._free += _halo_bytes(row, self._settings)
                 try:
-                    row, pixels = ray.get(list(reading))
+                    row, pixels = reading.result()
                 except ray.exceptions.RayError as error:
                     kind = type(error).__name__
                     row = row | {"error": f"{row['uri']}: its reader died ({kind})"}

@@ -74,6 +74,20 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
     return row, pixels if np.any(row["blocks"]) else None
 
 
+class RegionIO:
+    """Both ways in a process that stays: its imports and its open slides remain."""
+
+    def read(self, row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
+        """See `read_region`."""
+        return read_region(row, settings)
+
+    def write(
+        self, row: Row, layers: dict[str, UInt8], settings: RunSettings, out: str
+    ) -> Row:
+        """See `write_region`."""
+        return write_region(row, layers, settings, out)
+
+
 def _read_halo(
     slide: Slide, row: Row, settings: RunSettings
 ) -> tuple[UInt8, list[list[int]]]:
