@@ -444,7 +444,7 @@ class _Hands:
     def __init__(self, gpu: bool) -> None:
         # What the lane itself needs aside, all of its share of the node.
         share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
-        count = max(2, share - 2) if gpu else 2
+        count = max(2, share - 2) if gpu else 1
         actor = ray.remote(RegionIO).options(num_cpus=0.25, max_restarts=-1)
         self._actors = [actor.remote() for _ in range(count)]
         # Readers and writers take turns from opposite ends.
