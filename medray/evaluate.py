@@ -357,7 +357,7 @@ def _overlay(row: Row, run: str, classes: Classes) -> bytes:
     height, width = predicted.shape
     truth = _read_truth(row, Rectangle(0, 0, height, width), classes, 2**level)
     with open_slide(row["uri"]) as slide:
-        thumbnail, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
+        thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
     picture = Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX)
     return draw_overlay(np.asarray(picture), truth, predicted, classes)
 

@@ -553,10 +553,11 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     row = {key: header[key] for key in _FACTS}
     total = header["height"] * header["width"]
     unreadable = sum(region.get("unreadable_px", 0) for region in regions)
-    if unreadable >= total:
-        raise SlideError(f"{header['uri']}: none of its pixels can be read")
+    if unreadable and unreadable >= sum(sum(region["class_px"]) for region in regions):
+        raise SlideError(next(r["why"] for r in regions if "why" in r))
     if unreadable:
-        said = f"{unreadable / total:.1%} of its pixels cannot be read"
+        why = next(r["why"] for r in regions if r.get("unreadable_px"))
+        said = f"{unreadable / total:.2%} of its pixels cannot be read: {why}"
         row["note"] = f"{row['note']}; {said}" if row["note"] else said
     row["unreadable_px"] = unreadable
     classes = header["classes"]

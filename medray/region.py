@@ -58,11 +58,13 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
 
     Returns:
         The row with how it went, and (halo height, halo width, 3) uint8 pixels; None
-        where there is nothing to predict. An unreadable region's row has an `error`.
+        where there is nothing to predict. What is damaged is listed in the row; only a
+        region that cannot be tried at all has an `error`.
     """
     start = time.time()
     try:
-        pixels, damaged = _read_halo(opened(row["uri"], row["digest"]), row, settings)
+        slide = opened(row["uri"], row["digest"])
+        pixels, damaged, why = _read_halo(slide, row, settings)
         if row["tissue_at_reading"]:
             blocks = _tissue_of(pixels, row["height"], row["width"])
             row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
@@ -70,7 +72,7 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
         return row | {"error": f"{error}"}, None
     row = row | {"read_at": start, "read_s": time.time() - start}
     if damaged:
-        row["damaged"] = damaged
+        row |= {"damaged": damaged, "why": why}
     return row, pixels if np.any(row["blocks"]) else None
 
 
@@ -90,13 +92,13 @@ class RegionIO:
 
 def _read_halo(
     slide: Slide, row: Row, settings: RunSettings
-) -> tuple[UInt8, list[list[int]]]:
+) -> tuple[UInt8, list[list[int]], str]:
     """Read the pixels of every window that a region needs.
 
     Returns:
         (halo height, halo width, 3) uint8; a slide smaller than a window is continued
-        by its mirror image. And the unreadable rectangles (y, x, height, width),
-        working pixels of the slide.
+        by its mirror image. The unreadable rectangles (y, x, height, width), working
+        pixels of the slide, and what is wrong with the first.
     """
     height, width = row["height"], row["width"]
     region = Rectangle(*row["region"])
@@ -104,11 +106,12 @@ def _read_halo(
     halo = region_windows(region, height, width, settings.windows, stitch).halo
     bottom, right = min(halo.bottom, height), min(halo.right, width)
     size = (bottom - halo.y, right - halo.x)
-    pixels, damaged = read_working(slide, working_of(row), halo.y, halo.x, *size)
+    working = working_of(row)
+    pixels, damaged, why = read_working(slide, working, halo.y, halo.x, *size)
     pad = ((0, halo.bottom - bottom), (0, halo.right - right), (0, 0))
     if np.any(pad):
         pixels = np.pad(pixels, pad, mode="symmetric")
-    return pixels, [[halo.y + y, halo.x + x, h, w] for y, x, h, w in damaged]
+    return pixels, [[halo.y + y, halo.x + x, h, w] for y, x, h, w in damaged], why
 
 
 def _tissue_of(pixels: UInt8, height: int, width: int) -> Blocks:
@@ -170,7 +173,7 @@ def finish_slide(settings: RunSettings, out: str, slide: str) -> None:
 def _summed_up(
     row: Row, labels: UInt8, inside: Blocks, layers: dict[str, UInt8], settings: Any
 ) -> Row:
-    kept = ("read_at", "read_s", "predict_s", "waited_s", "windows")
+    kept = ("read_at", "read_s", "predict_s", "waited_s", "windows", "why")
     record: Row = {key: row[key] for key in kept if key in row}
     counts = np.bincount(labels.ravel(), minlength=len(settings.classes))
     record["class_px"] = counts.tolist()

@@ -13,6 +13,7 @@ from medray.errors import SlideError
 from medray.slides import ArraySlide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.levels import Working, choose_level, read_working
+from medray.slides.readable import read_readable
 from medray.store import omezarr
 
 REAL = (
@@ -259,6 +260,16 @@ def test_a_cut_off_slide_fails_where_it_is_cut(tmp_path: Path) -> None:
         np.testing.assert_array_equal(slide.read(0, 0, 128, 128), pixels[:128, :128])
         with pytest.raises(SlideError, match=r"x\.tif.*cut off"):
             slide.read(256, 256, 256, 256)
+        # The rest is still there, whatever rectangle asks for it.
+        whole, damaged, why = read_readable(slide, 0, 0, 512, 512)
+        assert damaged == [(256, 256, 256, 256)]
+        assert "cut off" in why
+        np.testing.assert_array_equal(whole[:256], pixels[:256])
+        np.testing.assert_array_equal(whole[256:, :256], pixels[256:, :256])
+        assert (whole[256:, 256:] == 255).all()
+        part, damaged, _ = read_readable(slide, 200, 200, 300, 90)
+        np.testing.assert_array_equal(part, whole[200:500, 200:290])
+        assert damaged == [(56, 56, 244, 34)]
 
 
 def test_declared_sizes_are_bounded(tmp_path: Path) -> None:
@@ -283,7 +294,8 @@ def test_a_rectangle_outside_is_refused() -> None:
 def test_thumbnail_pixels_are_block_means(height: int, width: int, side: int) -> None:
     rng = np.random.default_rng(height)
     pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    thumbnail, downsample = read_thumbnail(ArraySlide(pixels), side)
+    thumbnail, downsample, damaged = read_thumbnail(ArraySlide(pixels), side)
+    assert not damaged.any()
     factor = int(downsample)
     assert max(thumbnail.shape) <= max(side, 3)
     block = pixels[:factor, :factor].reshape(-1, 3).mean(axis=0)
@@ -346,24 +358,24 @@ def test_resampled_pixels_do_not_depend_on_the_rectangle(
     slide = ArraySlide(pixels)
     size = (max(1, round(height / scale)), max(1, round(width / scale)))
     working = Working(0, scale, *size, scale, None)
-    whole, _ = read_working(slide, working, 0, 0, *size)
+    whole, _, _ = read_working(slide, working, 0, 0, *size)
     assert whole.shape == (*size, 3)
     y = data.draw(st.integers(0, size[0] - 1))
     x = data.draw(st.integers(0, size[1] - 1))
     h = data.draw(st.integers(1, size[0] - y))
     w = data.draw(st.integers(1, size[1] - x))
-    part, _ = read_working(slide, working, y, x, h, w)
+    part, _, _ = read_working(slide, working, y, x, h, w)
     np.testing.assert_array_equal(part, whole[y : y + h, x : x + w])
 
 
 def test_averaging_by_a_whole_factor_is_the_mean_of_blocks() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     working = Working(0, 3.0, 20, 30, 3.0, None)
-    reduced, _ = read_working(ArraySlide(pixels), working, 0, 0, 20, 30)
+    reduced, _, _ = read_working(ArraySlide(pixels), working, 0, 0, 20, 30)
     mean = pixels.reshape(20, 3, 30, 3, 3).mean(axis=(1, 3))
     assert np.abs(reduced - mean).max() <= 0.5 + 1e-3
     flat = np.full((50, 50, 3), 77, np.uint8)
-    enlarged, _ = read_working(
+    enlarged, _, _ = read_working(
         ArraySlide(flat), Working(0, 0.7, 71, 71, 0.7, None), 0, 0, 71, 71
     )
     assert (enlarged == 77).all()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from medray.errors import SlideError
+from medray.slides.readable import read_readable
 from medray.slides.slide import Slide
 
 UInt8 = npt.NDArray[np.uint8]
@@ -103,7 +104,7 @@ def _working(
 
 def read_working(
     slide: Slide, working: Working, y: int, x: int, height: int, width: int
-) -> tuple[UInt8, list[tuple[int, int, int, int]]]:
+) -> tuple[UInt8, list[tuple[int, int, int, int]], str]:
     """Read a rectangle in working pixels; what cannot be read comes back white.
 
     A working pixel is computed from the same level pixels in the same order whatever
@@ -118,39 +119,27 @@ def read_working(
         width: Columns.
 
     Returns:
-        (height, width, 3) uint8 RGB, and the unreadable rectangles (y, x, height,
-        width) in working pixels, relative to the first pixel.
-
-    Raises:
-        SlideError: Nothing of it can be read.
+        (height, width, 3) uint8 RGB; the unreadable rectangles (y, x, height, width)
+        in working pixels, relative to the first pixel; and what is wrong with the first
+        ("" if nothing).
     """
     if working.scale == 1.0:
-        return _readable(slide, y, x, height, width, working.level)
+        return read_readable(slide, y, x, height, width, working.level)
     level = slide.levels[working.level]
     down, (top, bottom) = _weights(y, height, working.scale, level.height)
     across, (left, right) = _weights(x, width, working.scale, level.width)
     size = (bottom - top, right - left)
-    pixels, damaged = _readable(slide, top, left, *size, working.level)
+    pixels, damaged, why = read_readable(slide, top, left, *size, working.level)
     wide: Any = pixels.reshape(size[0], -1).astype(np.float32)
     tall: Any = (down @ wide).reshape(height, size[1], 3).transpose(1, 0, 2)
     whole: Any = across @ np.ascontiguousarray(tall).reshape(size[1], -1)
     whole = whole.reshape(width, height, 3).transpose(1, 0, 2)
     rounded = np.clip(np.rint(whole), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(rounded), [
+    scaled = [
         _scaled(rectangle, working.scale, top, left, (y, x, height, width))
         for rectangle in damaged
     ]
-
-
-def _readable(
-    slide: Slide, y: int, x: int, height: int, width: int, level: int
-) -> tuple[UInt8, list[tuple[int, int, int, int]]]:
-    read: Any = getattr(slide, "read_readable", None)
-    if read is None:
-        return slide.read(y, x, height, width, level), []
-    result: tuple[UInt8, list[tuple[int, int, int, int]]]
-    result = read(y, x, height, width, level)
-    return result
+    return np.ascontiguousarray(rounded), scaled, why
 
 
 def _weights(

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from medray.slides.readable import read_readable
 from medray.slides.slide import Slide
 
 _BAND_PIXELS = 2**24
@@ -13,7 +14,7 @@ _BAND_PIXELS = 2**24
 
 def read_thumbnail(
     slide: Slide, max_side: int = 1024
-) -> tuple[npt.NDArray[np.uint8], float]:
+) -> tuple[npt.NDArray[np.uint8], float, npt.NDArray[np.bool_]]:
     """Read a slide reduced by a whole factor, each pixel the mean of its block.
 
     Args:
@@ -21,7 +22,8 @@ def read_thumbnail(
         max_side: Longest side of the picture at most, pixels.
 
     Returns:
-        (h, w, 3) uint8 RGB, and how many level-0 pixels one of its pixels spans.
+        (h, w, 3) uint8 RGB; how many level-0 pixels one of its pixels spans; and
+        (h, w) bool, where something could not be read and is white.
     """
     sides = [max(level.height, level.width) for level in slide.levels]
     fitting = [i for i, side in enumerate(sides) if side >= max_side]
@@ -29,10 +31,15 @@ def read_thumbnail(
     level = slide.levels[index]
     factor = -(-sides[index] // max_side)
     band = max(1, _BAND_PIXELS // (level.width * factor)) * factor
-    parts = []
+    parts, damages = [], []
     for y in range(0, level.height, band):
         height = min(band, level.height - y)
-        pixels = slide.read(y, 0, height, level.width, index)
+        pixels, damaged, _ = read_readable(slide, y, 0, height, level.width, index)
         # Pillow's reduce averages whole blocks; those at the end may be smaller.
         parts.append(np.asarray(Image.fromarray(pixels).reduce(factor)))
-    return np.concatenate(parts), level.downsample * factor
+        damages.append(np.zeros(parts[-1].shape[:2], bool))
+        for top, left, tall, wide in damaged:
+            rows = slice(top // factor, -(-(top + tall) // factor))
+            damages[-1][rows, left // factor : -(-(left + wide) // factor)] = True
+    factors = level.downsample * factor
+    return np.concatenate(parts), factors, np.concatenate(damages)

@@ -112,8 +112,11 @@ def tissue_share(
         block nor the thumbnail pixels next to it hold tissue.
     """
     # At least 8 thumbnail pixels a block, and enough of them for Otsu on small slides.
-    thumbnail, _ = read_thumbnail(slide, max(512, 8 * max(height, width) // side))
-    tissue = ndimage.binary_dilation(find_tissue(thumbnail), np.ones((3, 3), bool))
+    most = max(512, 8 * max(height, width) // side)
+    thumbnail, _, damaged = read_thumbnail(slide, most)
+    # What cannot be read here may be readable at the working level: look there.
+    found = find_tissue(thumbnail) | damaged
+    tissue = ndimage.binary_dilation(found, np.ones((3, 3), bool))
     rows = np.arange(0, height, side) * tissue.shape[0] // height
     columns = np.arange(0, width, side) * tissue.shape[1] // width
 

@@ -1,0 +1,54 @@
+"""Reading what can be read of a slide that is damaged in places."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.errors import SlideError
+from medray.slides.slide import Slide
+
+UInt8 = npt.NDArray[np.uint8]
+
+# Side of the blocks that are readable or not, in pixels of the level; the usual tile.
+_BLOCK = 256
+
+
+def read_readable(
+    slide: Slide, y: int, x: int, height: int, width: int, level: int = 0
+) -> tuple[UInt8, list[tuple[int, int, int, int]], str]:
+    """Read a rectangle like `Slide.read`; what is damaged comes back white.
+
+    Where the whole cannot be read it is read again block by block. Blocks lie on a grid
+    of the level, so what is white does not depend on the rectangle that was asked for.
+
+    Returns:
+        (height, width, 3) uint8 RGB; the unreadable rectangles (y, x, height, width)
+        relative to the first pixel; and what was wrong with the first ("" if nothing).
+    """
+    try:
+        return slide.read(y, x, height, width, level), [], ""
+    except SlideError as error:
+        why = f"{error}"
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    damaged = []
+    inside = slide.levels[level]
+    for top in range(y - y % _BLOCK, y + height, _BLOCK):
+        for left in range(x - x % _BLOCK, x + width, _BLOCK):
+            size = min(_BLOCK, inside.height - top), min(_BLOCK, inside.width - left)
+            rows = slice(max(y, top), min(y + height, top + size[0]))
+            columns = slice(max(x, left), min(x + width, left + size[1]))
+            target = (_moved(rows, -y), _moved(columns, -x))
+            try:
+                block = slide.read(top, left, *size, level)
+            except SlideError:
+                first = (target[0].start, target[1].start)
+                span = (rows.stop - rows.start, columns.stop - columns.start)
+                damaged.append((*first, *span))
+            else:
+                pixels[target] = block[_moved(rows, -top), _moved(columns, -left)]
+    return pixels, damaged, why
+
+
+def _moved(span: slice, by: int) -> slice:
+    return slice(span.start + by, span.stop + by)
