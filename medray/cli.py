@@ -74,6 +74,21 @@ def _demo(args: argparse.Namespace) -> Any:
     return demo(args.out)
 
 
+def _conformance(args: argparse.Namespace) -> Any:
+    from medray.conformance import check_engine, check_medray, medray_engine
+
+    checks = check_engine(medray_engine("crop")) + check_medray()
+    return Conformance(checks, {c.name: c.found for c in checks if not c.passed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Conformance:
+    """What came of the checks; `failed` says what was found, by name."""
+
+    checks: list[Any]
+    failed: dict[str, str]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -138,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
+
+    command("conformance", _conformance, "check that stitching can be trusted here")
     return parser
 
 
@@ -228,6 +245,12 @@ def _say(
 def _in_words(command: str, values: dict[str, Any]) -> str:
     """Tell a result: where things are, and last how many slides failed."""
     lines = []
+    if "checks" in values:
+        return "\n".join(
+            f"{'ok    ' if c['passed'] else 'FAILED'} {c['name']:18} {c['asked']}"
+            + ("" if c["passed"] else f": {c['found']}")
+            for c in values["checks"]
+        )
     if "f1" in values:
         score = (
             "none (no foreground)" if values["f1"] is None else f"{values['f1']:.4f}"
