@@ -1,0 +1,206 @@
+"""Segment slides with another system; print what it took as JSON.
+
+Run in the peers' environment by benchmarks/peers/compare.py. Counted are reading,
+predicting, stitching and writing; imports, loading the model and starting Ray are not.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import tifffile
+import torch
+import yaml
+import zarr
+from safetensors.torch import load_file
+from torch import nn
+
+sys.path[:0] = [".", "benchmarks"]
+
+from engines import monai, tiatoolbox_file
+from run_memory import resident_mib
+
+from medray.grid import Windows
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.CRITICAL)
+BATCH = 4
+
+
+class Model(nn.Module):
+    """The model of a medray folder: pixels of 0 to 255 in, probabilities out."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        config = yaml.safe_load((folder / "model.yaml").read_text())
+        self.network = smp.create_model(
+            config["architecture"]["name"],
+            encoder_name=config["architecture"]["encoder"],
+            encoder_weights=None,
+            in_channels=3,
+            classes=len(config["classes"]["names"]),
+        )
+        self.network.load_state_dict(load_file(folder / "weights.safetensors"))
+        self.network.eval().requires_grad_(False)
+        mean = torch.tensor(config["mean"]).reshape(1, 3, 1, 1)
+        std = torch.tensor(config["std"]).reshape(1, 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+        self.seconds, self.windows = 0.0, 0
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        logits = self.network(pixels * self.scale + self.shift)
+        probabilities = torch.softmax(logits, dim=1)
+        self.seconds += time.perf_counter() - start
+        self.windows += len(pixels)
+        return probabilities
+
+
+def run_tiatoolbox(slides: list[Path], model: Model, out: Path, w: Windows) -> None:
+    for path in slides:
+        mask = tiatoolbox_file(path, model, w, BATCH, out / "tiatoolbox" / path.stem)
+        np.save(out / f"{path.stem}.npy", mask)
+
+
+def run_monai(slides: list[Path], model: Model, out: Path, w: Windows) -> None:
+    for path in slides:
+        save(out, path, monai(tifffile.imread(path), model, w, BATCH))
+
+
+def run_ratiopath(slides: list[Path], model: Model, out: Path, w: Windows) -> None:
+    """read_slides, tiles, one actor on all cores, MaskBuilder in the driver."""
+    import ray
+    from ratiopath.masks.mask_builders import MaskBuilder
+    from ratiopath.ray import read_slides
+    from ratiopath.tiling import grid_tiles, read_slide_tiles
+    from ray.data.expressions import col
+
+    def tiles(row: dict) -> list[dict]:
+        extent = (row["extent_y"], row["extent_x"])
+        side, stride = (w.size, w.size), (w.stride, w.stride)
+        keep = ("path", "level", "tile_extent_x", "tile_extent_y")
+        return [
+            {"tile_y": int(y), "tile_x": int(x)} | {key: row[key] for key in keep}
+            for y, x in grid_tiles(extent, side, stride, last="keep")
+        ]
+
+    class Actor:
+        def __init__(self) -> None:
+            torch.set_num_threads(int(ray.cluster_resources()["CPU"]))
+            self.model = model
+
+        def __call__(self, batch: dict) -> dict:
+            cut = torch.from_numpy(np.stack(batch.pop("tile"))[..., :3])
+            before = self.model.seconds
+            with torch.inference_mode():
+                scores = self.model(cut.permute(0, 3, 1, 2).float())
+            batch["seconds"] = np.full(len(cut), self.model.seconds - before) / len(cut)
+            return batch | {"scores": scores.numpy()}
+
+    rows = (
+        read_slides(
+            [str(path) for path in slides],
+            tile_extent=w.size,
+            stride=w.stride,
+            level=0,
+        )
+        .flat_map(tiles)
+        .with_column(
+            "tile",
+            read_slide_tiles(
+                col("path"),
+                col("tile_x"),
+                col("tile_y"),
+                col("tile_extent_x"),
+                col("tile_extent_y"),
+                col("level"),
+            ),
+        )
+        .map_batches(Actor, batch_size=BATCH, concurrency=1, num_cpus=1)
+    )
+    builders: dict[str, MaskBuilder] = {}
+    sizes = {str(p): tifffile.TiffFile(p).pages[0].shape[:2] for p in slides}
+    for batch in rows.iter_batches(batch_size=BATCH):
+        model.seconds += float(np.sum(batch["seconds"]))
+        model.windows += len(batch["path"])
+        for i, path in enumerate(batch["path"]):
+            if path not in builders:
+                side, stride = (w.size, w.size), (w.stride, w.stride)
+                builders[path] = MaskBuilder(sizes[path], side, side, stride, 2)
+            coords = np.array([[batch["tile_y"][i], batch["tile_x"][i]]])
+            builders[path].update_batch(batch["scores"][i : i + 1], coords)
+    for path, builder in builders.items():
+        height, width = sizes[path]
+        scores = builder.finalize()["mask"][:, :height, :width]
+        save(out, Path(path), scores.argmax(axis=0).astype(np.uint8))
+
+
+def save(out: Path, slide: Path, mask: np.ndarray) -> None:
+    zarr.save_array(str(out / f"{slide.stem}.zarr"), mask, zarr_format=3)
+    np.save(out / f"{slide.stem}.npy", mask)
+
+
+SYSTEMS: dict[str, Callable[[list[Path], Model, Path, Windows], None]] = {
+    "tiatoolbox": run_tiatoolbox,
+    "monai": run_monai,
+    "ratiopath": run_ratiopath,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--windows", type=int, nargs=2, default=(512, 384))
+    parser.add_argument("slides", type=Path, nargs="+")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = Model(args.model)
+    if args.system == "ratiopath":
+        import ray
+
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    with torch.inference_mode():
+        side = args.windows[0]
+        model(torch.zeros(BATCH, 3, side, side))  # warms up
+    model.seconds, model.windows = 0.0, 0
+    most, stop = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            most[0] = max(most[0], resident_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    SYSTEMS[args.system](args.slides, model, args.out, Windows(*args.windows))
+    seconds = time.perf_counter() - start
+    stop.set()
+    watcher.join()
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "forward": model.seconds,
+                "windows": model.windows,
+                "peak MiB": round(most[0]),
+                "max RSS MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
