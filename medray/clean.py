@@ -6,6 +6,7 @@ part by part, each read with that much around it, with the result of the whole.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -77,13 +78,11 @@ def clean_labels(labels: Any, how: Cleaning, classes: int) -> Any:
 
 def _modules(labels: Any) -> tuple[ModuleType, ModuleType]:
     if isinstance(labels, np.ndarray):
-        from scipy import ndimage
-
-        return np, ndimage
-    import cupy
-    from cupyx.scipy import ndimage
-
-    return cupy, ndimage
+        return np, importlib.import_module("scipy.ndimage")
+    return (
+        importlib.import_module("cupy"),
+        importlib.import_module("cupyx.scipy.ndimage"),
+    )
 
 
 def _smoothed(labels: Any, radius: int, classes: int, xp: Any, ndimage: Any) -> Any:

@@ -52,6 +52,7 @@ def _infer(args: argparse.Namespace) -> Any:
 
 def _options(args: argparse.Namespace) -> Any:
     """Gather what was said about a run."""
+    from medray.clean import Cleaning
     from medray.models.config import Prediction
     from medray.run import Options
 
@@ -59,7 +60,22 @@ def _options(args: argparse.Namespace) -> Any:
         names = {field.name for field in dataclasses.fields(cls)}
         return {key: value for key, value in vars(args).items() if key in names}
 
-    return Options(**chosen(Options), prediction=Prediction(**chosen(Prediction)))
+    prediction = Prediction(**chosen(Prediction))
+    clean = Cleaning(**chosen(Cleaning))
+    return Options(**chosen(Options), prediction=prediction, clean=clean)
+
+
+def _plan(args: argparse.Namespace) -> Any:
+    from medray.estimate import estimate
+
+    return estimate(
+        args.slides,
+        model=args.model,
+        options=_options(args),
+        sample=args.sample,
+        price=args.price,
+        out=args.out,
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
@@ -146,6 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
     _add_run_options(sub)
 
+    sub = command("plan", _plan, "what infer would take: windows, memory, time, cost")
+    sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
+    sub.add_argument("--out", default="", metavar="RUN", help="keep it there")
+    sub.add_argument("--sample", type=int, default=200, help="slides looked at (200)")
+    sub.add_argument("--price", type=_positive, help="of an hour of a lane's machine")
+    _add_run_options(sub)
+
     sub = command("evaluate", _evaluate, "a run and the truth into a report")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")
     sub.add_argument(
@@ -193,6 +216,15 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     flag("--probabilities", "store them too")
     flag("--quality", "store uncertainty, disagreement, unreadable too")
     flag("--outlines", "write GeoJSON for QuPath too")
+    sub.add_argument(
+        "--smooth", type=int, default=0, metavar="R", help="radius of smoothing, px (0)"
+    )
+    sub.add_argument(
+        "--holes", type=int, default=0, metavar="N", help="fill holes below N px (0)"
+    )
+    sub.add_argument(
+        "--smallest", type=int, default=0, metavar="N", help="drop objects below N px"
+    )
     flag("--everywhere", "predict glass as well")
     sub.add_argument("--within", metavar="DIR", help="only inside these annotations")
     sub.add_argument(
@@ -245,6 +277,8 @@ def _say(
 def _in_words(command: str, values: dict[str, Any]) -> str:
     """Tell a result: where things are, and last how many slides failed."""
     lines = []
+    if "budget_bytes" in values:
+        return _estimate_in_words(values)
     if "checks" in values:
         return "\n".join(
             f"{'ok    ' if c['passed'] else 'FAILED'} {c['name']:18} {c['asked']}"
@@ -275,6 +309,31 @@ def _in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
     return "\n".join(lines)
+
+
+def _estimate_in_words(values: dict[str, Any]) -> str:
+    gib = {k: v / 2**30 for k, v in values.items() if k.endswith("_bytes")}
+    least, most = values["seconds"]
+    lines = [
+        f"slides   {values['slides']}, {values['sampled']} of them looked at, "
+        f"{len(values['failed'])} cannot be planned",
+        f"work     {values['regions']} regions, {values['windows']} windows at "
+        f"{values['window_s'] * 1e3:.1f} ms on each of {values['lanes']} lanes",
+        f"time     {least:.0f} to {most:.0f} s",
+        f"memory   at most {gib['host_bytes']:.1f} GiB a node, "
+        f"{gib['store_bytes']:.1f} GiB of it the object store; Ray has "
+        f"{gib['budget_bytes']:.1f} GiB",
+        f"device   {gib['device_bytes']:.1f} GiB" if gib["device_bytes"] else "",
+        f"output   at most {gib['output_bytes']:.2f} GiB, usually a hundredth",
+    ]
+    if values["cost"]:
+        low, high = values["cost"]
+        per = [cost / values["slides"] for cost in (low, high)]
+        lines.append(
+            f"cost     {low:.2f} to {high:.2f}, {per[0]:.4f} to {per[1]:.4f} a slide"
+        )
+    lines += [f"failed   {name}: {why}" for name, why in values["failed"].items()]
+    return "\n".join(line for line in lines if line)
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -64,6 +64,24 @@ def cpus_per_node() -> int:
     return min((count for count in counts if count), default=1)
 
 
+def lanes() -> int:
+    """Give the number of devices that predict: GPUs, or nodes where there are none."""
+    return gpus() or sum(node["Alive"] for node in ray.nodes())
+
+
+def memory_per_node() -> int:
+    """Give the memory in bytes that Ray has on the smallest node, its store included.
+
+    Ray takes it from the container's limit where there is one.
+    """
+    names = ("memory", "object_store_memory")
+    return min(
+        int(sum(node["Resources"].get(name, 0) for name in names))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
 def gpus_per_node() -> int:
     """Give the most GPUs that a node has."""
     counts = (int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"])

@@ -111,12 +111,13 @@ class Commit:
     Attributes:
         ledger: Of the stage's folder.
         finish_slide: Called in a Ray task with the slide's id when all regions of a
-            slide of several regions are stored (one region: its writer did it).
+            slide of several regions are stored (one region: its writer did it); what it
+            gives is added to the slide's header.
         slide_row: Sums up (header, region records) as columns of slides.parquet.
     """
 
     ledger: Ledger
-    finish_slide: Callable[[str], None]
+    finish_slide: Callable[[str], Row | None]
     slide_row: Callable[[Row, list[Row]], Row]
     done: int = 0
     regions: int = 0
@@ -181,7 +182,7 @@ class Commit:
                 return
             header = self._finishing.pop(ready[0])
             try:
-                ray.get(ready[0])
+                header = header | (ray.get(ready[0]) or {})
             except Exception as error:  # whatever it is, it is this slide's alone
                 cause = getattr(error, "cause", None) or error
                 self._fail(header, f"pyramid: {cause}", progress)
@@ -207,8 +208,8 @@ class Commit:
         progress.slide(header["slide"], f"failed: {message}")
 
 
-def _call(function: Callable[[str], None], slide: str) -> None:
-    function(slide)
+def _call(function: Callable[[str], Row | None], slide: str) -> Row | None:
+    return function(slide)
 
 
 def _outcome(header: Row, status: str, message: str) -> Row:

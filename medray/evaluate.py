@@ -39,7 +39,7 @@ from medray.grid import Rectangle, plan_regions
 from medray.metrics import confusion
 from medray.progress import Progress
 from medray.report import SlideReport, draw_overlay, slides_to_show, write_report
-from medray.run import mask_uri, read_run
+from medray.run import against_plan, mask_uri, read_run
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
 from medray.slides.listing import find_files, slide_id
@@ -122,6 +122,7 @@ def evaluate(run: str, *, truth: str, out: str, split: str | None = None) -> Eva
             "stitching": settings.options.prediction.stitch,
             "resolution": f"{settings.model_mpp or 'level 0'} um per pixel",
         }
+        | against_plan(run, rows)
         | {f"version of {name}": v for name, v in settings.versions.items()},
         date=date,
     )

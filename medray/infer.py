@@ -37,7 +37,7 @@ import ray
 import ray.data
 from ray.util.metrics import Counter
 
-from medray import cluster
+from medray import budget, cluster
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.grid import Rectangle, region_side, region_windows
@@ -52,7 +52,7 @@ from medray.region import (
     working_of,
     write_region,
 )
-from medray.run import Options, RunSettings, create_mask, open_run
+from medray.run import Options, against_plan, RunSettings, create_mask, open_run, raw_uri
 from medray.slides.digest import slide_digest
 from medray.slides.listing import find_slides
 from medray.store import files, omezarr
@@ -103,6 +103,15 @@ def infer(
     if not todo:
         return Summary(out, 0, skipped, {}, 0, 0.0)
     cluster.connect()
+    most, there = budget.bounds(settings)[0], cluster.memory_per_node()
+    budget.check_budget(most, there)
+    log.info(
+        "%d lanes, regions of %d px, at most %.1f GiB of memory a node of %.1f GiB",
+        cluster.lanes(),
+        settings.options.region,
+        most / 2**30,
+        there / 2**30,
+    )
     if options.coarse > 1:
         _first_pass([row["uri"] for row in todo], settings, out)
     start = time.perf_counter()
@@ -112,7 +121,18 @@ def infer(
             commit.take(row, progress)
         commit.finish(progress)
     ledger.close()
+    _remove_raw(out, settings, ledger)
+    for about, words in against_plan(out, ledger.slides.values()).items():
+        log.info("%s: %s", about, words)
     return commit.summary(out, skipped, time.perf_counter() - start)
+
+
+def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:
+    """Remove the masks before cleaning of slides that are done for good."""
+    if settings.options.clean:
+        for slide, row in ledger.slides.items():
+            if row["status"] == "done":
+                files.remove(raw_uri(out, slide))
 
 
 def settings_of(models: Sequence[str], options: Options) -> RunSettings:
@@ -184,7 +204,7 @@ def _chain(
     """Run plan -> lanes over Ray Data; give a row a region."""
     committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
     gpus = cluster.gpus()
-    lanes = gpus or sum(node["Alive"] for node in ray.nodes())
+    lanes = cluster.lanes()
     packet = 16 if gpus else 8
     share = max(1, min(packet, -(-len(todo) // (2 * lanes))))
     groups = [
@@ -211,12 +231,12 @@ def _chain(
                     min_size=1,
                     max_size=lanes,
                     # While one packet's last regions are written the next is predicted.
-                    max_concurrent_calls_per_actor=2,
-                    max_tasks_in_flight_per_actor=2,
+                    max_concurrent_calls_per_actor=budget.PACKETS,
+                    max_tasks_in_flight_per_actor=budget.PACKETS,
                     enable_true_multi_threading=True,
                 ),
                 fn_constructor_args=(settings, out),
-                **_lane_resources(),
+                **lane_resources(),
             )
         )
         for outcomes in rows.iter_batches(
@@ -226,7 +246,7 @@ def _chain(
                 yield from json.loads(text.as_py())
 
 
-def _lane_resources() -> dict[str, float]:
+def lane_resources() -> dict[str, float]:
     """One lane a GPU; without GPUs one a node, which leaves a core for reading."""
     if cluster.gpus():
         return {"num_gpus": 1}
@@ -282,7 +302,7 @@ def _plan_one(
         regions = [region for region in regions if region["index"] not in done]
         header |= facts | {"todo": len(regions), "classes": settings.classes.names}
         if not regions and header["regions"] <= 1:
-            finish_slide(settings, out, row["slide"])
+            header |= finish_slide(settings, out, row["slide"])
     except (MedrayError, OSError) as error:
         return [header | {"error": f"{error}"}]
     del header["before"]
@@ -306,8 +326,7 @@ class Lane:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._predictor = self._device.submit(self._load).result()
         gpu = self._predictor.device.type == "cuda"
-        # Enough to be read while others are predicted; per packet under way.
-        self._ahead_bytes = (512 if gpu else 64) << 20
+        self._ahead_bytes = budget.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
         self._hands = _Hands(gpu)
         self._regions = Counter("medray_regions", "Regions predicted.")
@@ -345,12 +364,12 @@ class Lane:
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
         ahead = _ReadAhead(self._hands, rows, self._settings, self._ahead_bytes)
-        predicted: queue.Queue[Any] = queue.Queue(maxsize=4)
+        predicted: queue.Queue[Any] = queue.Queue(budget.UNWRITTEN // 3)
         predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
         more = True
         while more or writes:
-            if writes and (not more or len(writes) > 8 or _is_ready(writes[0][1])):
+            if writes and (not more or len(writes) > budget.UNWRITTEN * 2 // 3 or _is_ready(writes[0][1])):
                 yield self._outcome(*writes.popleft())
                 continue
             try:
@@ -442,11 +461,8 @@ class _Hands:
     """
 
     def __init__(self, gpu: bool) -> None:
-        # What the lane itself needs aside, all of its share of the node.
-        share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
-        count = max(2, share - 2) if gpu else 1
         actor = ray.remote(RegionIO).options(num_cpus=0.25, max_restarts=-1)
-        self._actors = [actor.remote() for _ in range(count)]
+        self._actors = [actor.remote() for _ in range(budget.hands_of(gpu))]
         # Readers and writers take turns from opposite ends.
         self._turns = {
             "read": itertools.cycle(self._actors),
@@ -565,6 +581,8 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     for region in regions:
         counts += np.asarray(region["class_px"])
     counts[0] += total - counts.sum()
+    for one in (header, *regions):  # of a mask that was cleaned, its own counts
+        counts = np.asarray(one.get("cleaned_px", counts))
     row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
     looked_at = sum(region.get("predicted_px", 0) for region in regions)
     for layer, most in (("uncertainty", 255), ("disagreement", 1)):

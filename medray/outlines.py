@@ -85,6 +85,7 @@ def _shapes(
     """Give the polygons of one part, in pixels of the mask."""
     found = []
     for shape, value in features.shapes(labels, mask=labels > 0, connectivity=4):
-        shell, *holes = (np.array(ring) + (x, y) for ring in shape["coordinates"])
+        rings = (np.array(ring) + np.array([x, y]) for ring in shape["coordinates"])
+        shell, *holes = rings
         found.append((shapely.Polygon(shell, holes), int(value)))
     return found

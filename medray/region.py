@@ -14,13 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.classes import AnyClass
+from medray.clean import clean_labels
 from medray.errors import MedrayError
-from medray.grid import Rectangle, region_windows
+from medray.grid import Rectangle, plan_regions, region_windows
 from medray.run import (
     RunSettings,
     layer_uri,
     mask_uri,
+    outlines_uri,
     probabilities_uri,
+    raw_uri,
     stores_of,
 )
 from medray.slides import ArraySlide, Slide, open_slide
@@ -147,7 +150,9 @@ def write_region(
         inside = _inside(row, region) & (unreadable == 0)
         labels = np.where(inside, layers.get("labels", np.uint8(0)), np.uint8(0))
         record = _summed_up(row, labels, inside, layers, settings)
-        omezarr.write_region(mask_uri(out, row["slide"]), region, labels)
+        raw = bool(settings.options.clean)
+        mask = raw_uri(out, row["slide"]) if raw else mask_uri(out, row["slide"])
+        omezarr.write_region(mask, region, labels)
         if "probabilities" in layers:
             kept = np.where(inside, layers["probabilities"], np.uint8(0))
             omezarr.write_region(probabilities_uri(out, row["slide"]), region, kept)
@@ -156,7 +161,7 @@ def write_region(
             values = unreadable if layer == "unreadable" else values * inside
             omezarr.write_region(layer_uri(out, row["slide"], layer), region, values)
         if row["regions"] == 1:
-            finish_slide(settings, out, row["slide"])
+            record |= finish_slide(settings, out, row["slide"])
     except (MedrayError, OSError) as error:
         return row | {"error": f"{error}"}
     record["unreadable_px"] = int(unreadable.sum())
@@ -164,10 +169,47 @@ def write_region(
     return row | {"record": record | {"written_at": time.time()}}
 
 
-def finish_slide(settings: RunSettings, out: str, slide: str) -> None:
-    """Build what needs the whole mask: the coarse levels of its pyramid."""
+def finish_slide(settings: RunSettings, out: str, slide: str) -> Row:
+    """Make what needs the whole mask: clean it, fill its pyramid, draw its outlines.
+
+    Returns:
+        `cleaned_px`, the pixels of each class of a mask that was cleaned.
+    """
+    found: Row = {}
+    mask, classes = mask_uri(out, slide), settings.classes
+    if settings.options.clean:
+        found["cleaned_px"] = _clean(settings, raw_uri(out, slide), mask)
     for uri in stores_of(settings, out, slide):
         omezarr.build_pyramid(uri)
+    if settings.options.outlines:
+        downsample = omezarr.read_attributes(mask)["downsample"]
+        target = outlines_uri(out, slide)
+        # Imported here: few runs need it, and it takes a second to load.
+        from medray.outlines import write_outlines
+
+        write_outlines(mask, target, classes, downsample=downsample)
+    return found
+
+
+def _clean(settings: RunSettings, raw: str, mask: str) -> list[int]:
+    """Clean a mask part by part; each is read with as much around it as decides."""
+    how, classes = settings.options.clean, len(settings.classes)
+    counts = np.zeros(classes, np.int64)
+    source = omezarr.open_level(raw)
+    height, width = source.shape
+    for part in plan_regions(height, width, settings.options.region):
+        y, x = max(0, part.y - how.reach), max(0, part.x - how.reach)
+        rows = slice(y, min(height, part.bottom + how.reach))
+        columns = slice(x, min(width, part.right + how.reach))
+        around = np.asarray(source[rows, columns])
+        if around.any():
+            cleaned = clean_labels(around, how, classes)
+            inside = cleaned[part.slices(origin=Rectangle(y, x, *around.shape))]
+            omezarr.write_region(mask, part, np.ascontiguousarray(inside))
+            counts += np.bincount(inside.ravel(), minlength=classes)
+        else:
+            counts[0] += part.height * part.width
+    return [int(count) for count in counts]
 
 
 def _summed_up(

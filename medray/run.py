@@ -6,7 +6,9 @@ slides.parquet              a row a slide: status, digests, timings
 masks/SLIDE.ome.zarr        class of every pixel
     labels/LAYER            on request: uncertainty, disagreement, unreadable
 masks/SLIDE.probabilities.ome.zarr   on request
+raw/SLIDE.ome.zarr          masks that are yet to be cleaned
 outlines/SLIDE.geojson      on request
+plan.json                   what `medray plan --out RUN` expected
 coarse/                     the run of the first pass, when there is one
 """
 
@@ -14,10 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from medray.classes import Classes
+from medray.clean import Cleaning
 from medray.errors import ConfigError
 from medray.grid import Windows
 from medray.models.config import Prediction
@@ -46,6 +50,7 @@ class Options:
         coarse: First predict at so many times the model's microns per pixel, and then
             only where that found a class other than 0; 1: no first pass.
         outlines: Write the mask's objects as GeoJSON too.
+        clean: How the mask is cleaned when its slide is complete.
         region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
     """
 
@@ -55,6 +60,7 @@ class Options:
     within: str | None = None
     coarse: int = 1
     outlines: bool = False
+    clean: Cleaning = field(default_factory=Cleaning)
     region: int = 0
 
     def __post_init__(self) -> None:
@@ -151,6 +157,31 @@ def read_run(out: str) -> RunSettings:
     return from_dict(RunSettings, read_yaml(uri), uri)
 
 
+def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Set what `medray plan` expected of a run beside what it took.
+
+    Args:
+        out: The run.
+        rows: Of its slides.parquet.
+
+    Returns:
+        Words by what they are about; empty when nothing was planned or done.
+    """
+    uri = files.join(out, "plan.json")
+    done = [row for row in rows if row["status"] == "done" and row["windows"]]
+    if not done or not files.exists(uri):
+        return {}
+    plan = files.read_json(uri)
+    first = min(row["first_read_at"] for row in done)
+    last = max(row["committed_at"] for row in done)
+    least, most = plan["seconds"]
+    windows = sum(row["windows"] for row in done)
+    return {
+        "windows": f"{windows}, planned {plan['windows']}",
+        "seconds": f"{last - first:.0f}, planned {least:.0f} to {most:.0f}",
+    }
+
+
 def mask_uri(out: str, slide: str) -> str:
     """Give the place of a slide's mask in a run."""
     return files.join(out, "masks", f"{slide}.ome.zarr")
@@ -164,6 +195,11 @@ def layer_uri(out: str, slide: str, layer: str) -> str:
 def probabilities_uri(out: str, slide: str) -> str:
     """Give the place of a slide's class probabilities in a run."""
     return files.join(out, "masks", f"{slide}.probabilities.ome.zarr")
+
+
+def raw_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's mask before it is cleaned."""
+    return files.join(out, "raw", f"{slide}.ome.zarr")
 
 
 def outlines_uri(out: str, slide: str) -> str:
@@ -203,6 +239,9 @@ def create_mask(
     common |= {"region": settings.options.region}
     mask, classes = mask_uri(out, slide), settings.classes
     if omezarr.read_attributes(mask) != provenance:
+        if settings.options.clean:
+            raw = raw_uri(out, slide)
+            omezarr.create_labels(raw, *size, classes=classes, name=slide, **common)
         omezarr.create_labels(mask, *size, classes=classes, name=slide, **common)
     if settings.options.prediction.probabilities:
         uri = probabilities_uri(out, slide)

@@ -194,6 +194,13 @@ class Predictor:
         for finish in [self._start([]) for _ in range(self.threads)]:
             finish()
 
+    def time_batches(self) -> int:
+        """Run a batch in each thread, and give how many windows that were."""
+        self.warm_up()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.threads * self.batch
+
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S)."""
         return self._networks[0](pixels)
