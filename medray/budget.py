@@ -34,9 +34,7 @@ def hands_of(gpu: bool) -> int:
     return max(2, share - 2) if gpu else 1
 
 
-def bounds(
-    settings: RunSettings, lane_bytes: int = _LANE_BYTES
-) -> tuple[int, int]:
+def bounds(settings: RunSettings, lane_bytes: int = _LANE_BYTES) -> tuple[int, int]:
     """Bound a node's memory.
 
     Args:

@@ -22,8 +22,8 @@ from typing import Any
 import ray
 
 from medray import cluster
-from medray.errors import ConfigError, MedrayError
 from medray.budget import bounds, check_budget
+from medray.errors import ConfigError, MedrayError
 from medray.infer import lane_resources, settings_of
 from medray.plan import count_windows, plan_slide
 from medray.run import Options, RunSettings

@@ -52,7 +52,14 @@ from medray.region import (
     working_of,
     write_region,
 )
-from medray.run import Options, against_plan, RunSettings, create_mask, open_run, raw_uri
+from medray.run import (
+    Options,
+    RunSettings,
+    against_plan,
+    create_mask,
+    open_run,
+    raw_uri,
+)
 from medray.slides.digest import slide_digest
 from medray.slides.listing import find_slides
 from medray.store import files, omezarr
@@ -369,7 +376,11 @@ class Lane:
         writes: deque[tuple[Row, Any]] = deque()
         more = True
         while more or writes:
-            if writes and (not more or len(writes) > budget.UNWRITTEN * 2 // 3 or _is_ready(writes[0][1])):
+            if writes and (
+                not more
+                or len(writes) > budget.UNWRITTEN * 2 // 3
+                or _is_ready(writes[0][1])
+            ):
                 yield self._outcome(*writes.popleft())
                 continue
             try:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from medray import cluster
-from medray.errors import ConfigError
 from medray.budget import bounds, check_budget
+from medray.errors import ConfigError
 from medray.estimate import estimate
 from medray.infer import infer, settings_of
 from medray.models.config import Prediction
@@ -41,7 +41,9 @@ def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
     (slides / "bad.tif").write_text("no slide")
     options = Options(prediction=Prediction(probabilities=True), region=512)
     run = str(tmp_path / "run")
-    plan = estimate([str(slides)], model=str(model), options=options, price=2.0, out=run)
+    plan = estimate(
+        [str(slides)], model=str(model), options=options, price=2.0, out=run
+    )
     assert (plan.slides, plan.sampled) == (4, 4)
     assert set(plan.failed) == {"bad"}
     assert plan.cost is not None
