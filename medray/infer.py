@@ -595,9 +595,12 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     for one in (header, *regions):  # of a mask that was cleaned, its own counts
         counts = np.asarray(one.get("cleaned_px", counts))
     row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
-    looked_at = sum(region.get("predicted_px", 0) for region in regions)
+    looked_at = sum(region["predicted_px"] for region in regions)
+    row["predicted_px"] = looked_at
+    counts[0] = max(0, looked_at - int(counts[1:].sum()))
+    row["label"] = classes[int(counts.argmax())] if looked_at else classes[0]
     for layer, most in (("uncertainty", 255), ("disagreement", 1)):
-        if looked_at:
+        if looked_at and regions[0].get(f"{layer}_sum") is not None:
             total = sum(region[f"{layer}_sum"] for region in regions)
             row[layer] = total / most / looked_at
     for part in ("read_s", "predict_s", "waited_s", "write_s", "windows"):

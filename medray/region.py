@@ -219,8 +219,8 @@ def _summed_up(
     record: Row = {key: row[key] for key in kept if key in row}
     counts = np.bincount(labels.ravel(), minlength=len(settings.classes))
     record["class_px"] = counts.tolist()
+    record["predicted_px"] = int(inside.sum())
     if settings.options.prediction.quality:
-        record["predicted_px"] = int(inside.sum())
         for layer in ("uncertainty", "disagreement"):
             values = layers.get(layer)
             total = 0 if values is None else int((values * inside).sum(dtype=np.int64))
