@@ -1,0 +1,122 @@
+"""The memory of all processes together, and what is left out, by size of the slide.
+
+A classifier of timm that costs little stands for the model; every window is predicted.
+
+Run: python benchmarks/memory.py --sides 10000 100000
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from run_memory import MARK, resident_mib
+
+from medray.classes import Classes
+from medray.grid import Windows
+from medray.models.classifiers import build_classifier
+from medray.models.config import Architecture, ModelConfig
+from medray.models.folder import save_model
+from medray.run import mask_uri
+from medray.store import omezarr
+from medray.store.files import read_table
+from medray.synth import write_pyramid
+
+
+def cheap_model(folder: Path) -> str:
+    torch.manual_seed(0)
+    architecture = Architecture("classifier", "mobilenetv3_small_050")
+    config = ModelConfig(
+        architecture=architecture,
+        classes=Classes(),
+        window=Windows(512, 384),
+        mpp=0.5,
+    )
+    save_model(str(folder), config, build_classifier(architecture, 2), {})
+    return str(folder)
+
+
+def filled(levels: list) -> bool:
+    """Compare pieces of each level with the one below it, and see that it is used."""
+    rng = np.random.default_rng(0)
+    for below, level in itertools.pairwise(levels):
+        for _ in range(5):
+            y, x = (int(rng.integers(0, max(1, n - 512))) for n in level.shape)
+            piece = np.asarray(level[y : y + 512, x : x + 512])
+            rows, columns = (slice(2 * n, 2 * n + 1024) for n in (y, x))
+            source = np.asarray(below[rows, columns])
+            if not np.array_equal(piece, omezarr._reduced(source)):
+                return False
+    return bool(np.asarray(levels[-1][:]).any())
+
+
+def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
+    path = folder / f"{side}.tif"
+    start = time.perf_counter()
+    write_pyramid(path, side, side, seed=1, tissue=tissue)
+    written = time.perf_counter() - start
+    out = folder / f"run{side}"
+    command = [sys.executable, "-m", "medray.cli", "infer", str(path), "--everywhere"]
+    command += ["--model", model, "--out", str(out), "--json"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {MARK: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    most, stop = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            most[0] = max(most[0], resident_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answer, _ = process.communicate()
+    stop.set()
+    watcher.join()
+    summary = json.loads(answer.splitlines()[-1])
+    (row,) = read_table(str(out / "slides.parquet")).to_pylist()
+    shapes = omezarr.level_shapes(side, side)
+    uri = mask_uri(str(out), str(side))
+    levels = [omezarr.open_level(uri, level) for level in range(len(shapes))]
+    return {
+        "side": side,
+        "file MiB": path.stat().st_size >> 20,
+        "writing it, s": round(written, 1),
+        "failed": summary["failed"],
+        "regions": summary["regions"],
+        "windows": row["windows"],
+        "stage, s": round(summary["seconds"], 1),
+        "peak MiB": round(most[0]),
+        "levels": len(levels),
+        "levels complete": [a.shape for a in levels] == shapes and filled(levels),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sides", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--tissue", type=float, default=0.1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        model = cheap_model(Path(name) / "model")
+        peaks = []
+        for side in args.sides:
+            figures = measure(side, model, Path(name), args.tissue)
+            peaks.append(figures["peak MiB"])
+            print(json.dumps(figures), flush=True)
+        print("peak of the last / of the first:", round(peaks[-1] / peaks[0], 3))
+
+
+if __name__ == "__main__":
+    main()
