@@ -1,8 +1,8 @@
 """How many accelerators one driver can keep busy: lanes that only sleep.
 
-Everything but reading, predicting and writing is real: packets through Ray Data, actors,
-outcomes, the ledger. Slides of 50 regions; a region takes as long as one of 3072 px (64
-windows) would on the accelerator.
+Everything but reading, predicting and writing is real: packets through Ray Data,
+actors, outcomes, the ledger. Slides of 50 regions; a region takes as long as one of
+3072 px (64 windows) would on the accelerator.
 
 Run: python benchmarks/control.py --lanes 1 4 16 64 --region-ms 60
 """

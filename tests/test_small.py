@@ -141,6 +141,27 @@ def test_the_ledger_remembers_what_was_flushed(tmp_path: Path) -> None:
     assert set(Ledger(str(tmp_path)).slides) == {"a", "b"}
 
 
+def test_a_long_journal_keeps_only_what_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medray.store.ledger._MOST_PARTS", 5)
+    monkeypatch.setattr("medray.store.ledger._FLUSH_S", 0.0)
+    ledger = Ledger(str(tmp_path))
+    for index in range(20):
+        ledger.commit_region("half@1", index, {"n": index})
+        ledger.commit_region(f"s{index}@2", 0, {"n": 0})
+        ledger.commit_slide({"slide": f"s{index}", "status": "done", "digest": "2"})
+    ledger.flush()
+    assert len(list((tmp_path / "journal").iterdir())) == 1
+    assert set(ledger.regions) == {"half@1"}
+    ledger.commit_region("half@1", 20, {"n": 20})
+    ledger.flush()
+    again = Ledger(str(tmp_path))
+    assert set(again.regions) == {"half@1"}
+    assert again.regions["half@1"] == {i: {"n": i} for i in range(21)}
+    assert len(again.slides) == 20
+
+
 def test_writes_are_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     files.write_json(str(path), {"x": 1})

@@ -22,9 +22,13 @@ from medray.store import files
 
 Row = dict[str, Any]
 
-# How long a committed row may wait in memory: what a killed driver can lose.
+# How long a committed row may wait in memory: what a killed driver can lose. The table
+# is written whole, so with many slides it is written less often: a twentieth of the
+# time. Regions are in the journal by then.
 _FLUSH_S = 0.5
-_TABLE_S = 5.0
+_TABLE_S, _TABLE_SHARE = 5.0, 0.05
+# Parts of the journal before it is written anew without the slides that are done.
+_MOST_PARTS = 200
 
 
 class Ledger:
@@ -45,30 +49,40 @@ class Ledger:
         if files.exists(self._table_uri):
             rows = files.read_table(self._table_uri).to_pylist()
             self.slides = {row["slide"]: row for row in rows}
+        done = {
+            slide_key(row["slide"], row["digest"])
+            for row in self.slides.values()
+            if row["status"] == "done"
+        }
         parts = [p for p in files.list_folder(self._journal) if p.endswith(".jsonl")]
         for part in parts:
             for line in files.read_bytes(files.join(self._journal, part)).splitlines():
                 record = json.loads(line)
+                if record["key"] in done:
+                    continue
                 committed = self.regions.setdefault(record["key"], {})
                 committed[record["index"]] = record["region"]
-        self._part = 1 + max((int(p.split(".")[0]) for p in parts), default=0)
+        self._parts = [int(part.split(".")[0]) for part in parts]
+        self._table_s = _TABLE_S
         self._pending: list[str] = []
+        self._finished: list[str] = []
         self._flushed_at = self._table_at = time.monotonic()
         self._table_dirty = False
 
     def commit_region(self, key: str, index: int, region: Row) -> None:
         """Record that a region's shard is stored; at most 0.5 s until it is durable."""
         self.regions.setdefault(key, {})[index] = region
-        record = {"key": key, "index": index, "region": region}
-        self._pending.append(json.dumps(record, separators=(",", ":")))
+        self._pending.append(_line(key, index, region))
         if time.monotonic() - self._flushed_at > _FLUSH_S:
             self._flush_journal()
 
     def commit_slide(self, row: Row) -> None:
-        """Record that a slide is done or has failed; at most 5 s until durable."""
+        """Record that a slide is done or has failed; durable with the next flush."""
         self.slides[row["slide"]] = row
+        if row["status"] == "done":
+            self._finished.append(slide_key(row["slide"], row["digest"]))
         self._table_dirty = True
-        if time.monotonic() - self._table_at > _TABLE_S:
+        if time.monotonic() - self._table_at > self._table_s:
             self.flush()
 
     def forget_slide(self, slide: str) -> None:
@@ -78,32 +92,55 @@ class Ledger:
 
     def _flush_journal(self) -> None:
         if self._pending:
-            name = f"{self._part:08d}.jsonl"
+            part = 1 + max(self._parts, default=0)
             text = "\n".join(self._pending) + "\n"
-            files.write_bytes(files.join(self._journal, name), text.encode())
-            self._part += 1
+            files.write_bytes(self._part_uri(part), text.encode())
+            self._parts.append(part)
             self._pending = []
         self._flushed_at = time.monotonic()
+
+    def _part_uri(self, part: int) -> str:
+        return files.join(self._journal, f"{part:08d}.jsonl")
+
+    def _compact(self) -> None:
+        """Write the journal anew as one part, with unfinished slides only."""
+        old, self._parts = self._parts, [max(self._parts)]
+        self._pending = [
+            _line(key, index, region)
+            for key, regions in self.regions.items()
+            for index, region in regions.items()
+        ]
+        self._flush_journal()
+        for part in old:
+            files.remove(self._part_uri(part))
+        self._parts = [part for part in self._parts if part not in old]
 
     def flush(self) -> None:
         """Make everything recorded so far durable."""
         self._flush_journal()
         if self._table_dirty:
+            start = time.monotonic()
             rows = [self.slides[slide] for slide in sorted(self.slides)]
             files.write_table(self._table_uri, pa.Table.from_pylist(_aligned(rows)))
             self._table_dirty = False
+            self._table_s = max(_TABLE_S, (time.monotonic() - start) / _TABLE_SHARE)
+            for key in self._finished:  # their regions are needed no more
+                self.regions.pop(key, None)
+            self._finished = []
+            if len(self._parts) > _MOST_PARTS:
+                self._compact()
         self._table_at = time.monotonic()
 
     def close(self) -> None:
         """Make everything durable and drop the journal when no slide is half done."""
         self.flush()
-        done = {
-            slide_key(row["slide"], row["digest"])
-            for row in self.slides.values()
-            if row["status"] == "done"
-        }
-        if done.issuperset(self.regions):
+        if not self.regions:
             files.remove(self._journal)
+
+
+def _line(key: str, index: int, region: Row) -> str:
+    record = {"key": key, "index": index, "region": region}
+    return json.dumps(record, separators=(",", ":"))
 
 
 def slide_key(slide: str, digest: str) -> str:

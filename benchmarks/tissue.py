@@ -1,0 +1,66 @@
+"""Cost follows tissue: a slide with little of it, and a first pass that looks coarsely.
+
+Run: python benchmarks/tissue.py --model demo/model --side 8192
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from medray import cluster
+from medray.infer import infer
+from medray.run import Options, mask_uri
+from medray.store import omezarr
+from medray.store.files import read_table
+from medray.synth import draw_scene, write_pyramid
+
+FIELD = 2048
+
+
+def measure(path: Path, model: str, out: Path, **options) -> tuple[dict, np.ndarray]:
+    infer([str(path)], model=model, out=str(out), options=Options(**options))
+    first, last, windows = float("inf"), 0.0, 0
+    for folder in (out / "coarse", out):
+        if (folder / "slides.parquet").exists():
+            (row,) = read_table(str(folder / "slides.parquet")).to_pylist()
+            first = min(first, row["first_read_at"] or first)
+            last, windows = row["committed_at"], windows + row["windows"]
+    figures = {"slide": path.stem, **options, "s": round(last - first, 1)}
+    mask = np.asarray(omezarr.open_level(mask_uri(str(out), path.stem))[:])
+    return figures | {"windows": windows}, mask
+
+
+def f1(mask: np.ndarray, truth: np.ndarray) -> float:
+    both = int(((mask == 1) & (truth == 1)).sum())
+    return 2 * both / (int((mask == 1).sum()) + int((truth == 1).sum()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--side", type=int, default=8192)
+    args = parser.parse_args()
+    logging.getLogger("medray").setLevel(logging.ERROR)
+    truth = np.tile(draw_scene(1, height=FIELD, width=FIELD).mask, (99, 99))
+    truth = truth[: args.side, : args.side]
+    with tempfile.TemporaryDirectory() as name:
+        cluster.connect()
+        for share in (1.0, 0.2):
+            path = Path(name) / f"tissue_{share:.0%}.tif"
+            write_pyramid(path, args.side, args.side, seed=1, tissue=share)
+            for coarse in (1, 2, 4) if share == 1.0 else (1,):
+                out = Path(name) / f"{share}_{coarse}"
+                figures, mask = measure(path, args.model, out, coarse=coarse)
+                if share == 1.0:
+                    figures["F1"] = round(f1(mask, truth), 4)
+                print(json.dumps(figures), flush=True)
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
