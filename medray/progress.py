@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -25,7 +26,7 @@ class Progress:
     def __init__(self, stage: str, slides: int) -> None:
         self._stage = stage
         self._failed = self._regions = 0
-        self._megapixels = 0.0
+        self._megapixels, self._since = 0.0, time.monotonic()
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -55,6 +56,8 @@ class Progress:
 
     def region(self, pixels: int) -> None:
         """Count a region of so many pixels."""
+        if not self._regions:
+            self._since = time.monotonic()
         self._regions += 1
         self._megapixels += pixels / 1e6
         self._refresh(0)
@@ -68,6 +71,10 @@ class Progress:
         self._refresh(1)
 
     def _refresh(self, advance: int) -> None:
-        note = f"{self._regions} regions, {self._megapixels:.0f} MPix"
+        # Since the first region: before it the workers start.
+        elapsed = max(1e-3, time.monotonic() - self._since)
+        share = max(0, 1 - 1 / max(1, self._regions)) / elapsed
+        note = f"{self._regions} regions, {self._regions * share:.2g}/s, "
+        note += f"{self._megapixels * share:.3g} MPix/s"
         note += f", {self._failed} failed" if self._failed else ""
         self._bar.update(self._task, advance=advance, note=note)
