@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def pss_of_all() -> int:
-    """Memory of every process below the one that runs the tests, Ray's too, bytes."""
+    """Memory of every process that Ray started for the tests, bytes."""
     total = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -65,7 +65,8 @@ def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
     assert sum(row["regions"] for row in rows) == plan.regions
     written = sum(p.stat().st_size for p in Path(run).rglob("*") if p.is_file())
     assert written <= plan.output_bytes + (1 << 20)
-    assert most[0] <= plan.host_bytes
+    assert 500 << 20 < most[0] <= plan.host_bytes
+    print(f"most {most[0] >> 20} MiB, bound {plan.host_bytes >> 20} MiB")
     words = against_plan(run, rows)
     assert words["windows"] == f"{plan.windows}, planned {plan.windows}"
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["slides"] == 4
