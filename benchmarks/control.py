@@ -10,6 +10,7 @@ Run: python benchmarks/control.py --lanes 1 4 16 64 --region-ms 60
 import argparse
 import json
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -53,12 +54,13 @@ class SleepingLane:
     seconds = 0.0
 
     def __init__(self, settings, out):
-        pass
+        self.device = threading.Lock()  # as two packets share one
 
     def __call__(self, batch):
         outcomes = []
         for row in json.loads(batch["json"][0]):
-            time.sleep(self.seconds)
+            with self.device:
+                time.sleep(self.seconds)
             now = time.time()
             record = {"class_px": [1, 0], "predicted_px": 1, "windows": 64}
             record |= {"read_at": now - self.seconds, "written_at": now}

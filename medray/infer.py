@@ -237,9 +237,12 @@ def _chain(
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1,
                     max_size=lanes,
+                    initial_size=min(lanes, len(groups)),
                     # While one packet's last regions are written the next is predicted.
                     max_concurrent_calls_per_actor=budget.PACKETS,
-                    max_tasks_in_flight_per_actor=budget.PACKETS,
+                    # Twice as many wait for it: by that Ray Data sees that more lanes
+                    # would help (it adds one at 1.75).
+                    max_tasks_in_flight_per_actor=2 * budget.PACKETS,
                     enable_true_multi_threading=True,
                 ),
                 fn_constructor_args=(settings, out),
