@@ -198,8 +198,13 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         help="from train; several: ensemble",
     )
     sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
-    precisions = ("auto", "float32", "bfloat16", "float16")
-    choice("--precision", precisions, "auto: half where it is fast")
+    sub.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        metavar="P",
+        help="auto (half where it is fast), float32, bfloat16 or float16",
+    )
     choice("--stitch", ("crop", "blend"), "windows' middles, or blended (crop)")
     choice("--tta", ("none", "flips", "all"), "mirrored and turned windows too")
     flag("--vote", "of several models the commonest class, not the mean")

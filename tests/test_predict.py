@@ -62,7 +62,7 @@ def regions_of(
             "region": [rectangle.y, rectangle.x, rectangle.height, rectangle.width],
         }
         plan = region_windows(rectangle, height, width, windows, stitch)
-        halo, _ = _read_halo(ArraySlide(pixels), row, settings)
+        halo, _, _ = _read_halo(ArraySlide(pixels), row, settings)
         yield RegionPixels(halo, plan, height, width)
 
 
