@@ -185,7 +185,10 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     """Add what may be chosen about a run."""
 
     def choice(name: str, values: tuple[str, ...], text: str) -> None:
-        sub.add_argument(name, choices=values, default=values[0], help=text)
+        text = f"{', '.join(values)}: {text}"
+        sub.add_argument(
+            name, choices=values, default=values[0], metavar="HOW", help=text
+        )
 
     def flag(name: str, text: str) -> None:
         sub.add_argument(name, action="store_true", help=text)
@@ -203,10 +206,10 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         metavar="P",
-        help="auto (half where it is fast), float32, bfloat16 or float16",
+        help="auto, float32, bfloat16 or float16 (auto)",
     )
-    choice("--stitch", ("crop", "blend"), "windows' middles, or blended (crop)")
-    choice("--tta", ("none", "flips", "all"), "mirrored and turned windows too")
+    choice("--stitch", ("crop", "blend"), "windows' middles, or their mean")
+    choice("--tta", ("none", "flips", "all"), "mirrored, turned windows too")
     flag("--vote", "of several models the commonest class, not the mean")
     sub.add_argument(
         "--thresholds",
