@@ -94,7 +94,8 @@ def ingest(
     group_of = read_groups(groups, "group") if groups else {}
     split_of = _read_splits(splits) if splits else None
     open_dataset(out, settings)
-    ledger = Ledger(out)
+    # The regions of all slides become patches.parquet at the end.
+    ledger = Ledger(out, keep_finished=True)
     todo = changed_slides(wanted, ledger, matched)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     start = time.perf_counter()

@@ -40,8 +40,14 @@ class Ledger:
             (see `slide_key`), then by the region's index.
     """
 
-    def __init__(self, folder: str) -> None:
-        """Read what earlier runs have committed to `folder`."""
+    def __init__(self, folder: str, *, keep_finished: bool = False) -> None:
+        """Read what earlier runs have committed to `folder`.
+
+        Args:
+            folder: Of the run or dataset.
+            keep_finished: Keep the regions of finished slides until `close`.
+        """
+        self._keep_finished = keep_finished
         self._table_uri = files.join(folder, "slides.parquet")
         self._journal = files.join(folder, "journal")
         self.slides: dict[str, Row] = {}
@@ -49,11 +55,7 @@ class Ledger:
         if files.exists(self._table_uri):
             rows = files.read_table(self._table_uri).to_pylist()
             self.slides = {row["slide"]: row for row in rows}
-        done = {
-            slide_key(row["slide"], row["digest"])
-            for row in self.slides.values()
-            if row["status"] == "done"
-        }
+        done = set() if keep_finished else self._done()
         parts = [p for p in files.list_folder(self._journal) if p.endswith(".jsonl")]
         for part in parts:
             for line in files.read_bytes(files.join(self._journal, part)).splitlines():
@@ -124,18 +126,26 @@ class Ledger:
             files.write_table(self._table_uri, pa.Table.from_pylist(_aligned(rows)))
             self._table_dirty = False
             self._table_s = max(_TABLE_S, (time.monotonic() - start) / _TABLE_SHARE)
-            for key in self._finished:  # their regions are needed no more
-                self.regions.pop(key, None)
+            if not self._keep_finished:
+                for key in self._finished:
+                    self.regions.pop(key, None)
+                if len(self._parts) > _MOST_PARTS:
+                    self._compact()
             self._finished = []
-            if len(self._parts) > _MOST_PARTS:
-                self._compact()
         self._table_at = time.monotonic()
 
     def close(self) -> None:
         """Make everything durable and drop the journal when no slide is half done."""
         self.flush()
-        if not self.regions:
+        if self._done().issuperset(self.regions):
             files.remove(self._journal)
+
+    def _done(self) -> set[str]:
+        return {
+            slide_key(row["slide"], row["digest"])
+            for row in self.slides.values()
+            if row["status"] == "done"
+        }
 
 
 def _line(key: str, index: int, region: Row) -> str:
