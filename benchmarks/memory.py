@@ -12,13 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from run_memory import MARK, resident_mib
+from run_memory import MARK, watched
 
 from medray.classes import Classes
 from medray.grid import Windows
@@ -66,25 +65,15 @@ def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
     out = folder / f"run{side}"
     command = [sys.executable, "-m", "medray.cli", "infer", str(path), "--everywhere"]
     command += ["--model", model, "--out", str(out), "--json"]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {MARK: "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    most, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            most[0] = max(most[0], resident_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    answer, _ = process.communicate()
-    stop.set()
-    watcher.join()
-    summary = json.loads(answer.splitlines()[-1])
+    with watched() as peak:
+        done = subprocess.run(
+            command,
+            env=os.environ | {MARK: "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    summary = json.loads(done.stdout.splitlines()[-1])
     (row,) = read_table(str(out / "slides.parquet")).to_pylist()
     shapes = omezarr.level_shapes(side, side)
     uri = mask_uri(str(out), str(side))
@@ -97,7 +86,7 @@ def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
         "regions": summary["regions"],
         "windows": row["windows"],
         "stage, s": round(summary["seconds"], 1),
-        "peak MiB": round(most[0]),
+        "peak MiB": peak.mib,
         "levels": len(levels),
         "levels complete": [a.shape for a in levels] == shapes and filled(levels),
     }

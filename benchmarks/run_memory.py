@@ -1,11 +1,44 @@
-"""The memory of a benchmark: of all processes that were started with its mark."""
+"""The memory of a run: of all processes that were started with its mark."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "MEDRAY_BENCHMARK"
 
 
-def resident_mib() -> float:
+@dataclass
+class Peak:
+    """The most memory seen so far, bytes."""
+
+    bytes: int = 0
+
+    @property
+    def mib(self) -> int:
+        return self.bytes >> 20
+
+
+@contextmanager
+def watched(seconds: float = 0.5) -> Iterator[Peak]:
+    """Watch the marked processes' memory from time to time."""
+    peak, stop = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(seconds):
+            peak.bytes = max(peak.bytes, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _resident() -> int:
     """Sum the marked processes' memory; pages that several share are shared out."""
     total = 0
     for entry in Path("/proc").iterdir():
@@ -14,7 +47,7 @@ def resident_mib() -> float:
         try:
             if MARK in (entry / "environ").read_text():
                 text = (entry / "smaps_rollup").read_text()
-                total += int(text.split("Pss:")[1].split()[0])
+                total += int(text.split("Pss:")[1].split()[0]) << 10
         except (OSError, IndexError):
             continue
-    return total / 1024
+    return total

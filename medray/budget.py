@@ -34,6 +34,12 @@ def hands_of(gpu: bool) -> int:
     return max(2, share - 2) if gpu else 1
 
 
+def kept_layers(settings: RunSettings) -> int:
+    """Give how many bytes a run stores of each pixel of level 0, uncompressed."""
+    channels = len(settings.classes) if settings.options.prediction.probabilities else 0
+    return 1 + channels + len(settings.layers)
+
+
 def bounds(settings: RunSettings, lane_bytes: int = _LANE_BYTES) -> tuple[int, int]:
     """Bound a node's memory.
 
@@ -49,7 +55,7 @@ def bounds(settings: RunSettings, lane_bytes: int = _LANE_BYTES) -> tuple[int, i
     hands = lanes * hands_of(gpus > 0)
     pixels = settings.options.region**2
     how = settings.options.prediction
-    kept = 1 + len(settings.classes) * how.probabilities + 3 * how.quality
+    kept = kept_layers(settings)
     # Scores are float32 on the device; on a CPU that is the host.
     scored = how.probabilities or how.quality or how.stitch == "blend"
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)

@@ -22,9 +22,10 @@ from typing import Any
 import ray
 
 from medray import cluster
-from medray.budget import bounds, check_budget
+from medray.budget import bounds, check_budget, kept_layers
 from medray.errors import ConfigError, MedrayError
-from medray.infer import lane_resources, settings_of
+from medray.infer import settings_of, slides_within
+from medray.lane import lane_resources
 from medray.plan import count_windows, plan_slide
 from medray.run import Options, RunSettings
 from medray.slides import open_slide
@@ -101,20 +102,19 @@ def estimate(
     Raises:
         ConfigError: The request is wrong, or would need more memory than there is.
     """
-    settings = settings_of(
-        [model] if isinstance(model, str) else model, options or Options()
-    )
-    wanted = find_slides(slides)
-    chosen = list(wanted)
+    options = options or Options()
+    if options.coarse > 1:
+        raise ConfigError("coarse: what its second pass will do is not known before")
+    settings = settings_of([model] if isinstance(model, str) else model, options)
+    wanted, areas = slides_within(find_slides(slides), options.within)
+    chosen = wanted
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)
     cluster.connect()
-    resources = lane_resources()
-    measuring = (
-        ray.remote(_measure).options(**resources, max_retries=0).remote(settings)
-    )
-    plans = _plan_all(chosen, settings)
-    measured = ray.get(measuring)
+    plans = _plan_all(chosen, settings, areas)
+    # When nothing else needs the cores.
+    measure = ray.remote(_measure).options(**lane_resources(), max_retries=0)
+    measured = ray.get(measure.remote(settings))
     failed = {name: error for name, error in plans if isinstance(error, str)}
     counts = [found for _, found in plans if not isinstance(found, str)]
     if not counts:
@@ -157,35 +157,34 @@ def estimate(
 
 
 def _plan_all(
-    chosen: Sequence[SlideFile], settings: RunSettings
+    chosen: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
 ) -> list[tuple[str, Any]]:
     """Plan slides in Ray tasks, a few each: (slide, counts or what is wrong)."""
     work = ray.remote(_plan_some).options(num_cpus=0.5)
     groups = [chosen[first : first + 16] for first in range(0, len(chosen), 16)]
     found: list[tuple[str, Any]] = []
-    under_way = [work.remote(group, settings) for group in groups]
+    under_way = [work.remote(group, settings, areas) for group in groups]
     for one in under_way:
         found += ray.get(one)
     return found
 
 
 def _plan_some(
-    group: Sequence[SlideFile], settings: RunSettings
+    group: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
 ) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for file in group:
         try:
             with open_slide(file.uri) as slide:
-                facts, rows = plan_slide(slide, settings)
+                facts, rows = plan_slide(slide, settings, areas.get(file.slide, ""))
         except (MedrayError, OSError) as error:
             found.append((file.slide, f"{error}"))
             continue
         windows = sum(count_windows(facts, row, settings) for row in rows)
         pixels = sum(row["region"][2] * row["region"][3] for row in rows)
-        how = settings.options.prediction
-        kept = 1 + len(settings.classes) * how.probabilities + 3 * how.quality
         counts = {"regions": len(rows), "windows": windows}
-        found.append((file.slide, counts | {"bytes": pixels * kept * 4 // 3}))
+        counts["bytes"] = pixels * kept_layers(settings) * 4 // 3
+        found.append((file.slide, counts))
     return found
 
 

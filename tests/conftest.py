@@ -12,8 +12,8 @@ settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")
 # One local cluster for the session; test_jobs.py has one of its own, with tokens.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# By it a test finds the processes that Ray started for it.
-os.environ["MEDRAY_TEST"] = "1"
+# By it run_memory.py finds the processes that Ray started for the tests.
+os.environ["MEDRAY_BENCHMARK"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 """`medray plan` beside what a run then takes."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
+from run_memory import watched
 
 from medray import cluster
 from medray.budget import bounds, check_budget
@@ -17,20 +17,6 @@ from medray.store.files import read_table
 from medray.synth import draw_scene, write_slide
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def pss_of_all() -> int:
-    """Memory of every process that Ray started for the tests, bytes."""
-    total = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if "MEDRAY_TEST" in (entry / "environ").read_text():
-                    text = (entry / "smaps_rollup").read_text()
-                    total += int(text.split("Pss:")[1].split()[0]) << 10
-            except (OSError, IndexError):
-                continue
-    return total
 
 
 def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
@@ -49,24 +35,15 @@ def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
     assert plan.cost is not None
     assert 0 < plan.cost[0] < plan.cost[1]
 
-    most, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.3):
-            most[0] = max(most[0], pss_of_all())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    infer([str(slides)], model=str(model), out=run, options=options)
-    stop.set()
-    watcher.join()
+    with watched(0.3) as peak:
+        infer([str(slides)], model=str(model), out=run, options=options)
     rows = [r for r in read_table(f"{run}/slides.parquet").to_pylist() if r["regions"]]
     assert sum(row["windows"] for row in rows) == plan.windows
     assert sum(row["regions"] for row in rows) == plan.regions
     written = sum(p.stat().st_size for p in Path(run).rglob("*") if p.is_file())
     assert written <= plan.output_bytes + (1 << 20)
-    assert 500 << 20 < most[0] <= plan.host_bytes
-    print(f"most {most[0] >> 20} MiB, bound {plan.host_bytes >> 20} MiB")
+    assert 500 << 20 < peak.bytes <= plan.host_bytes
+    print(f"most {peak.mib} MiB, bound {plan.host_bytes >> 20} MiB")
     words = against_plan(run, rows)
     assert words["windows"] == f"{plan.windows}, planned {plan.windows}"
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["slides"] == 4

@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, "benchmarks")
 
 from infer import bare
-from run_memory import resident_mib
+from run_memory import MARK, watched
 
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
@@ -44,7 +43,7 @@ def run_peer(
     command += ["--out", str(out), *map(str, slides)]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": ".", "MEDRAY_BENCHMARK": "1"},
+        env=os.environ | {"PYTHONPATH": ".", MARK: "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -61,25 +60,16 @@ def run_medray(
     command = [sys.executable, "-m", "medray.cli", "infer", *map(str, slides)]
     command += ["--model", model, "--out", str(out), "--precision", precision]
     command += ["--everywhere", "--json"]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"MEDRAY_BENCHMARK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    most, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            most[0] = max(most[0], resident_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    answer, _ = process.communicate()
-    stop.set()
-    watcher.join()
-    summary = json.loads(answer.splitlines()[-1])
+    with watched() as peak:
+        done = subprocess.run(
+            command,
+            env=os.environ | {MARK: "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
+    summary = json.loads(done.stdout.splitlines()[-1])
     rows = read_table(str(out / "slides.parquet")).to_pylist()
     first = min(row["first_read_at"] for row in rows)
     last = max(row["committed_at"] for row in rows)
@@ -87,7 +77,7 @@ def run_medray(
         "seconds": last - first,
         "stage": summary["seconds"],
         "windows": sum(row["windows"] for row in rows),
-        "peak MiB": round(most[0]),
+        "peak MiB": peak.mib,
         "masks": {
             path.stem: np.asarray(omezarr.open_level(mask_uri(str(out), path.stem))[:])
             for path in slides

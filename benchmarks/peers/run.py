@@ -9,7 +9,6 @@ import json
 import logging
 import resource
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import nn
 sys.path[:0] = [".", "benchmarks"]
 
 from engines import monai, tiatoolbox_file
-from run_memory import resident_mib
+from run_memory import watched
 
 from medray.grid import Windows
 
@@ -176,26 +175,17 @@ def main() -> None:
         side = args.windows[0]
         model(torch.zeros(BATCH, 3, side, side))  # warms up
     model.seconds, model.windows = 0.0, 0
-    most, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            most[0] = max(most[0], resident_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    SYSTEMS[args.system](args.slides, model, args.out, Windows(*args.windows))
-    seconds = time.perf_counter() - start
-    stop.set()
-    watcher.join()
+    with watched() as peak:
+        start = time.perf_counter()
+        SYSTEMS[args.system](args.slides, model, args.out, Windows(*args.windows))
+        seconds = time.perf_counter() - start
     print(
         json.dumps(
             {
                 "seconds": seconds,
                 "forward": model.seconds,
                 "windows": model.windows,
-                "peak MiB": round(most[0]),
+                "peak MiB": peak.mib,
                 "max RSS MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
             }
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import TracebackType
-from typing import Self
 
 import fsspec
 import numpy as np
@@ -12,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medray.errors import SlideError
-from medray.slides.slide import Level, check_rectangle
+from medray.slides.slide import Level, Slide, check_rectangle
 from medray.slides.tiff import on_white
 
 UInt8 = npt.NDArray[np.uint8]
@@ -22,7 +20,7 @@ _MAX_PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = None  # bounded here instead
 
 
-class ArraySlide:
+class ArraySlide(Slide):
     """An array (H, W, 3) uint8 RGB as a slide; see medray.slides.slide.Slide."""
 
     format = "array"
@@ -42,18 +40,6 @@ class ArraySlide:
         return self._pixels[y : y + height, x : x + width]
 
     def close(self) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> Self:
-        """Give the slide itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
         """Do nothing."""
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from medray.errors import MedrayError, SlideError
-from medray.slides.slide import Level, check_rectangle, sane_mpp
+from medray.slides.slide import Level, Slide, check_rectangle, sane_mpp
 from medray.store import omezarr
 
 UInt8 = npt.NDArray[np.uint8]
 
 
-class ZarrSlide:
+class ZarrSlide(Slide):
     """An OME-Zarr 0.5 image as a slide; see medray.slides.slide.Slide."""
 
     format = "ome-zarr"
@@ -61,18 +60,6 @@ class ZarrSlide:
 
     def close(self) -> None:
         """Do nothing: chunks are opened and closed as they are read."""
-
-    def __enter__(self) -> Self:
-        """Give the slide itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Do nothing."""
 
 
 def _mpp(scales: Any) -> float | None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from medray.errors import SlideError
-from medray.slides.slide import MAX_SIDE, Level, check_rectangle, sane_mpp
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
 from medray.slides.tiff import on_white
 
 UInt8 = npt.NDArray[np.uint8]
 
 
-class OpenSlideSlide:
+class OpenSlideSlide(Slide):
     """A file of OpenSlide's as a slide; see medray.slides.slide.Slide."""
 
     def __init__(self, uri: str) -> None:
@@ -62,19 +61,6 @@ class OpenSlideSlide:
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
-
-    def __enter__(self) -> Self:
-        """Give the slide itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self.close()
 
 
 def _number(text: str | None) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -33,7 +32,7 @@ class Level:
 
 
 class Slide(Protocol):
-    """One image file, from a flat field to a gigapixel pyramid.
+    """One image file, from a flat field to a gigapixel pyramid; the readers' base.
 
     Attributes:
         uri: Path or fsspec address.
@@ -67,16 +66,11 @@ class Slide(Protocol):
 
     def __enter__(self) -> Self:
         """Give the slide itself."""
-        ...
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
-        ...
+        self.close()
 
 
 def check_rectangle(

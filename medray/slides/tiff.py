@@ -12,8 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -22,7 +21,7 @@ import tifffile
 from defusedxml import ElementTree
 
 from medray.errors import SlideError
-from medray.slides.slide import MAX_SIDE, Level, check_rectangle, sane_mpp
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -43,7 +42,7 @@ _MICRONS = {
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
-class TiffSlide:
+class TiffSlide(Slide):
     """A TIFF file as a slide; see medray.slides.slide.Slide."""
 
     def __init__(self, uri: str) -> None:
@@ -160,19 +159,6 @@ class TiffSlide:
         """Close the file."""
         self._tiff.close()
         self._file.close()
-
-    def __enter__(self) -> Self:
-        """Give the slide itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self.close()
 
 
 def _open_file(uri: str) -> Any:

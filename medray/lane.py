@@ -1,0 +1,289 @@
+"""A lane: one device, and all that keeps it busy.
+
+    read     processes of its own read regions and their halos, some bytes ahead
+    predict  one thread; windows of successive regions share batches
+    write    the same processes store the classes as the region's shards
+
+Why it is made so: docs/decisions/0005-lanes.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.util.metrics import Counter
+
+from medray import budget, cluster
+from medray.commit import HEADER, Row
+from medray.grid import Rectangle, region_windows
+from medray.plan import wanted_windows
+from medray.region import RegionIO, read_region, write_region
+from medray.run import RunSettings
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def lane_resources() -> dict[str, float]:
+    """One lane a GPU; without GPUs one a node, which leaves a core for reading."""
+    if cluster.gpus():
+        return {"num_gpus": 1}
+    return {"num_cpus": max(1, cluster.cpus_per_node() - 1)}
+
+
+class Lane:
+    """One device with all that keeps it busy: readers ahead of it, writers behind.
+
+    One thread has the device to itself. Two packets may be under way: the second is
+    read while the first is predicted, and predicted while the last regions of the
+    first are written.
+    """
+
+    def __init__(self, settings: RunSettings, out: str) -> None:
+        """Load the models onto the device."""
+        self._settings, self._out = settings, out
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._predictor = self._device.submit(self._load).result()
+        gpu = self._predictor.device.type == "cuda"
+        self._ahead_bytes = budget.AHEAD_BYTES[gpu]
+        self._group = 8 if gpu else 1
+        self._hands = _Hands(gpu)
+        self._regions = Counter("medray_regions", "Regions predicted.")
+        self._pixels = Counter("medray_pixels", "Pixels predicted.")
+        self._failures = Counter("medray_region_failures", "Regions that failed.")
+        self._waited = Counter(
+            "medray_lane_waited_seconds", "How long a device waited for pixels."
+        )
+
+    def _load(self) -> Any:
+        from medray.models.predict import Predictor
+
+        predictor = Predictor.from_folders(
+            self._settings.models,
+            self._settings.options.prediction,
+            threads=cluster.cpus_per_node(),
+        )
+        predictor.warm_up()
+        return predictor
+
+    def __call__(self, batch: Row) -> Iterator[Row]:
+        """Work on a packet; give outcomes in its order, a few at a time.
+
+        The order and the grouping are those of the packet, so that a repeated call
+        gives the same blocks and none is lost or counted twice.
+        """
+        outcomes: list[Row] = []
+        for row in self._work(json.loads(batch["json"][0])):
+            outcomes.append(row)
+            if len(outcomes) == self._group:
+                yield {"json": [json.dumps(outcomes)]}
+                outcomes = []
+        if outcomes:
+            yield {"json": [json.dumps(outcomes)]}
+
+    def _work(self, rows: list[Row]) -> Iterator[Row]:
+        ahead = _ReadAhead(self._hands, rows, self._settings, self._ahead_bytes)
+        predicted: queue.Queue[Any] = queue.Queue(budget.UNWRITTEN // 3)
+        predicting = self._device.submit(self._predict, ahead, predicted)
+        writes: deque[tuple[Row, Any]] = deque()
+        more = True
+        while more or writes:
+            if writes and (
+                not more
+                or len(writes) > budget.UNWRITTEN * 2 // 3
+                or _is_ready(writes[0][1])
+            ):
+                yield self._outcome(*writes.popleft())
+                continue
+            try:
+                item = predicted.get(timeout=0.1 if writes else None)
+            except queue.Empty:
+                continue
+            if item is None:
+                predicting.result()  # raises what went wrong
+                more = False
+            else:
+                writes.append((item[0], self._start_writing(*item)))
+
+    def _predict(self, ahead: _ReadAhead, predicted: queue.Queue[Any]) -> None:
+        """Predict a packet in the device's thread; None ends what it gives."""
+        try:
+            for item in self._predicted(ahead):
+                predicted.put(item)
+        finally:
+            predicted.put(None)
+
+    def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, dict[str, UInt8]]]:
+        """Give the rows in their order, with what the models make of their pixels."""
+        waiting: deque[tuple[Row, bool]] = deque()
+
+        def regions() -> Iterator[Any]:
+            for row, pixels, waited in ahead:
+                waiting.append((row, pixels is not None))
+                if pixels is not None:
+                    self._waited.inc(waited)
+                    row["waited_s"] = waited
+                    yield self._region_pixels(row, pixels)
+
+        def passed_through() -> Iterator[tuple[Row, dict[str, UInt8]]]:
+            while waiting and not waiting[0][1]:
+                yield waiting.popleft()[0], {}
+
+        start = time.perf_counter()
+        for result in self._predictor.predict(regions()):
+            yield from passed_through()
+            row, _ = waiting.popleft()
+            row["predict_s"] = time.perf_counter() - start
+            self._regions.inc()
+            self._pixels.inc(row["region"][2] * row["region"][3])
+            layers = {
+                "labels": result.labels,
+                "probabilities": result.probabilities,
+                "uncertainty": result.uncertainty,
+                "disagreement": result.disagreement,
+            }
+            yield row, {k: v for k, v in layers.items() if v is not None}
+            start = time.perf_counter()
+        yield from passed_through()
+
+    def _region_pixels(self, row: Row, pixels: UInt8) -> Any:
+        from medray.models.predict import RegionPixels
+
+        size = (row["height"], row["width"])
+        windows, how = self._settings.windows, self._settings.options.prediction
+        plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
+        wanted = wanted_windows(row, self._settings)
+        row["windows"] = int(wanted.sum())
+        return RegionPixels(pixels, plan, *size, wanted)
+
+    def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
+        if row["index"] == HEADER or "error" in row:
+            return None
+        return self._hands.start("write", row, layers, self._settings, self._out)
+
+    def _outcome(self, row: Row, write: Any) -> Row:
+        if write is not None:
+            try:
+                row = write.result()
+            except ray.exceptions.RayError as error:
+                row = row | {"error": f"{row['uri']}: the writer died ({error})"}
+        if "error" in row:
+            self._failures.inc()
+        return row
+
+
+def _is_ready(write: Any) -> bool:
+    return write is None or write.is_ready()
+
+
+class _Hands:
+    """The processes that read and write a lane's regions.
+
+    Actors rather than tasks: Ray ends a process that had no task for a second, and a
+    lane without a GPU gives one less often; starting one costs as much as a region.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        actor = ray.remote(RegionIO).options(num_cpus=0.25, max_restarts=-1)
+        self._actors = [actor.remote() for _ in range(budget.hands_of(gpu))]
+        # Readers and writers take turns from opposite ends.
+        self._turns = {
+            "read": itertools.cycle(self._actors),
+            "write": itertools.cycle(reversed(self._actors)),
+        }
+
+    def start(self, name: str, *args: Any) -> _Started:
+        """Start to `read` or to `write`."""
+        return _Started(name, args, getattr(next(self._turns[name]), name))
+
+
+class _Started:
+    """Work that was given to a hand."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], method: Any) -> None:
+        self._name, self._args = name, args
+        self._returns = 2 if name == "read" else 1
+        self._ref = method.options(num_returns=self._returns).remote(*args)
+
+    def is_ready(self) -> bool:
+        refs = self._ref if isinstance(self._ref, list) else [self._ref]
+        return bool(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+
+    def result(self) -> Any:
+        """Wait for what comes of it.
+
+        When a process dies, all that was given to it is lost, also what is innocent of
+        its death. So each is repeated once in a process of its own.
+
+        Raises:
+            ray.exceptions.RayError: That one died too.
+        """
+        try:
+            return ray.get(self._ref)
+        except ray.exceptions.RayError:
+            work = {"read": read_region, "write": write_region}[self._name]
+            alone = ray.remote(work).options(
+                num_cpus=0.25, max_retries=0, num_returns=self._returns
+            )
+            return ray.get(alone.remote(*self._args))
+
+
+class _ReadAhead:
+    """Reads the regions of a packet in their order, some bytes ahead."""
+
+    def __init__(
+        self,
+        hands: _Hands,
+        rows: list[Row],
+        settings: RunSettings,
+        ahead_bytes: int,
+    ) -> None:
+        self._hands, self._settings = hands, settings
+        self._todo = deque(rows)
+        self._under_way: deque[tuple[Row, Any]] = deque()
+        self._free = ahead_bytes
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._todo and (self._free > 0 or not self._under_way):
+            row = self._todo.popleft()
+            if row["index"] == HEADER:
+                self._under_way.append((row, None))
+                continue
+            self._free -= _halo_bytes(row, self._settings)
+            self._under_way.append(
+                (row, self._hands.start("read", row, self._settings))
+            )
+
+    def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
+        """Give each row with its pixels, and how many seconds they were waited for."""
+        while self._under_way:
+            row, reading = self._under_way.popleft()
+            start = time.perf_counter()
+            pixels: UInt8 | None = None
+            if reading is not None:
+                self._free += _halo_bytes(row, self._settings)
+                try:
+                    row, pixels = reading.result()
+                except ray.exceptions.RayError as error:
+                    kind = type(error).__name__
+                    row = row | {"error": f"{row['uri']}: its reader died ({kind})"}
+            self._fill()
+            yield row, pixels, time.perf_counter() - start
+
+
+def _halo_bytes(row: Row, settings: RunSettings) -> int:
+    size = (row["height"], row["width"])
+    stitch = settings.options.prediction.stitch
+    region = Rectangle(*row["region"])
+    halo = region_windows(region, *size, settings.windows, stitch).halo
+    return 3 * halo.height * halo.width
