@@ -1,0 +1,153 @@
+"""Reading regions of JPEG tiles: medray beside OpenSlide, cuCIM, fastslide and zarr.
+
+Interleaved rounds in one process: the same rectangles of the same files by each reader,
+by one thread and by two. What each read is compared: JPEG decoders may differ by a
+few grey values, not by more.
+
+Run, in an environment that has the readers (benchmarks/README.md):
+PYTHONPATH=. READERS/bin/python benchmarks/readers.py SLIDE.svs SLIDE.tiff
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import cucim
+import fastslide
+import numpy as np
+import openslide
+import tifffile
+import zarr
+
+from medray.slides.tiff import TiffSlide
+
+Read = Callable[[int, int, int], np.ndarray]
+
+
+def by_medray(path: str) -> Read:
+    slide = TiffSlide(path)
+    return lambda y, x, side: slide.read(y, x, side, side)
+
+
+def by_zarr(path: str) -> Read:
+    store = tifffile.imread(path, aszarr=True, series=0, level=0, maxworkers=1)
+    array = zarr.open(store, mode="r")
+    return lambda y, x, side: np.asarray(array[y : y + side, x : x + side])
+
+
+def by_openslide(path: str) -> Read:
+    slide = openslide.OpenSlide(path)
+    return lambda y, x, side: np.asarray(
+        slide.read_region((x, y), 0, (side, side)).convert("RGB")
+    )
+
+
+def by_cucim(path: str) -> Read:
+    slide = cucim.CuImage(path)
+    return lambda y, x, side: np.asarray(
+        slide.read_region((x, y), (side, side), level=0)
+    )
+
+
+def by_fastslide(path: str) -> Read:
+    slide = fastslide.FastSlide.from_file_path(path)
+    return lambda y, x, side: np.asarray(
+        slide.read_region((x, y), 0, (side, side)).numpy()
+    )[..., :3]
+
+
+READERS = {
+    "medray": by_medray,
+    "cucim": by_cucim,
+    "fastslide": by_fastslide,
+    "openslide": by_openslide,
+    "tifffile's zarr view": by_zarr,
+}
+
+
+def measure(path: str, side: int, reads: int, rounds: int) -> list[dict]:
+    with tifffile.TiffFile(path) as tiff:
+        height, width = tiff.series[0].shape[:2]
+    side = min(side, height, width)
+    rng = random.Random(0)
+    places = [
+        (rng.randint(0, height - side), rng.randint(0, width - side))
+        for _ in range(reads)
+    ]
+    opened, pixels = {}, {}
+    for name, reader in READERS.items():
+        try:
+            opened[name] = reader(path)
+            pixels[name] = opened[name](*places[0], side)
+        except Exception as error:
+            print(f"{Path(path).name}: {name} cannot read it: {error!r}"[:200])
+            opened.pop(name, None)
+    rates: dict = {(name, threads): [] for name in opened for threads in (1, 2)}
+    for _ in range(rounds):
+        for name, threads in rates:
+            read = opened[name]
+            with ThreadPoolExecutor(threads) as pool:
+                start = time.perf_counter()
+                for _ in pool.map(lambda place: read(*place, side), places):  # noqa: B023
+                    pass
+                seconds = time.perf_counter() - start
+            rates[name, threads].append(reads * side * side / seconds / 1e6)
+    figures = []
+    for name in opened:
+        difference = np.abs(pixels[name].astype(int) - pixels["medray"]).max()
+        figures.append(
+            {
+                "slide": Path(path).name,
+                "side": side,
+                "reader": name,
+                "MPix/s": round(statistics.median(rates[name, 1])),
+                "by two threads": round(statistics.median(rates[name, 2])),
+                "largest difference": int(difference),
+            }
+        )
+    return figures
+
+
+def write_tiles(path: Path, side: int) -> None:
+    """A plain pyramid that every reader knows, texture like tissue."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(90, 240, (side // 8, side // 8, 3), dtype=np.uint8)
+    pixels = small.repeat(8, 0).repeat(8, 1)
+    pixels += rng.integers(0, 15, pixels.shape, dtype=np.uint8)
+    options = {"tile": (256, 256), "compression": "jpeg", "photometric": "rgb"}
+    options |= {"compressionargs": {"level": 85}, "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        writer.write(pixels, **options)
+        while min(pixels.shape[:2]) > 1024:
+            pixels = np.ascontiguousarray(pixels[::2, ::2])
+            writer.write(pixels, subfiletype=1, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("slides", nargs="*", help="beside the generated pyramid")
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 3072])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    for name in ("tifffile", "imagecodecs", "cucim-cu13", "fastslide"):
+        print(name, version(name))
+    print("openslide", openslide.__library_version__)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "generated.tif"
+        write_tiles(path, 8192)
+        for slide in (str(path), *args.slides):
+            for side in args.sides:
+                reads = max(4, 48 * 512 * 512 // side**2)
+                for figures in measure(slide, side, reads, args.rounds):
+                    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Pixels through the object store, or the slide's own compressed tiles?
+
+A reader gives regions to the process that would predict them: decoded, or as the
+tiles' bytes, which that process then decodes. On one machine, and across two raylets
+(on one machine too, but through sockets instead of shared memory).
+
+Run: python benchmarks/shipping.py
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from medray.slides.tiff import TiffSlide, _touched
+from medray.synth import write_pyramid
+
+SIDE = 3072
+
+
+class Shipped(TiffSlide):
+    """A slide whose tiles came from elsewhere."""
+
+    tiles: dict[int, bytes]
+
+    def take(self, y: int, x: int) -> dict[int, bytes]:
+        page = self._pages[0]
+        indices = _touched(page.keyframe, 1, y, x, SIDE, SIDE)
+        return {index: self._segment_bytes(page, 0, index) for index in indices}
+
+    def decode(self, tiles: dict[int, bytes], y: int, x: int) -> np.ndarray:
+        self.tiles = tiles
+        return self.read(y, x, SIDE, SIDE)
+
+
+class FromTiles(Shipped):
+    def _segment_bytes(self, page, level, index):
+        return self.tiles[index]
+
+
+class Reader:
+    def __init__(self, path: str) -> None:
+        self.slide = Shipped(path)
+
+    def give(self, way: str, y: int, x: int):
+        if way == "pixels":
+            return self.slide.read(y, x, SIDE, SIDE)
+        tiles = self.slide.take(y, x)
+        ends = np.cumsum([len(data) for data in tiles.values()])
+        joined = np.frombuffer(b"".join(tiles.values()), np.uint8)
+        return joined, list(tiles), ends
+
+    def cpu(self) -> float:
+        return time.process_time()
+
+
+class Predictor:
+    """Takes regions, two ahead, and touches every pixel once."""
+
+    def __init__(self, path: str, reader) -> None:
+        self.slide, self.reader = FromTiles(path), reader
+
+    def work(self, way: str, places: list) -> dict:
+        start, cpu = time.perf_counter(), time.process_time()
+        refs = [self.reader.give.remote(way, *place) for place in places[:2]]
+        shipped = total = 0
+        for i, (y, x) in enumerate(places):
+            if i + 2 < len(places):
+                refs.append(self.reader.give.remote(way, *places[i + 2]))
+            pixels = ray.get(refs[i])
+            if way == "tiles":
+                joined, indices, ends = pixels
+                shipped += joined.nbytes
+                parts = np.split(joined, ends[:-1])
+                tiles = {
+                    k: part.tobytes() for k, part in zip(indices, parts, strict=True)
+                }
+                pixels = self.slide.decode(tiles, y, x)
+            else:
+                shipped += pixels.nbytes
+            total += int(pixels[::16].sum())
+            refs[i] = None
+        return {
+            "s": time.perf_counter() - start,
+            "cpu": time.process_time() - cpu,
+            "MB": shipped / 1e6,
+            "sum": total,
+        }
+
+
+def measure(path: str, places: list, nodes: list[str], rounds: int) -> None:
+    for where, (first, second) in {
+        "one node": (nodes[0], nodes[0]),
+        "two nodes": (nodes[0], nodes[1]),
+    }.items():
+        on = [
+            NodeAffinitySchedulingStrategy(node, soft=False) for node in (first, second)
+        ]
+        reader = (
+            ray.remote(Reader).options(num_cpus=1, scheduling_strategy=on[0])
+        ).remote(path)
+        predictor = (
+            ray.remote(Predictor).options(num_cpus=1, scheduling_strategy=on[1])
+        ).remote(path, reader)
+        found: dict = {"pixels": [], "tiles": []}
+        for _ in range(rounds + 1):
+            for way, figures in found.items():
+                before = ray.get(reader.cpu.remote())
+                one = ray.get(predictor.work.remote(way, places))
+                one["reader"] = ray.get(reader.cpu.remote()) - before
+                figures.append(one)
+        assert len({one["sum"] for figures in found.values() for one in figures}) == 1
+        for way, figures in found.items():
+
+            def middle(key: str, figures: list = figures[1:]) -> float:
+                return statistics.median(one[key] for one in figures) / len(places)
+
+            print(
+                json.dumps(
+                    {
+                        "where": where,
+                        "shipped": way,
+                        "MB a region": round(middle("MB"), 2),
+                        "ms a region": round(middle("s") * 1e3, 1),
+                        "reader's CPU, ms": round(middle("reader") * 1e3, 1),
+                        "lane's CPU, ms": round(middle("cpu") * 1e3, 1),
+                    }
+                ),
+                flush=True,
+            )
+        ray.kill(predictor)
+        ray.kill(reader)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--regions", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    cluster = Cluster()
+    size = {"num_cpus": 2, "object_store_memory": 600 << 20}
+    cluster.add_node(**size)
+    cluster.add_node(**size)
+    ray.init(address=cluster.address, logging_level="ERROR")
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slide.tif"
+        write_pyramid(path, 12288, 12288, seed=1, tissue=1.0)
+        rng = np.random.default_rng(0)
+        places = [
+            tuple(int(n) for n in rng.integers(0, 12288 - SIDE, 2))
+            for _ in range(args.regions)
+        ]
+        measure(str(path), places, nodes, args.rounds)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
