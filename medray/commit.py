@@ -1,8 +1,8 @@
 """How a stage over slides keeps its promises: which slides to do, when one is done.
 
-A stage's chain of Ray Data yields rows in any order: a header row a slide (its facts,
-how many regions it has) and a row a region. The driver feeds them to `Commit`, which
-notes regions and slides in the ledger.
+A stage's rows come in any order: a header row a slide (its facts, how many regions it
+has) and a row a region. The driver feeds them to `Commit`, which notes regions and
+slides in the ledger and says when a slide needs finishing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import ray
 
 from medray.errors import SlideError
 from medray.progress import Progress
@@ -106,27 +104,28 @@ class _Slide:
 
 @dataclass
 class Commit:
-    """Takes the rows of a chain and notes in the ledger what is finished.
+    """Takes the rows of a stage and notes in the ledger what is finished.
 
     Attributes:
         ledger: Of the stage's folder.
-        finish_slide: Called in a Ray task with the slide's id when all regions of a
-            slide of several regions are stored (one region: its writer did it); what it
-            gives is added to the slide's header.
         slide_row: Sums up (header, region records) as columns of slides.parquet.
     """
 
     ledger: Ledger
-    finish_slide: Callable[[str], Row | None]
     slide_row: Callable[[Row, list[Row]], Row]
     done: int = 0
     regions: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     _slides: dict[str, _Slide] = field(default_factory=dict)
-    _finishing: dict[Any, Row] = field(default_factory=dict)
 
-    def take(self, row: Row, progress: Progress) -> None:
-        """Note one row of the chain."""
+    def take(self, row: Row, progress: Progress) -> Row | None:
+        """Note one row.
+
+        Returns:
+            The header of a slide whose regions are now all stored and that is to be
+            finished as a whole; what comes of that goes to `finished`. A slide of one
+            region was finished by its writer.
+        """
         slide = self._slides.setdefault(row["slide"], _Slide())
         if "todo" in row:  # of a header, or of a region that carries the slide's facts
             slide.header = slide.header or row
@@ -137,13 +136,50 @@ class Commit:
         elif row["index"] != HEADER:
             self._note_region(row)
             progress.region(row["region"][2] * row["region"][3])
-        if slide.header is not None and slide.arrived == slide.header["todo"]:
-            self._complete(self._slides.pop(row["slide"]), progress)
-        self._collect(progress, wait=False)
+        header = slide.header
+        if header is None or slide.arrived < header["todo"]:
+            return None
+        del self._slides[row["slide"]]
+        if slide.error is not None:
+            self._fail(header, slide.error, progress)
+        elif "unchanged" in header:
+            self.ledger.commit_slide(header["unchanged"])
+            progress.slide(header["slide"], "unchanged")
+        elif header["regions"] > 1:
+            return header
+        else:
+            self.finished(header, {}, progress)
+        return None
 
-    def finish(self, progress: Progress) -> None:
-        """Wait for what is under way, and make everything durable."""
-        self._collect(progress, wait=True)
+    def finished(self, header: Row, result: Any, progress: Progress) -> None:
+        """Note a slide that was finished as a whole.
+
+        Args:
+            header: Of the slide, as `take` gave it.
+            result: What finishing adds to it, with an `error` if it could not be done;
+                or the exception that ended it.
+            progress: To show it.
+        """
+        if isinstance(result, Exception):
+            result = {"error": f"its process died ({result})"}
+        if "error" in result:
+            self._fail(header, f"pyramid: {result['error']}", progress)
+            return
+        header = header | result
+        key = slide_key(header["slide"], header["digest"])
+        regions = list(self.ledger.regions.get(key, {}).values())
+        try:
+            row = _outcome(header, "done", "") | self.slide_row(header, regions)
+        except SlideError as error:
+            self._fail(header, f"{error}", progress)
+            return
+        self.ledger.commit_slide(row)
+        self.done += 1
+        note = row.get("note") or ""
+        progress.slide(header["slide"], f"done {note}".strip())
+
+    def close(self, progress: Progress) -> None:
+        """Fail what did not come back, and make everything durable."""
         for name, slide in sorted(self._slides.items()):
             header = slide.header or {"slide": name, "uri": "", "stamp": ""}
             self._fail(header, "not all of its regions came back; run again", progress)
@@ -158,58 +194,10 @@ class Commit:
         self.ledger.commit_region(key, row["index"], row["record"])
         self.regions += 1
 
-    def _complete(self, slide: _Slide, progress: Progress) -> None:
-        header = slide.header
-        if header is None:
-            raise RuntimeError("a slide is complete only with its header")
-        if slide.error is not None:
-            self._fail(header, slide.error, progress)
-        elif "unchanged" in header:
-            self.ledger.commit_slide(header["unchanged"])
-            progress.slide(header["slide"], "unchanged")
-        elif header["regions"] > 1:
-            finish = ray.remote(_call).options(num_cpus=0)
-            task = finish.remote(self.finish_slide, header["slide"])
-            self._finishing[task] = header
-        else:
-            self._succeed(header, progress)
-
-    def _collect(self, progress: Progress, *, wait: bool) -> None:
-        while self._finishing:
-            timeout = None if wait else 0
-            ready, _ = ray.wait(list(self._finishing), timeout=timeout)
-            if not ready:
-                return
-            header = self._finishing.pop(ready[0])
-            try:
-                header = header | (ray.get(ready[0]) or {})
-            except Exception as error:  # whatever it is, it is this slide's alone
-                cause = getattr(error, "cause", None) or error
-                self._fail(header, f"pyramid: {cause}", progress)
-            else:
-                self._succeed(header, progress)
-
-    def _succeed(self, header: Row, progress: Progress) -> None:
-        key = slide_key(header["slide"], header["digest"])
-        regions = list(self.ledger.regions.get(key, {}).values())
-        try:
-            row = _outcome(header, "done", "") | self.slide_row(header, regions)
-        except SlideError as error:
-            self._fail(header, f"{error}", progress)
-            return
-        self.ledger.commit_slide(row)
-        self.done += 1
-        note = row.get("note") or ""
-        progress.slide(header["slide"], f"done {note}".strip())
-
     def _fail(self, header: Row, message: str, progress: Progress) -> None:
         self.ledger.commit_slide(_outcome(header, "failed", message))
         self.failed[header["slide"]] = message
         progress.slide(header["slide"], f"failed: {message}")
-
-
-def _call(function: Callable[[str], Row | None], slide: str) -> Row | None:
-    return function(slide)
 
 
 def _outcome(header: Row, status: str, message: str) -> Row:

@@ -2,17 +2,17 @@
 
 The way of a region, top to bottom:
 
-    plan     slides become packets of regions, numbers only: which hold tissue
-    lane     an actor a GPU takes a packet and keeps its device busy:
-      read     tasks read regions and their halos ahead, within a budget of bytes
+    plan     slides become regions, numbers only: which hold tissue
+    lane     an actor a GPU takes a packet of them and keeps its device busy:
+      read     its processes read regions and their halos ahead, some bytes of them
       predict  windows of successive regions share batches; classes come out
-      write    they write the classes as the region's shards
-    commit   the driver notes the region; with its last region a slide is done
+      write    the same processes write the classes as the region's shards
+    commit   the driver notes the region; with its last region a slide is finished
 
-Pixels go from the readers to the lane and from the lane to the writers; the driver and
-Ray Data only see packets and outcomes. No two tasks write one shard, and a task that
-runs twice writes the same bytes, so any worker may die or be repeated. What the driver
-has noted is not computed again.
+Pixels go from the readers to the lane and from the lane to the writers; the driver only
+sees numbers. No two processes write one shard, and work that is done twice writes the
+same bytes, so any process may die or be repeated. What the driver has noted is not
+computed again.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ import importlib.metadata
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
-import ray.data
 
 from medray import budget, cluster
 from medray.clean import Cleaning
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.grid import region_side
-from medray.lane import Lane, lane_resources
+from medray.lane import start_lanes
 from medray.models.config import model_digest, read_config
 from medray.plan import coarse_mask, plan_slide
+from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.region import (
     finish_slide,
@@ -145,13 +147,71 @@ def _work_off(
     stage: str, todo: list[Row], settings: RunSettings, out: str, ledger: Ledger
 ) -> Commit:
     """Do the slides and commit them."""
-    commit = Commit(ledger, functools.partial(finish_slide, settings, out), _slide_row)
-    with Progress(stage, len(todo)) as progress:
-        for row in _chain(todo, settings, out, ledger):
-            commit.take(row, progress)
-        commit.finish(progress)
+    commit = Commit(ledger, _slide_row)
+    with (
+        Progress(stage, len(todo)) as progress,
+        _start_workers(settings, out, ledger, len(todo)) as workers,
+        start_lanes(settings, out) as lanes,
+    ):
+        _drive(todo, workers, lanes, commit, progress)
+        commit.close(progress)
     ledger.close()
     return commit
+
+
+def _drive(
+    todo: list[Row], workers: Pool, lanes: Pool, commit: Commit, progress: Progress
+) -> None:
+    """Keep all processes busy: slides to the workers, their regions to the lanes."""
+    packet = 16 if cluster.gpus() else 8
+    share = max(1, min(packet, len(todo) // (2 * workers.size)))
+    slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
+    planned: deque[Row] = deque()  # regions
+    planning = 0
+
+    def note(row: Row) -> None:
+        header = commit.take(row, progress)
+        if header is not None:
+            workers.give([header])
+
+    while True:
+        # Ahead of the lanes, but not all: gigapixel slides have many regions.
+        while slides and workers.room > 0 and len(planned) < 2 * packet * lanes.size:
+            planning += len(slides[0])
+            workers.give(slides.popleft())
+        # Full packets; but a lane with nothing to do gets what there is.
+        enough = packet if planning and lanes.under_way else 1
+        while len(planned) >= enough and lanes.room > 0:
+            size = min(packet, len(planned))
+            lanes.give([planned.popleft() for _ in range(size)])
+        results = poll(workers, lanes)
+        if not results:
+            return
+        for pool, row, result in results:
+            if pool is lanes:
+                note(row | _outcome_of(row, result))
+            elif "todo" in row:
+                commit.finished(row, result, progress)
+            else:
+                planning -= 1
+                header, regions = _plan_of(row, result)
+                planned.extend(header | region for region in regions)
+                if not regions:
+                    note(header)
+
+
+def _outcome_of(row: Row, result: Any) -> Row:
+    if isinstance(result, Exception):
+        return {"error": f"{row['uri']}: its lane died ({result})"}
+    return dict(result)
+
+
+def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
+    if isinstance(result, Exception):
+        why = f"{row['uri']}: the process that opened it died ({result})"
+        return row | {"index": HEADER, "todo": 0, "error": why}, []
+    header, regions = result
+    return header, regions
 
 
 def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:
@@ -221,97 +281,59 @@ def _first_pass(slides: list[SlideFile], settings: RunSettings, out: str) -> Non
         _work_off("coarse", todo, coarse, out, ledger)
 
 
-def _chain(
-    todo: list[Row], settings: RunSettings, out: str, ledger: Ledger
-) -> Iterator[Row]:
-    """Run plan -> lanes over Ray Data; give a row a region."""
-    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-    gpus = cluster.gpus()
-    lanes = cluster.lanes()
-    packet = 16 if gpus else 8
-    share = max(1, min(packet, -(-len(todo) // (2 * lanes))))
-    groups = [
-        {"json": json.dumps(todo[first : first + share])}
-        for first in range(0, len(todo), share)
-    ]
-    # Every row is a block of its own: a packet goes out when it is planned, an outcome
-    # comes back when its region is written.
-    with cluster.streaming(block_bytes=1):
-        rows = (
-            ray.data.from_items(groups, override_num_blocks=min(len(groups), 1000))
-            .map_batches(
-                Planner,
-                batch_size=1,
-                num_cpus=0.25,
-                # Actors, as tasks come so rarely that each would start a process.
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=lanes),
-                fn_constructor_args=(settings, out, committed, packet),
-            )
-            .map_batches(
-                Lane,
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=1,
-                    max_size=lanes,
-                    initial_size=min(lanes, len(groups)),
-                    # While one packet's last regions are written the next is predicted.
-                    max_concurrent_calls_per_actor=budget.PACKETS,
-                    # Twice as many wait for it: by that Ray Data sees that more lanes
-                    # would help (it adds one at 1.75).
-                    max_tasks_in_flight_per_actor=2 * budget.PACKETS,
-                    enable_true_multi_threading=True,
-                ),
-                fn_constructor_args=(settings, out),
-                **lane_resources(),
-            )
-        )
-        for outcomes in rows.iter_batches(
-            batch_size=None, prefetch_batches=0, batch_format="pyarrow"
-        ):
-            for text in outcomes["json"]:
-                yield from json.loads(text.as_py())
+# --- plan and finish ------------------------------------------------------------------
 
 
-# --- plan -----------------------------------------------------------------------------
+class SlideWorker:
+    """Does what concerns a whole slide: plans it before, finishes it after.
 
-
-class Planner:
-    """Plans slides: headers, thumbnails, empty masks; no pixels at working level."""
+    Planning reads headers and thumbnails and makes empty masks; no pixels are read at
+    working level.
+    """
 
     def __init__(
-        self,
-        settings: RunSettings,
-        out: str,
-        committed: dict[str, list[int]],
-        packet: int,
+        self, settings: RunSettings, out: str, committed: dict[str, list[int]]
     ) -> None:
         """Take what all slides share."""
-        self._settings, self._out = settings, out
-        self._committed, self._packet = committed, packet
+        self._settings, self._out, self._committed = settings, out, committed
 
-    def __call__(self, batch: Row) -> Iterator[Row]:
-        """Plan some slides, make their empty masks, give their regions in packets."""
-        rows: list[Row] = []
-        for slide in json.loads(batch["json"][0]):
-            rows += _plan_one(slide, self._settings, self._out, self._committed)
-            while len(rows) >= self._packet:
-                yield {"json": [json.dumps(rows[: self._packet])]}
-                rows = rows[self._packet :]
-        if rows:
-            yield {"json": [json.dumps(rows)]}
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Plan rows of slides, as (header, regions); finish headers."""
+        for row in rows:
+            if "todo" in row:
+                yield [self._finish(row)]
+            else:
+                yield [_plan_one(row, self._settings, self._out, self._committed)]
+
+    def _finish(self, header: Row) -> Row:
+        try:
+            return finish_slide(self._settings, self._out, header["slide"])
+        except Exception as error:  # whatever it is, it is this slide's alone
+            return {"error": f"{error}"}
+
+
+def _start_workers(
+    settings: RunSettings, out: str, ledger: Ledger, slides: int
+) -> Pool:
+    """Start the slide workers: one for every four cores."""
+    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
+    actor = ray.remote(SlideWorker).options(num_cpus=0.25)
+    start = functools.partial(actor.remote, settings, out, committed)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return Pool(start, "work", max(1, min(cpus // 4, slides)))
 
 
 def _plan_one(
     row: Row, settings: RunSettings, out: str, committed: dict[str, list[int]]
-) -> list[Row]:
-    """Give a row for each region to do, or one that says why there is none."""
+) -> tuple[Row, list[Row]]:
+    """Give a slide's header and the regions to do."""
     header = row | {"index": HEADER, "todo": 0}
     try:
         header["digest"] = slide_digest(row["uri"])
         before = json.loads(row["before"])
         if before and before["digest"] == header["digest"]:
             # Touched, not changed: its mask stands, its row comes back.
-            return [header | {"unchanged": before | {"stamp": row["stamp"]}}]
+            return header | {"unchanged": before | {"stamp": row["stamp"]}}, []
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
         slide = opened(row["uri"], header["digest"])
         facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
@@ -323,9 +345,9 @@ def _plan_one(
         if not regions and header["regions"] <= 1:
             header |= finish_slide(settings, out, row["slide"])
     except (MedrayError, OSError) as error:
-        return [header | {"error": f"{error}"}]
+        return header | {"error": f"{error}"}, []
     del header["before"]
-    return [header | region for region in regions] or [header]
+    return header, regions
 
 
 # --- commit ---------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import ray.data
 
 from medray import cluster
@@ -43,6 +44,7 @@ from medray.dataset import (
 )
 from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
+from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
@@ -99,14 +101,26 @@ def ingest(
     todo = changed_slides(wanted, ledger, matched)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     start = time.perf_counter()
-    commit = Commit(ledger, functools.partial(_build_pyramids, out), _slide_row)
+    commit = Commit(ledger, _slide_row)
     if todo:
         cluster.connect()
         start = time.perf_counter()
-        with Progress("ingest", len(todo)) as progress:
+        actor = ray.remote(_PyramidBuilder).options(num_cpus=0)
+        start_builder = functools.partial(actor.remote, out)
+        with (
+            Progress("ingest", len(todo)) as progress,
+            Pool(start_builder, "work", 1) as builders,
+        ):
             for row in _chain(todo, settings, out, ledger):
-                commit.take(row, progress)
-            commit.finish(progress)
+                header = commit.take(row, progress)
+                if header is not None:
+                    builders.give([header])
+                for _, complete, result in poll(builders, wait=False):
+                    commit.finished(complete, result, progress)
+            while results := poll(builders):
+                for _, complete, result in results:
+                    commit.finished(complete, result, progress)
+            commit.close(progress)
     _assign_splits(ledger, group_of, split_of, fractions, seed)
     _write_patches(out, ledger)
     ledger.close()
@@ -338,6 +352,23 @@ def _count_patches(
             "tissue": round(float(share), 4),
             "class_px": pixels.tolist(),
         }
+
+
+class _PyramidBuilder:
+    """Builds the pyramids of slides of several regions."""
+
+    def __init__(self, out: str) -> None:
+        """Take the dataset's folder."""
+        self._out = out
+
+    def work(self, headers: list[Row]) -> Iterator[list[Row]]:
+        """Build the pyramids of some slides."""
+        for header in headers:
+            try:
+                _build_pyramids(self._out, header["slide"])
+                yield [{}]
+            except Exception as error:  # whatever it is, it is this slide's alone
+                yield [{"error": f"{error}"}]
 
 
 def _build_pyramids(out: str, slide: str) -> None:

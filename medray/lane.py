@@ -9,8 +9,8 @@ Why it is made so: docs/decisions/0005-lanes.md.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import queue
 import time
 from collections import deque
@@ -22,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import ray
 from ray.util.metrics import Counter
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medray import budget, cluster
-from medray.commit import HEADER, Row
+from medray.commit import Row
 from medray.grid import Rectangle, region_windows
 from medray.plan import wanted_windows
+from medray.pool import Pool
 from medray.region import RegionIO, read_region, write_region
 from medray.run import RunSettings
 
@@ -40,6 +42,14 @@ def lane_resources() -> dict[str, float]:
     return {"num_cpus": max(1, cluster.cpus_per_node() - 1)}
 
 
+def start_lanes(settings: RunSettings, out: str) -> Pool:
+    """Start a lane for each device."""
+    # While one packet's last regions are written the next is predicted.
+    actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=budget.PACKETS)
+    start = functools.partial(actor.remote, settings, out)
+    return Pool(start, "work", cluster.lanes(), calls=budget.PACKETS)
+
+
 class Lane:
     """One device with all that keeps it busy: readers ahead of it, writers behind.
 
@@ -49,11 +59,11 @@ class Lane:
     """
 
     def __init__(self, settings: RunSettings, out: str) -> None:
-        """Load the models onto the device."""
+        """Start to load the models onto the device, and the processes that read."""
         self._settings, self._out = settings, out
+        gpu = bool(ray.get_gpu_ids())
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._predictor = self._device.submit(self._load).result()
-        gpu = self._predictor.device.type == "cuda"
+        self._loading = self._device.submit(self._load)
         self._ahead_bytes = budget.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
         self._hands = _Hands(gpu)
@@ -75,20 +85,21 @@ class Lane:
         predictor.warm_up()
         return predictor
 
-    def __call__(self, batch: Row) -> Iterator[Row]:
-        """Work on a packet; give outcomes in its order, a few at a time.
+    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Work on a packet of regions; give what came of each, in their order.
 
-        The order and the grouping are those of the packet, so that a repeated call
-        gives the same blocks and none is lost or counted twice.
+        Raises:
+            MedrayError: The models cannot be used.
         """
+        self._loading.result()
         outcomes: list[Row] = []
-        for row in self._work(json.loads(batch["json"][0])):
-            outcomes.append(row)
+        for row in self._work(rows):
+            outcomes.append({k: row[k] for k in ("record", "error") if k in row})
             if len(outcomes) == self._group:
-                yield {"json": [json.dumps(outcomes)]}
+                yield outcomes
                 outcomes = []
         if outcomes:
-            yield {"json": [json.dumps(outcomes)]}
+            yield outcomes
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
         ahead = _ReadAhead(self._hands, rows, self._settings, self._ahead_bytes)
@@ -139,7 +150,7 @@ class Lane:
                 yield waiting.popleft()[0], {}
 
         start = time.perf_counter()
-        for result in self._predictor.predict(regions()):
+        for result in self._loading.result().predict(regions()):
             yield from passed_through()
             row, _ = waiting.popleft()
             row["predict_s"] = time.perf_counter() - start
@@ -166,7 +177,7 @@ class Lane:
         return RegionPixels(pixels, plan, *size, wanted)
 
     def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
-        if row["index"] == HEADER or "error" in row:
+        if "error" in row:
             return None
         return self._hands.start("write", row, layers, self._settings, self._out)
 
@@ -193,7 +204,13 @@ class _Hands:
     """
 
     def __init__(self, gpu: bool) -> None:
-        actor = ray.remote(RegionIO).options(num_cpus=0.25, max_restarts=-1)
+        # On the lane's own node, so that pixels go through shared memory.
+        here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        )
+        actor = ray.remote(RegionIO).options(
+            num_cpus=0.25, max_restarts=-1, scheduling_strategy=here
+        )
         self._actors = [actor.remote() for _ in range(budget.hands_of(gpu))]
         # Readers and writers take turns from opposite ends.
         self._turns = {
@@ -256,9 +273,6 @@ class _ReadAhead:
     def _fill(self) -> None:
         while self._todo and (self._free > 0 or not self._under_way):
             row = self._todo.popleft()
-            if row["index"] == HEADER:
-                self._under_way.append((row, None))
-                continue
             self._free -= _halo_bytes(row, self._settings)
             self._under_way.append(
                 (row, self._hands.start("read", row, self._settings))
@@ -270,13 +284,12 @@ class _ReadAhead:
             row, reading = self._under_way.popleft()
             start = time.perf_counter()
             pixels: UInt8 | None = None
-            if reading is not None:
-                self._free += _halo_bytes(row, self._settings)
-                try:
-                    row, pixels = reading.result()
-                except ray.exceptions.RayError as error:
-                    kind = type(error).__name__
-                    row = row | {"error": f"{row['uri']}: its reader died ({kind})"}
+            self._free += _halo_bytes(row, self._settings)
+            try:
+                row, pixels = reading.result()
+            except ray.exceptions.RayError as error:
+                kind = type(error).__name__
+                row = row | {"error": f"{row['uri']}: its reader died ({kind})"}
             self._fill()
             yield row, pixels, time.perf_counter() - start
 
