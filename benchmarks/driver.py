@@ -29,10 +29,6 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def no_finish(slide: str) -> None:
-    return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slides", type=int, default=10_000)
@@ -53,7 +49,7 @@ def main() -> None:
         wanted = find_slides([str(inbox)])
         listing = time.perf_counter() - start
         ledger = Ledger(out)
-        commit = Commit(ledger, no_finish, _slide_row)
+        commit = Commit(ledger, _slide_row)
         marks = []
         start, cpu = time.perf_counter(), time.process_time()
         with Progress("driver", len(wanted)) as progress:
@@ -69,7 +65,7 @@ def main() -> None:
                 commit.take(row | {"record": record}, progress)
                 if index % (args.slides // 10) == 0:
                     marks.append(round(resident_mib(), 1))
-            commit.finish(progress)
+            commit.close(progress)
         cpu = time.process_time() - cpu
         elapsed = time.perf_counter() - start
         ledger.close()

@@ -1,0 +1,107 @@
+"""Pools of actors: all results come, whoever dies."""
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from medray.errors import MedrayError
+from medray.pool import Pool, poll
+
+# The workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+class Worker:
+    def __init__(self, folder: str, seconds: float = 0.0) -> None:
+        self.folder, self.seconds = Path(folder), seconds
+
+    def work(self, rows):
+        for row in rows:
+            with (self.folder / f"{row['i']}").open("a") as log:
+                log.write(f"{os.getpid()}\n")
+            if row.get("kills"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row.get("raises"):
+                raise MedrayError("told to")
+            time.sleep(self.seconds)
+            yield [2 * row["i"]]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def start(folder: Path, actors: int, *, seconds: float = 0.0, calls: int = 2) -> Pool:
+    actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=calls + 1)
+    begin = functools.partial(actor.remote, str(folder), seconds)
+    return Pool(begin, "work", actors, calls=calls)
+
+
+def run(pool: Pool, packets: list) -> list:
+    """Give all packets, as there is room; take all results."""
+    todo, found = list(packets), []
+    while True:
+        while todo and pool.room > 0:
+            pool.give(todo.pop(0))
+        results = poll(pool)
+        if not results:
+            return found
+        found += [(row["i"], result) for _, row, result in results]
+
+
+def packets(count: int, size: int, **kinds: set) -> list:
+    rows = [{"i": i} | {k: i in of for k, of in kinds.items()} for i in range(count)]
+    return [rows[first : first + size] for first in range(0, count, size)]
+
+
+def pids(folder: Path, i: int) -> list[str]:
+    return (folder / f"{i}").read_text().split()
+
+
+def test_each_row_has_its_result_and_every_actor_works(tmp_path: Path) -> None:
+    with start(tmp_path, 3, seconds=0.05) as pool:
+        found = run(pool, packets(40, 4))
+    assert sorted(found) == [(i, 2 * i) for i in range(40)]
+    assert len({pids(tmp_path, i)[0] for i in range(40)}) == 3
+
+
+def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
+    poison = {5, 6, 13}
+    with start(tmp_path, 2, seconds=0.02) as pool:
+        found = run(pool, packets(24, 4, kills=poison))
+    assert sorted(i for i, _ in found) == list(range(24))
+    for i, result in found:
+        if i in poison:
+            assert isinstance(result, ray.exceptions.RayError)
+            assert len(pids(tmp_path, i)) <= 3
+        else:
+            assert result == 2 * i
+
+
+def test_an_actor_killed_from_outside_is_replaced(tmp_path: Path) -> None:
+    with start(tmp_path, 2, seconds=0.1) as pool:
+        handle = pool._actors[0].handle
+        victim = ray.get(handle.pid.remote())
+        threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
+        found = run(pool, packets(60, 6))
+    assert sorted(found) == [(i, 2 * i) for i in range(60)]
+    assert any(str(victim) in pids(tmp_path, i) for i in range(60))
+
+
+def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
+    with start(tmp_path, 1) as pool, pytest.raises(MedrayError, match="told to"):
+        run(pool, packets(4, 2, raises={3}))
+
+
+def test_actors_that_always_die_end_the_run(tmp_path: Path) -> None:
+    rows = set(range(40))
+    with start(tmp_path, 1, calls=1) as pool:
+        with pytest.raises(MedrayError, match="10 processes died"):
+            run(pool, packets(40, 1, kills=rows))
