@@ -1,10 +1,13 @@
-"""Reading regions of JPEG tiles: medray beside OpenSlide, cuCIM, fastslide and zarr.
+r"""Reading regions of JPEG tiles: medray beside OpenSlide, cuCIM, fastslide and zarr.
 
 Interleaved rounds: the same rectangles of the same files by each reader,
 by one process and by two at once (medray reads in processes). What each has read is
 compared.
 
-Run, in an environment that has the readers (benchmarks/README.md):
+Run, in an environment of its own:
+python3.12 -m venv READERS
+READERS/bin/pip install cucim-cu13 fastslide openslide-python openslide-bin tifffile \
+    imagecodecs zarr pyarrow dask fsspec s3fs defusedxml pyyaml pillow scipy
 PYTHONPATH=. READERS/bin/python benchmarks/readers.py SLIDE.svs SLIDE.tiff
 """
 
