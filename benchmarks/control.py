@@ -20,7 +20,7 @@ import ray
 from medray import budget, cluster
 from medray.commit import HEADER, Commit
 from medray.infer import _FACTS, _drive, _slide_row
-from medray.pool import Pool
+from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
 
@@ -97,8 +97,8 @@ def measure(lanes: int, seconds: float, duration: float) -> dict:
             functools.partial(lane.remote, seconds), "work", lanes, calls=budget.PACKETS
         ) as pool,
     ):
-        handles = [actor.handle for actor in pool._actors]
-        ray.get([handle.__ray_ready__.remote() for handle in handles])
+        while pool.room < lanes * budget.PACKETS:
+            poll(pool)
         commit = Commit(Ledger(out), _slide_row)
         cpu = time.process_time()
         _drive(todo, workers, pool, commit, clock)

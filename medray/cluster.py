@@ -58,15 +58,21 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
 
 def cpus_per_node() -> int:
     """Give the CPU count of the smallest node that has any."""
-    counts = (
-        int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]
-    )
-    return min((count for count in counts if count), default=1)
+    return min(_cpus(), default=1)
 
 
 def lanes() -> int:
-    """Give the number of devices that predict: GPUs, or nodes where there are none."""
-    return gpus() or sum(node["Alive"] for node in ray.nodes())
+    """Give the number of devices that predict.
+
+    These are the GPUs or, where there are none, the nodes that have CPUs (the head of a
+    cluster on Kubernetes often has none).
+    """
+    return gpus() or max(1, len(_cpus()))
+
+
+def _cpus() -> list[int]:
+    found = (int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])
+    return [count for count in found if count]
 
 
 def memory_per_node() -> int:

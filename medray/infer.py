@@ -174,20 +174,17 @@ def _drive(
         if header is not None:
             workers.give([header])
 
-    while True:
+    while slides or planned or workers.busy or lanes.busy:
         # Ahead of the lanes, but not all: gigapixel slides have many regions.
         while slides and workers.room > 0 and len(planned) < 2 * packet * lanes.size:
             planning += len(slides[0])
             workers.give(slides.popleft())
         # Full packets; but a lane with nothing to do gets what there is.
-        enough = packet if planning and lanes.under_way else 1
+        enough = packet if planning and lanes.busy else 1
         while len(planned) >= enough and lanes.room > 0:
             size = min(packet, len(planned))
             lanes.give([planned.popleft() for _ in range(size)])
-        results = poll(workers, lanes)
-        if not results:
-            return
-        for pool, row, result in results:
+        for pool, row, result in poll(workers, lanes):
             if pool is lanes:
                 note(row | _outcome_of(row, result))
             elif "todo" in row:

@@ -117,8 +117,8 @@ def ingest(
                     builders.give([header])
                 for _, complete, result in poll(builders, wait=False):
                     commit.finished(complete, result, progress)
-            while results := poll(builders):
-                for _, complete, result in results:
+            while builders.busy:
+                for _, complete, result in poll(builders):
                     commit.finished(complete, result, progress)
             commit.close(progress)
     _assign_splits(ledger, group_of, split_of, fractions, seed)

@@ -39,7 +39,7 @@ def lane_resources() -> dict[str, float]:
     """One lane a GPU; without GPUs one a node, which leaves a core for reading."""
     if cluster.gpus():
         return {"num_gpus": 1}
-    return {"num_cpus": max(1, cluster.cpus_per_node() - 1)}
+    return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1)}
 
 
 def start_lanes(settings: RunSettings, out: str) -> Pool:

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 _TRIES = 3
 # So many deaths without a result between them are no row's fault.
 _DEATHS = 10
+# Seconds after which it is said that nothing happens.
+_PATIENCE = 60.0
 
 
 @dataclass(eq=False)
@@ -56,11 +58,14 @@ class Pool:
             calls: How many calls each has at once.
         """
         self._start, self._method, self._limit = start, method, calls
-        self._actors = [_Actor(start()) for _ in range(actors)]
+        self._starting: dict[Any, _Actor] = {}
+        self._actors: list[_Actor] = []
         self._queue: deque[list[Row]] = deque()
         self._again: deque[tuple[Row, int]] = deque()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
+        for _ in range(actors):
+            self._start_actor()
 
     def __enter__(self) -> Self:
         """Give the pool itself."""
@@ -68,32 +73,42 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         """End the actors, once what they do is done."""
-        for actor in self._actors:
+        for actor in (*self._actors, *self._starting.values()):
             actor.handle.__ray_terminate__.remote()
 
     @property
     def size(self) -> int:
-        """How many actors there are."""
-        return len(self._actors)
+        """How many actors there are, those included that Ray has yet to start."""
+        return len(self._actors) + len(self._starting)
 
     @property
-    def under_way(self) -> list[Any]:
-        """The calls, for `ray.wait`."""
-        return list(self._calls)
+    def busy(self) -> bool:
+        """Whether there is work under way."""
+        return bool(self._calls or self._queue or self._again)
 
     @property
     def room(self) -> int:
-        """How many more calls the actors could take at once."""
+        """How many more calls could be under way now."""
         there = len(self._actors) * self._limit
         return there - len(self._calls) - len(self._queue) - len(self._again)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether no actor runs."""
+        return not self._actors
+
+    @property
+    def awaited(self) -> list[Any]:
+        """What `ray.wait` can wait for: calls, and actors that start."""
+        return [*self._calls, *self._starting]
 
     def give(self, rows: list[Row]) -> None:
         """Give rows to the next actor that can take them."""
         self._queue.append(rows)
         self._start_calls()
 
-    def take(self, call: Any) -> list[tuple[Row, Any]]:
-        """Take what is ready of a call.
+    def take(self, ready: Any) -> list[tuple[Row, Any]]:
+        """Take what is ready of what is awaited.
 
         Returns:
             Rows with their results; a RayError for a row that was lost too often.
@@ -102,23 +117,34 @@ class Pool:
             MedrayError: The actors die, whatever they are given.
             Exception: What the method raised.
         """
-        under_way = self._calls[call]
         found: list[tuple[Row, Any]] = []
         try:
-            results = ray.get(next(call))
+            if ready in self._starting:
+                ray.get(ready)
+                self._actors.append(self._starting.pop(ready))
+            else:
+                results = ray.get(next(ready))
+                call = self._calls[ready]
+                found = list(zip(call.rows, results, strict=False))
+                call.rows = call.rows[len(results) :]
+                self._deaths = 0
         except StopIteration:
-            self._end(call)
+            self._end(ready)
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
-            self._end(call)
-            found = self._lost(under_way, error)
-        else:
-            found = list(zip(under_way.rows, results, strict=False))
-            under_way.rows = under_way.rows[len(results) :]
-            self._deaths = 0
+            if ready in self._starting:
+                self._replace(self._starting.pop(ready), error)
+            else:
+                found = self._lost(self._end(ready), error)
         self._start_calls()
         return found
+
+    def _start_actor(self) -> None:
+        handle = self._start()
+        # Only an actor that runs is given rows: where its node is gone, the next may
+        # have to wait for another node.
+        self._starting[handle.__ray_ready__.remote()] = _Actor(handle)
 
     def _start_calls(self) -> None:
         while self._again and (idle := self._least_busy(0)):
@@ -138,47 +164,49 @@ class Pool:
         self._calls[call] = _Call(actor, rows, tries)
         actor.calls += 1
 
-    def _end(self, call: Any) -> None:
-        actor = self._calls.pop(call).actor
-        actor.calls, actor.alone = actor.calls - 1, False
+    def _end(self, call: Any) -> _Call:
+        ended = self._calls.pop(call)
+        ended.actor.calls, ended.actor.alone = ended.actor.calls - 1, False
+        return ended
 
     def _lost(self, call: _Call, error: RayError) -> list[tuple[Row, Any]]:
         """Replace a dead actor; do again what it held, or give it up."""
-        why = f"{error}".strip().splitlines()[-1]
         if call.actor in self._actors:  # the first of its calls to tell
-            log.info("a process of %s died: %s", self._method, why)
-            self._deaths += 1
-            if self._deaths == _DEATHS:
-                raise MedrayError(
-                    f"{self._method}: {_DEATHS} processes died one after the other, "
-                    f"the last: {why}; Ray's logs on its node may say more"
-                )
-            ray.kill(call.actor.handle)  # it may only be out of reach
-            self._actors[self._actors.index(call.actor)] = _Actor(self._start())
+            self._actors.remove(call.actor)
+            self._replace(call.actor, error)
         if call.tries + 1 == _TRIES:
             return [(row, error) for row in call.rows]
         self._again.extend((row, call.tries + 1) for row in call.rows)
         return []
+
+    def _replace(self, actor: _Actor, error: RayError) -> None:
+        why = f"{error}".strip().splitlines()[-1]
+        log.info("a process of %s died: %s", self._method, why)
+        self._deaths += 1
+        if self._deaths == _DEATHS:
+            raise MedrayError(
+                f"{self._method}: {_DEATHS} processes died one after the other, the "
+                f"last: {why}; Ray's logs on its node may say more"
+            )
+        ray.kill(actor.handle)  # it may only be out of reach
+        self._start_actor()
 
 
 def poll(*pools: Pool, wait: bool = True) -> list[tuple[Pool, Row, Any]]:
     """Take results of several pools as they come: (pool, row, result).
 
     Args:
-        pools: Where to take from.
-        wait: For a result; else take one only if it is there.
+        pools: Where to take from; with `wait`, one of them is busy or starting.
+        wait: For something to happen; else take a result only if it is there.
 
     Returns:
-        Some results; none when nothing is under way or, without `wait`, is there.
+        Some results, or none: when a call ended or an actor has started.
     """
-    found: list[tuple[Pool, Row, Any]] = []
-    while not found:
-        owner = {call: pool for pool in pools for call in pool.under_way}
-        if not owner:
-            break
-        ready, _ = ray.wait(list(owner), timeout=None if wait else 0)
-        if not ready:
-            break
-        pool = owner[ready[0]]
-        found = [(pool, row, result) for row, result in pool.take(ready[0])]
-    return found
+    owner = {one: pool for pool in pools for one in pool.awaited}
+    ready, _ = ray.wait(list(owner), timeout=_PATIENCE if wait else 0)
+    if not ready:
+        if wait and any(pool.is_stuck for pool in pools):
+            log.warning("no node has room for the processes yet; still waiting")
+        return []
+    pool = owner[ready[0]]
+    return [(pool, row, result) for row, result in pool.take(ready[0])]

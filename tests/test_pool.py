@@ -47,13 +47,11 @@ def start(folder: Path, actors: int, *, seconds: float = 0.0, calls: int = 2) ->
 def run(pool: Pool, packets: list) -> list:
     """Give all packets, as there is room; take all results."""
     todo, found = list(packets), []
-    while True:
+    while todo or pool.busy:
         while todo and pool.room > 0:
             pool.give(todo.pop(0))
-        results = poll(pool)
-        if not results:
-            return found
-        found += [(row["i"], result) for _, row, result in results]
+        found += [(row["i"], result) for _, row, result in poll(pool)]
+    return found
 
 
 def packets(count: int, size: int, **kinds: set) -> list:
@@ -87,6 +85,8 @@ def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
 
 def test_an_actor_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     with start(tmp_path, 2, seconds=0.1) as pool:
+        while not pool.room:
+            poll(pool)
         handle = pool._actors[0].handle
         victim = ray.get(handle.pid.remote())
         threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()

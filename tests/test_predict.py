@@ -18,6 +18,7 @@ from medray.grid import (
     window_starts,
 )
 from medray.models.config import Architecture, ModelConfig, Prediction
+from medray.models.crf import refine
 from medray.models.predict import Predictor, RegionPixels, choose_precision
 from medray.models.segmenters import build_segmenter
 from medray.region import _read_halo
@@ -190,3 +191,74 @@ def test_probabilities_agree_with_labels(stitch: str) -> None:
 def test_half_precision_on_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         choose_precision("float16", torch.device("cpu"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    thresholds=st.tuples(*[st.floats(0, 1)] * 3),
+)
+def test_a_class_below_its_threshold_is_not_chosen(seed: int, thresholds: Any) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.dirichlet([1, 1, 1], size=(2, 5, 7)).transpose(0, 3, 1, 2)
+    scores = scores.astype(np.float32)
+    model = predictor(Windows(64, 40), thresholds=thresholds)
+    found = model.choose(torch.from_numpy(scores.copy())).numpy()
+    least = np.asarray(thresholds, np.float32)
+    for n, y, x in np.ndindex(found.shape):
+        here = scores[n, :, y, x]
+        reached = [c for c in (1, 2) if here[c] >= least[c]]
+        assert found[n, y, x] == max(reached, key=lambda c: here[c], default=0)
+
+
+def ensemble(count: int, **how: Any) -> Predictor:
+    config = ModelConfig(
+        architecture=Architecture(), classes=CLASSES, window=Windows(64, 40), mpp=None
+    )
+    models = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        network = build_segmenter(Architecture("unet", "mobilenet_v2"), 3).eval()
+        models.append((network, config))
+    prediction = Prediction(precision="float32", **how)
+    return Predictor(models, prediction, batch=2, device=torch.device("cpu"))
+
+
+@torch.inference_mode()
+def test_an_ensemble_takes_the_mean_or_the_vote() -> None:
+    pixels = torch.from_numpy(np.stack([noise(64, 64, seed) for seed in (1, 2)]))
+    mean, vote = ensemble(3), ensemble(3, vote=True)
+    single = torch.stack(
+        [torch.softmax(n(pixels).float(), dim=1) for n in mean._networks]
+    ).numpy()
+    averaged = mean.choose(mean.scores(pixels)).numpy()
+    clear = np.sort(single.mean(0), axis=1)  # not where rounding decides
+    clear = clear[:, -1] - clear[:, -2] > 1e-5
+    assert (averaged == single.mean(0).argmax(1))[clear].all()
+    voted = vote.choose(vote.scores(pixels)).numpy()
+    votes = np.stack([(single.argmax(2) == c).sum(0) for c in range(3)])
+    # Of equally many votes the higher mean probability decides.
+    expected = (votes + single.mean(0).transpose(1, 0, 2, 3) / 1e3).argmax(0)
+    assert (voted == expected)[clear].all()
+    assert (averaged != voted).any()
+    assert (single[0].argmax(1) != voted).any()
+
+
+def test_refinement_follows_the_edges_of_the_picture() -> None:
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:64, :64]
+    truth = ((yy - 30) ** 2 + (xx - 34) ** 2 < 20**2).astype(int)
+    colours = np.array([[230, 200, 220], [120, 60, 150]])[truth]
+    pixels = (colours + rng.integers(-6, 7, colours.shape)).astype(np.uint8)
+    # Right on the whole, wrong in one place of six and blurred at the edge.
+    likely = np.where(rng.random(truth.shape) < 1 / 6, 1 - truth, truth)
+    likely[:, 2:] = likely[:, :-2]
+    scores = np.stack([1 - likely, likely])[None] * 0.4 + 0.3
+    refined = refine(
+        torch.from_numpy(scores.astype(np.float32)), torch.from_numpy(pixels[None]), 5
+    )
+    assert torch.allclose(refined.sum(1), torch.ones(1, 64, 64), atol=1e-5)
+    before = (likely != truth).mean()
+    after = (refined[0].argmax(0).numpy() != truth).mean()
+    assert before > 0.15
+    assert after < before / 10

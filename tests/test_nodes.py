@@ -1,0 +1,100 @@
+"""A run on several Ray nodes, one of which is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medray.synth import draw_scene, write_slide
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def nodes() -> Iterator[list]:
+    """Two nodes of one CPU lane each, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    size = {"num_cpus": 2, "object_store_memory": 200 << 20, "memory": 8 << 30}
+    yield [cluster, cluster.add_node(**size), cluster.add_node(**size)]
+    cluster.shutdown()
+
+
+def start(slides: Path, model: Path, out: Path, address: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
+    command += ["--model", str(model), "--out", str(out), "--everywhere"]
+    command += ["--region", "512"]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lanes() -> int:
+    """How many processes call themselves a lane."""
+    count = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                count += b"ray::Lane" in (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+    return count
+
+
+def masks(out: Path) -> dict[str, bytes]:
+    paths = (path for path in sorted(out.glob("masks/**/*")) if path.is_file())
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.timeout(900)
+def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
+    model: Path, tmp_path: Path, nodes: list
+) -> None:
+    cluster, _, second = nodes
+    slides = tmp_path / "slides"
+    for seed in range(6):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(slides, f"s{seed}", scene, layout="pyramid")
+    out = tmp_path / "run"
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            most[0] = max(most[0], lanes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    process = start(slides, model, out, cluster.address)
+    # With work on both nodes one goes.
+    deadline = time.time() + 200
+    committed = 0
+    while committed < 6 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.2)
+        lines = [p.read_text().count("\n") for p in out.glob("journal/*.jsonl")]
+        committed = sum(lines)
+    still_running = process.poll() is None
+    cluster.remove_node(second, allow_graceful=False)
+    answer, _ = process.communicate(timeout=600)
+    stop.set()
+    watcher.join()
+    assert still_running
+    assert most[0] == 2
+    assert process.returncode == 0
+    summary = json.loads(answer.splitlines()[-1])
+    assert (summary["done"], summary["failed"]) == (6, {})
+
+    alone = tmp_path / "alone"
+    undisturbed = start(slides, model, alone, cluster.address)
+    undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0
+    assert masks(out) == masks(alone)
