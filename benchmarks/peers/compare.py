@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, "benchmarks")
 
-from infer import bare
+from infer import bare, loop
 from run_memory import MARK, watched
 
 from medray.models.config import Prediction
@@ -109,6 +109,10 @@ def main() -> None:
                 seconds = bare(predictor, slides, 10**6)
                 figures: dict[str, Any] = {"seconds": seconds}
                 rounds.setdefault(key, []).append(figures)
+                folder = out / f"loop {key}"
+                figures = {"seconds": loop(predictor, slides, folder)}
+                figures["overhead"] = figures["seconds"] - seconds
+                rounds.setdefault(f"plain loop, {key[14:]}", []).append(figures)
             for system in args.systems:
                 figures = run_peer(args.peers, system, args.model, slides, out / system)
                 figures["overhead"] = figures["seconds"] - figures["forward"]
