@@ -6,6 +6,7 @@ Exit codes: 0 success, 3 some slides failed, 2 wrong request, 1 failure.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -261,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _set_up_logging(args.verbose)
     try:
-        result = args.run(args)
+        # Ray prints what happens to its nodes; stdout is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = args.run(args)
     except ConfigError as error:
         return _say(args, 2, {"error": f"{error}"}, f"medray {args.command}: {error}")
     except MedrayError as error:

@@ -89,7 +89,7 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     watcher.join()
     assert still_running
     assert most[0] == 2
-    assert process.returncode == 0
+    assert process.returncode == 0, answer
     summary = json.loads(answer.splitlines()[-1])
     assert (summary["done"], summary["failed"]) == (6, {})
 

@@ -65,6 +65,8 @@ def pids(folder: Path, i: int) -> list[str]:
 
 def test_each_row_has_its_result_and_every_actor_works(tmp_path: Path) -> None:
     with start(tmp_path, 3, seconds=0.05) as pool:
+        while pool.room < 6:
+            poll(pool)
         found = run(pool, packets(40, 4))
     assert sorted(found) == [(i, 2 * i) for i in range(40)]
     assert len({pids(tmp_path, i)[0] for i in range(40)}) == 3
