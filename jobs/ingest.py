@@ -2,7 +2,7 @@
 
 import sys
 
-from medray.cli import main
+from medray.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main(["ingest", *sys.argv[1:]]))
+    script(["ingest", *sys.argv[1:]])

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -274,6 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _say(args, 3 if failed else 0, values, _in_words(args.command, values))
 
 
+def script(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as a process of its own."""
+    code = main(argv)
+    # What Ray prints when it ends must not follow the result.
+    sys.stdout = sys.stderr
+    raise SystemExit(code)
+
+
 def _say(
     args: argparse.Namespace, code: int, values: dict[str, Any], words: str
 ) -> int:
@@ -363,4 +371,4 @@ def _set_up_logging(verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script()
