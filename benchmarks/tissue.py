@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8192)
     args = parser.parse_args()
     logging.getLogger("medray").setLevel(logging.ERROR)
-    truth = np.tile(draw_scene(1, height=FIELD, width=FIELD).mask, (99, 99))
+    fields = -(-args.side // FIELD)
+    field = draw_scene(1, height=FIELD, width=FIELD).mask
+    truth = np.tile(field, (fields, fields))
     truth = truth[: args.side, : args.side]
     with tempfile.TemporaryDirectory() as name:
         cluster.connect()
