@@ -309,23 +309,29 @@ def _read_truth(
             width=region.width,
             downsample=downsample,
         )
-    level = round(np.log2(downsample))
-    if abs(downsample / 2**level - 1) > 0.01:
-        raise SlideError(
-            f"{row['truth']}: the mask is reduced by {downsample:g}, which is no level "
-            f"of the dataset; evaluate against the annotations themselves"
-        )
     full = omezarr.open_level(row["truth"])
     if full.shape != (row["level0_height"], row["level0_width"]):
         raise SlideError(
             f"{row['truth']}: labels of {full.shape} pixels do not fit the slide of "
             f"{(row['level0_height'], row['level0_width'])}"
         )
+    # The nearest label of the next finer level, where none fits the mask.
+    last = len(omezarr.level_shapes(*full.shape)) - 1
+    level = int(np.clip(np.floor(np.log2(downsample) + 0.01), 0, last))
     labels = omezarr.open_level(row["truth"], level)
-    part = np.asarray(labels[region.slices()])
-    # Slides round the sizes of their levels down, OME-Zarr rounds up.
-    missing = (region.height - part.shape[0], region.width - part.shape[1])
-    return np.pad(part, [(0, n) for n in missing], mode="edge")
+    rows, columns = (
+        np.minimum((np.arange(first, end) + 0.5) * downsample / 2**level, length - 1)
+        for first, end, length in zip(
+            (region.y, region.x),
+            (region.bottom, region.right),
+            labels.shape,
+            strict=True,
+        )
+    )
+    y, x = rows.astype(int), columns.astype(int)
+    part = np.asarray(labels[y[0] : y[-1] + 1, x[0] : x[-1] + 1])
+    found: UInt8 = part[np.ix_(y - y[0], x - x[0])]
+    return found
 
 
 @functools.lru_cache(maxsize=4)

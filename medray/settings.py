@@ -93,7 +93,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
     parser.add_argument("--settings", type=cls)
     try:
         parsed = parser.parse_object({"settings": values})
-        result: T = parser.instantiate_classes(parsed).settings
+        result: T = parser.instantiate(parsed).settings
     except (ArgumentError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{source}: {problem}") from error

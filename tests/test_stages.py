@@ -9,10 +9,11 @@ import pytest
 import tifffile
 
 import medray
+from medray.classes import Classes
 from medray.commit import Summary
 from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
-from medray.evaluate import evaluate
+from medray.evaluate import _read_truth, evaluate
 from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.infer import infer
 from medray.ingest import ingest
@@ -398,3 +399,31 @@ def test_a_dataset_stands_for_its_slides(
             for run in runs
         )
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("downsample", [1.0, 0.8, 1.978, 2.5, 4.0, 7.0])
+def test_a_dataset_is_the_truth_at_any_resolution(
+    downsample: float, tmp_path: Path
+) -> None:
+    classes = Classes()
+    uri = str(tmp_path / "truth.ome.zarr")
+    height, width = 1500, 1300
+    yy, xx = np.mgrid[:height, :width]
+    labels = ((yy - 700) ** 2 + (xx - 600) ** 2 < 450**2).astype(np.uint8)
+    omezarr.create_labels(
+        uri, height, width, mpp=0.25, name="", classes=classes, attributes={}
+    )
+    omezarr.write_region(uri, Rectangle(0, 0, height, width), labels)
+    omezarr.build_pyramid(uri)
+    row = {"truth": uri, "kind": "dataset", "downsample": downsample}
+    row |= {"level0_height": height, "level0_width": width}
+    size = [round(n / downsample) for n in (height, width)]
+    region = Rectangle(10, 20, size[0] - 10, size[1] - 20)
+    found = _read_truth(row, region, classes)
+    centres = [
+        np.clip(((np.arange(a, b) + 0.5) * downsample).astype(int), 0, n - 1)
+        for a, b, n in ((10, size[0], height), (20, size[1], width))
+    ]
+    expected = labels[np.ix_(*centres)]
+    assert found.shape == expected.shape
+    assert (found != expected).mean() < 0.004

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 import warnings
@@ -145,7 +146,9 @@ def run_ratiopath(slides: list[Path], model: Model, out: Path, w: Windows) -> No
 
 
 def save(out: Path, slide: Path, mask: np.ndarray) -> None:
-    zarr.save_array(str(out / f"{slide.stem}.zarr"), mask, zarr_format=3)
+    stored = out / f"{slide.stem}.zarr"
+    shutil.rmtree(stored, ignore_errors=True)  # of a run that was killed
+    zarr.save_array(str(stored), mask, zarr_format=3)
     np.save(out / f"{slide.stem}.npy", mask)
 
 
