@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         cluster.connect()
         for share in (1.0, 0.2):
-            path = Path(name) / f"tissue_{share:.0%}.tif"
+            path = Path(name) / f"tissue{share * 100:.0f}.tif"
             write_pyramid(path, args.side, args.side, seed=1, tissue=share)
             for coarse in (1, 2, 4) if share == 1.0 else (1,):
                 out = Path(name) / f"{share}_{coarse}"

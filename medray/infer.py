@@ -304,7 +304,7 @@ class SlideWorker:
 
     def _finish(self, header: Row) -> Row:
         try:
-            return finish_slide(self._settings, self._out, header["slide"])
+            return finish_slide(self._settings, self._out, header)
         except Exception as error:  # whatever it is, it is this slide's alone
             return {"error": f"{error}"}
 
@@ -340,7 +340,7 @@ def _plan_one(
         regions = [region for region in regions if region["index"] not in done]
         header |= facts | {"todo": len(regions), "classes": settings.classes.names}
         if not regions and header["regions"] <= 1:
-            header |= finish_slide(settings, out, row["slide"])
+            header |= finish_slide(settings, out, header)
     except (MedrayError, OSError) as error:
         return header | {"error": f"{error}"}, []
     del header["before"]

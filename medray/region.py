@@ -161,7 +161,7 @@ def write_region(
             values = unreadable if layer == "unreadable" else values * inside
             omezarr.write_region(layer_uri(out, row["slide"], layer), region, values)
         if row["regions"] == 1:
-            record |= finish_slide(settings, out, row["slide"])
+            record |= finish_slide(settings, out, row)
     except (MedrayError, OSError) as error:
         return row | {"error": f"{error}"}
     record["unreadable_px"] = int(unreadable.sum())
@@ -169,16 +169,22 @@ def write_region(
     return row | {"record": record | {"written_at": time.time()}}
 
 
-def finish_slide(settings: RunSettings, out: str, slide: str) -> Row:
+def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
     """Make what needs the whole mask: clean it, fill its pyramid, draw its outlines.
+
+    Args:
+        settings: Of the run.
+        out: Its folder.
+        row: The slide's facts, as the plan found them.
 
     Returns:
         `cleaned_px`, the pixels of each class of a mask that was cleaned.
     """
     found: Row = {}
-    mask, classes = mask_uri(out, slide), settings.classes
+    slide, classes = row["slide"], settings.classes
+    mask = mask_uri(out, slide)
     if settings.options.clean:
-        found["cleaned_px"] = _clean(settings, raw_uri(out, slide), mask)
+        found["cleaned_px"] = _clean(settings, raw_uri(out, slide), mask, row)
     for uri in stores_of(settings, out, slide):
         omezarr.build_pyramid(uri)
     if settings.options.outlines:
@@ -191,7 +197,7 @@ def finish_slide(settings: RunSettings, out: str, slide: str) -> Row:
     return found
 
 
-def _clean(settings: RunSettings, raw: str, mask: str) -> list[int]:
+def _clean(settings: RunSettings, raw: str, mask: str, row: Row) -> list[int]:
     """Clean a mask part by part; each is read with as much around it as decides."""
     how, classes = settings.options.clean, len(settings.classes)
     counts = np.zeros(classes, np.int64)
@@ -204,9 +210,11 @@ def _clean(settings: RunSettings, raw: str, mask: str) -> list[int]:
         around = np.asarray(source[rows, columns])
         if around.any():
             cleaned = clean_labels(around, how, classes)
-            inside = cleaned[part.slices(origin=Rectangle(y, x, *around.shape))]
-            omezarr.write_region(mask, part, np.ascontiguousarray(inside))
-            counts += np.bincount(inside.ravel(), minlength=classes)
+            kept = cleaned[part.slices(origin=Rectangle(y, x, *around.shape))]
+            if row.get("within"):
+                kept = np.where(_within(row, part), kept, np.uint8(0))
+            omezarr.write_region(mask, part, np.ascontiguousarray(kept))
+            counts += np.bincount(kept.ravel(), minlength=classes)
         else:
             counts[0] += part.height * part.width
     return [int(count) for count in counts]
@@ -233,28 +241,29 @@ def _inside(row: Row, region: Rectangle) -> Blocks:
     ones = np.ones((BLOCK, BLOCK), dtype=bool)
     whole = np.kron(np.asarray(row["blocks"], dtype=bool), ones)
     inside: Blocks = whole[: region.height, : region.width]
-    if row.get("within"):
-        size = (row["level0_height"], row["level0_width"])
-        from medray.annotations import rasterise
+    return inside & _within(row, region) if row.get("within") else inside
 
-        areas = areas_within(row["within"], *size)
-        drawn = rasterise(
-            areas,
-            AnyClass(),
-            y=region.y,
-            x=region.x,
-            height=region.height,
-            width=region.width,
-            downsample=row["downsample"],
-        )
-        inside = inside & (drawn > 0)
-    return inside
+
+def _within(row: Row, region: Rectangle) -> Blocks:
+    """Give which pixels of a region lie in the areas to stay within."""
+    # Imported here: few runs need them, and they take a second to load.
+    from medray.annotations import rasterise
+
+    drawn: UInt8 = rasterise(
+        areas_within(row["within"], row["level0_height"], row["level0_width"]),
+        AnyClass(),
+        y=region.y,
+        x=region.x,
+        height=region.height,
+        width=region.width,
+        downsample=row["downsample"],
+    )
+    return drawn > 0
 
 
 @functools.lru_cache(maxsize=4)
 def areas_within(uri: str, height: int, width: int) -> list[Any]:
     """Read the areas to stay within; their classes do not matter."""
-    # Imported here: few runs need them, and they take a second to load.
     from medray.annotations import read_annotation
 
     return read_annotation(uri, height=height, width=width, classes=AnyClass())

@@ -149,17 +149,27 @@ def test_only_within_an_annotation(
     slides: Path, model: Path, tmp_path: Path, plain: np.ndarray
 ) -> None:
     ring = [[100, 150], [700, 150], [700, 600], [100, 600], [100, 150]]
+    left_out = [[300, 300], [308, 300], [308, 310], [300, 310], [300, 300]]
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "s.geojson").write_text(
         '{"type": "Feature", "properties": {}, "geometry": '
-        f'{{"type": "Polygon", "coordinates": [{ring}]}}}}'
+        f'{{"type": "Polygon", "coordinates": [{ring}, {left_out}]}}}}'
     )
     row = run(slides, str(model), tmp_path / "run", within=str(notes), everywhere=True)
     inside = np.zeros(SIZE, bool)
     inside[150:600, 100:700] = True
-    np.testing.assert_array_equal(mask_of(tmp_path / "run"), np.where(inside, plain, 0))
+    inside[300:310, 300:308] = False
+    expected = np.where(inside, plain, 0)
+    np.testing.assert_array_equal(mask_of(tmp_path / "run"), expected)
     assert row["windows"] < 15 * 12
+    # Cleaning neither grows past the area nor fills what it leaves out.
+    clean = Cleaning(smooth=3, holes=200)
+    out = tmp_path / "cleaned"
+    run(slides, str(model), out, within=str(notes), everywhere=True, clean=clean)
+    cleaned = clean_labels(expected, clean, 2)
+    assert cleaned[~inside].any()
+    np.testing.assert_array_equal(mask_of(out), np.where(inside, cleaned, 0))
 
 
 def test_coarse_to_fine_predicts_less_and_the_same(

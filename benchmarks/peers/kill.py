@@ -33,6 +33,13 @@ def start(command: list[str]) -> subprocess.Popen:
     )
 
 
+def regions_of(ledger: Ledger) -> int:
+    """How many regions are noted, of slides under way and of finished ones."""
+    return sum(map(len, ledger.regions.values())) + sum(
+        row["regions"] for row in ledger.slides.values()
+    )
+
+
 def kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -55,7 +62,7 @@ def main() -> None:
             if system == "medray":
                 command = [sys.executable, "-m", "medray.cli", "infer", "--json"]
                 command += ["--everywhere", "--region", "512"]
-                stored = lambda: sum(map(len, Ledger(str(out)).regions.values()))  # noqa: B023,E731
+                stored = lambda: regions_of(Ledger(str(out)))  # noqa: B023,E731
                 total = 16 * len(slides)
             else:
                 command = [args.peers, "benchmarks/peers/run.py", system]
