@@ -17,7 +17,7 @@ from medray.infer import infer
 from medray.run import Options, mask_uri
 from medray.store import omezarr
 from medray.store.files import read_table
-from medray.synth import draw_scene, write_pyramid
+from medray.synth import Scene, draw_scene, write_pyramid, write_slide
 
 FIELD = 2048
 
@@ -40,27 +40,44 @@ def f1(mask: np.ndarray, truth: np.ndarray) -> float:
     return 2 * both / (int((mask == 1).sum()) + int((truth == 1).sum()))
 
 
+def mostly_healthy(folder: Path, side: int) -> tuple[Path, np.ndarray]:
+    """A slide whose fields are drawn one by one, an eighth of them with tumour."""
+    fields = side // FIELD
+    scenes = [
+        draw_scene(50 + i, height=FIELD, width=FIELD, tumour=i % 8 == 5)
+        for i in range(fields**2)
+    ]
+    pixels, mask = (
+        np.vstack(
+            [
+                np.hstack([getattr(s, part) for s in scenes[first : first + fields]])
+                for first in range(0, fields**2, fields)
+            ]
+        )
+        for part in ("pixels", "mask")
+    )
+    scene = Scene(pixels, [], mask)
+    return write_slide(folder, "mostly_healthy", scene, layout="pyramid"), mask
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--side", type=int, default=8192)
+    parser.add_argument("--side", type=int, default=8192, help="a multiple of 2048")
     args = parser.parse_args()
     logging.getLogger("medray").setLevel(logging.ERROR)
-    fields = -(-args.side // FIELD)
-    field = draw_scene(1, height=FIELD, width=FIELD).mask
-    truth = np.tile(field, (fields, fields))
-    truth = truth[: args.side, : args.side]
     with tempfile.TemporaryDirectory() as name:
         cluster.connect()
         for share in (1.0, 0.2):
             path = Path(name) / f"tissue{share * 100:.0f}.tif"
             write_pyramid(path, args.side, args.side, seed=1, tissue=share)
-            for coarse in (1, 2, 4) if share == 1.0 else (1,):
-                out = Path(name) / f"{share}_{coarse}"
-                figures, mask = measure(path, args.model, out, coarse=coarse)
-                if share == 1.0:
-                    figures["F1"] = round(f1(mask, truth), 4)
-                print(json.dumps(figures), flush=True)
+            figures, _ = measure(path, args.model, Path(name) / f"{share}")
+            print(json.dumps(figures), flush=True)
+        path, truth = mostly_healthy(Path(name), args.side)
+        for coarse in (1, 2, 4):
+            out = Path(name) / f"coarse{coarse}"
+            figures, mask = measure(path, args.model, out, coarse=coarse)
+            print(json.dumps(figures | {"F1": round(f1(mask, truth), 4)}), flush=True)
         ray.shutdown()
 
 
