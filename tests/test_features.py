@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from scipy import ndimage
 
 from medray.annotations import rasterise, read_annotation
 from medray.clean import Cleaning, clean_labels
@@ -149,7 +150,11 @@ def test_only_within_an_annotation(
     slides: Path, model: Path, tmp_path: Path, plain: np.ndarray
 ) -> None:
     ring = [[100, 150], [700, 150], [700, 600], [100, 600], [100, 150]]
-    left_out = [[300, 300], [308, 300], [308, 310], [300, 310], [300, 300]]
+    # A small place amid foreground that the annotation leaves out.
+    amid = ndimage.minimum_filter(plain, 25)[200:550, 150:650]
+    y, x = (int(n[0]) for n in np.nonzero(amid))
+    y, x = y + 200, x + 150
+    left_out = [[x, y], [x + 8, y], [x + 8, y + 6], [x, y + 6], [x, y]]
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "s.geojson").write_text(
@@ -159,12 +164,12 @@ def test_only_within_an_annotation(
     row = run(slides, str(model), tmp_path / "run", within=str(notes), everywhere=True)
     inside = np.zeros(SIZE, bool)
     inside[150:600, 100:700] = True
-    inside[300:310, 300:308] = False
+    inside[y : y + 6, x : x + 8] = False
     expected = np.where(inside, plain, 0)
     np.testing.assert_array_equal(mask_of(tmp_path / "run"), expected)
     assert row["windows"] < 15 * 12
     # Cleaning neither grows past the area nor fills what it leaves out.
-    clean = Cleaning(smooth=3, holes=200)
+    clean = Cleaning(smooth=1, holes=200)
     out = tmp_path / "cleaned"
     run(slides, str(model), out, within=str(notes), everywhere=True, clean=clean)
     cleaned = clean_labels(expected, clean, 2)
