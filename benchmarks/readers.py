@@ -2,7 +2,7 @@ r"""Reading regions of JPEG tiles: medray beside OpenSlide, cuCIM, fastslide and
 
 Interleaved rounds: the same rectangles of the same files by each reader,
 by one process and by two at once (medray reads in processes). What each has read is
-compared.
+compared, and what each answers to a damaged tile.
 
 Run, in an environment of its own:
 python3.12 -m venv READERS
@@ -14,13 +14,16 @@ PYTHONPATH=. READERS/bin/python benchmarks/readers.py SLIDE.svs SLIDE.tiff
 import argparse
 import json
 import multiprocessing
+import queue
 import random
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cucim
 import fastslide
@@ -136,6 +139,43 @@ def measure(path: str, side: int, reads: int, rounds: int) -> list[dict]:
     return figures
 
 
+def read_to(answers: Any, name: str, path: str, y: int, x: int) -> None:
+    try:
+        answers.put(READERS[name](path)(y, x, 256))
+    except Exception as error:
+        answers.put(f"refused: {error}"[:100])
+
+
+def answers_to_damage(path: Path) -> dict[str, str]:
+    """What each reader gives of a tile whose bytes are overwritten with zeros."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        place, size = page.dataoffsets[40], page.databytecounts[40]
+        across = -(-page.imagewidth // 256)
+    damaged = path.with_name("damaged.tif")
+    shutil.copy(path, damaged)
+    with damaged.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(size))
+    y, x = 40 // across * 256, 40 % across * 256
+    found = {}
+    spawn = multiprocessing.get_context("spawn")
+    for name in READERS:
+        answers = spawn.Queue()
+        arguments = (answers, name, str(damaged), y, x)
+        process = spawn.Process(target=read_to, args=arguments)
+        process.start()
+        try:
+            answer = answers.get(timeout=30)
+        except queue.Empty:
+            answer = "hangs, or its process has died"
+        process.kill()
+        if isinstance(answer, np.ndarray):
+            answer = f"gives pixels, their mean {answer.mean():.1f}, as if nothing was"
+        found[name] = answer
+    return found
+
+
 def write_tiles(path: Path, side: int) -> None:
     """A plain pyramid that every reader knows, texture like tissue."""
     rng = np.random.default_rng(0)
@@ -163,6 +203,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "generated.tif"
         write_tiles(path, 8192)
+        print(json.dumps({"a damaged tile": answers_to_damage(path)}, indent=2))
         for slide in (str(path), *args.slides):
             for side in args.sides:
                 reads = max(4, 48 * 512 * 512 // side**2)

@@ -24,16 +24,7 @@ class OpenSlideSlide(Slide):
             SlideError: OpenSlide is not installed or cannot open the file.
         """
         self.uri = uri
-        try:
-            import openslide
-        except ImportError as error:
-            raise SlideError(
-                f"{uri}: openslide is not installed; pip install 'medray[openslide]'"
-            ) from error
-        try:
-            self._slide: Any = openslide.OpenSlide(uri)
-        except (openslide.OpenSlideError, OSError) as error:
-            raise SlideError(f"{uri}: openslide cannot open it ({error})") from error
+        self._slide = _open(uri)
         properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
         self.mpp = sane_mpp(_number(properties.get("openslide.mpp-x")))
@@ -53,6 +44,9 @@ class OpenSlideSlide(Slide):
         try:
             rgba = self._slide.read_region(place, level, (width, height))
         except Exception as error:  # OpenSlideError, and what Pillow may add
+            # After an error OpenSlide refuses everything else of the file too.
+            self.close()
+            self._slide = _open(self.uri)
             raise SlideError(
                 f"{self.uri}: level {level} cannot be read at y={y} x={x} ({error})"
             ) from error
@@ -61,6 +55,19 @@ class OpenSlideSlide(Slide):
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
+
+
+def _open(uri: str) -> Any:
+    try:
+        import openslide
+    except ImportError as error:
+        raise SlideError(
+            f"{uri}: openslide is not installed; pip install 'medray[openslide]'"
+        ) from error
+    try:
+        return openslide.OpenSlide(uri)
+    except (openslide.OpenSlideError, OSError) as error:
+        raise SlideError(f"{uri}: openslide cannot open it ({error})") from error
 
 
 def _number(text: str | None) -> float | None:
