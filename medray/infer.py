@@ -100,7 +100,7 @@ def infer(
     most, there = budget.bounds(settings)[0], cluster.memory_per_node()
     budget.check_budget(most, there)
     log.info(
-        "%d lanes, regions of %d px, at most %.1f GiB of memory a node of %.1f GiB",
+        "lanes: %d, regions of %d px, at most %.1f GiB of memory a node of %.1f GiB",
         cluster.lanes(),
         settings.options.region,
         most / 2**30,

@@ -37,7 +37,7 @@ class Progress:
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task(stage, total=slides, note="")
+        self._task = self._bar.add_task(stage, total=slides, note="starting")
 
     def __enter__(self) -> Progress:
         """Show the bar."""
