@@ -8,8 +8,6 @@ Run: python benchmarks/memory.py --sides 10000 100000
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run_memory import MARK, watched
+from run_memory import run_watched
 
 from medray.classes import Classes
 from medray.grid import Windows
@@ -65,15 +63,7 @@ def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
     out = folder / f"run{side}"
     command = [sys.executable, "-m", "medray.cli", "infer", str(path), "--everywhere"]
     command += ["--model", model, "--out", str(out), "--json"]
-    with watched() as peak:
-        done = subprocess.run(
-            command,
-            env=os.environ | {MARK: "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary, peak = run_watched(command)
     (row,) = read_table(str(out / "slides.parquet")).to_pylist()
     shapes = omezarr.level_shapes(side, side)
     uri = mask_uri(str(out), str(side))

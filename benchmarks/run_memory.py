@@ -1,10 +1,14 @@
 """The memory of a run: of all processes that were started with its mark."""
 
+import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MARK = "MEDRAY_BENCHMARK"
 
@@ -36,6 +40,20 @@ def watched(seconds: float = 0.5) -> Iterator[Peak]:
     finally:
         stop.set()
         watcher.join()
+
+
+def run_watched(command: list[str]) -> tuple[dict[str, Any], Peak]:
+    """Run a command that ends with a line of JSON; give that, and its memory."""
+    with watched() as peak:
+        done = subprocess.run(
+            command,
+            env=os.environ | {MARK: "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
+    return json.loads(done.stdout.splitlines()[-1]), peak
 
 
 def _resident() -> int:

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, "benchmarks")
 
 from infer import bare, loop
-from run_memory import MARK, watched
+from run_memory import MARK, run_watched
 
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
@@ -60,16 +60,7 @@ def run_medray(
     command = [sys.executable, "-m", "medray.cli", "infer", *map(str, slides)]
     command += ["--model", model, "--out", str(out), "--precision", precision]
     command += ["--everywhere", "--json"]
-    with watched() as peak:
-        done = subprocess.run(
-            command,
-            env=os.environ | {MARK: "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
-        )
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary, peak = run_watched(command)
     rows = read_table(str(out / "slides.parquet")).to_pylist()
     first = min(row["first_read_at"] for row in rows)
     last = max(row["committed_at"] for row in rows)
