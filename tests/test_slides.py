@@ -1,7 +1,6 @@
 import io
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import tifffile
@@ -14,7 +13,7 @@ from medray.slides import ArraySlide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.levels import Working, choose_level, read_working
 from medray.slides.readable import read_readable
-from medray.store import omezarr
+from medray.store import files, omezarr
 
 REAL = (
     "CMU-1-Small-Region.svs",
@@ -131,8 +130,7 @@ def test_any_rectangle_of_any_tiff(
     tiff: tuple[bytes, np.ndarray], data: st.DataObject
 ) -> None:
     content, expected = tiff
-    with fsspec.open("memory://slides/x.tif", "wb") as file:
-        file.write(content)
+    files.write_bytes("memory://slides/x.tif", content)
     height, width = expected.shape[:2]
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     h, w = data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))

@@ -24,7 +24,7 @@ def open_slide(
     """Open a slide; nothing but headers is read.
 
     Args:
-        uri: Path or fsspec address (s3://, gs://, memory://).
+        uri: Path or address (s3://, gs://, az://).
         reader: `auto` takes tifffile, and OpenSlide for what tifffile cannot open.
 
     Raises:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from typing import Any
-
-import fsspec
 
 from medray.errors import SlideError
+from medray.store import files
 
 _MIB = 1 << 20
 _WHOLE = 64 * _MIB
@@ -25,21 +22,21 @@ def slide_digest(uri: str) -> str:
         `blake2b:` and 32 hex digits.
 
     Raises:
-        SlideError: It cannot be read.
+        SlideError: It is not there.
+        StoreError: It cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
-        fs, path = fsspec.url_to_fs(uri)
-        if str(path).endswith(".zarr"):
-            _add_folder(digest, fs, path)
+        if uri.endswith(".zarr"):
+            digest.update(files.read_bytes(files.join(uri, "zarr.json")))
+            for name, size in files.list_files(uri).items():
+                digest.update(f"/{name} {size}\n".encode())
         else:
-            with fs.open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                for start, length in _parts(size):
-                    file.seek(start)
-                    digest.update(file.read(length))
+            size = files.size(uri)
+            for start, length in _parts(size):
+                digest.update(files.read_ranges(uri, [start], [length])[0])
             digest.update(str(size).encode())
-    except (OSError, ValueError, ImportError) as error:
+    except FileNotFoundError as error:
         raise SlideError(f"{uri}: cannot be read ({error})") from error
     return f"blake2b:{digest.hexdigest()}"
 
@@ -51,26 +48,11 @@ def _parts(size: int) -> list[tuple[int, int]]:
     return [(i * step, _MIB) for i in range(63)] + [(size - _MIB, _MIB)]
 
 
-def _add_folder(digest: Any, fs: Any, path: str) -> None:
-    with fs.open(f"{path}/zarr.json", "rb") as file:
-        digest.update(file.read())
-    for name, info in sorted(fs.find(path, detail=True).items()):
-        digest.update(f"{name[len(path) :]} {info['size']}\n".encode())
-
-
 def slide_stamp(uri: str) -> str:
     """Give size and time of a file: equal stamps mean that it was not touched.
 
     Raises:
-        SlideError: It cannot be found.
+        FileNotFoundError: There is no such file.
+        StoreError: It cannot be looked at.
     """
-    try:
-        fs, path = fsspec.url_to_fs(uri)
-        if str(path).endswith(".zarr"):
-            path = f"{path}/zarr.json"
-        info = fs.info(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise SlideError(f"{uri}: cannot be found ({error})") from error
-    keys = ("mtime", "ETag", "LastModified", "last_modified", "updated", "created")
-    when = next((info[key] for key in keys if info.get(key)), "")
-    return f"{info.get('size')} {when}"
+    return files.stamp(files.join(uri, "zarr.json") if uri.endswith(".zarr") else uri)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from medray.errors import SlideError
 from medray.slides.slide import Level, Slide, check_rectangle
 from medray.slides.tiff import on_white
+from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -50,8 +50,7 @@ def open_image(uri: str) -> ArraySlide:
         SlideError: The file cannot be read or is too large for these formats.
     """
     try:
-        with fsspec.open(uri, "rb") as file:
-            data = file.read()
+        data = files.read_bytes(uri)
         picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP"))
         width, height = picture.size
         if width * height > _MAX_PIXELS:

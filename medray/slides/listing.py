@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import os
@@ -10,8 +11,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import fsspec
 
 from medray.errors import ConfigError
 from medray.store import files
@@ -43,7 +42,7 @@ class SlideFile:
 
     Attributes:
         slide: Its id: unique in a request, safe as a file name.
-        uri: Absolute path or fsspec address.
+        uri: Absolute path or address.
         name: Its id before it was made unique; annotations are matched by it.
     """
 
@@ -98,23 +97,44 @@ def _walk(folder: str) -> list[str]:
     return found
 
 
+def _expand_address(address: str) -> list[tuple[str, str]]:
+    """Give (address, path below what was named) of what lies at an address."""
+    if address.endswith(".zarr"):
+        return [(address, address.rpartition("/")[2])]
+    pattern = re.search(r"[*?\[]", address)
+    root = address[: pattern.start()].rpartition("/")[0] if pattern else address
+    found: dict[str, str] = {}
+    for name in files.list_files(root):
+        # The files of an OME-Zarr stand for the whole.
+        inside = re.match(r".*?\.zarr(?=/)", name)
+        name = inside[0] if inside else name
+        found[files.join(root, name)] = name
+    if pattern:
+        wanted = address[len(root) :].strip("/").split("/")
+        return [item for item in found.items() if _matches(item[1].split("/"), wanted)]
+    if not found and files.exists(address):
+        return [(address, address.rpartition("/")[2])]
+    return list(found.items())
+
+
+def _matches(parts: list[str], wanted: list[str]) -> bool:
+    """Tell whether the parts of a path are as a glob wants them; ** is any number."""
+    if not wanted or not parts:
+        return wanted in (parts, ["**"])
+    if wanted[0] == "**":
+        return _matches(parts, wanted[1:]) or _matches(parts[1:], wanted)
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
 def _expand(item: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
     """Give (address, path below what was named) of each file that `item` names."""
     if files.exists(files.join(item, "dataset.yaml")):
         item = files.join(item, "slides")
     if "://" in item:
-        fs, path = fsspec.url_to_fs(item)
-        fs.invalidate_cache()
-        if any(sign in path for sign in "*?["):
-            names, root = fs.glob(path), re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        elif fs.isfile(path):
-            names, root = [path], path.rpartition("/")[0]
-        else:
-            names, root = fs.find(path), path
         return [
-            (fs.unstrip_protocol(name), name[len(root) :].lstrip("/"))
-            for name in names
-            if strip_suffix(name, suffixes)
+            (uri, relative)
+            for uri, relative in _expand_address(item.rstrip("/"))
+            if strip_suffix(relative, suffixes)
         ]
     path = os.path.abspath(os.path.expanduser(item))
     if os.path.isdir(path) and not path.endswith(".zarr"):
@@ -134,7 +154,7 @@ def find_files(
     """Give (address, relative path) of the files that `items` name, without repeats.
 
     Args:
-        items: Files, globs, folders (searched in depth) or fsspec addresses. A file
+        items: Files, globs, folders (searched in depth) or addresses. A file
             that is named is taken whatever its suffix; a dataset stands for its slides.
         suffixes: Which files count in a folder.
 

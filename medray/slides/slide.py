@@ -35,7 +35,7 @@ class Slide(Protocol):
     """One image file, from a flat field to a gigapixel pyramid; the readers' base.
 
     Attributes:
-        uri: Path or fsspec address.
+        uri: Path or address.
         format: What it is, such as `svs`, `ome-tiff`, `png`.
         levels: Level 0 is the largest.
         mpp: Microns per pixel of level 0; None when the file does not say.

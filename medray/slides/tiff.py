@@ -14,14 +14,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import tifffile
 from defusedxml import ElementTree
 
-from medray.errors import SlideError
+from medray.errors import SlideError, StoreError
 from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
+from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -50,11 +50,12 @@ class TiffSlide(Slide):
 
         Raises:
             SlideError: It is no TIFF, or one that cannot be a slide.
+            StoreError: It cannot be read now.
         """
         self.uri = uri
         try:
-            self._file = _open_file(uri)
-        except OSError as error:
+            self._file = files.open_file(uri)
+        except FileNotFoundError as error:
             raise SlideError(f"{uri}: cannot be opened ({error})") from error
         self._lock = threading.Lock()
         try:
@@ -62,7 +63,8 @@ class TiffSlide(Slide):
             self._pages = list(self._find_pages())
             self.levels = _levels(uri, self._pages)
             self.format, self.mpp, self.magnification = _facts(self._tiff)
-        except SlideError:
+            self._size = self._file.seek(0, os.SEEK_END)
+        except (SlideError, StoreError):
             self._file.close()
             raise
         except Exception as error:  # tifffile raises what a broken file leads it to
@@ -93,9 +95,10 @@ class TiffSlide(Slide):
         planes = frame.samplesperpixel if frame.planarconfig == 2 else 1
         samples = frame.samplesperpixel
         raw = np.empty((height, width, samples), frame.dtype)
-        for index in _touched(frame, planes, y, x, height, width):
+        touched = [*_touched(frame, planes, y, x, height, width)]
+        for index, data in self._stored(page, level, touched):
             plane = index // (len(page.dataoffsets) // planes)
-            self._decode_into(raw, page, level, index, plane, y, x)
+            self._decode_into(raw, page, level, index, data, plane, y, x)
         return _to_rgb(raw, frame)
 
     def _decode_into(
@@ -104,13 +107,13 @@ class TiffSlide(Slide):
         page: Any,
         level: int,
         index: int,
+        data: bytes | None,
         plane: int,
         y: int,
         x: int,
     ) -> None:
         """Decode one tile or strip and copy its part of the rectangle."""
         frame = page.keyframe
-        data = self._segment_bytes(page, level, index)
         options = {}
         if frame.compression in (6, 7, 34892, 33007):
             options = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
@@ -141,33 +144,38 @@ class TiffSlide(Slide):
         else:
             target[...] = part
 
-    def _segment_bytes(self, page: Any, level: int, index: int) -> bytes | None:
-        offset, count = page.dataoffsets[index], page.databytecounts[index]
-        if count == 0:
-            return None
-        with self._lock:
-            self._file.seek(offset)
-            data: bytes = self._file.read(count)
-        if len(data) != count:
-            raise SlideError(
-                f"{self.uri}: segment {index} of level {level} should hold {count} "
-                f"bytes, found {len(data)}; the file is cut off, copy it again"
-            )
-        return data
+    def _stored(
+        self, page: Any, level: int, indices: list[int]
+    ) -> Iterator[tuple[int, bytes | None]]:
+        """Give the stored bytes of tiles or strips; None of what was never stored."""
+        offsets, counts = page.dataoffsets, page.databytecounts
+        fetched: dict[int, bytes] = {}
+        if not files.is_local(self.uri):
+            # Of an object all at once, a request for each would take its time.
+            there = [i for i in indices if counts[i] and offsets[i] < self._size]
+            starts, lengths = [offsets[i] for i in there], [counts[i] for i in there]
+            parts = files.read_ranges(self.uri, starts, lengths) if there else []
+            fetched = dict(zip(there, parts, strict=True))
+        for index in indices:
+            count = counts[index]
+            data: bytes | None = None
+            if count and files.is_local(self.uri):
+                with self._lock:
+                    self._file.seek(offsets[index])
+                    data = self._file.read(count)
+            elif count:
+                data = fetched.get(index, b"")
+            if data is not None and len(data) != count:
+                raise SlideError(
+                    f"{self.uri}: segment {index} of level {level} should hold {count} "
+                    f"bytes, found {len(data)}; the file is cut off, copy it again"
+                )
+            yield index, data
 
     def close(self) -> None:
         """Close the file."""
         self._tiff.close()
         self._file.close()
-
-
-def _open_file(uri: str) -> Any:
-    if "://" not in uri:
-        return open(uri, "rb")
-    try:
-        return fsspec.open(uri, "rb").open()
-    except (ValueError, ImportError) as error:
-        raise SlideError(f"{uri}: cannot be opened ({error})") from error
 
 
 # --- headers --------------------------------------------------------------------------

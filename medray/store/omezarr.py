@@ -17,17 +17,20 @@ Specification: https://ngff.openmicroscopy.org/0.5/
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, ZstdCodec
-from zarr.storage import FsspecStore, LocalStore
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from medray.classes import Classes
-from medray.errors import FormatError, StoreError
+from medray.errors import FormatError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
 
@@ -40,6 +43,8 @@ RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
 Kind = Literal["image", "labels"]
 UInt8 = npt.NDArray[np.uint8]
 Array = zarr.Array[Any]
+Digests = dict[str, str]
+"""Digests of files by their path below a folder."""
 
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
 # in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
@@ -50,10 +55,58 @@ _COMPRESSOR = ZstdCodec(level=1, checksum=False)
 _AT_ONCE = 3
 
 
-def _store(uri: str, *, read_only: bool) -> LocalStore | FsspecStore:
+class _Recorded(WrapperStore[Any]):
+    """A store that notes the digest of everything that is written to it."""
+
+    def __init__(self, store: Store, digests: Digests | None = None) -> None:
+        super().__init__(store)
+        self.digests: Digests = {} if digests is None else digests
+
+    def _with_store(self, store: Store) -> _Recorded:
+        return _Recorded(store, self.digests)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await super().set(key, value)
+        self._note(key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        super().set_sync(key, value)
+        self._note(key, value)
+
+    async def delete(self, key: str) -> None:
+        await super().delete(key)
+        self.digests.pop(key, None)
+
+    def delete_sync(self, key: str) -> None:
+        super().delete_sync(key)
+        self.digests.pop(key, None)
+
+    def _note(self, key: str, value: Buffer) -> None:
+        self.digests[key] = content_digest(value.to_bytes())
+
+
+def content_digest(data: bytes) -> str:
+    """Name bytes: 32 hex digits of BLAKE2b (RFC 7693)."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _store(uri: str, *, read_only: bool) -> dict[str, Any]:
+    """Give the store and the path in it, as zarr's functions want them."""
     if files.is_local(uri):
-        return LocalStore(uri, read_only=read_only)
-    return FsspecStore.from_url(uri, read_only=read_only)
+        return {"store": _Recorded(LocalStore(uri, read_only=read_only)), "path": ""}
+    store, path = files.object_store(uri)
+    inner: Any = ObjectStore(store, read_only=read_only)
+    return {"store": _Recorded(inner), "path": path}
+
+
+def _written(group: zarr.Group, uri: str) -> Digests:
+    """Give the digests of what was written through a group, by path below it."""
+    store: Any = group.store
+    start = len(group.path) + 1 if group.path else 0
+    written = {key[start:]: digest for key, digest in store.digests.items()}
+    for name in written:
+        files.sync(files.join(uri, name))
+    return written
 
 
 def open_group(uri: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
@@ -61,11 +114,13 @@ def open_group(uri: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
 
     Raises:
         FormatError: There is no zarr v3 group at `uri`.
+        StoreError: It cannot be read.
     """
     try:
-        return zarr.open_group(
-            _store(uri, read_only=mode == "r"), mode=mode, zarr_format=3
-        )
+        with files.answered(uri):
+            return zarr.open_group(
+                **_store(uri, read_only=mode == "r"), mode=mode, zarr_format=3
+            )
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise FormatError(f"{uri}: expected an OME-Zarr group ({error})") from error
 
@@ -137,6 +192,21 @@ def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
     return label | ({"source": {"image": source}} if source else {})
 
 
+def _create(
+    uri: str,
+    shapes: list[tuple[int, ...]],
+    attributes: dict[str, Any],
+    region: int,
+    fill_value: int,
+) -> None:
+    files.remove(uri)
+    with files.answered(uri, "written"):
+        group = zarr.create_group(**_store(uri, read_only=False), zarr_format=3)
+        _create_arrays(group, shapes, region=region, fill_value=fill_value)
+        group.attrs.put(attributes)
+        _written(group, uri)
+
+
 def _create_arrays(
     group: zarr.Group, shapes: list[tuple[int, ...]], *, region: int, fill_value: int
 ) -> None:
@@ -187,17 +257,14 @@ def create_image(
         fill_value: What never written pixels read as: white for a slide.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
     """
-    files.remove(uri)
-    group = zarr.create_group(_store(uri, read_only=False), zarr_format=3)
     shapes = level_shapes(height, width)
-    cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
-    _create_arrays(group, cyx, region=region, fill_value=fill_value)
     ome = {
         "version": "0.5",
         "multiscales": _multiscales(len(shapes), mpp, "image", name),
         "omero": _omero(name, channels),
     }
-    group.attrs.put({"ome": ome, "medray": attributes})
+    cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
+    _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
 
 
 def create_labels(
@@ -227,16 +294,13 @@ def create_labels(
         source: Relative path to the image that is labelled, if it is near.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
     """
-    files.remove(uri)
-    group = zarr.create_group(_store(uri, read_only=False), zarr_format=3)
     shapes = level_shapes(height, width)
-    _create_arrays(group, [*shapes], region=region, fill_value=0)
     ome = {
         "version": "0.5",
         "multiscales": _multiscales(len(shapes), mpp, "labels", name),
         "image-label": _image_label(classes, source),
     }
-    group.attrs.put({"ome": ome, "medray": attributes})
+    _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
 
 
 def list_labels(uri: str, names: Sequence[str]) -> None:
@@ -252,13 +316,14 @@ def list_labels(uri: str, names: Sequence[str]) -> None:
             return
     except FormatError:
         pass
-    labels = zarr.create_group(
-        _store(where, read_only=False), zarr_format=3, overwrite=True
-    )
-    labels.attrs.put(wanted)
+    with files.answered(where, "written"):
+        labels = zarr.create_group(
+            **_store(where, read_only=False), zarr_format=3, overwrite=True
+        )
+        labels.attrs.put(wanted)
 
 
-def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
+def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
     """Write one region, which is exactly one shard of each of the first levels.
 
     Args:
@@ -266,11 +331,15 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
         region: Level-0 pixels; starts at a multiple of the shard's side.
         pixels: (height, width) labels or (3, height, width) RGB, uint8.
 
+    Returns:
+        Digests of the shards, by path below `uri`; a shard of nothing but the fill
+        value is not stored.
+
     Raises:
         StoreError: The place cannot be written.
     """
-    try:
-        group = open_group(uri, mode="r+")
+    group = open_group(uri, mode="r+")
+    with files.answered(f"{uri}: {region}", "written"):
         for level in range(min(_AT_ONCE, _levels(group))):
             array = _array(group, level)
             side = (array.shards or array.chunks)[-1]
@@ -281,11 +350,7 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> None:
                 pixels = _reduced(pixels)
             height, width = pixels.shape[-2:]
             array[..., y : y + height, x : x + width] = pixels
-    except OSError as error:
-        raise StoreError(
-            f"{uri}: region {region} cannot be written ({error}); free space or choose "
-            f"another place, then run the same command again"
-        ) from error
+        return _written(group, uri)
 
 
 def _array(group: zarr.Group, level: int) -> Array:
@@ -352,19 +417,28 @@ def _even(pixels: UInt8) -> UInt8:
     return np.pad(pixels, [*lead, (0, h % 2), (0, w % 2)], mode="edge")
 
 
-def build_pyramid(uri: str) -> None:
-    """Fill the levels that `write_region` leaves, in the memory of four shards."""
+def build_pyramid(uri: str) -> Digests:
+    """Fill the levels that `write_region` leaves, in the memory of four shards.
+
+    Returns:
+        Digests of their shards, by path below `uri`.
+
+    Raises:
+        StoreError: The place cannot be read or written.
+    """
     group = open_group(uri, mode="r+")
-    for level in range(_AT_ONCE, _levels(group)):
-        below, target = _array(group, level - 1), _array(group, level)
-        height, width = target.shape[-2:]
-        side = (target.shards or target.chunks)[-1]
-        for region in plan_regions(height, width, side):
-            rows, columns = (
-                slice(2 * part.start, 2 * part.stop) for part in region.slices()
-            )
-            source = np.asarray(below[..., rows, columns], dtype=np.uint8)
-            target[..., *region.slices()] = _reduced(source)
+    with files.answered(uri, "written"):
+        for level in range(_AT_ONCE, _levels(group)):
+            below, target = _array(group, level - 1), _array(group, level)
+            height, width = target.shape[-2:]
+            side = (target.shards or target.chunks)[-1]
+            for region in plan_regions(height, width, side):
+                rows, columns = (
+                    slice(2 * part.start, 2 * part.stop) for part in region.slices()
+                )
+                source = np.asarray(below[..., rows, columns], dtype=np.uint8)
+                target[..., *region.slices()] = _reduced(source)
+        return _written(group, uri)
 
 
 def read_attributes(uri: str) -> Any:
