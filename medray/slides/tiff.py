@@ -199,6 +199,12 @@ def _check_page(uri: str, page: Any, frame: Any) -> None:
             f"{uri}: holds {frame.samplesperpixel} samples a pixel, photometric "
             f"{frame.photometric!s}; expected RGB, RGBA, grey or palette"
         )
+    colors = 3 << frame.bitspersample
+    if frame.photometric == 3 and np.size(frame.colormap) != colors:
+        raise SlideError(
+            f"{uri}: expected a palette of {colors} values, found "
+            f"{np.size(frame.colormap)}; the header is damaged"
+        )
     rows, columns = _segment_size(frame)
     decoded = rows * columns * frame.samplesperpixel * frame.dtype.itemsize
     if decoded > _MAX_SEGMENT_BYTES:
@@ -303,7 +309,7 @@ def _to_rgb(raw: npt.NDArray[Any], frame: Any) -> UInt8:
     16 bit samples keep their upper 8 bits; RGBA is laid on white.
     """
     if frame.photometric == 3:
-        colormap = np.asarray(frame.colormap)  # (3, 2^bits), 16 bit by the standard
+        colormap = np.reshape(frame.colormap, (3, -1))  # 16 bit by the standard
         scale = 8 if colormap.max(initial=0) > 255 else 0
         palette = (colormap >> scale).astype(np.uint8)
         return np.moveaxis(palette[:, raw[..., 0]], 0, 2)
