@@ -1,6 +1,7 @@
 """The command `medray`: parse, call one function, print, exit.
 
-Exit codes: 0 success, 3 some slides failed, 2 wrong request, 1 failure.
+Exit codes: 0 success, 3 some slides failed, 2 wrong request, 1 failure; 130 or 143 when
+Ctrl-C or SIGTERM stopped it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from medray.errors import ConfigError, MedrayError
+from medray.interrupt import StoppedError
 
 _SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
 
@@ -240,6 +242,13 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         "--coarse", type=int, default=1, metavar="K", help="look first K times coarser"
     )
     sub.add_argument("--region", type=int, default=0, help="side in pixels (0: fits)")
+    sub.add_argument(
+        "--patience",
+        type=_positive,
+        default=300.0,
+        metavar="S",
+        help="a region's reading may take (300 s)",
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -265,6 +274,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
             result = args.run(args)
+    except StoppedError as error:
+        said = f"medray {args.command}: {error}"
+        return _say(args, 128 + error.signal, {"error": f"{error}"}, said)
+    except KeyboardInterrupt:
+        said = "stopped by SIGINT; run the same command again to go on"
+        return _say(args, 130, {"error": said}, f"medray {args.command}: {said}")
     except ConfigError as error:
         return _say(args, 2, {"error": f"{error}"}, f"medray {args.command}: {error}")
     except MedrayError as error:
@@ -289,7 +304,7 @@ def _say(
     if args.json:
         print(json.dumps(values | {"exit_code": code}, sort_keys=True))
     else:
-        print(words, file=sys.stderr if code in (1, 2) else sys.stdout)
+        print(words, file=sys.stdout if code in (0, 3) else sys.stderr)
     return code
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import SlideError
+from medray.errors import MedrayError, SlideError, StoreError
 from medray.progress import Progress
 from medray.slides.digest import slide_stamp
 from medray.slides.listing import SlideFile
@@ -23,6 +23,9 @@ from medray.store.ledger import Ledger, slide_key
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+# So many slides or regions in succession that storage does not give are no accident.
+_MOST_UNREACHED = 10
 
 HEADER = -1
 """Index of the row that speaks for a slide, not for one of its regions."""
@@ -89,7 +92,7 @@ def changed_slides(
 def _stamp(uri: str) -> str:
     try:
         return slide_stamp(uri)
-    except (SlideError, OSError):
+    except (MedrayError, OSError):
         return ""  # opening it will tell what is wrong
 
 
@@ -109,6 +112,10 @@ class Commit:
     Attributes:
         ledger: Of the stage's folder.
         slide_row: Sums up (header, region records) as columns of slides.parquet.
+        done: How many slides were finished.
+        regions: How many regions were committed.
+        failed: Reason of each slide that failed.
+        lost: Of those, the ones that cost processes, or made the model fail.
     """
 
     ledger: Ledger
@@ -116,6 +123,8 @@ class Commit:
     done: int = 0
     regions: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    _unreached: int = 0
     _slides: dict[str, _Slide] = field(default_factory=dict)
 
     def take(self, row: Row, progress: Progress) -> Row | None:
@@ -123,8 +132,8 @@ class Commit:
 
         Returns:
             The header of a slide whose regions are now all stored and that is to be
-            finished as a whole; what comes of that goes to `finished`. A slide of one
-            region was finished by its writer.
+            finished as a whole, with the `records` of its regions; what comes of that
+            goes to `finished`. A slide of one region was finished by its writer.
         """
         slide = self._slides.setdefault(row["slide"], _Slide())
         if "todo" in row:  # of a header, or of a region that carries the slide's facts
@@ -133,6 +142,9 @@ class Commit:
             slide.arrived += 1
         if "error" in row:
             slide.error = slide.error or row["error"]
+            if "lost" in row:
+                self.lost[row["slide"]] = row["error"]
+            self._check_storage(row)
         elif row["index"] != HEADER:
             self._note_region(row)
             progress.region(row["region"][2] * row["region"][3])
@@ -145,8 +157,9 @@ class Commit:
         elif "unchanged" in header:
             self.ledger.commit_slide(header["unchanged"])
             progress.slide(header["slide"], "unchanged")
-        elif header["regions"] > 1:
-            return header
+        elif header["regions"] > 1 or not header["todo"]:
+            key = slide_key(header["slide"], header["digest"])
+            return header | {"records": self.ledger.regions.get(key, {})}
         else:
             self.finished(header, {}, progress)
         return None
@@ -161,9 +174,10 @@ class Commit:
             progress: To show it.
         """
         if isinstance(result, Exception):
-            result = {"error": f"its process died ({result})"}
+            result = {"error": f"{result}"}
         if "error" in result:
-            self._fail(header, f"pyramid: {result['error']}", progress)
+            self._check_storage(result)
+            self._fail(header, f"finishing: {result['error']}", progress)
             return
         header = header | result
         key = slide_key(header["slide"], header["digest"])
@@ -177,6 +191,25 @@ class Commit:
         self.done += 1
         note = row.get("note") or ""
         progress.slide(header["slide"], f"done {note}".strip())
+
+    def _check_storage(self, row: Row) -> None:
+        """Stop where storage fails: that is no slide's fault.
+
+        Raises:
+            StoreError: What is made cannot be stored, or one slide after the other
+                could not be read from its store.
+        """
+        self._unreached += row.get("storage") == "slides"
+        if row.get("storage") == "run" or self._unreached == _MOST_UNREACHED:
+            raise StoreError(row["error"])
+
+    def in_words(self) -> str:
+        """Say what is kept."""
+        under_way = sum(slide.arrived > 0 for slide in self._slides.values())
+        return (
+            f"{self.done} slides are finished and {self.regions} regions computed by "
+            f"this command are kept, {under_way} slides are under way"
+        )
 
     def close(self, progress: Progress) -> None:
         """Fail what did not come back, and make everything durable."""
@@ -193,6 +226,7 @@ class Commit:
         key = slide_key(row["slide"], row["digest"])
         self.ledger.commit_region(key, row["index"], row["record"])
         self.regions += 1
+        self._unreached = 0
 
     def _fail(self, header: Row, message: str, progress: Progress) -> None:
         self.ledger.commit_slide(_outcome(header, "failed", message))

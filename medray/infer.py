@@ -17,6 +17,7 @@ computed again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,14 +36,17 @@ import ray
 from medray import budget, cluster
 from medray.clean import Cleaning
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
-from medray.errors import ConfigError, MedrayError, SlideError
+from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.grid import region_side
+from medray.interrupt import StoppedError, Stopping, stopping
 from medray.lane import start_lanes
 from medray.models.config import model_digest, read_config
 from medray.plan import coarse_mask, plan_slide
 from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.region import (
+    bound_memory,
+    failure,
     finish_slide,
     opened,
     working_of,
@@ -59,8 +63,11 @@ from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger, slide_key
+from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
+# Seconds after a signal in which regions under way may still be completed.
+_GRACE_S = 15.0
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -83,11 +90,24 @@ def infer(
 
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
-            other settings.
+            other settings, or another process works there.
+        StoreError: OUT cannot be written, or the slides' store does not answer.
+        StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
     """
     options = options or Options()
     settings = settings_of([model] if isinstance(model, str) else model, options)
     out = files.absolute(out)
+    with locked(out, "infer") as check:
+        return _infer(slides, settings, out, check)
+
+
+def _infer(
+    slides: Sequence[str],
+    settings: RunSettings,
+    out: str,
+    check: Callable[[], None],
+) -> Summary:
+    options = settings.options
     open_run(out, settings)
     ledger = Ledger(out)
     wanted, areas = slides_within(find_slides(slides), options.within)
@@ -108,9 +128,10 @@ def infer(
     )
     if options.coarse > 1:
         names = {row["slide"] for row in todo}
-        _first_pass([slide for slide in wanted if slide.slide in names], settings, out)
+        coarse = [slide for slide in wanted if slide.slide in names]
+        _first_pass(coarse, settings, out, check)
     start = time.perf_counter()
-    commit = _work_off("infer", todo, settings, out, ledger)
+    commit = _work_off("infer", todo, settings, out, ledger, check)
     _remove_raw(out, settings, ledger)
     for about, words in against_plan(out, ledger.slides.values()).items():
         log.info("%s: %s", about, words)
@@ -144,23 +165,47 @@ def slides_within(
 
 
 def _work_off(
-    stage: str, todo: list[Row], settings: RunSettings, out: str, ledger: Ledger
+    stage: str,
+    todo: list[Row],
+    settings: RunSettings,
+    out: str,
+    ledger: Ledger,
+    check: Callable[[], None],
 ) -> Commit:
     """Do the slides and commit them."""
     commit = Commit(ledger, _slide_row)
     with (
+        stopping() as asked,
         Progress(stage, len(todo)) as progress,
+        _keeping(ledger),
         _start_workers(settings, out, ledger, len(todo)) as workers,
         start_lanes(settings, out) as lanes,
     ):
-        _drive(todo, workers, lanes, commit, progress)
+        _drive(todo, workers, lanes, commit, progress, asked, check)
         commit.close(progress)
     ledger.close()
     return commit
 
 
+@contextlib.contextmanager
+def _keeping(ledger: Ledger) -> Iterator[None]:
+    """Keep what is committed, whatever ends the work."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            ledger.flush()
+        raise
+
+
 def _drive(
-    todo: list[Row], workers: Pool, lanes: Pool, commit: Commit, progress: Progress
+    todo: list[Row],
+    workers: Pool,
+    lanes: Pool,
+    commit: Commit,
+    progress: Progress,
+    asked: Stopping,
+    check: Callable[[], None],
 ) -> None:
     """Keep all processes busy: slides to the workers, their regions to the lanes."""
     packet = 16 if cluster.gpus() else 8
@@ -174,16 +219,8 @@ def _drive(
         if header is not None:
             workers.give([header])
 
-    while slides or planned or workers.busy or lanes.busy:
-        # Ahead of the lanes, but not all: gigapixel slides have many regions.
-        while slides and workers.room > 0 and len(planned) < 2 * packet * lanes.size:
-            planning += len(slides[0])
-            workers.give(slides.popleft())
-        # Full packets; but a lane with nothing to do gets what there is.
-        enough = packet if planning and lanes.busy else 1
-        while len(planned) >= enough and lanes.room > 0:
-            size = min(packet, len(planned))
-            lanes.give([planned.popleft() for _ in range(size)])
+    def take() -> None:
+        nonlocal planning
         for pool, row, result in poll(workers, lanes):
             if pool is lanes:
                 note(row | _outcome_of(row, result))
@@ -196,16 +233,42 @@ def _drive(
                 if not regions:
                     note(header)
 
+    while slides or planned or workers.busy or lanes.busy:
+        if asked.signal:
+            deadline = time.monotonic() + _GRACE_S
+            while (workers.busy or lanes.busy) and time.monotonic() < deadline:
+                take()
+            raise StoppedError(asked.signal, commit.in_words())
+        check()
+        # Ahead of the lanes, but not all: gigapixel slides have many regions.
+        while slides and workers.room > 0 and len(planned) < 2 * packet * lanes.size:
+            planning += len(slides[0])
+            workers.give(slides.popleft())
+        # Full packets; but a lane with nothing to do gets what there is.
+        enough = packet if planning and lanes.busy else 1
+        while len(planned) >= enough and lanes.room > 0:
+            rows = [planned.popleft() for _ in range(min(packet, len(planned)))]
+            for row in rows:  # no more processes for a slide that ends them
+                if row["slide"] in commit.lost:
+                    note(row | {"error": commit.lost[row["slide"]]})
+            if good := [row for row in rows if row["slide"] not in commit.lost]:
+                lanes.give(good)
+        if workers.awaited or lanes.awaited:
+            take()
+
 
 def _outcome_of(row: Row, result: Any) -> Row:
     if isinstance(result, Exception):
-        return {"error": f"{row['uri']}: its lane died ({result})"}
+        why = (
+            f"{row['uri']}: quarantined: region {row['region']}: {result}, three times"
+        )
+        return {"error": why, "lost": True}
     return dict(result)
 
 
 def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
     if isinstance(result, Exception):
-        why = f"{row['uri']}: the process that opened it died ({result})"
+        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
         return row | {"index": HEADER, "todo": 0, "error": why}, []
     header, regions = result
     return header, regions
@@ -260,7 +323,12 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     )
 
 
-def _first_pass(slides: list[SlideFile], settings: RunSettings, out: str) -> None:
+def _first_pass(
+    slides: list[SlideFile],
+    settings: RunSettings,
+    out: str,
+    check: Callable[[], None],
+) -> None:
     """Predict at a coarser level, to know where it is worth looking closely."""
     options = settings.options
     if settings.model_mpp is None:
@@ -275,7 +343,7 @@ def _first_pass(slides: list[SlideFile], settings: RunSettings, out: str) -> Non
     ledger = Ledger(out)
     todo = changed_slides(slides, ledger)
     if todo:
-        _work_off("coarse", todo, coarse, out, ledger)
+        _work_off("coarse", todo, coarse, out, ledger, check)
 
 
 # --- plan and finish ------------------------------------------------------------------
@@ -292,6 +360,7 @@ class SlideWorker:
         self, settings: RunSettings, out: str, committed: dict[str, list[int]]
     ) -> None:
         """Take what all slides share."""
+        bound_memory()
         self._settings, self._out, self._committed = settings, out, committed
 
     def work(self, rows: list[Row]) -> Iterator[list[Any]]:
@@ -306,7 +375,7 @@ class SlideWorker:
         try:
             return finish_slide(self._settings, self._out, header)
         except Exception as error:  # whatever it is, it is this slide's alone
-            return {"error": f"{error}"}
+            return failure(error, "run")
 
 
 def _start_workers(
@@ -317,7 +386,13 @@ def _start_workers(
     actor = ray.remote(SlideWorker).options(num_cpus=0.25)
     start = functools.partial(actor.remote, settings, out, committed)
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    return Pool(start, "work", max(1, min(cpus // 4, slides)))
+    alone = settings.options.patience
+
+    def patience(row: Row) -> float:
+        # What is finished takes longer the more regions it has.
+        return alone * max(1, len(row.get("records", ())))
+
+    return Pool(start, "work", max(1, min(cpus // 4, slides)), patience=patience)
 
 
 def _plan_one(
@@ -335,14 +410,16 @@ def _plan_one(
         slide = opened(row["uri"], header["digest"])
         facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
         working = working_of(facts)
-        create_mask(row["slide"], header["digest"], working, settings, out)
-        done = set(committed.get(slide_key(row["slide"], header["digest"]), ()))
+        try:
+            new = create_mask(row["slide"], header["digest"], working, settings, out)
+        except StoreError as error:
+            return header | failure(error, "run"), []
+        key = slide_key(row["slide"], header["digest"])
+        done = set() if new else set(committed.get(key, ()))
         regions = [region for region in regions if region["index"] not in done]
         header |= facts | {"todo": len(regions), "classes": settings.classes.names}
-        if not regions and header["regions"] <= 1:
-            header |= finish_slide(settings, out, header)
-    except (MedrayError, OSError) as error:
-        return header | {"error": f"{error}"}, []
+    except (MedrayError, OSError, MemoryError) as error:
+        return header | failure(error, "slides"), []
     del header["before"]
     return header, regions
 
@@ -371,8 +448,9 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     for region in regions:
         counts += np.asarray(region["class_px"])
     counts[0] += total - counts.sum()
-    for one in (header, *regions):  # of a mask that was cleaned, its own counts
+    for one in (header, *regions):  # what finishing added
         counts = np.asarray(one.get("cleaned_px", counts))
+        row["merkle_root"] = one.get("merkle_root", row.get("merkle_root"))
     row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
     looked_at = sum(region["predicted_px"] for region in regions)
     row["predicted_px"] = looked_at

@@ -260,7 +260,7 @@ def _areas(
 
 
 def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
-    """Make the empty OME-Zarr, unless it is there for this very slide."""
+    """Make the empty OME-Zarr; it is kept if it is there for this very slide."""
     uri = slide_uri(out, header["slide"])
     attributes = {
         "kind": "slide",
@@ -268,11 +268,6 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
         "digest": header["digest"],
         "format": header["format"],
     }
-    if omezarr.read_attributes(uri) == attributes:
-        if not header["annotated"]:
-            return
-        if omezarr.read_attributes(labels_uri(out, header["slide"])) == attributes:
-            return
     size = (header["height"], header["width"])
     omezarr.create_image(
         uri, *size, mpp=header["mpp"], name=header["slide"], attributes=attributes

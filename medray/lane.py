@@ -28,8 +28,8 @@ from medray import budget, cluster
 from medray.commit import Row
 from medray.grid import Rectangle, region_windows
 from medray.plan import wanted_windows
-from medray.pool import Pool
-from medray.region import RegionIO, read_region, write_region
+from medray.pool import Pool, why_lost
+from medray.region import RegionIO
 from medray.run import RunSettings
 
 UInt8 = npt.NDArray[np.uint8]
@@ -47,7 +47,18 @@ def start_lanes(settings: RunSettings, out: str) -> Pool:
     # While one packet's last regions are written the next is predicted.
     actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=budget.PACKETS)
     start = functools.partial(actor.remote, settings, out)
-    return Pool(start, "work", cluster.lanes(), calls=budget.PACKETS)
+    # A lane answers for each region of a packet, or ends itself what hangs.
+    patience = 2 * 16 * settings.options.patience
+    return Pool(
+        start,
+        "work",
+        cluster.lanes(),
+        calls=budget.PACKETS,
+        patience=lambda _: patience,
+    )
+
+
+_OUTCOME = ("record", "error", "storage", "lost")
 
 
 class Lane:
@@ -67,6 +78,7 @@ class Lane:
         self._ahead_bytes = budget.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
         self._hands = _Hands(gpu)
+        self._lost: dict[str, str] = {}  # slides whose regions end processes, and how
         self._regions = Counter("medray_regions", "Regions predicted.")
         self._pixels = Counter("medray_pixels", "Pixels predicted.")
         self._failures = Counter("medray_region_failures", "Regions that failed.")
@@ -94,7 +106,7 @@ class Lane:
         self._loading.result()
         outcomes: list[Row] = []
         for row in self._work(rows):
-            outcomes.append({k: row[k] for k in ("record", "error") if k in row})
+            outcomes.append({k: row[k] for k in _OUTCOME if k in row})
             if len(outcomes) == self._group:
                 yield outcomes
                 outcomes = []
@@ -102,7 +114,9 @@ class Lane:
             yield outcomes
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
-        ahead = _ReadAhead(self._hands, rows, self._settings, self._ahead_bytes)
+        ahead = _ReadAhead(
+            self._hands, rows, self._settings, self._ahead_bytes, self._lost
+        )
         predicted: queue.Queue[Any] = queue.Queue(budget.UNWRITTEN // 3)
         predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
@@ -162,6 +176,8 @@ class Lane:
                 "uncertainty": result.uncertainty,
                 "disagreement": result.disagreement,
             }
+            if not result.finite:
+                row = row | {"error": _not_finite(row), "lost": True}
             yield row, {k: v for k, v in layers.items() if v is not None}
             start = time.perf_counter()
         yield from passed_through()
@@ -179,17 +195,28 @@ class Lane:
     def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
         if "error" in row:
             return None
-        return self._hands.start("write", row, layers, self._settings, self._out)
+        patience = self._settings.options.patience
+        return self._hands.start(
+            "write", patience, row, layers, self._settings, self._out
+        )
 
     def _outcome(self, row: Row, write: Any) -> Row:
         if write is not None:
             try:
                 row = write.result()
             except ray.exceptions.RayError as error:
-                row = row | {"error": f"{row['uri']}: the writer died ({error})"}
+                why = f"{row['uri']}: the writer was lost twice: {why_lost(error)}"
+                row = row | {"error": why}
         if "error" in row:
             self._failures.inc()
         return row
+
+
+def _not_finite(row: Row) -> str:
+    return (
+        f"{row['uri']}: quarantined: the model gives NaN or infinity in region "
+        f"{row['region']}; try --precision float32, or look at what is special there"
+    )
 
 
 def _is_ready(write: Any) -> bool:
@@ -218,17 +245,21 @@ class _Hands:
             "write": itertools.cycle(reversed(self._actors)),
         }
 
-    def start(self, name: str, *args: Any) -> _Started:
-        """Start to `read` or to `write`."""
-        return _Started(name, args, getattr(next(self._turns[name]), name))
+    def start(self, name: str, patience: float, *args: Any) -> _Started:
+        """Start to `read` or to `write`; each may take so many seconds."""
+        return _Started(name, patience, args, next(self._turns[name]))
 
 
 class _Started:
     """Work that was given to a hand."""
 
-    def __init__(self, name: str, args: tuple[Any, ...], method: Any) -> None:
-        self._name, self._args = name, args
+    def __init__(
+        self, name: str, patience: float, args: tuple[Any, ...], hand: Any
+    ) -> None:
+        self._name, self._patience, self._args = name, patience, args
         self._returns = 2 if name == "read" else 1
+        self._hand = hand
+        method = getattr(hand, name)
         self._ref = method.options(num_returns=self._returns).remote(*args)
 
     def is_ready(self) -> bool:
@@ -238,20 +269,33 @@ class _Started:
     def result(self) -> Any:
         """Wait for what comes of it.
 
-        When a process dies, all that was given to it is lost, also what is innocent of
-        its death. So each is repeated once in a process of its own.
+        When a process dies or is ended for it hangs, all that was given to it is lost,
+        also what is innocent. So each is repeated once in a process of its own.
 
         Raises:
-            ray.exceptions.RayError: That one died too.
+            ray.exceptions.RayError: That one died too, or hangs.
         """
         try:
-            return ray.get(self._ref)
+            return ray.get(self._ref, timeout=self._patience)
+        except ray.exceptions.GetTimeoutError:
+            ray.kill(self._hand, no_restart=False)
         except ray.exceptions.RayError:
-            work = {"read": read_region, "write": write_region}[self._name]
-            alone = ray.remote(work).options(
-                num_cpus=0.25, max_retries=0, num_returns=self._returns
-            )
-            return ray.get(alone.remote(*self._args))
+            pass
+        alone = (
+            ray.remote(_alone)
+            .options(num_cpus=0.25, max_retries=0, num_returns=self._returns)
+            .remote(self._name, self._args)
+        )
+        try:
+            return ray.get(alone, timeout=self._patience)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(alone[0] if isinstance(alone, list) else alone, force=True)
+            raise
+
+
+def _alone(name: str, args: tuple[Any, ...]) -> Any:
+    """Read or write in a process of its own."""
+    return getattr(RegionIO(), name)(*args)
 
 
 class _ReadAhead:
@@ -263,8 +307,9 @@ class _ReadAhead:
         rows: list[Row],
         settings: RunSettings,
         ahead_bytes: int,
+        lost: dict[str, str],
     ) -> None:
-        self._hands, self._settings = hands, settings
+        self._hands, self._settings, self._lost = hands, settings, lost
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
         self._free = ahead_bytes
@@ -274,9 +319,11 @@ class _ReadAhead:
         while self._todo and (self._free > 0 or not self._under_way):
             row = self._todo.popleft()
             self._free -= _halo_bytes(row, self._settings)
-            self._under_way.append(
-                (row, self._hands.start("read", row, self._settings))
-            )
+            patience = self._settings.options.patience
+            reading = None
+            if row["slide"] not in self._lost:
+                reading = self._hands.start("read", patience, row, self._settings)
+            self._under_way.append((row, reading))
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
         """Give each row with its pixels, and how many seconds they were waited for."""
@@ -285,11 +332,18 @@ class _ReadAhead:
             start = time.perf_counter()
             pixels: UInt8 | None = None
             self._free += _halo_bytes(row, self._settings)
+            slide = row["slide"]
             try:
-                row, pixels = reading.result()
+                if reading is not None and slide not in self._lost:
+                    row, pixels = reading.result()
             except ray.exceptions.RayError as error:
-                kind = type(error).__name__
-                row = row | {"error": f"{row['uri']}: its reader died ({kind})"}
+                # No other region of it shall cost two processes.
+                self._lost[slide] = (
+                    f"{row['uri']}: quarantined: reading region "
+                    f"{row['region']} twice ended with: {why_lost(error)}"
+                )
+            if slide in self._lost:
+                row = row | {"error": self._lost[slide], "lost": True}
             self._fill()
             yield row, pixels, time.perf_counter() - start
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 from medray.errors import MedrayError
 
@@ -20,8 +27,8 @@ Row = dict[str, Any]
 _TRIES = 3
 # So many deaths without a result between them are no row's fault.
 _DEATHS = 10
-# Seconds after which it is said that nothing happens.
-_PATIENCE = 60.0
+# Seconds without an actor after which it is said.
+_SAY_STUCK = 60.0
 
 
 @dataclass(eq=False)
@@ -29,6 +36,7 @@ class _Actor:
     handle: Any
     calls: int = 0
     alone: bool = False  # with one row that may have killed another
+    hung: str = ""  # how, when it was ended for it
 
 
 @dataclass
@@ -36,6 +44,7 @@ class _Call:
     actor: _Actor
     rows: list[Row]  # that have no result yet
     tries: int
+    since: float  # when it last gave a result
 
 
 class Pool:
@@ -47,7 +56,13 @@ class Pool:
     """
 
     def __init__(
-        self, start: Callable[[], Any], method: str, actors: int, *, calls: int = 1
+        self,
+        start: Callable[[], Any],
+        method: str,
+        actors: int,
+        *,
+        calls: int = 1,
+        patience: Callable[[Row], float] | None = None,
     ) -> None:
         """Start the actors.
 
@@ -56,14 +71,18 @@ class Pool:
             method: What to call of it.
             actors: How many.
             calls: How many calls each has at once.
+            patience: Seconds that a row may take; then its actor is taken to hang and
+                ended. None: any time.
         """
         self._start, self._method, self._limit = start, method, calls
+        self._patience = patience
         self._starting: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
         self._queue: deque[list[Row]] = deque()
         self._again: deque[tuple[Row, int]] = deque()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
+        self._looked_at = self._stuck_since = time.monotonic()
         for _ in range(actors):
             self._start_actor()
 
@@ -71,10 +90,13 @@ class Pool:
         """Give the pool itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """End the actors, once what they do is done."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the actors: at once after an error, else once what they do is done."""
         for actor in (*self._actors, *self._starting.values()):
-            actor.handle.__ray_terminate__.remote()
+            if kind is None:
+                actor.handle.__ray_terminate__.remote()
+            else:
+                ray.kill(actor.handle)
 
     @property
     def size(self) -> int:
@@ -93,11 +115,6 @@ class Pool:
         return there - len(self._calls) - len(self._queue) - len(self._again)
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether no actor runs."""
-        return not self._actors
-
-    @property
     def awaited(self) -> list[Any]:
         """What `ray.wait` can wait for: calls, and actors that start."""
         return [*self._calls, *self._starting]
@@ -111,7 +128,7 @@ class Pool:
         """Take what is ready of what is awaited.
 
         Returns:
-            Rows with their results; a RayError for a row that was lost too often.
+            Rows with their results; a LostError for a row that was lost too often.
 
         Raises:
             MedrayError: The actors die, whatever they are given.
@@ -127,6 +144,7 @@ class Pool:
                 call = self._calls[ready]
                 found = list(zip(call.rows, results, strict=False))
                 call.rows = call.rows[len(results) :]
+                call.since = time.monotonic()
                 self._deaths = 0
         except StopIteration:
             self._end(ready)
@@ -134,11 +152,30 @@ class Pool:
             raise error.cause from error
         except RayError as error:
             if ready in self._starting:
-                self._replace(self._starting.pop(ready), error)
+                self._replace(self._starting.pop(ready), why_lost(error))
             else:
                 found = self._lost(self._end(ready), error)
         self._start_calls()
         return found
+
+    def look_after(self) -> None:
+        """End the actors that have had no result for too long; say if none starts."""
+        now = time.monotonic()
+        if now - self._looked_at < 1:
+            return
+        self._looked_at = now
+        for call in self._calls.values():
+            if self._patience is None or not call.rows or call.actor.hung:
+                continue
+            seconds = self._patience(call.rows[0])
+            if now - call.since > seconds:
+                call.actor.hung = f"no answer for {seconds:.0f} s"
+                ray.kill(call.actor.handle)
+        if self._actors:
+            self._stuck_since = now
+        elif now - self._stuck_since > _SAY_STUCK:
+            self._stuck_since = now
+            log.warning("no node has room for the processes yet; still waiting")
 
     def _start_actor(self) -> None:
         handle = self._start()
@@ -161,7 +198,7 @@ class Pool:
     def _call(self, actor: _Actor, rows: list[Row], tries: int) -> None:
         method = getattr(actor.handle, self._method)
         call = method.options(num_returns="streaming").remote(rows)
-        self._calls[call] = _Call(actor, rows, tries)
+        self._calls[call] = _Call(actor, rows, tries, time.monotonic())
         actor.calls += 1
 
     def _end(self, call: Any) -> _Call:
@@ -171,17 +208,17 @@ class Pool:
 
     def _lost(self, call: _Call, error: RayError) -> list[tuple[Row, Any]]:
         """Replace a dead actor; do again what it held, or give it up."""
+        why = call.actor.hung or why_lost(error)
         if call.actor in self._actors:  # the first of its calls to tell
             self._actors.remove(call.actor)
-            self._replace(call.actor, error)
+            self._replace(call.actor, why)
         if call.tries + 1 == _TRIES:
-            return [(row, error) for row in call.rows]
+            return [(row, LostError(why)) for row in call.rows]
         self._again.extend((row, call.tries + 1) for row in call.rows)
         return []
 
-    def _replace(self, actor: _Actor, error: RayError) -> None:
-        why = f"{error}".strip().splitlines()[-1]
-        log.info("a process of %s died: %s", self._method, why)
+    def _replace(self, actor: _Actor, why: str) -> None:
+        log.info("a process of %s was lost: %s", self._method, why)
         self._deaths += 1
         if self._deaths == _DEATHS:
             raise MedrayError(
@@ -192,21 +229,41 @@ class Pool:
         self._start_actor()
 
 
-def poll(*pools: Pool, wait: bool = True) -> list[tuple[Pool, Row, Any]]:
+class LostError(Exception):
+    """So many processes were lost with a row at hand that it is given up."""
+
+
+def why_lost(error: RayError) -> str:
+    """Give what matters of Ray's account of a death: how the process ended."""
+    if isinstance(error, GetTimeoutError):
+        return "no answer in time"
+    text = f"{error}"
+    if isinstance(error, OutOfMemoryError):
+        return "its node had too little memory"
+    detail = re.search(r"Worker exit detail: ([^\n]+)", text)
+    said = detail[1] if detail else text.strip().splitlines()[-1].strip()
+    return f"the process died ({said[:200]})"
+
+
+def poll(
+    *pools: Pool, wait: bool = True, seconds: float = 1.0
+) -> list[tuple[Pool, Row, Any]]:
     """Take results of several pools as they come: (pool, row, result).
 
     Args:
         pools: Where to take from; with `wait`, one of them is busy or starting.
         wait: For something to happen; else take a result only if it is there.
+        seconds: How long to wait.
 
     Returns:
-        Some results, or none: when a call ended or an actor has started.
+        Some results, or none: when a call ended, an actor has started, or nothing
+        happened in time. A result is a LostError for a row that was lost too often.
     """
     owner = {one: pool for pool in pools for one in pool.awaited}
-    ready, _ = ray.wait(list(owner), timeout=_PATIENCE if wait else 0)
+    ready, _ = ray.wait(list(owner), timeout=seconds if wait else 0)
+    for pool in pools:
+        pool.look_after()
     if not ready:
-        if wait and any(pool.is_stuck for pool in pools):
-            log.warning("no node has room for the processes yet; still waiting")
         return []
     pool = owner[ready[0]]
     return [(pool, row, result) for row, result in pool.take(ready[0])]

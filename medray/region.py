@@ -7,7 +7,10 @@ worker starts quickly.
 from __future__ import annotations
 
 import functools
+import re
+import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,25 +18,30 @@ import numpy.typing as npt
 
 from medray.classes import AnyClass
 from medray.clean import clean_labels
-from medray.errors import MedrayError
+from medray.errors import MedrayError, StoreError
 from medray.grid import Rectangle, plan_regions, region_windows
 from medray.run import (
     RunSettings,
+    groups_of,
     layer_uri,
     mask_uri,
     outlines_uri,
     probabilities_uri,
     raw_uri,
+    record_uri,
     stores_of,
 )
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.levels import Working, read_working
 from medray.slides.tissue import tissue_share
-from medray.store import omezarr
+from medray.store import files, omezarr
 
 UInt8 = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 Blocks = npt.NDArray[np.bool_]
+
+# A field of PNG or JPEG, read whole, needs as much; a region far less.
+_MOST_BYTES = 4 << 30
 
 BLOCK = omezarr.PATCH
 """Side in pixels of the blocks that hold tissue or do not; a property of the slide, so
@@ -72,15 +80,33 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
             blocks = _tissue_of(pixels, row["height"], row["width"])
             row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
     except (MedrayError, OSError, MemoryError) as error:
-        return row | {"error": f"{error}"}, None
+        return row | failure(error, "slides"), None
     row = row | {"read_at": start, "read_s": time.time() - start}
     if damaged:
         row |= {"damaged": damaged, "why": why}
     return row, pixels if np.any(row["blocks"]) else None
 
 
+def bound_memory() -> None:
+    """Let this process allocate so much and no more.
+
+    Beyond it a decoder fails with MemoryError or dies: alone, not with whatever the
+    system or Ray would end to save the node.
+    """
+    status = Path("/proc/self/status").read_text()
+    held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + _MOST_BYTES
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 class RegionIO:
     """Both ways in a process that stays: its imports and its open slides remain."""
+
+    def __init__(self) -> None:
+        """Bound what a hostile file can make a decoder allocate."""
+        bound_memory()
 
     def read(self, row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
         """See `read_region`."""
@@ -152,41 +178,82 @@ def write_region(
         record = _summed_up(row, labels, inside, layers, settings)
         raw = bool(settings.options.clean)
         mask = raw_uri(out, row["slide"]) if raw else mask_uri(out, row["slide"])
-        omezarr.write_region(mask, region, labels)
+        written = [(mask, omezarr.write_region(mask, region, labels))]
         if "probabilities" in layers:
             kept = np.where(inside, layers["probabilities"], np.uint8(0))
-            omezarr.write_region(probabilities_uri(out, row["slide"]), region, kept)
+            uri = probabilities_uri(out, row["slide"])
+            written.append((uri, omezarr.write_region(uri, region, kept)))
         for layer in settings.layers:
             values = layers.get(layer, np.zeros(shape, np.uint8))
             values = unreadable if layer == "unreadable" else values * inside
-            omezarr.write_region(layer_uri(out, row["slide"], layer), region, values)
+            uri = layer_uri(out, row["slide"], layer)
+            written.append((uri, omezarr.write_region(uri, region, values)))
+        record["files"] = _below(out, written)
+        record["unreadable_px"] = int(unreadable.sum())
+        record["write_s"] = time.time() - start
+        record["written_at"] = time.time()
         if row["regions"] == 1:
-            record |= finish_slide(settings, out, row)
+            records = {row["index"]: record}
+            record |= finish_slide(settings, out, row | {"records": records})
     except (MedrayError, OSError) as error:
-        return row | {"error": f"{error}"}
-    record["unreadable_px"] = int(unreadable.sum())
-    record["write_s"] = time.time() - start
-    return row | {"record": record | {"written_at": time.time()}}
+        return row | failure(error, "run")
+    return row | {"record": record}
+
+
+def failure(error: Exception, storage: str) -> Row:
+    """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
+    why = f"{error}" or type(error).__name__
+    return {"error": why} | (
+        {"storage": storage} if isinstance(error, StoreError) else {}
+    )
+
+
+def _below(out: str, written: list[tuple[str, omezarr.Digests]]) -> omezarr.Digests:
+    """Give digests by path below the run, of digests by path below each store."""
+    return {
+        f"{uri[len(out) + 1 :]}/{name}": digest
+        for uri, digests in written
+        for name, digest in digests.items()
+    }
 
 
 def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
-    """Make what needs the whole mask: clean it, fill its pyramid, draw its outlines.
+    """Make what needs the whole mask, and seal it.
+
+    It is cleaned, its pyramid filled, its outlines drawn; files that nobody recorded
+    are removed; and the record of the slide is written: see `medray.run`.
 
     Args:
         settings: Of the run.
         out: Its folder.
-        row: The slide's facts, as the plan found them.
+        row: The slide's facts, as the plan found them; `records`: of its regions.
 
     Returns:
-        `cleaned_px`, the pixels of each class of a mask that was cleaned.
+        `cleaned_px`, the pixels of each class of a mask that was cleaned, and the
+        `merkle_root` of the mask.
+
+    Raises:
+        MedrayError: Something of it cannot be read or written.
     """
     found: Row = {}
     slide, classes = row["slide"], settings.classes
     mask = mask_uri(out, slide)
+    kept: omezarr.Digests = {}
+    for record in row["records"].values():
+        kept |= record["files"]
     if settings.options.clean:
-        found["cleaned_px"] = _clean(settings, raw_uri(out, slide), mask, row)
+        cleaned = _clean(settings, raw_uri(out, slide), mask, row)
+        found["cleaned_px"], digests = cleaned
+        kept |= _below(out, [(mask, digests)])
     for uri in stores_of(settings, out, slide):
-        omezarr.build_pyramid(uri)
+        kept |= _below(out, [(uri, omezarr.build_pyramid(uri))])
+    roots = {}
+    sealed: omezarr.Digests = {}
+    for uri in groups_of(settings, out, slide):
+        start = f"{uri[len(out) + 1 :]}/"
+        inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
+        digests, roots[uri] = omezarr.seal(uri, inside)
+        sealed |= _below(out, [(uri, digests)])
     if settings.options.outlines:
         downsample = omezarr.read_attributes(mask)["downsample"]
         target = outlines_uri(out, slide)
@@ -194,11 +261,18 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         from medray.outlines import write_outlines
 
         write_outlines(mask, target, classes, downsample=downsample)
-    return found
+        digest = omezarr.content_digest(files.read_bytes(target))
+        sealed[target[len(out) + 1 :]] = digest
+    record = {"digest": row["digest"], "regions": row["records"], "files": sealed}
+    files.write_json(record_uri(out, slide), record)
+    return found | {"merkle_root": roots[mask]}
 
 
-def _clean(settings: RunSettings, raw: str, mask: str, row: Row) -> list[int]:
+def _clean(
+    settings: RunSettings, raw: str, mask: str, row: Row
+) -> tuple[list[int], omezarr.Digests]:
     """Clean a mask part by part; each is read with as much around it as decides."""
+    written: omezarr.Digests = {}
     how, classes = settings.options.clean, len(settings.classes)
     counts = np.zeros(classes, np.int64)
     source = omezarr.open_level(raw)
@@ -213,11 +287,11 @@ def _clean(settings: RunSettings, raw: str, mask: str, row: Row) -> list[int]:
             kept = cleaned[part.slices(origin=Rectangle(y, x, *around.shape))]
             if row.get("within"):
                 kept = np.where(_within(row, part), kept, np.uint8(0))
-            omezarr.write_region(mask, part, np.ascontiguousarray(kept))
+            written |= omezarr.write_region(mask, part, np.ascontiguousarray(kept))
             counts += np.bincount(kept.ravel(), minlength=classes)
         else:
             counts[0] += part.height * part.width
-    return [int(count) for count in counts]
+    return [int(count) for count in counts], written
 
 
 def _summed_up(

@@ -8,6 +8,7 @@ masks/SLIDE.ome.zarr        class of every pixel
 masks/SLIDE.probabilities.ome.zarr   on request
 raw/SLIDE.ome.zarr          masks that are yet to be cleaned
 outlines/SLIDE.geojson      on request
+commits/SLIDE.json          records of its regions, and the digest of each of its files
 plan.json                   what `medray plan --out RUN` expected
 coarse/                     the run of the first pass, when there is one
 """
@@ -52,6 +53,8 @@ class Options:
         outlines: Write the mask's objects as GeoJSON too.
         clean: How the mask is cleaned when its slide is complete.
         region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
+        patience: Seconds after which a process that reads a region, or writes one, is
+            taken to hang and ended; decides nothing about masks.
     """
 
     prediction: Prediction = field(default_factory=Prediction)
@@ -62,6 +65,7 @@ class Options:
     outlines: bool = False
     clean: Cleaning = field(default_factory=Cleaning)
     region: int = 0
+    patience: float = 300.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -107,10 +111,15 @@ class RunSettings:
         """The quality layers that each mask has."""
         return tuple(LAYERS) if self.options.prediction.quality else ()
 
+    def decisive(self) -> dict[str, Any]:
+        """Give what decides the masks, as plain values."""
+        values = to_dict(self) | {"models": None}
+        values["options"] = values["options"] | {"patience": None}
+        return values
+
     def digest(self) -> str:
         """Name the run: equal digests give equal masks."""
-        decisive = to_dict(self) | {"models": None}
-        text = json.dumps(decisive, sort_keys=True)
+        text = json.dumps(self.decisive(), sort_keys=True)
         return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
@@ -123,11 +132,11 @@ def open_run(out: str, settings: RunSettings) -> None:
     before = from_dict(RunSettings, read_yaml(uri), uri)
     if before.digest() == settings.digest():
         return
-    old, new = _flat(to_dict(before)), _flat(to_dict(settings))
+    old, new = _flat(before.decisive()), _flat(settings.decisive())
     changed = ", ".join(
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "models"
+        if old.get(key) != new.get(key)
     )
     raise ConfigError(
         f"{out}: holds a run with other settings ({changed}); choose another --out, "
@@ -207,21 +216,34 @@ def outlines_uri(out: str, slide: str) -> str:
     return files.join(out, "outlines", f"{slide}.geojson")
 
 
+def record_uri(out: str, slide: str) -> str:
+    """Give the place of the record of a finished slide."""
+    return files.join(out, "commits", f"{slide}.json")
+
+
+def groups_of(settings: RunSettings, out: str, slide: str) -> list[str]:
+    """Give the OME-Zarrs of a slide that are sealed; layers lie within the mask's."""
+    probabilities = settings.options.prediction.probabilities
+    mask = mask_uri(out, slide)
+    return [mask, probabilities_uri(out, slide)] if probabilities else [mask]
+
+
 def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
     """Give every OME-Zarr that a slide has in a run."""
-    stores = [mask_uri(out, slide)]
-    if settings.options.prediction.probabilities:
-        stores.append(probabilities_uri(out, slide))
-    return stores + [layer_uri(out, slide, layer) for layer in settings.layers]
+    layers = [layer_uri(out, slide, layer) for layer in settings.layers]
+    return groups_of(settings, out, slide) + layers
 
 
 def create_mask(
     slide: str, digest: str, working: Working, settings: RunSettings, out: str
-) -> None:
+) -> bool:
     """Make the empty mask, unless it is there for this very slide and run.
 
-    A plan task may be repeated while regions are already being written, so a store
-    with the right attributes is never touched.
+    A plan may be repeated while regions are already being written, so what is there
+    with the right attributes is kept.
+
+    Returns:
+        Whether some of it is new: what was stored of this slide before is gone.
     """
     provenance = {
         "kind": "mask",
@@ -232,29 +254,33 @@ def create_mask(
         "mpp": working.mpp,
         "level": working.level,
         "downsample": working.downsample,
-        "settings": to_dict(settings) | {"models": settings.names},
+        "settings": settings.decisive() | {"models": settings.names},
     }
     size = (working.height, working.width)
     common: Any = {"mpp": working.mpp, "attributes": provenance}
     common |= {"region": settings.options.region}
     mask, classes = mask_uri(out, slide), settings.classes
-    if omezarr.read_attributes(mask) != provenance:
-        if settings.options.clean:
-            raw = raw_uri(out, slide)
-            omezarr.create_labels(raw, *size, classes=classes, name=slide, **common)
+    new = []
+    if settings.options.clean:
+        raw = raw_uri(out, slide)
+        made = omezarr.create_labels(raw, *size, classes=classes, name=slide, **common)
+        new.append(made)
+    new.append(
         omezarr.create_labels(mask, *size, classes=classes, name=slide, **common)
+    )
     if settings.options.prediction.probabilities:
         uri = probabilities_uri(out, slide)
         channels = list(zip(classes.names, classes.colors, strict=True))
-        if omezarr.read_attributes(uri) != provenance:
-            omezarr.create_image(
-                uri, *size, channels=channels, fill_value=0, name=slide, **common
-            )
+        made = omezarr.create_image(
+            uri, *size, channels=channels, fill_value=0, name=slide, **common
+        )
+        new.append(made)
     if settings.layers:
         omezarr.list_labels(mask, settings.layers)
     for layer in settings.layers:
-        uri = layer_uri(out, slide, layer)
-        if omezarr.read_attributes(uri) != provenance:
-            omezarr.create_labels(
-                uri, *size, classes=LAYERS[layer], name=layer, source="../../", **common
-            )
+        uri, means = layer_uri(out, slide, layer), LAYERS[layer]
+        made = omezarr.create_labels(
+            uri, *size, classes=means, name=layer, source="../../", **common
+        )
+        new.append(made)
+    return any(new)

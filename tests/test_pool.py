@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from medray.errors import MedrayError
-from medray.pool import Pool, poll
+from medray.pool import LostError, Pool, poll
 
 # The workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -79,7 +79,7 @@ def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
     assert sorted(i for i, _ in found) == list(range(24))
     for i, result in found:
         if i in poison:
-            assert isinstance(result, ray.exceptions.RayError)
+            assert isinstance(result, LostError)
             assert len(pids(tmp_path, i)) <= 3
         else:
             assert result == 2 * i

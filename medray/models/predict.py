@@ -69,12 +69,14 @@ class RegionClasses:
             all classes alike; None unless asked for.
         disagreement: (height, width) uint8, 1 where a window of this region that covers
             the pixel sees another class than the mask's; None unless asked for.
+        finite: Whether all scores were finite numbers; if not the rest means nothing.
     """
 
     labels: UInt8
     probabilities: UInt8 | None = None
     uncertainty: UInt8 | None = None
     disagreement: UInt8 | None = None
+    finite: bool = True
 
 
 def choose_device() -> torch.device:
@@ -347,8 +349,11 @@ class Predictor:
 
 
 def _add(windows: _Windows, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    # One number a window tells whether all are finite: NaN and infinity carry over.
+    sums = scores.sum((1, 2, 3), dtype=torch.float32)
     for i, (canvas, row, column) in enumerate(windows):
         canvas.add(row, column, scores[i], labels[i])
+        canvas.sums.append(sums[i])
 
 
 class _Network:
@@ -433,6 +438,7 @@ class _Canvas:
         self._scores = (
             torch.zeros((classes, *area), device=device) if keep_scores else None
         )
+        self.sums: list[torch.Tensor] = []
         self._seen: list[tuple[Rectangle, torch.Tensor]] = []
         self._fetched: dict[str, torch.Tensor] = {}
         self._arrived: torch.cuda.Event | None = None
@@ -491,6 +497,9 @@ class _Canvas:
     def fetch(self) -> None:
         """Start to bring what has become of the region back from the device."""
         layers = {"labels": self._labels}
+        if self.sums:
+            layers["finite"] = torch.isfinite(torch.stack(self.sums).sum())
+            self.sums.clear()
         if self._scores is not None and self._how.probabilities:
             layers["probabilities"] = _as_uint8(self._scores)
         if self._scores is not None and self._how.quality:
@@ -512,7 +521,8 @@ class _Canvas:
         if self._arrived is not None:
             self._arrived.synchronize()
         layers = {name: layer.numpy() for name, layer in self._fetched.items()}
-        return RegionClasses(**layers)
+        finite = bool(layers.pop("finite", True))
+        return RegionClasses(**layers, finite=finite)
 
 
 def _common(

@@ -27,7 +27,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, ObjectStore, WrapperStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore
 
 from medray.classes import Classes
 from medray.errors import FormatError
@@ -53,6 +53,7 @@ _COMPRESSOR = ZstdCodec(level=1, checksum=False)
 # side / 2^k, so that no two regions share one. Coarser levels, 1/64 of the pixels, have
 # large shards again and are built when the slide is complete.
 _AT_ONCE = 3
+_GROUP = "zarr.json"
 
 
 class _Recorded(WrapperStore[Any]):
@@ -192,19 +193,86 @@ def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
     return label | ({"source": {"image": source}} if source else {})
 
 
+ROOT = "merkle_root"
+"""Key in a group's `medray` attributes: what `seal` found. Absent until then."""
+
+
 def _create(
     uri: str,
     shapes: list[tuple[int, ...]],
     attributes: dict[str, Any],
     region: int,
     fill_value: int,
-) -> None:
-    files.remove(uri)
+) -> bool:
+    """Write the metadata of an empty OME-Zarr, or mend it where it is damaged."""
+    stored: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(stored), zarr_format=3)
+    _create_arrays(group, shapes, region=region, fill_value=fill_value)
+    group.attrs.put(attributes)
+    wanted = {name: value.to_bytes() for name, value in stored.items()}
+    top = wanted.pop(_GROUP)
+    same = read_attributes(uri) == attributes["medray"]
+    if not same:
+        files.remove(uri)
+    for name, data in wanted.items():
+        place = files.join(uri, name)
+        if not same or not files.exists(place) or files.read_bytes(place) != data:
+            files.write_bytes(place, data)
+    if not same:
+        files.write_bytes(files.join(uri, _GROUP), top)
+    return not same
+
+
+def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
+    """Complete an OME-Zarr: remove what nobody recorded, and write its Merkle root.
+
+    Args:
+        uri: The OME-Zarr; all its shards are stored.
+        digests: Of its shards, by path below `uri`.
+
+    Returns:
+        Digests of all its files, and the Merkle root, which is written to its
+        attributes: see `merkle_root`; the group's own zarr.json, which holds it, is
+        left out of it.
+
+    Raises:
+        StoreError: The place cannot be read or written.
+    """
+    found = dict(digests)
+    for name in files.list_files(uri):
+        if name.rpartition("/")[2] == _GROUP:
+            found[name] = content_digest(files.read_bytes(files.join(uri, name)))
+        elif name not in digests:
+            files.remove(files.join(uri, name))
+    found.pop(_GROUP)
+    root = merkle_root(found)
+    group = open_group(uri, mode="r+")
+    attributes: Any = group.attrs["medray"]
     with files.answered(uri, "written"):
-        group = zarr.create_group(**_store(uri, read_only=False), zarr_format=3)
-        _create_arrays(group, shapes, region=region, fill_value=fill_value)
-        group.attrs.put(attributes)
+        if attributes.get(ROOT) != root:
+            group.attrs["medray"] = attributes | {ROOT: root}
         _written(group, uri)
+    found[_GROUP] = content_digest(files.read_bytes(files.join(uri, _GROUP)))
+    return found, root
+
+
+def merkle_root(digests: Digests) -> str:
+    """Name a folder by its files.
+
+    A file is named by its digest, a folder by the BLAKE2b digest of its entries' lines
+    `DIGEST NAME`, sorted by name (Merkle 1987; as Git names trees).
+    """
+    folders: dict[str, Digests] = {}
+    lines: Digests = {}
+    for path, digest in digests.items():
+        first, slash, rest = path.partition("/")
+        if slash:
+            folders.setdefault(first, {})[rest] = digest
+        else:
+            lines[first] = digest
+    lines |= {name: merkle_root(inner) for name, inner in folders.items()}
+    text = "".join(f"{digest} {name}\n" for name, digest in sorted(lines.items()))
+    return content_digest(text.encode())
 
 
 def _create_arrays(
@@ -241,13 +309,13 @@ def create_image(
     channels: Sequence[tuple[str, str]] = RGB,
     fill_value: int = 255,
     region: int = REGION,
-) -> None:
+) -> bool:
     """Create an empty image (channel, y, x).
 
     The attributes come last: a group that has them has all its arrays.
 
     Args:
-        uri: Folder of the OME-Zarr; replaced if it is there.
+        uri: Folder of the OME-Zarr; kept if it has these attributes, else replaced.
         height: Pixels of level 0.
         width: Pixels of level 0.
         mpp: Microns per pixel of level 0; None when unknown.
@@ -256,6 +324,9 @@ def create_image(
         channels: Name and #rrggbb of each channel.
         fill_value: What never written pixels read as: white for a slide.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+
+    Returns:
+        Whether it is new; what was there before is gone then.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -264,7 +335,7 @@ def create_image(
         "omero": _omero(name, channels),
     }
     cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
-    _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
+    return _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
 
 
 def create_labels(
@@ -278,13 +349,13 @@ def create_labels(
     attributes: Any,
     source: str | None = None,
     region: int = REGION,
-) -> None:
+) -> bool:
     """Create an empty label image; what is never written is background.
 
     The attributes come last: a group that has them has all its arrays.
 
     Args:
-        uri: Folder of the OME-Zarr; replaced if it is there.
+        uri: Folder of the OME-Zarr; kept if it has these attributes, else replaced.
         height: Pixels of level 0.
         width: Pixels of level 0.
         mpp: Microns per pixel of level 0; None when unknown.
@@ -293,6 +364,9 @@ def create_labels(
         attributes: Stored under the key `medray`.
         source: Relative path to the image that is labelled, if it is near.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+
+    Returns:
+        Whether it is new; what was there before is gone then.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -300,7 +374,7 @@ def create_labels(
         "multiscales": _multiscales(len(shapes), mpp, "labels", name),
         "image-label": _image_label(classes, source),
     }
-    _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
+    return _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
 
 
 def list_labels(uri: str, names: Sequence[str]) -> None:
@@ -442,11 +516,27 @@ def build_pyramid(uri: str) -> Digests:
 
 
 def read_attributes(uri: str) -> Any:
-    """Give what was stored under the key `medray`; None when nothing is there."""
+    """Give what was stored under the key `medray`, the Merkle root apart.
+
+    Returns:
+        None when nothing is there.
+    """
     try:
-        return open_group(uri).attrs.get("medray")
+        stored: Any = open_group(uri).attrs.get("medray")
     except FormatError:
         return None
+    if not isinstance(stored, dict):
+        return None
+    return {key: value for key, value in stored.items() if key != ROOT}
+
+
+def read_root(uri: str) -> str | None:
+    """Give the Merkle root that `seal` wrote; None when there is none."""
+    try:
+        stored: Any = open_group(uri).attrs.get("medray")
+    except FormatError:
+        return None
+    return stored.get(ROOT) if isinstance(stored, dict) else None
 
 
 def open_mask(uri: str, level: int = 0) -> da.Array:
