@@ -87,6 +87,24 @@ def _evaluate(args: argparse.Namespace) -> Any:
     return evaluate(args.run_folder, truth=args.truth, out=args.out, split=args.split)
 
 
+def _verify(args: argparse.Namespace) -> Any:
+    from medray.verify import verify
+
+    return verify(args.run_folder)
+
+
+def _gc(args: argparse.Namespace) -> Any:
+    from medray.verify import collect
+
+    return collect(args.run_folder, dry_run=args.dry_run)
+
+
+def _diff(args: argparse.Namespace) -> Any:
+    from medray.verify import diff
+
+    return diff(args.run_folder, args.other)
+
+
 def _demo(args: argparse.Namespace) -> Any:
     from medray.demo import demo
 
@@ -179,6 +197,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
+
+    sub = command("verify", _verify, "read a run against the digests of its commits")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer")
+
+    sub = command("gc", _gc, "remove what crashed runs left, and nothing else")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer")
+    sub.add_argument("--dry-run", action="store_true", help="only tell")
+
+    sub = command("diff", _diff, "which regions of two runs differ")
+    sub.add_argument("run_folder", metavar="RUN_A", help="from infer")
+    sub.add_argument("other", metavar="RUN_B", help="from infer, of the same classes")
 
     command("conformance", _conformance, "check that stitching can be trusted here")
     return parser
@@ -319,6 +348,15 @@ def _in_words(command: str, values: dict[str, Any]) -> str:
             + ("" if c["passed"] else f": {c['found']}")
             for c in values["checks"]
         )
+    if "verified" in values:
+        return _verified_in_words(values)
+    if "removed" in values:
+        verb = "would remove" if values["dry_run"] else "removed"
+        lines = [f"{verb}  {path}" for path in values["removed"]]
+        size = f"{values['bytes'] / 2**20:.1f} MiB"
+        return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
+    if "agreement" in values:
+        return _difference_in_words(values)
     if "f1" in values:
         score = (
             "none (no foreground)" if values["f1"] is None else f"{values['f1']:.4f}"
@@ -342,6 +380,34 @@ def _in_words(command: str, values: dict[str, Any]) -> str:
         lines.append(
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
+    return "\n".join(lines)
+
+
+def _verified_in_words(values: dict[str, Any]) -> str:
+    failed = values["failed"]
+    lines = [f"damaged  {slide}: {why}" for slide, why in failed.items()]
+    lines.append(
+        f"verify: {values['verified']} slides are as they were committed, "
+        f"{len(failed)} damaged, {values['files']} files read"
+    )
+    if failed and values["noted"]:
+        lines.append("run the same `medray infer` again to repair them")
+    return "\n".join(lines)
+
+
+def _difference_in_words(values: dict[str, Any]) -> str:
+    lines = [f"only     {slide}: {why}" for slide, why in values["only"].items()]
+    for slide, regions in values["changed"].items():
+        for (y, x, height, width), pixels in regions:
+            where = f"y={y} x={x} {height} x {width}"
+            lines.append(f"changed  {slide} {where}: {pixels} pixels")
+    for row in values["agreement"]:
+        f1 = "none" if row["f1"] is None else f"{row['f1']:.5f}"
+        pixels = f"{row['px']} and {row['other_px']} pixels"
+        lines.append(f"class    {row['class']}: F1 {f1}, {pixels}")
+    lines.append(
+        f"diff: {values['compared']} slides compared, {len(values['changed'])} differ"
+    )
     return "\n".join(lines)
 
 

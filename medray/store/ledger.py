@@ -70,6 +70,7 @@ class Ledger:
         self._finished: list[str] = []
         self._flushed_at = self._table_at = time.monotonic()
         self._table_dirty = False
+        self._rewrite = False
 
     def commit_region(self, key: str, index: int, region: Row) -> None:
         """Record that a region's shard is stored; at most 0.5 s until it is durable."""
@@ -92,6 +93,17 @@ class Ledger:
         del self.slides[slide]
         self._table_dirty = True
 
+    def reopen(self, slide: str, digest: str, regions: dict[int, Row]) -> None:
+        """Stop counting a slide as done, and all but some of its regions as committed.
+
+        Durable with the next flush.
+        """
+        self.regions[slide_key(slide, digest)] = regions
+        # Regions that are forgotten cannot be noted, only left out of a new journal.
+        self._rewrite = True
+        if slide in self.slides:
+            self.forget_slide(slide)
+
     def _flush_journal(self) -> None:
         if self._pending:
             part = 1 + max(self._parts, default=0)
@@ -106,7 +118,7 @@ class Ledger:
 
     def _compact(self) -> None:
         """Write the journal anew as one part, with unfinished slides only."""
-        old, self._parts = self._parts, [max(self._parts)]
+        old, self._parts = self._parts, [max(self._parts, default=0)]
         self._pending = [
             _line(key, index, region)
             for key, regions in self.regions.items()
@@ -119,6 +131,9 @@ class Ledger:
 
     def flush(self) -> None:
         """Make everything recorded so far durable."""
+        if self._rewrite:
+            self._compact()
+            self._rewrite = False
         self._flush_journal()
         if self._table_dirty:
             start = time.monotonic()

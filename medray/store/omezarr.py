@@ -49,22 +49,35 @@ Digests = dict[str, str]
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
 # in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
 _COMPRESSOR = ZstdCodec(level=1, checksum=False)
-# Levels that the writer of a region fills at once: in level k a shard is a region's
-# side / 2^k, so that no two regions share one. Coarser levels, 1/64 of the pixels, have
-# large shards again and are built when the slide is complete.
-_AT_ONCE = 3
+AT_ONCE = 3
+"""Levels that the writer of a region fills at once: in level k a shard is a region's
+side / 2^k, so that no two regions share one. Coarser levels, 1/64 of the pixels, have
+large shards again and are built when the slide is complete."""
 _GROUP = "zarr.json"
 
 
-class _Recorded(WrapperStore[Any]):
-    """A store that notes the digest of everything that is written to it."""
+class _Writer(WrapperStore[Any]):
+    """A store of which whole shards are written, with a note of their digests.
+
+    A shard at the slide's border is only partly within its array, so zarr would read
+    what is stored there and merge: one request more, and an error if that is damaged.
+    Shards are always written whole, so here none is there to be read.
+    """
 
     def __init__(self, store: Store, digests: Digests | None = None) -> None:
         super().__init__(store)
         self.digests: Digests = {} if digests is None else digests
 
-    def _with_store(self, store: Store) -> _Recorded:
-        return _Recorded(store, self.digests)
+    def _with_store(self, store: Store) -> _Writer:
+        return _Writer(store, self.digests)
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Buffer | None:
+        if _is_shard(key):
+            return None
+        return await super().get(key, *args, **kwargs)
+
+    def get_sync(self, key: str, **kwargs: Any) -> Buffer | None:
+        return None if _is_shard(key) else super().get_sync(key, **kwargs)
 
     async def set(self, key: str, value: Buffer) -> None:
         await super().set(key, value)
@@ -86,6 +99,10 @@ class _Recorded(WrapperStore[Any]):
         self.digests[key] = content_digest(value.to_bytes())
 
 
+def _is_shard(key: str) -> bool:
+    return "/c/" in key
+
+
 def content_digest(data: bytes) -> str:
     """Name bytes: 32 hex digits of BLAKE2b (RFC 7693)."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -93,11 +110,13 @@ def content_digest(data: bytes) -> str:
 
 def _store(uri: str, *, read_only: bool) -> dict[str, Any]:
     """Give the store and the path in it, as zarr's functions want them."""
+    inner: Any
     if files.is_local(uri):
-        return {"store": _Recorded(LocalStore(uri, read_only=read_only)), "path": ""}
-    store, path = files.object_store(uri)
-    inner: Any = ObjectStore(store, read_only=read_only)
-    return {"store": _Recorded(inner), "path": path}
+        inner, path = LocalStore(uri, read_only=read_only), ""
+    else:
+        store, path = files.object_store(uri)
+        inner = ObjectStore(store, read_only=read_only)
+    return {"store": inner if read_only else _Writer(inner), "path": path}
 
 
 def _written(group: zarr.Group, uri: str) -> Digests:
@@ -280,7 +299,7 @@ def _create_arrays(
 ) -> None:
     for level, shape in enumerate(shapes):
         lead = shape[:-2]
-        shard = region >> level if level < _AT_ONCE else region
+        shard = region >> level if level < AT_ONCE else region
         chunk = next(
             shard // n for n in range(-(-shard // PATCH), shard) if not shard % n
         )
@@ -414,7 +433,7 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
     """
     group = open_group(uri, mode="r+")
     with files.answered(f"{uri}: {region}", "written"):
-        for level in range(min(_AT_ONCE, _levels(group))):
+        for level in range(min(AT_ONCE, _levels(group))):
             array = _array(group, level)
             side = (array.shards or array.chunks)[-1]
             y, x = region.y >> level, region.x >> level
@@ -500,10 +519,10 @@ def build_pyramid(uri: str) -> Digests:
     Raises:
         StoreError: The place cannot be read or written.
     """
-    group = open_group(uri, mode="r+")
+    group, made = open_group(uri, mode="r+"), open_group(uri)
     with files.answered(uri, "written"):
-        for level in range(_AT_ONCE, _levels(group)):
-            below, target = _array(group, level - 1), _array(group, level)
+        for level in range(AT_ONCE, _levels(group)):
+            below, target = _array(made, level - 1), _array(group, level)
             height, width = target.shape[-2:]
             side = (target.shards or target.chunks)[-1]
             for region in plan_regions(height, width, side):

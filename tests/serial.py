@@ -1,0 +1,78 @@
+"""A run in one process and one loop: what the distributed run must equal."""
+
+from pathlib import Path
+
+from medray.commit import Commit, changed_slides
+from medray.grid import Rectangle, region_windows
+from medray.infer import _plan_one, _slide_row, settings_of, slides_within
+from medray.models.predict import Predictor, RegionPixels
+from medray.plan import wanted_windows
+from medray.progress import Progress
+from medray.region import finish_slide, read_region, write_region
+from medray.run import Options, open_run
+from medray.slides.listing import find_slides
+from medray.store.ledger import Ledger
+
+
+class CrashError(Exception):
+    """The process is gone; what it had not written is lost."""
+
+
+def infer(
+    slides: Path,
+    predictor: Predictor,
+    model: Path,
+    out: Path,
+    options: Options,
+    crash_after: int = -1,
+) -> Commit:
+    """Do what is missing of a run; die after so many regions, if that is not below 0."""
+    settings = settings_of([str(model)], options)
+    run = str(out)
+    open_run(run, settings)
+    ledger = Ledger(run)
+    wanted, areas = slides_within(find_slides([str(slides)]), options.within)
+    commit = Commit(ledger, _slide_row)
+    progress = Progress("serial", len(wanted))
+    committed = {key: sorted(found) for key, found in ledger.regions.items()}
+
+    def note(row: dict) -> None:
+        nonlocal crash_after
+        header = commit.take(row, progress)
+        if header is not None:
+            commit.finished(header, finish_slide(settings, run, header), progress)
+        if "record" in row:
+            crash_after -= 1
+            if crash_after == -1:
+                raise CrashError
+
+    if crash_after == 0:
+        raise CrashError
+    for row in changed_slides(wanted, ledger, areas):
+        header, regions = _plan_one(row, settings, run, committed)
+        if not regions:
+            note(header)
+        for region in regions:
+            todo, pixels = read_region(header | region, settings)
+            layers = {}
+            if pixels is not None:
+                layers = _predict(predictor, todo, pixels, settings)
+            if "error" not in todo:
+                todo = write_region(todo, layers, settings, run)
+            note(todo)
+    commit.close(progress)
+    ledger.close()
+    return commit
+
+
+def _predict(predictor: Predictor, row: dict, pixels, settings) -> dict:
+    size = (row["height"], row["width"])
+    windows, how = settings.windows, settings.options.prediction
+    plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
+    source = RegionPixels(pixels, plan, *size, wanted_windows(row, settings))
+    (result,) = predictor.predict([source])
+    layers = {
+        name: getattr(result, name)
+        for name in ("labels", "probabilities", "uncertainty", "disagreement")
+    }
+    return {name: layer for name, layer in layers.items() if layer is not None}
