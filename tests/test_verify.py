@@ -260,14 +260,14 @@ def test_runs_differ_where_they_differ(run, tmp_path: Path) -> None:
     assert all(row["f1"] in (1.0, None) for row in found.agreement)
     # Another mask in one region.
     mask = omezarr.open_level(mask_uri(str(same), "s1"))
-    part = np.asarray(mask[512:1024, 0:512])
+    part = np.asarray(mask[512:700, 0:512])
     changed = part.copy()
     changed[:100, :100] = 1 - changed[:100, :100]
     omezarr.write_region(
-        mask_uri(str(same), "s1"), Rectangle(512, 0, 512, 512), changed
+        mask_uri(str(same), "s1"), Rectangle(512, 0, 188, 512), changed
     )
     found = diff(str(out), str(same))
-    assert found.changed == {"s1": [([512, 0, 512, 512], 10000)]}
+    assert found.changed == {"s1": [([512, 0, 188, 512], 10000)]}
     one = np.asarray(omezarr.open_level(mask_uri(str(out), "s1")))
     two = np.asarray(omezarr.open_level(mask_uri(str(same), "s1")))
     total = sum(

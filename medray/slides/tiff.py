@@ -27,6 +27,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 # A tile or strip that decodes to more than this is a bomb, not a slide.
 _MAX_SEGMENT_BYTES = 1 << 30
+_JPEG_END = b"\xff\xd9"
 _MICRONS = {
     "m": 1e6,
     "cm": 1e4,
@@ -117,6 +118,12 @@ class TiffSlide(Slide):
         options = {}
         if frame.compression in (6, 7, 34892, 33007):
             options = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
+            # libjpeg fills up what is missing with grey, and only warns.
+            if data and frame.jpegheader is None and _JPEG_END not in data[-64:]:
+                raise SlideError(
+                    f"{self.uri}: segment {index} of level {level} is a JPEG without "
+                    f"an end; the file is damaged there"
+                )
         try:
             segment, place, shape = frame.decode(data, index, **options)
         except Exception as error:  # codecs raise exceptions of many kinds

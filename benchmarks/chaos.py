@@ -1,0 +1,337 @@
+"""Kill something at a random moment, look at what is left, finish it, and again.
+
+Each round runs `medray infer` on a cluster of two nodes of this machine and kills, at a
+moment drawn from a seed: a process that reads, one that writes, one that predicts, one
+that plans, a node, the driver, or everything. Then it is run again, if it did not go on
+by itself, and the outputs must be byte for byte those of an undisturbed run, nothing
+that was committed may be computed again, and no file may be left over.
+
+Work is counted by shards: each write is a new inode, so none escapes. What may be done
+twice is what was under way: two packets of each lane that was lost, or of all lanes
+when the driver was.
+
+Run: python benchmarks/chaos.py --rounds 100
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from medray import budget
+from medray.classes import Classes
+from medray.grid import Windows
+from medray.models.config import Architecture, ModelConfig
+from medray.models.folder import save_model
+from medray.models.segmenters import build_segmenter
+from medray.store.ledger import Ledger
+from medray.synth import draw_scene, write_slide
+
+KINDS = ("reader", "writer", "lane", "planner", "node", "driver", "everything")
+TITLES = {
+    "reader": b"ray::RegionIO.read",
+    "writer": b"ray::RegionIO.write",
+    "lane": b"ray::Lane",
+    "planner": b"ray::SlideWorker",
+}
+PACKET = 8  # regions, without GPUs
+
+
+class Nodes:
+    """A cluster of two nodes, which can be broken and mended."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.cluster = Cluster()
+        self.head = self._add()
+        self.second = self._add()
+
+    def _add(self):
+        size = {"num_cpus": 2, "object_store_memory": 200 << 20, "memory": 6 << 30}
+        return self.cluster.add_node(**size)
+
+    def lose_one(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def mend(self) -> None:
+        self.second = self._add()
+
+    def lose_all(self) -> None:
+        for node in (self.head, self.second):
+            for process in node.live_processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process[1].pid, signal.SIGKILL)
+        for pid in titled(b"ray::"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(Exception):
+            self.cluster.shutdown()
+
+
+def titled(start: bytes) -> list[int]:
+    """Give the processes whose title begins so."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(
+                start
+            ):
+                found.append(int(entry.name))
+    return found
+
+
+class Writes:
+    """Counts the writes of level-0 shards while it watches: by path, by inode."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._seen = out, set()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "Writes":
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self._look()
+
+    def _look(self) -> None:
+        for folder in self._out.glob("masks/*.ome.zarr/0/c/*"):
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(folder):
+                    if "partial" not in entry.name:
+                        self._seen.add((entry.path, entry.inode()))
+
+    @property
+    def repeated(self) -> int:
+        """How many writes were of a shard that had been written before."""
+        return len(self._seen) - len({path for path, _ in self._seen})
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    found = (path for path in sorted(out.rglob("*")) if path.is_file())
+    named = {str(path.relative_to(out)): path for path in found}
+    return {name: p.read_bytes() for name, p in named.items() if name[:5] == "masks"}
+
+
+def strays(out: Path) -> list[str]:
+    """Give files that a finished run has no use for."""
+    known = ("masks/", "commits/", "run.yaml", "slides.parquet")
+    names = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
+    return [n for n in names if not n.startswith(known) or "partial" in n]
+
+
+def committed(out: Path) -> int:
+    """How many regions are committed, of slides under way and of finished ones."""
+    with contextlib.suppress(FileNotFoundError):
+        ledger = Ledger(str(out))
+        done = {s: r for s, r in ledger.slides.items() if r["status"] == "done"}
+        finished = sum(row["regions"] for row in done.values())
+        return finished + sum(
+            len(regions)
+            for key, regions in ledger.regions.items()
+            if key.split("@")[0] not in done
+        )
+    return 0
+
+
+class Round:
+    """One run, disturbed or not."""
+
+    def __init__(self, folder: Path, out: Path, nodes: Nodes) -> None:
+        self.folder, self.out, self.nodes = folder, out, nodes
+
+    def start(self) -> subprocess.Popen:
+        command = [sys.executable, "-m", "medray.cli", "infer", "--json"]
+        command += [str(self.folder / "slides"), "--model", str(self.folder / "model")]
+        command += ["--out", str(self.out), "--region", "512", "--everywhere"]
+        return subprocess.Popen(
+            command,
+            env=os.environ | {"RAY_ADDRESS": self.nodes.cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen) -> dict:
+        stdout, stderr = process.communicate(timeout=600)
+        if process.returncode:
+            raise SystemExit(f"{self.out}: exit {process.returncode}\n{stderr[-4000:]}")
+        return json.loads(stdout.splitlines()[-1])
+
+    def kill(self, kind: str, process: subprocess.Popen) -> bool:
+        """Kill what is to be killed; False when the run ended before that."""
+        if kind in TITLES:
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and process.poll() is None:
+                if pids := titled(TITLES[kind]):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(random.choice(pids), signal.SIGKILL)
+                        return True
+                time.sleep(0.002)
+            return False
+        if process.poll() is not None:
+            return False
+        if kind == "node":
+            self.nodes.lose_one()
+        elif kind == "driver":
+            process.kill()
+        else:
+            process.kill()
+            self.nodes.lose_all()
+        return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--slides", type=int, default=4)
+    parser.add_argument("--record", help="file for the record (JSON)")
+    args = parser.parse_args()
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    random.seed(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        record = _chaos(Path(name), args)
+    if args.record:
+        Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["certificate"], indent=1))
+    raise SystemExit(0 if record["certificate"]["holds"] else 1)
+
+
+def _chaos(folder: Path, args: argparse.Namespace) -> dict:
+    for seed in range(args.slides):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(folder / "slides", f"s{seed}", scene, layout="pyramid")
+    _write_model(folder / "model")
+    nodes = Nodes()
+    undisturbed = Round(folder, folder / "undisturbed", nodes)
+    for _ in range(2):  # the second time everything is in the caches
+        subprocess.run(["rm", "-rf", undisturbed.out])
+        begun = time.monotonic()
+        process = undisturbed.start()
+        while process.poll() is None and not committed(undisturbed.out):
+            time.sleep(0.1)
+        first = time.monotonic() - begun
+        total = undisturbed.finish(process)["regions"]
+        last = time.monotonic() - begun
+    expected = outputs(undisturbed.out)
+    print(
+        f"seed {args.seed}: {total} regions, first committed after {first:.1f} s of "
+        f"{last:.1f} s undisturbed",
+        flush=True,
+    )
+    rounds: list[dict] = []
+    tries = 0
+    while len(rounds) < args.rounds and tries < 3 * args.rounds:
+        tries += 1
+        kind = KINDS[len(rounds) % len(KINDS)]
+        one = Round(folder, folder / f"round{tries}", nodes)
+        told = _one_round(one, kind, (0.5 * first, last), total, expected)
+        subprocess.run(["rm", "-rf", one.out])
+        if told is None:
+            continue
+        rounds.append({"round": len(rounds) + 1} | told)
+        print(json.dumps(rounds[-1]), flush=True)
+    nodes.lose_all()
+    good = [r for r in rounds if r["identical"] and not r["strays"] and r["bounded"]]
+    certificate = {
+        "date": datetime.date.today().isoformat(),
+        "seed": args.seed,
+        "rounds": len(rounds),
+        "kills": dict(Counter(r["killed"] for r in rounds)),
+        "identical": sum(r["identical"] for r in rounds),
+        "committed_computed_again": sum(r["committed_again"] for r in rounds),
+        "shards_written_again": sum(r["repeated"] for r in rounds),
+        "most_written_again": max(r["repeated"] for r in rounds),
+        "most_in_flight": 2 * budget.PACKETS * PACKET,
+        "strays": sum(len(r["strays"]) for r in rounds),
+        "holds": len(good) == len(rounds) == args.rounds,
+    }
+    return {"certificate": certificate, "rounds": rounds}
+
+
+def _one_round(
+    one: Round,
+    kind: str,
+    span: tuple[float, float],
+    total: int,
+    expected: dict[str, bytes],
+) -> dict | None:
+    moment = random.uniform(*span)
+    begun = time.monotonic()
+    with Writes(one.out) as writes:
+        process = one.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        if not one.kill(kind, process):
+            one.finish(process)
+            return None
+        stands = kind not in ("driver", "everything")
+        at_kill = committed(one.out)
+        if stands:
+            summary = one.finish(process)
+            again = 0
+            if kind == "node":
+                one.nodes.mend()
+        else:
+            process.communicate()
+            if kind == "everything":
+                ray.shutdown()
+                one.nodes.start()
+            at_kill = committed(one.out)
+            summary = one.finish(one.start())
+            # What the second run computed, less what was missing.
+            again = summary["regions"] - (total - at_kill)
+    lanes = 2 if kind in ("driver", "everything", "node") else 1
+    return {
+        "killed": kind,
+        "moment_s": round(moment, 2),
+        "committed_at_kill": at_kill,
+        "went_on_by_itself": stands,
+        "committed_again": again,
+        "repeated": writes.repeated,
+        "bounded": again == 0 and writes.repeated <= lanes * budget.PACKETS * PACKET,
+        "identical": outputs(one.out) == expected and summary["failed"] == {},
+        "strays": strays(one.out),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def _write_model(folder: Path) -> None:
+    """A model of random weights: noise, but always the same noise."""
+    torch.manual_seed(7)
+    architecture = Architecture("unet", "resnet18")
+    config = ModelConfig(
+        architecture=architecture,
+        classes=Classes(),
+        window=Windows(128, 96),
+        mpp=0.5,
+    )
+    save_model(str(folder), config, build_segmenter(architecture, 2), {"f1": None})
+
+
+if __name__ == "__main__":
+    main()

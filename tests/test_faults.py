@@ -1,0 +1,281 @@
+"""Faults of files, disks and people, in runs of their own processes.
+
+Everything is real but the bugs of the decoder, which come from tests/faulty.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+
+from medray.synth import draw_scene, write_slide
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+FAULTY = Path(__file__).parent / "faulty"
+
+
+def start(
+    slides: Path, model: Path, out: Path, *more: str, faulty: bool = False
+) -> subprocess.Popen[str]:
+    """Run `medray infer` with a Ray of its own, in a process group of its own."""
+    command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
+    command += ["--model", str(model), "--out", str(out), "--region", "512", *more]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    if faulty:
+        environment["PYTHONPATH"] = str(FAULTY)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def answer(process: subprocess.Popen[str], timeout: float = 400) -> dict:
+    stdout, stderr = process.communicate(timeout=timeout)
+    assert stdout, stderr[-3000:]
+    return json.loads(stdout.splitlines()[-1])
+
+
+def masks(out: Path) -> dict[str, bytes]:
+    paths = (path for path in sorted(out.glob("masks/**/*")) if path.is_file())
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+def committed(out: Path) -> int:
+    return sum(p.read_text().count("\n") for p in out.glob("journal/*.jsonl"))
+
+
+def wait_for_commits(process: subprocess.Popen[str], out: Path, regions: int) -> None:
+    for _ in range(1200):
+        if committed(out) >= regions:
+            return
+        assert process.poll() is None, "it ended before anything was committed"
+        time.sleep(0.1)
+    raise AssertionError("nothing is committed")
+
+
+def write_marked(folder: Path, name: str, mark: bytes, level: int) -> None:
+    """Write a pyramid of raw tiles, one of which holds a mark."""
+    pixels = draw_scene(3, height=1024, width=1024).pixels.copy()
+    coarse = pixels[::4, ::4].copy()
+    row = np.frombuffer(mark.ljust(9, b"."), np.uint8).reshape(3, 3)
+    (coarse if level else pixels)[200, 200:203] = row
+    options = {
+        "photometric": "rgb",
+        "tile": (256, 256),
+        "resolution": (2e4, 2e4),
+        "resolutionunit": "CENTIMETER",
+        "metadata": None,
+    }
+    with tifffile.TiffWriter(folder / f"{name}.tif") as tiff:
+        tiff.write(pixels, subifds=1, **options)
+        tiff.write(coarse, subfiletype=1, **options)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    for seed in range(3):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(folder, f"s{seed}", scene, layout="pyramid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(slides: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    summary = answer(start(slides, model, out))
+    assert (summary["done"], summary["failed"]) == (3, {})
+    return masks(out), summary["regions"]
+
+
+def test_slides_that_end_hang_or_bloat_their_reader_are_quarantined(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for seed in range(2):
+        scene = draw_scene(seed, height=700, width=900)
+        write_slide(folder, f"good{seed}", scene, layout="pyramid")
+    write_marked(folder, "crashes", b"<CRASH>", 0)
+    write_marked(folder, "crashes_opened", b"<CRASH>", 1)
+    write_marked(folder, "hangs", b"<HANG>", 0)
+    write_marked(folder, "hangs_opened", b"<HANG>", 1)
+    write_marked(folder, "eats", b"<EAT>", 0)
+    out = tmp_path / "run"
+    process = start(folder, model, out, "--patience", "15", faulty=True)
+    summary = answer(process, 600)
+    assert process.returncode == 3
+    assert summary["done"] == 2
+    failed = summary["failed"]
+    assert set(failed) == {"crashes", "crashes_opened", "hangs", "hangs_opened", "eats"}
+    rows = {r["slide"]: r for r in pq.read_table(out / "slides.parquet").to_pylist()}
+    for name, why in failed.items():
+        assert f"{name}.tif" in why
+        assert rows[name]["message"] == why
+        if name != "eats":
+            assert "quarantined" in why
+    assert "no answer" in failed["hangs"]
+    assert "no answer" in failed["hangs_opened"]
+    assert "died" in failed["crashes"]
+    # What is good is what it is without the others.
+    for name in failed:
+        (folder / f"{name}.tif").unlink()
+    alone = answer(start(folder, model, tmp_path / "alone"))
+    assert alone["done"] == 2
+    good = {k: v for k, v in masks(out).items() if "good" in k}
+    assert good == masks(tmp_path / "alone")
+
+
+def test_a_model_that_gives_no_numbers_is_said(
+    slides: Path, tmp_path: Path, model: Path
+) -> None:
+    import safetensors.torch
+
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    state = safetensors.torch.load_file(broken / "weights.safetensors")
+    state["encoder.conv1.weight"] *= 1e38
+    safetensors.torch.save_file(state, broken / "weights.safetensors")
+    process = start(slides, broken, tmp_path / "run")
+    summary = answer(process)
+    assert process.returncode == 3
+    assert set(summary["failed"]) == {"s0", "s1", "s2"}
+    assert all("NaN or infinity" in why for why in summary["failed"].values())
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)]
+)
+def test_a_signal_stops_it_soon_and_nothing_is_lost(
+    slides: Path, model: Path, tmp_path: Path, whole, number: int, group: bool
+) -> None:
+    out = tmp_path / "run"
+    process = start(slides, model, out)
+    wait_for_commits(process, out, 1)
+    sent = time.monotonic()
+    if group:  # Ctrl-C reaches every process of the terminal
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    stopped = answer(process)
+    assert time.monotonic() - sent < 30
+    assert process.returncode == 128 + number
+    assert "run the same command again" in stopped["error"]
+    assert not (out / "lock.json").exists()
+    kept = committed(out)
+    assert kept >= 1
+    summary = answer(start(slides, model, out))
+    assert summary["failed"] == {}
+    assert summary["regions"] == whole[1] - kept
+    assert masks(out) == whole[0]
+
+
+def test_the_second_run_is_refused_and_a_dead_one_does_not_block(
+    slides: Path, model: Path, tmp_path: Path, whole
+) -> None:
+    out = tmp_path / "run"
+    first = start(slides, model, out)
+    wait_for_commits(first, out, 1)
+    second = start(slides, model, out)
+    refused = answer(second)
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in refused["error"]
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    assert (out / "lock.json").exists()
+    summary = answer(start(slides, model, out))
+    assert (summary["done"], summary["failed"]) == (3, {})
+    assert masks(out) == whole[0]
+    assert not (out / "lock.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of little room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount file systems")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_and_gone_on_from(
+    slides: Path, model: Path, whole, small_disk: Path
+) -> None:
+    out = small_disk / "run"
+    process = start(slides, model, out)
+    stopped = answer(process)
+    assert process.returncode == 1
+    assert "No space left" in stopped["error"]
+    assert "free space" in stopped["error"]
+    assert not list(out.rglob(".partial-*"))
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    summary = answer(start(slides, model, out))
+    assert (summary["done"], summary["failed"]) == (3, {})
+    assert masks(out) == whole[0]
+
+
+def test_a_disk_that_becomes_read_only_is_said_and_gone_on_from(
+    slides: Path, model: Path, whole, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    out = small_disk / "run"
+    process = start(slides, model, out)
+    wait_for_commits(process, out, 1)
+    # Files that are open for writing keep it from becoming read-only: try again.
+    for _ in range(100):
+        remount = ["mount", "-o", "remount,ro", str(small_disk)]
+        if subprocess.run(remount, capture_output=True).returncode == 0:
+            break
+        time.sleep(0.05)
+    stopped = answer(process)
+    assert process.returncode == 1
+    assert "Read-only file system" in stopped["error"]
+    again = start(slides, model, out)
+    assert "Read-only" in answer(again)["error"]
+    assert again.returncode == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    summary = answer(start(slides, model, out))
+    assert summary["failed"] == {}
+    assert masks(out) == whole[0]
+
+
+def test_a_permission_that_is_lost_is_said_and_gone_on_from(
+    slides: Path, model: Path, tmp_path: Path, whole
+) -> None:
+    out = tmp_path / "run"
+    process = start(slides, model, out)
+    wait_for_commits(process, out, 1)
+    folder = str(out / "journal")
+    if subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        process.kill()
+        process.communicate()
+        pytest.skip("this user or disk cannot forbid writing to root")
+    try:
+        stopped = answer(process)
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+    assert process.returncode == 1
+    assert "not permitted" in stopped["error"]
+    assert "permission" in stopped["error"]
+    summary = answer(start(slides, model, out))
+    assert summary["failed"] == {}
+    assert masks(out) == whole[0]
