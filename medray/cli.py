@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import logging
 import sys
@@ -320,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command as a process of its own."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = main(argv)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr

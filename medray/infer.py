@@ -49,6 +49,7 @@ from medray.region import (
     failure,
     finish_slide,
     opened,
+    too_large,
     working_of,
 )
 from medray.run import (
@@ -418,8 +419,10 @@ def _plan_one(
         done = set() if new else set(committed.get(key, ()))
         regions = [region for region in regions if region["index"] not in done]
         header |= facts | {"todo": len(regions), "classes": settings.classes.names}
-    except (MedrayError, OSError, MemoryError) as error:
+    except (MedrayError, OSError) as error:
         return header | failure(error, "slides"), []
+    except MemoryError as error:
+        return header | {"error": too_large(row, error)}, []
     del header["before"]
     return header, regions
 

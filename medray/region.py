@@ -79,8 +79,10 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
         if row["tissue_at_reading"]:
             blocks = _tissue_of(pixels, row["height"], row["width"])
             row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
-    except (MedrayError, OSError, MemoryError) as error:
+    except (MedrayError, OSError) as error:
         return row | failure(error, "slides"), None
+    except MemoryError as error:
+        return row | {"error": too_large(row, error)}, None
     row = row | {"read_at": start, "read_s": time.time() - start}
     if damaged:
         row |= {"damaged": damaged, "why": why}
@@ -200,12 +202,19 @@ def write_region(
     return row | {"record": record}
 
 
+def too_large(row: Row, error: MemoryError) -> str:
+    """Say that decoding a slide wants more memory than a process may have."""
+    return (
+        f"{row['uri']}: quarantined: decoding it takes more than "
+        f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "
+        f"or should be saved as a tiled TIFF"
+    )
+
+
 def failure(error: Exception, storage: str) -> Row:
     """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
-    why = f"{error}" or type(error).__name__
-    return {"error": why} | (
-        {"storage": storage} if isinstance(error, StoreError) else {}
-    )
+    said = {"storage": storage} if isinstance(error, StoreError) else {}
+    return {"error": f"{error}"} | said
 
 
 def _below(out: str, written: list[tuple[str, omezarr.Digests]]) -> omezarr.Digests:

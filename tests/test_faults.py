@@ -68,8 +68,8 @@ def wait_for_commits(process: subprocess.Popen[str], out: Path, regions: int) ->
 
 def write_marked(folder: Path, name: str, mark: bytes, level: int) -> None:
     """Write a pyramid of raw tiles, one of which holds a mark."""
-    pixels = draw_scene(3, height=1024, width=1024).pixels.copy()
-    coarse = pixels[::4, ::4].copy()
+    pixels = draw_scene(3, height=2048, width=2048).pixels.copy()
+    coarse = pixels[::2, ::2].copy()
     row = np.frombuffer(mark.ljust(9, b"."), np.uint8).reshape(3, 3)
     (coarse if level else pixels)[200, 200:203] = row
     options = {
@@ -190,7 +190,8 @@ def test_the_second_run_is_refused_and_a_dead_one_does_not_block(
 ) -> None:
     out = tmp_path / "run"
     first = start(slides, model, out)
-    wait_for_commits(first, out, 1)
+    while not (out / "lock.json").exists():
+        time.sleep(0.05)
     second = start(slides, model, out)
     refused = answer(second)
     assert second.returncode == 2

@@ -33,7 +33,7 @@ SLIDE_SUFFIXES = (
     ".jpg",
     ".bmp",
 )
-_MAX_ID = 120
+_MAX_ID = 120  # bytes; file systems allow 255, and suffixes are added
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,16 @@ def slide_id(relative: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str:
     name = strip_suffix(name, suffixes) or name
     parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".", "..")]
     safe = re.sub(r"[^\w.()+-]", "_", "__".join(parts)).strip(".") or "slide"
-    if len(safe) > _MAX_ID:
-        safe = f"{safe[: _MAX_ID - 9]}-{_short_hash(safe)}"
+    if len(safe.encode()) > _MAX_ID:
+        start = safe.encode()[: _MAX_ID - 9].decode(errors="ignore")
+        safe = f"{start}-{_short_hash(safe)}"
     return safe
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    # Linux allows names that are no Unicode; Python has surrogates for their bytes.
+    data = text.encode(errors="surrogateescape")
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
 
 
 def _walk(folder: str) -> list[str]:

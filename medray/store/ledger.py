@@ -81,7 +81,7 @@ class Ledger:
 
     def commit_slide(self, row: Row) -> None:
         """Record that a slide is done or has failed; durable with the next flush."""
-        self.slides[row["slide"]] = row
+        self.slides[row["slide"]] = row = {k: _storable(v) for k, v in row.items()}
         if row["status"] == "done":
             self._finished.append(slide_key(row["slide"], row["digest"]))
         self._table_dirty = True
@@ -166,6 +166,13 @@ class Ledger:
 def _line(key: str, index: int, region: Row) -> str:
     record = {"key": key, "index": index, "region": region}
     return json.dumps(record, separators=(",", ":"))
+
+
+def _storable(value: Any) -> Any:
+    """Escape what is no Unicode in a text: names of files may hold any bytes."""
+    if not isinstance(value, str):
+        return value
+    return value.encode(errors="backslashreplace").decode()
 
 
 def slide_key(slide: str, digest: str) -> str:
