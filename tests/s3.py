@@ -1,6 +1,7 @@
 """A real S3 server on loopback, and a proxy before it that counts and misbehaves."""
 
 import http.client
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -81,6 +82,8 @@ class Proxy:
             connection.request(command, path, body, headers)
             response = connection.getresponse()
             data = response.read()
+        except OSError:  # the server has gone
+            return 502, [], b""
         finally:
             connection.close()
         if command == "GET" and "list-type" not in path:
@@ -104,6 +107,7 @@ def serving() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """Serve S3; give the proxy and the environment that leads to it."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

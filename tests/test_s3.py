@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -203,10 +204,10 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(
     place, proxy = bucket
     out, predictor = local_run
     upload(slides, place)
-    upload(model, files.join(place, "model"))
+    remote_model = files.join(place, model.name)
+    upload(model, remote_model)
     proxy.busy = 0.1  # of the requests, which are then sent again
     run, source = files.join(place, "run"), files.join(place, "in")
-    remote_model = files.join(place, "model")
     with pytest.raises(serial.CrashError):
         serial.infer(source, predictor, remote_model, run, OPTIONS, crash_after=3)
     commit = serial.infer(source, predictor, remote_model, run, OPTIONS)
@@ -298,8 +299,6 @@ def test_one_writer_at_a_time_in_a_bucket(
         assert json.loads(download(place)["lock.json"])["host"] != "gone"
         # One that was taken for dead finds out.
         files.write_json(files.join(place, "lock.json"), dead)
-        import time
-
         time.sleep(1.0)
         with pytest.raises(lock.MedrayError, match="lock was lost"):
             check()
