@@ -1,0 +1,87 @@
+"""Coverage-guided fuzzing of what reads files of strangers.
+
+Needs atheris (pip install atheris). An input that ends in anything but a success or an
+error of medray's is a finding; it is written to the working directory as crash-DIGEST,
+and belongs into tests/test_hostile.py.
+
+Run: python benchmarks/fuzz.py annotations --seconds 600
+     python benchmarks/fuzz.py tiff --seconds 600
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+with atheris.instrument_imports(
+    include=["medray.annotations", "medray.slides", "tifffile", "svgelements"]
+):
+    import tifffile  # noqa: F401
+
+    import medray.annotations as annotations
+    import medray.slides as slides
+import hostile
+
+from medray.classes import Classes
+from medray.errors import MedrayError
+from medray.region import bound_memory
+from medray.store import files
+
+CLASSES = Classes()
+
+
+def read_annotation(data: bytes) -> None:
+    files.write_bytes("memory://a.any", data)
+    try:
+        areas = annotations.read_annotation(
+            "memory://a.any", height=260, width=300, classes=CLASSES
+        )
+        place = {"y": 0, "x": 0, "height": 260, "width": 300}
+        annotations.rasterise(areas, CLASSES, **place)
+    except (MedrayError, MemoryError):
+        pass
+
+
+def read_tiff(data: bytes) -> None:
+    files.write_bytes("memory://a.tif", data)
+    try:
+        with slides.open_slide("memory://a.tif", reader="tifffile") as slide:
+            for level, size in enumerate(slide.levels[:3]):
+                height, width = min(300, size.height), min(300, size.width)
+                slide.read(0, 0, height, width, level)
+    except (MedrayError, MemoryError):
+        pass
+
+
+TARGETS = {"annotations": read_annotation, "tiff": read_tiff}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=600)
+    args = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    bound_memory()
+    with tempfile.TemporaryDirectory() as corpus:
+        texts = (hostile.SVG, json.dumps(hostile.GEOJSON), hostile.ASAP)
+        seeds = hostile.tiff_seeds()
+        if args.target == "annotations":
+            seeds = [text.encode() for text in texts] + seeds[-2:]
+        for index, seed in enumerate(seeds):
+            (Path(corpus) / f"{index}").write_bytes(seed)
+        options = [f"-max_total_time={args.seconds}", "-timeout=20", "-rss_limit_mb=0"]
+        options += ["-max_len=200000", "-print_final_stats=1", "-seed=1"]
+        atheris.Setup([sys.argv[0], *options, corpus], TARGETS[args.target])
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
