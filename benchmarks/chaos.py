@@ -184,9 +184,12 @@ class Round:
     def kill(self, kind: str, process: subprocess.Popen) -> bool:
         """Kill what is to be killed; False when the run ended before that."""
         if kind in TITLES:
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline and process.poll() is None:
-                if pids := titled(TITLES[kind]):
+            # Reading takes a moment: after some seconds whoever reads at times will do.
+            begun = time.monotonic()
+            while time.monotonic() < begun + 10 and process.poll() is None:
+                late = time.monotonic() > begun + 3
+                title = TITLES[kind].partition(b".")[0] if late else TITLES[kind]
+                if pids := titled(title):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(random.choice(pids), signal.SIGKILL)
                         return True

@@ -198,7 +198,9 @@ ASAP = (
 def _bad_text(text: str, rng: random.Random) -> str:
     kinds = ("number", "number", "number", "token", "cut", "double", "noise")
     kind = rng.choice(kinds)
-    if kind == "number":
+    if len(text) < 20:
+        return text + "<" * rng.randrange(9)
+    if kind == "number" and any(c.isdigit() for c in text):
         spots = [i for i, c in enumerate(text) if c.isdigit()]
         at = rng.choice(spots)
         end = at + 1
@@ -350,7 +352,6 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.classes import Classes
     from medray.grid import Windows
     from medray.infer import _plan_one
-    from medray.models.folder import load_model
     from medray.recipe import read_recipe
     from medray.region import bound_memory, read_region
     from medray.run import Options, RunSettings
@@ -386,6 +387,8 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
         return ""
 
     def model(path: str) -> str:
+        from medray.models.folder import load_model  # torch, which takes its time
+
         load_model(path)
         return ""
 

@@ -172,7 +172,13 @@ def test_hostile_annotations(tmp_path: Path, share: float) -> None:
     outcomes = check(told, tmp_path, len(paths))
     assert min(outcomes["row"], outcomes["success"]) > 0.05 * len(paths)
     by_name = {t.name: t for t in told}
-    for name in ("entities.svg", "outside.svg", "deeper.svg", "deeper.geojson"):
+    for name in (
+        "entities.svg",
+        "outside.svg",
+        "deeper.svg",
+        "deeper.geojson",
+        "tangle.geojson",
+    ):
         assert by_name[name].told == "row"
     for name in ("bow.geojson", "star.geojson", "millions.geojson"):
         assert by_name[name].told == "success"

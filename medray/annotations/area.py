@@ -17,6 +17,9 @@ from medray.classes import Classes
 from medray.errors import SlideError
 
 Ring = npt.NDArray[np.float64]  # (n, 2) of x, y in level-0 pixels
+# A hand crosses its own line some dozen times; noise made into outlines far more often.
+_MOST_CROSSINGS, _MOST_WORK = 100_000, 10**9
+_PAIRS_AT_ONCE = 4_000_000
 FillRule = Literal["nonzero", "evenodd"]
 
 
@@ -68,7 +71,8 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
         A valid shapely geometry of polygons; empty if the rings enclose nothing.
 
     Raises:
-        SlideError: A coordinate is not a finite number.
+        SlideError: A coordinate is not a finite number, or the rings cross themselves
+            and each other so often that nobody can have drawn them.
     """
     kept = [ring for ring in map(_closed, rings) if len(ring) >= 4]
     if not kept:
@@ -77,6 +81,7 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
         polygon = Polygon(kept[0])
         if polygon.is_valid:
             return polygon
+    _bound_crossings(kept)
     lines = shapely.union_all([shapely.LineString(ring) for ring in kept])
     faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(lines)))
     points = shapely.point_on_surface(faces)
@@ -86,6 +91,26 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
         winding[face] += _winding(kept[ring], points[face].x, points[face].y)
     inside = winding % 2 if rule == "evenodd" else winding
     return areal(shapely.union_all(faces[inside != 0]))
+
+
+def _bound_crossings(rings: Sequence[Ring]) -> None:
+    """Refuse a tangle: its faces, and the time they take, grow with the square."""
+    ends = np.concatenate([np.stack([ring[:-1], ring[1:]], 1) for ring in rings])
+    segments = shapely.linestrings(ends)
+    tree = shapely.STRtree(segments)
+    most = min(_MOST_CROSSINGS, _MOST_WORK // len(segments))
+    step = max(1, _PAIRS_AT_ONCE // len(segments))
+    crossings = 0
+    for first in range(0, len(segments), step):
+        part = segments[first : first + step]
+        # Each meets itself and both its neighbours, and each pair is found twice.
+        met = tree.query(part, predicate="intersects").shape[1]
+        crossings += (met - 3 * len(part)) // 2
+        if crossings > most:
+            raise SlideError(
+                f"an outline of {len(segments)} points crosses itself more than {most} "
+                f"times; mend or remove it"
+            )
 
 
 def _closed(ring: Ring) -> Ring:

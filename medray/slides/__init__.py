@@ -25,7 +25,8 @@ def open_slide(
 
     Args:
         uri: Path or address (s3://, gs://, az://).
-        reader: `auto` takes tifffile, and OpenSlide for what tifffile cannot open.
+        reader: `auto` takes tifffile, and OpenSlide for what is no TIFF: a TIFF that
+            tifffile or medray's checks refuse is damaged.
 
     Raises:
         SlideError: It is absent, damaged, or of no known format.
@@ -41,10 +42,15 @@ def open_slide(
     try:
         return TiffSlide(uri)
     except SlideError as error:
-        if reader == "tifffile" or not os.path.isfile(uri):
+        if reader == "tifffile" or not os.path.isfile(uri) or _is_tiff(uri):
             raise
         try:
             return OpenSlideSlide(uri)
         except SlideError:
             # What tifffile said is the more helpful; OpenSlide only says no.
             raise error from None
+
+
+def _is_tiff(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

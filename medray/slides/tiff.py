@@ -27,6 +27,8 @@ UInt8 = npt.NDArray[np.uint8]
 
 # A tile or strip that decodes to more than this is a bomb, not a slide.
 _MAX_SEGMENT_BYTES = 1 << 30
+# No slide has so many labels, thumbnails, levels and planes.
+_MAX_PAGES = 500
 _JPEG_END = b"\xff\xd9"
 _MICRONS = {
     "m": 1e6,
@@ -78,6 +80,13 @@ class TiffSlide(Slide):
 
     def _find_pages(self) -> Iterator[Any]:
         """Give the page of each level, largest first."""
+        for count, image in enumerate(self._tiff.pages):
+            levels = len(getattr(image, "subifds", None) or ())
+            if count == _MAX_PAGES or levels > _MAX_PAGES:
+                raise SlideError(
+                    f"{self.uri}: declares more than {_MAX_PAGES} images or levels; "
+                    f"the file is damaged or not a slide"
+                )
         if not self._tiff.series:
             raise SlideError(f"{self.uri}: the TIFF holds no image")
         series = self._tiff.series[0]
@@ -156,28 +165,30 @@ class TiffSlide(Slide):
     ) -> Iterator[tuple[int, bytes | None]]:
         """Give the stored bytes of tiles or strips; None of what was never stored."""
         offsets, counts = page.dataoffsets, page.databytecounts
+        stored = [index for index in indices if counts[index]]
+        for index in stored:
+            if offsets[index] + counts[index] > self._size:
+                raise SlideError(
+                    f"{self.uri}: segment {index} of level {level} ends at byte "
+                    f"{offsets[index] + counts[index]}, the file at {self._size}; it "
+                    f"is cut off, copy it again"
+                )
         fetched: dict[int, bytes] = {}
-        if not files.is_local(self.uri):
+        if stored and not files.is_local(self.uri):
             # Of an object all at once, a request for each would take its time.
-            there = [i for i in indices if counts[i] and offsets[i] < self._size]
-            starts, lengths = [offsets[i] for i in there], [counts[i] for i in there]
-            parts = files.read_ranges(self.uri, starts, lengths) if there else []
-            fetched = dict(zip(there, parts, strict=True))
+            starts, lengths = [offsets[i] for i in stored], [counts[i] for i in stored]
+            parts = files.read_ranges(self.uri, starts, lengths)
+            fetched = dict(zip(stored, parts, strict=True))
         for index in indices:
-            count = counts[index]
-            data: bytes | None = None
-            if count and files.is_local(self.uri):
+            if not counts[index]:
+                yield index, None
+            elif fetched:
+                yield index, fetched.pop(index)
+            else:
                 with self._lock:
                     self._file.seek(offsets[index])
-                    data = self._file.read(count)
-            elif count:
-                data = fetched.get(index, b"")
-            if data is not None and len(data) != count:
-                raise SlideError(
-                    f"{self.uri}: segment {index} of level {level} should hold {count} "
-                    f"bytes, found {len(data)}; the file is cut off, copy it again"
-                )
-            yield index, data
+                    data = self._file.read(counts[index])
+                yield index, data
 
     def close(self) -> None:
         """Close the file."""
@@ -221,7 +232,10 @@ def _check_page(uri: str, page: Any, frame: Any) -> None:
         )
     planes = frame.samplesperpixel if frame.planarconfig == 2 else 1
     expected = planes * math.ceil(height / rows) * math.ceil(width / columns)
-    found = min(len(page.dataoffsets), len(page.databytecounts))
+    places = [np.asarray(part) for part in (page.dataoffsets, page.databytecounts)]
+    if any(part.dtype.kind not in "ui" or part.min(initial=0) < 0 for part in places):
+        raise SlideError(f"{uri}: its tiles or strips have no places; it is damaged")
+    found = min(map(len, places))
     if found != expected:
         raise SlideError(
             f"{uri}: {height} x {width} pixels need {expected} tiles or strips, found "
