@@ -240,7 +240,12 @@ def annotations(count: int, rng: random.Random) -> Iterator[Mutant]:
     yield "entities.svg", entity.encode()
     yield "outside.svg", outside.encode()
     for name, depth in (("deep", 2000), ("deeper", 200_000)):
-        yield f"{name}.svg", (SVG[:98] + "<g>" * depth + "</g>" * depth).encode()
+        yield (
+            f"{name}.svg",
+            (
+                SVG[: SVG.index("<g")] + "<g>" * depth + "</g>" * depth + "</svg>"
+            ).encode(),
+        )
         yield f"{name}.geojson", ("[" * depth + "]" * depth).encode()
         nested = '{"type":"GeometryCollection","geometries":[' * depth
         yield (
@@ -248,9 +253,8 @@ def annotations(count: int, rng: random.Random) -> Iterator[Mutant]:
             ('{"type":"Feature","geometry":' + nested + "]}" * depth + "}").encode(),
         )
     bow = [[0, 0], [250, 250], [250, 0], [0, 250], [0, 0]]
-    star = [
-        [125 + 99 * np.cos(2.4 * i), 125 + 99 * np.sin(2.4 * i)] for i in range(999)
-    ]
+    turns = 2.4 * np.arange(99)
+    star = (125 + 99 * np.stack([np.cos(turns), np.sin(turns)], 1)).tolist()
     many = np.random.default_rng(0).random((1_000_000, 2)) * 250
     circle = np.linspace(0, 2 * np.pi, 1_000_000)
     round_ = np.stack([125 + 99 * np.cos(circle), 125 + 99 * np.sin(circle)], 1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medray.errors import MedrayError, SlideError
-from medray.slides.slide import Level, Slide, check_rectangle, sane_mpp
-from medray.store import omezarr
+from medray.errors import MedrayError, SlideError, StoreError
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
+from medray.store import files, omezarr
 
 UInt8 = npt.NDArray[np.uint8]
+
+# What is read of a shard's chunks at once; medray's have 12 MiB.
+_MAX_SHARD_BYTES = 1 << 30
 
 
 class ZarrSlide(Slide):
@@ -32,6 +36,8 @@ class ZarrSlide(Slide):
             paths = [str(level["path"]) for level in scales["datasets"]]
             self._arrays = [omezarr.open_level(uri, int(path)) for path in paths]
             self.mpp = sane_mpp(_mpp(scales))
+        except StoreError:
+            raise
         except (MedrayError, KeyError, IndexError, TypeError, ValueError) as error:
             raise SlideError(
                 f"{uri}: expected an OME-Zarr 0.5 image as medray writes it ({error})"
@@ -42,6 +48,7 @@ class ZarrSlide(Slide):
                 f"{uri}: expected (3, y, x) uint8, found {first.shape} {first.dtype}"
             )
         sizes = [array.shape[1:] for array in self._arrays]
+        _check_sizes(uri, self._arrays)
         self.levels = tuple(
             Level(h, w, float(2**level)) for level, (h, w) in enumerate(sizes)
         )
@@ -49,8 +56,12 @@ class ZarrSlide(Slide):
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle; see medray.slides.slide.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
+        part: Any
         try:
-            part: Any = self._arrays[level][:, y : y + height, x : x + width]
+            with files.answered(self.uri):
+                part = self._arrays[level][:, y : y + height, x : x + width]
+        except StoreError:
+            raise
         except Exception as error:  # codecs raise exceptions of many kinds
             raise SlideError(
                 f"{self.uri}: level {level} cannot be read at y={y} x={x} "
@@ -60,6 +71,29 @@ class ZarrSlide(Slide):
 
     def close(self) -> None:
         """Do nothing: chunks are opened and closed as they are read."""
+
+
+def _check_sizes(uri: str, arrays: list[Any]) -> None:
+    """Bound what the metadata declare before anything is read.
+
+    Raises:
+        SlideError: A level is too large, or not half of the one before.
+    """
+    top = arrays[0].shape[1:]
+    for level, array in enumerate(arrays):
+        found, stored = array.shape[1:], array.shards or array.chunks
+        halved = [max(1, -(-n >> level)) for n in top]
+        off = [abs(a - b) > 1 for a, b in zip(found, halved, strict=True)]
+        if (
+            not 0 < min(top) <= max(top) <= MAX_SIDE
+            or any(off)
+            or math.prod(stored) > _MAX_SHARD_BYTES
+        ):
+            raise SlideError(
+                f"{uri}: level {level} has {found} pixels in shards of {stored}, level "
+                f"0 has {top}; expected half as many a side at each level, at most "
+                f"{MAX_SIDE}, in shards of at most 1 GiB; the metadata are damaged"
+            )
 
 
 def _mpp(scales: Any) -> float | None:
