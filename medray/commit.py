@@ -132,8 +132,8 @@ class Commit:
 
         Returns:
             The header of a slide whose regions are now all stored and that is to be
-            finished as a whole, with the `records` of its regions; what comes of that
-            goes to `finished`. A slide of one region was finished by its writer.
+            finished as a whole; what comes of that goes to `finished`. A slide of one
+            region was finished by its writer.
         """
         slide = self._slides.setdefault(row["slide"], _Slide())
         if "todo" in row:  # of a header, or of a region that carries the slide's facts
@@ -158,8 +158,7 @@ class Commit:
             self.ledger.commit_slide(header["unchanged"])
             progress.slide(header["slide"], "unchanged")
         elif header["regions"] > 1 or not header["todo"]:
-            key = slide_key(header["slide"], header["digest"])
-            return header | {"records": self.ledger.regions.get(key, {})}
+            return header
         else:
             self.finished(header, {}, progress)
         return None
@@ -180,8 +179,7 @@ class Commit:
             self._fail(header, f"finishing: {result['error']}", progress)
             return
         header = header | result
-        key = slide_key(header["slide"], header["digest"])
-        regions = list(self.ledger.regions.get(key, {}).values())
+        regions = list(self.records(header).values())
         try:
             row = _outcome(header, "done", "") | self.slide_row(header, regions)
         except SlideError as error:
@@ -191,6 +189,11 @@ class Commit:
         self.done += 1
         note = row.get("note") or ""
         progress.slide(header["slide"], f"done {note}".strip())
+
+    def records(self, header: Row) -> dict[int, Row]:
+        """Give the records of a slide's regions."""
+        key = slide_key(header["slide"], header["digest"])
+        return self.ledger.regions.get(key, {})
 
     def _check_storage(self, row: Row) -> None:
         """Stop where storage fails: that is no slide's fault.

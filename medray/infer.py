@@ -218,7 +218,7 @@ def _drive(
     def note(row: Row) -> None:
         header = commit.take(row, progress)
         if header is not None:
-            workers.give([header])
+            workers.give([header | {"records": commit.records(header)}])
 
     def take() -> None:
         nonlocal planning

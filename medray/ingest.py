@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,11 @@ from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
-from medray.slides.listing import find_slides
+from medray.slides.listing import SlideFile, find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger, slide_key
+from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def ingest(
         seed: Decides the splits.
 
     Raises:
-        ConfigError: The request is wrong, or OUT was made with other settings.
+        ConfigError: The request is wrong, OUT was made with other settings, or another
+            process works there.
     """
     settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
     out = files.absolute(out)
@@ -95,7 +97,25 @@ def ingest(
     matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
     split_of = _read_splits(splits) if splits else None
-    open_dataset(out, settings)
+    with locked(out, "ingest"):
+        open_dataset(out, settings)
+        assign = functools.partial(
+            _assign_splits,
+            group_of=group_of,
+            split_of=split_of,
+            fractions=fractions,
+            seed=seed,
+        )
+        return _ingest(wanted, matched, settings, out, assign)
+
+
+def _ingest(
+    wanted: list[SlideFile],
+    matched: dict[str, str],
+    settings: DatasetSettings,
+    out: str,
+    assign_splits: Callable[[Ledger], None],
+) -> Summary:
     # The regions of all slides become patches.parquet at the end.
     ledger = Ledger(out, keep_finished=True)
     todo = changed_slides(wanted, ledger, matched)
@@ -121,7 +141,7 @@ def ingest(
                 for _, complete, result in poll(builders):
                     commit.finished(complete, result, progress)
             commit.close(progress)
-    _assign_splits(ledger, group_of, split_of, fractions, seed)
+    assign_splits(ledger)
     _write_patches(out, ledger)
     ledger.close()
     skipped = len(wanted) - len(todo)
@@ -182,8 +202,9 @@ def _plan(
         with open_slide(header["uri"]) as slide:
             facts, rows = _plan_slide(slide, header, settings)
         header |= facts
-        _create_slide(header, settings, out)
-        done = set(committed.get(slide_key(header["slide"], digest), ()))
+        new = _create_slide(header, settings, out)
+        key = slide_key(header["slide"], digest)
+        done = set() if new else set(committed.get(key, ()))
         rows = [row for row in rows if row["index"] not in done]
     except (MedrayError, OSError, MemoryError) as error:
         header["error"] = f"{error}"
@@ -259,8 +280,12 @@ def _areas(
     return read_annotation(uri, height=height, width=width, classes=settings.classes)
 
 
-def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
-    """Make the empty OME-Zarr; it is kept if it is there for this very slide."""
+def _create_slide(header: Row, settings: DatasetSettings, out: str) -> bool:
+    """Make the empty OME-Zarr; it is kept if it is there for this very slide.
+
+    Returns:
+        Whether some of it is new: what was stored of this slide before is gone.
+    """
     uri = slide_uri(out, header["slide"])
     attributes = {
         "kind": "slide",
@@ -269,12 +294,12 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
         "format": header["format"],
     }
     size = (header["height"], header["width"])
-    omezarr.create_image(
+    new = omezarr.create_image(
         uri, *size, mpp=header["mpp"], name=header["slide"], attributes=attributes
     )
     if header["annotated"]:
         omezarr.list_labels(uri, [LABELS])
-        omezarr.create_labels(
+        new |= omezarr.create_labels(
             labels_uri(out, header["slide"]),
             *size,
             mpp=header["mpp"],
@@ -283,6 +308,7 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
             attributes=attributes,
             source="../../",
         )
+    return new
 
 
 # --- cut ------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from medray.patches import read_train, read_val, usable_patches
 from medray.recipe import Recipe, read_recipe
 from medray.settings import from_dict, to_dict
 from medray.store import files
+from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -89,11 +90,16 @@ def train(
         overrides: Keys of the recipe to change, such as `optimizer.lr=1e-4`.
 
     Raises:
-        ConfigError: The recipe, the dataset or both together are wrong, or OUT holds
-            another model.
+        ConfigError: The recipe, the dataset or both together are wrong, OUT holds
+            another model, or another process works there.
     """
     settings = read_recipe(recipe, overrides)
     data, out = files.absolute(data), files.absolute(out)
+    with locked(out, "train"):
+        return _train(settings, data, out)
+
+
+def _train(settings: Recipe, data: str, out: str) -> Training:
     made_from = _made_from(settings, data)
     if (before := _trained_before(out, made_from)) is not None:
         return before

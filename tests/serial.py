@@ -40,6 +40,7 @@ def infer(
         nonlocal crash_after
         header = commit.take(row, progress)
         if header is not None:
+            header |= {"records": commit.records(header)}
             commit.finished(header, finish_slide(settings, run, header), progress)
         if "record" in row:
             crash_after -= 1

@@ -44,21 +44,7 @@ def parse_mask(
     Raises:
         SlideError: The mask is of another size, or holds values that are no classes.
     """
-    values = _read(uri, data)
-    if not values.size:
-        raise SlideError(f"{uri}: the mask has no pixels; export it again")
-    factor = max(1, round(height / values.shape[0]))
-    # A smaller mask's size may have been rounded either way.
-    rounding = [
-        abs(n * factor - full)
-        for n, full in zip(values.shape, (height, width), strict=True)
-    ]
-    if max(rounding) >= factor:
-        raise SlideError(
-            f"{uri}: the mask is {values.shape[1]} x {values.shape[0]}, the slide "
-            f"{width} x {height} pixels; expected the same size, or smaller by one "
-            f"whole factor"
-        )
+    values, factor = _read(uri, data, height, width)
     labels = _labels(uri, values, classes)
     areas = []
     for geometry, value in features.shapes(labels, mask=labels > 0, connectivity=4):
@@ -74,13 +60,19 @@ def is_picture(data: bytes) -> bool:
     return data.startswith((_PNG, b"BM", *_TIFF))
 
 
-def _read(uri: str, data: bytes) -> npt.NDArray[Any]:
-    """Read (H, W) values of any depth; RGB counts if all its channels are equal."""
+def _read(
+    uri: str, data: bytes, height: int, width: int
+) -> tuple[npt.NDArray[Any], int]:
+    """Read (H, W) values of any depth; RGB counts if all its channels are equal.
+
+    Returns:
+        The values, and by which factor they are smaller than the slide.
+    """
     values: npt.NDArray[Any]
     if data.startswith(_TIFF):
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             page: Any = tiff.pages[0]
-            _bound(uri, page.imagelength, page.imagewidth)
+            factor = _factor(uri, page.imagelength, page.imagewidth, height, width)
             values = np.asarray(page.asarray())
             if page.axes.startswith("S"):
                 values = np.moveaxis(values, 0, -1)
@@ -95,7 +87,7 @@ def _read(uri: str, data: bytes) -> npt.NDArray[Any]:
                 f"{uri}: expected a PNG or BMP mask, found a damaged header; export "
                 f"the mask again"
             ) from error
-        _bound(uri, picture.height, picture.width)
+        factor = _factor(uri, picture.height, picture.width, height, width)
         values = np.asarray(picture)
         if data.startswith(_PNG):
             depth, color = data[24], data[25]  # of the header (PNG 3, section 11.2.1)
@@ -116,15 +108,27 @@ def _read(uri: str, data: bytes) -> npt.NDArray[Any]:
         raise SlideError(
             f"{uri}: expected a mask of height x width, found the shape {values.shape}"
         )
-    return values
+    return values, factor
 
 
-def _bound(uri: str, height: int, width: int) -> None:
-    if height * width > _MAX_PIXELS:
+def _factor(uri: str, rows: int, columns: int, height: int, width: int) -> int:
+    """Give how many times smaller than the slide a mask is, before it is decoded."""
+    if not rows * columns:
+        raise SlideError(f"{uri}: the mask has no pixels; export it again")
+    if rows * columns > _MAX_PIXELS:
         raise SlideError(
-            f"{uri}: the mask declares {width} x {height} pixels, more than "
+            f"{uri}: the mask declares {columns} x {rows} pixels, more than "
             f"{_MAX_PIXELS}; save it smaller by a whole factor"
         )
+    factor = max(1, round(height / rows))
+    # A smaller mask's size may have been rounded either way.
+    sides = ((rows, height), (columns, width))
+    if max(abs(n * factor - full) for n, full in sides) >= factor:
+        raise SlideError(
+            f"{uri}: the mask is {columns} x {rows}, the slide {width} x {height} "
+            f"pixels; expected the same size, or smaller by one whole factor"
+        )
+    return factor
 
 
 def _labels(
