@@ -20,6 +20,7 @@ import ray
 from medray import budget, cluster
 from medray.commit import HEADER, Commit
 from medray.infer import _FACTS, _drive, _slide_row
+from medray.interrupt import Stopping
 from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
@@ -101,7 +102,7 @@ def measure(lanes: int, seconds: float, duration: float) -> dict:
             poll(pool)
         commit = Commit(Ledger(out), _slide_row)
         cpu = time.process_time()
-        _drive(todo, workers, pool, commit, clock)
+        _drive(todo, workers, pool, commit, clock, Stopping(), lambda: None)
         cpu = time.process_time() - cpu
         commit.close(clock)
     assert commit.done == slides
