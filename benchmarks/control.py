@@ -17,10 +17,10 @@ import time
 import numpy as np
 import ray
 
-from medray import budget, cluster
+from medray import budget
 from medray.commit import HEADER, Commit
-from medray.infer import _FACTS, _drive, _slide_row
-from medray.interrupt import Stopping
+from medray.drive import drive
+from medray.infer import _FACTS, _slide_row
 from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
@@ -82,7 +82,6 @@ class Clock(Progress):
 
 
 def measure(lanes: int, seconds: float, duration: float) -> dict:
-    cluster.gpus = lambda: lanes  # for the size of a packet
     slides = max(lanes, round(duration * lanes / seconds / REGIONS))
     todo = [
         {"slide": f"s{i:06d}", "uri": "", "stamp": "", "annotation": "", "before": ""}
@@ -102,9 +101,8 @@ def measure(lanes: int, seconds: float, duration: float) -> dict:
             poll(pool)
         commit = Commit(Ledger(out), _slide_row)
         cpu = time.process_time()
-        _drive(todo, workers, pool, commit, clock, Stopping(), lambda: None)
+        drive(todo, workers, pool, commit, clock, 16, lambda: None)
         cpu = time.process_time() - cpu
-        commit.close(clock)
     assert commit.done == slides
     # Without the first packets and the tail.
     times = clock.times

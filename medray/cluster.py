@@ -15,12 +15,18 @@ from ray.data import DataContext
 def connect() -> None:
     """Connect to Ray: the cluster of RAY_ADDRESS or of this job, else a local one.
 
-    A local cluster that is started here asks for a token, Ray's default.
+    A local cluster that is started here asks for a token, Ray's default. One that may
+    be running here is only taken if RAY_ADDRESS says so (`auto`): Ray would look for it
+    by a file that outlives clusters that were killed, and wait minutes for those.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    ray.init(logging_level=logging.ERROR, log_to_driver=_verbose())
+    ray.init(
+        address=None if os.environ.get("RAY_ADDRESS") else "local",
+        logging_level=logging.ERROR,
+        log_to_driver=_verbose(),
+    )
 
 
 def _verbose() -> bool:

@@ -17,14 +17,12 @@ computed again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,13 +34,13 @@ import ray
 from medray import budget, cluster
 from medray.clean import Cleaning
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
+from medray.drive import drive, keeping
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.grid import region_side
-from medray.interrupt import StoppedError, Stopping, stopping
 from medray.lane import start_lanes
 from medray.models.config import model_digest, read_config
 from medray.plan import coarse_mask, plan_slide
-from medray.pool import Pool, poll
+from medray.pool import Pool
 from medray.progress import Progress
 from medray.region import (
     bound_memory,
@@ -67,8 +65,6 @@ from medray.store.ledger import Ledger, slide_key
 from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
-# Seconds after a signal in which regions under way may still be completed.
-_GRACE_S = 15.0
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -176,103 +172,15 @@ def _work_off(
     """Do the slides and commit them."""
     commit = Commit(ledger, _slide_row)
     with (
-        stopping() as asked,
         Progress(stage, len(todo)) as progress,
-        _keeping(ledger),
+        keeping(ledger),
         _start_workers(settings, out, ledger, len(todo)) as workers,
         start_lanes(settings, out) as lanes,
     ):
-        _drive(todo, workers, lanes, commit, progress, asked, check)
-        commit.close(progress)
+        packet = 16 if cluster.gpus() else 8
+        drive(todo, workers, lanes, commit, progress, packet, check)
     ledger.close()
     return commit
-
-
-@contextlib.contextmanager
-def _keeping(ledger: Ledger) -> Iterator[None]:
-    """Keep what is committed, whatever ends the work."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(StoreError):
-            ledger.flush()
-        raise
-
-
-def _drive(
-    todo: list[Row],
-    workers: Pool,
-    lanes: Pool,
-    commit: Commit,
-    progress: Progress,
-    asked: Stopping,
-    check: Callable[[], None],
-) -> None:
-    """Keep all processes busy: slides to the workers, their regions to the lanes."""
-    packet = 16 if cluster.gpus() else 8
-    share = max(1, min(packet, len(todo) // (2 * workers.size)))
-    slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
-    planned: deque[Row] = deque()  # regions
-    planning = 0
-
-    def note(row: Row) -> None:
-        header = commit.take(row, progress)
-        if header is not None:
-            workers.give([header | {"records": commit.records(header)}])
-
-    def take() -> None:
-        nonlocal planning
-        for pool, row, result in poll(workers, lanes):
-            if pool is lanes:
-                note(row | _outcome_of(row, result))
-            elif "todo" in row:
-                commit.finished(row, result, progress)
-            else:
-                planning -= 1
-                header, regions = _plan_of(row, result)
-                planned.extend(header | region for region in regions)
-                if not regions:
-                    note(header)
-
-    while slides or planned or workers.busy or lanes.busy:
-        if asked.signal:
-            deadline = time.monotonic() + _GRACE_S
-            while (workers.busy or lanes.busy) and time.monotonic() < deadline:
-                take()
-            raise StoppedError(asked.signal, commit.in_words())
-        check()
-        # Ahead of the lanes, but not all: gigapixel slides have many regions.
-        while slides and workers.room > 0 and len(planned) < 2 * packet * lanes.size:
-            planning += len(slides[0])
-            workers.give(slides.popleft())
-        # Full packets; but a lane with nothing to do gets what there is.
-        enough = packet if planning and lanes.busy else 1
-        while len(planned) >= enough and lanes.room > 0:
-            rows = [planned.popleft() for _ in range(min(packet, len(planned)))]
-            for row in rows:  # no more processes for a slide that ends them
-                if row["slide"] in commit.lost:
-                    note(row | {"error": commit.lost[row["slide"]]})
-            if good := [row for row in rows if row["slide"] not in commit.lost]:
-                lanes.give(good)
-        if workers.awaited or lanes.awaited:
-            take()
-
-
-def _outcome_of(row: Row, result: Any) -> Row:
-    if isinstance(result, Exception):
-        why = (
-            f"{row['uri']}: quarantined: region {row['region']}: {result}, three times"
-        )
-        return {"error": why, "lost": True}
-    return dict(result)
-
-
-def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
-    if isinstance(result, Exception):
-        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
-        return row | {"index": HEADER, "todo": 0, "error": why}, []
-    header, regions = result
-    return header, regions
 
 
 def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:

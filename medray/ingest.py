@@ -16,11 +16,11 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
-import ray.data
 
 from medray import cluster
 from medray.annotations import (
@@ -42,10 +42,12 @@ from medray.dataset import (
     split_slides,
     write_patches,
 )
-from medray.errors import ConfigError, MedrayError
+from medray.drive import drive, keeping
+from medray.errors import ConfigError, MedrayError, StoreError
 from medray.grid import Rectangle, plan_regions
-from medray.pool import Pool, poll
+from medray.pool import Pool
 from medray.progress import Progress
+from medray.region import bound_memory, failure, too_large
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_slides
@@ -55,6 +57,8 @@ from medray.store.ledger import Ledger, slide_key
 from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
+_PACKET = 4  # regions that a cutter is given at once
+_PATIENCE_S = 300.0  # for one of them, or for planning a slide
 
 
 def ingest(
@@ -97,7 +101,7 @@ def ingest(
     matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
     split_of = _read_splits(splits) if splits else None
-    with locked(out, "ingest"):
+    with locked(out, "ingest") as check:
         open_dataset(out, settings)
         assign = functools.partial(
             _assign_splits,
@@ -106,7 +110,7 @@ def ingest(
             fractions=fractions,
             seed=seed,
         )
-        return _ingest(wanted, matched, settings, out, assign)
+        return _ingest(wanted, matched, settings, out, assign, check)
 
 
 def _ingest(
@@ -115,6 +119,7 @@ def _ingest(
     settings: DatasetSettings,
     out: str,
     assign_splits: Callable[[Ledger], None],
+    check: Callable[[], None],
 ) -> Summary:
     # The regions of all slides become patches.parquet at the end.
     ledger = Ledger(out, keep_finished=True)
@@ -125,22 +130,13 @@ def _ingest(
     if todo:
         cluster.connect()
         start = time.perf_counter()
-        actor = ray.remote(_PyramidBuilder).options(num_cpus=0)
-        start_builder = functools.partial(actor.remote, out)
         with (
             Progress("ingest", len(todo)) as progress,
-            Pool(start_builder, "work", 1) as builders,
+            keeping(ledger),
+            _start(_SlideWorker, settings, out, ledger, len(todo)) as workers,
+            _start(_Cutter, settings, out, ledger, len(todo)) as cutters,
         ):
-            for row in _chain(todo, settings, out, ledger):
-                header = commit.take(row, progress)
-                if header is not None:
-                    builders.give([header])
-                for _, complete, result in poll(builders, wait=False):
-                    commit.finished(complete, result, progress)
-            while builders.busy:
-                for _, complete, result in poll(builders):
-                    commit.finished(complete, result, progress)
-            commit.close(progress)
+            drive(todo, workers, cutters, commit, progress, _PACKET, check)
     assign_splits(ledger)
     _write_patches(out, ledger)
     ledger.close()
@@ -156,66 +152,97 @@ def _check_fractions(fractions: tuple[float, float, float]) -> None:
         )
 
 
-def _chain(
-    todo: list[Row], settings: DatasetSettings, out: str, ledger: Ledger
-) -> Iterator[Row]:
-    """Run plan -> cut over Ray Data; give a row a region."""
+class _SlideWorker:
+    """Does what concerns a whole slide: plans it before, builds its pyramids after."""
+
+    def __init__(
+        self, settings: DatasetSettings, out: str, committed: dict[str, list[int]]
+    ) -> None:
+        """Take what all slides share."""
+        bound_memory()
+        self._settings, self._out, self._committed = settings, out, committed
+
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Plan rows of slides, as (header, regions); finish headers."""
+        for row in rows:
+            if "todo" in row:
+                yield [self._finish(row)]
+            else:
+                yield [_plan(row, self._settings, self._out, self._committed)]
+
+    def _finish(self, header: Row) -> Row:
+        try:
+            _build_pyramids(self._out, header["slide"])
+        except Exception as error:  # whatever it is, it is this slide's alone
+            return failure(error, "run")
+        return {}
+
+
+class _Cutter:
+    """Reads, labels and writes regions."""
+
+    def __init__(self, settings: DatasetSettings, out: str, _: Any) -> None:
+        """Take what all regions share."""
+        bound_memory()
+        self._settings, self._out = settings, out
+
+    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Cut regions one after the other."""
+        for row in rows:
+            yield [_cut(row, self._settings, self._out)]
+
+
+def _start(
+    kind: type[Any], settings: DatasetSettings, out: str, ledger: Ledger, slides: int
+) -> Pool:
+    """Start a cutter a core, or a slide worker for every four."""
     committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-    shared = {"settings": settings, "out": out}
-    with cluster.streaming(block_bytes=1 << 20):
-        rows = (
-            ray.data.from_items(todo, override_num_blocks=min(len(todo), 1000))
-            .map_batches(
-                _plan,
-                batch_size=1,
-                num_cpus=0.5,
-                fn_kwargs={**shared, "committed": committed},
-            )
-            .repartition(target_num_rows_per_block=1)
-            .map_batches(_cut, batch_size=1, num_cpus=1, fn_kwargs=shared)
-        )
-        for row in rows.iter_rows():
-            yield json.loads(row["json"])
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cuts = kind is _Cutter
+    actor = ray.remote(kind).options(num_cpus=0.75 if cuts else 0.25)
+    start = functools.partial(actor.remote, settings, out, committed)
+    count = max(1, cpus if cuts else min(cpus // 4, slides))
+    return Pool(start, "work", count, patience=_patience)
+
+
+def _patience(row: Row) -> float:
+    # What is finished takes longer the more regions it has.
+    return _PATIENCE_S * max(1, len(row.get("records", ())))
 
 
 # --- plan -----------------------------------------------------------------------------
 
 
 def _plan(
-    batch: Row, *, settings: DatasetSettings, out: str, committed: dict[str, list[int]]
-) -> Iterator[Row]:
-    """One slide to its header row and a row for each region that is to be cut."""
+    row: Row, settings: DatasetSettings, out: str, committed: dict[str, list[int]]
+) -> tuple[Row, list[Row]]:
+    """Give a slide's header and the regions that are to be cut."""
     names = ("slide", "uri", "annotation", "stamp")
-    header: Row = {name: str(batch[name][0]) for name in names}
-    header["index"] = HEADER
-    before = json.loads(batch["before"][0])
-    rows: list[Row] = []
+    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
+    before = json.loads(row["before"])
     try:
         digest = slide_digest(header["uri"])
         if header["annotation"]:
             digest += f"+{slide_digest(header['annotation'])}"
         header["digest"] = digest
         if before and before["digest"] == digest:
+            # Touched, not changed: what was made of it stands, its row comes back.
             unchanged = before | {name: header[name] for name in names}
-            yield _packed(header | {"unchanged": unchanged, "todo": 0})
-            return
+            return header | {"unchanged": unchanged}, []
         with open_slide(header["uri"]) as slide:
-            facts, rows = _plan_slide(slide, header, settings)
-        header |= facts
-        new = _create_slide(header, settings, out)
-        key = slide_key(header["slide"], digest)
-        done = set() if new else set(committed.get(key, ()))
-        rows = [row for row in rows if row["index"] not in done]
-    except (MedrayError, OSError, MemoryError) as error:
-        header["error"] = f"{error}"
-        rows = []
-    yield _packed(header | {"todo": len(rows)})
-    for row in rows:
-        yield _packed(header | row)
-
-
-def _packed(row: Row) -> Row:
-    return {"json": [json.dumps(row)]}
+            facts, regions = _plan_slide(slide, header, settings)
+        try:
+            new = _create_slide(header | facts, settings, out)
+        except StoreError as error:
+            return header | failure(error, "run"), []
+    except (MedrayError, OSError) as error:
+        return header | failure(error, "slides"), []
+    except MemoryError as error:
+        return header | {"error": too_large(header, error)}, []
+    key = slide_key(header["slide"], digest)
+    done = set() if new else set(committed.get(key, ()))
+    regions = [region for region in regions if region["index"] not in done]
+    return header | facts | {"todo": len(regions)}, regions
 
 
 def _plan_slide(
@@ -320,11 +347,8 @@ def _opened(uri: str, digest: str) -> Slide:
     return open_slide(uri)
 
 
-def _cut(batch: Row, *, settings: DatasetSettings, out: str) -> Row:
-    """Read, label and write one region; an unreadable one becomes a row with why."""
-    row = json.loads(batch["json"][0])
-    if row["index"] == HEADER:
-        return _packed(row)
+def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
+    """Read, label and write one region; give its `record`, or an `error`."""
     start = time.time()
     region = Rectangle(*row["region"])
     place = {"y": region.y, "x": region.x}
@@ -340,18 +364,22 @@ def _cut(batch: Row, *, settings: DatasetSettings, out: str) -> Row:
         if tissue is None:
             size = (region.height, region.width)
             tissue = tissue_share(ArraySlide(pixels), *size, settings.patch).tolist()
+    except (MedrayError, OSError) as error:
+        return failure(error, "slides")
+    except MemoryError as error:
+        return {"error": too_large(row, error)}
+    try:
         uri = slide_uri(out, row["slide"])
         omezarr.write_region(uri, region, np.moveaxis(pixels, 2, 0))
         if row["annotated"]:
             omezarr.write_region(labels_uri(out, row["slide"]), region, labels)
         if row["regions"] == 1:
             _build_pyramids(out, row["slide"])
-    except (MedrayError, OSError, MemoryError) as error:
-        return _packed(row | {"error": f"{error}"})
+    except (MedrayError, OSError) as error:
+        return failure(error, "run")
     patches = list(_count_patches(region, labels, tissue, settings))
     times = {"cut_at": start, "cut_s": time.time() - start}
-    row["record"] = {"patches": patches} | times
-    return _packed(row)
+    return {"record": {"patches": patches} | times}
 
 
 def _count_patches(
@@ -373,23 +401,6 @@ def _count_patches(
             "tissue": round(float(share), 4),
             "class_px": pixels.tolist(),
         }
-
-
-class _PyramidBuilder:
-    """Builds the pyramids of slides of several regions."""
-
-    def __init__(self, out: str) -> None:
-        """Take the dataset's folder."""
-        self._out = out
-
-    def work(self, headers: list[Row]) -> Iterator[list[Row]]:
-        """Build the pyramids of some slides."""
-        for header in headers:
-            try:
-                _build_pyramids(self._out, header["slide"])
-                yield [{}]
-            except Exception as error:  # whatever it is, it is this slide's alone
-                yield [{"error": f"{error}"}]
 
 
 def _build_pyramids(out: str, slide: str) -> None:

@@ -781,3 +781,20 @@ def test_areas_are_cut_off_at_the_border(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="outside the slide of 1000 x 1000"):
         read(svg(tmp_path, '<rect x="2000" width="9" height="9"/>'))
     assert read(svg(tmp_path, "")) == []
+
+
+def test_a_bomb_for_a_mask_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by fuzzing: a small file that declares gigabytes."""
+    path = tmp_path / "bomb.png"
+    Image.new("1", (30_000, 30_000)).save(path)
+    assert path.stat().st_size < 300_000
+
+    def decode(*_: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(Image.Image, "load", decode)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(SlideError, match="the mask is 30000 x 30000, the slide 300 x"):
+        read_annotation(str(path), height=260, width=300, classes=Classes())

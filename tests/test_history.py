@@ -194,7 +194,7 @@ def outputs(out: Path, name: str) -> dict[str, bytes]:
     [
         pytest.param(4, 12, id="short"),
         pytest.param(
-            40, 30, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]
+            12, 25, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]
         ),
     ],
 )
@@ -240,8 +240,8 @@ def test_a_history_on_ray(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=3,
-            stateful_step_count=10,
+            max_examples=2,
+            stateful_step_count=8,
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

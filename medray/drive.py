@@ -1,0 +1,121 @@
+"""Slides to those who plan and finish them, their regions to those who do them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from medray.commit import HEADER, Commit, Row
+from medray.errors import StoreError
+from medray.interrupt import StoppedError, stopping
+from medray.pool import Pool, poll
+from medray.progress import Progress
+from medray.store.ledger import Ledger
+
+# Seconds after a signal in which regions under way may still be completed.
+_GRACE_S = 15.0
+
+
+@contextlib.contextmanager
+def keeping(ledger: Ledger) -> Iterator[None]:
+    """Keep what is committed, whatever ends the work."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            ledger.flush()
+        raise
+
+
+def drive(
+    todo: list[Row],
+    workers: Pool,
+    hands: Pool,
+    commit: Commit,
+    progress: Progress,
+    packet: int,
+    check: Callable[[], None],
+) -> None:
+    """Keep all processes busy until every slide is done or has failed.
+
+    Args:
+        todo: A row for each slide.
+        workers: Turn a slide's row into (header, regions), and finish a slide of which
+            they are given the header with the `records` of its regions.
+        hands: Turn a region's row into a `record` or an `error`.
+        commit: Is told of everything.
+        progress: Shows it.
+        packet: How many regions a hand is given at once.
+        check: Raises if it may not go on.
+
+    Raises:
+        StoppedError: SIGTERM or Ctrl-C.
+        MedrayError: Storage fails, or the processes do whatever they are given.
+    """
+    share = max(1, min(packet, len(todo) // (2 * workers.size)))
+    slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
+    planned: deque[Row] = deque()  # regions
+    planning = 0
+
+    def note(row: Row) -> None:
+        header = commit.take(row, progress)
+        if header is not None:
+            workers.give([header | {"records": commit.records(header)}])
+
+    def take() -> None:
+        nonlocal planning
+        for pool, row, result in poll(workers, hands):
+            if pool is hands:
+                note(row | _outcome_of(row, result))
+            elif "todo" in row:
+                commit.finished(row, result, progress)
+            else:
+                planning -= 1
+                header, regions = _plan_of(row, result)
+                planned.extend(header | region for region in regions)
+                if not regions:
+                    note(header)
+
+    with stopping() as asked:
+        while slides or planned or workers.busy or hands.busy:
+            if asked.signal:
+                deadline = time.monotonic() + _GRACE_S
+                while (workers.busy or hands.busy) and time.monotonic() < deadline:
+                    take()
+                raise StoppedError(asked.signal, commit.in_words())
+            check()
+            # Ahead of the hands, but not all: gigapixel slides have many regions.
+            most = 2 * packet * hands.size
+            while slides and workers.room > 0 and len(planned) < most:
+                planning += len(slides[0])
+                workers.give(slides.popleft())
+            # Full packets; but a hand with nothing to do gets what there is.
+            enough = packet if planning and hands.busy else 1
+            while len(planned) >= enough and hands.room > 0:
+                rows = [planned.popleft() for _ in range(min(packet, len(planned)))]
+                for row in rows:  # no more processes for a slide that ends them
+                    if row["slide"] in commit.lost:
+                        note(row | {"error": commit.lost[row["slide"]]})
+                if good := [row for row in rows if row["slide"] not in commit.lost]:
+                    hands.give(good)
+            if workers.awaited or hands.awaited:
+                take()
+    commit.close(progress)
+
+
+def _outcome_of(row: Row, result: Any) -> Row:
+    if isinstance(result, Exception):
+        where = f"{row['uri']}: quarantined: region {row['region']}"
+        return {"error": f"{where}: {result}, three times", "lost": True}
+    return dict(result)
+
+
+def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
+    if isinstance(result, Exception):
+        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
+        return row | {"index": HEADER, "todo": 0, "error": why}, []
+    header, regions = result
+    return header, regions
