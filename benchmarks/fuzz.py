@@ -30,7 +30,7 @@ import hostile
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.region import bound_memory
+from medray.faults import bound_memory
 from medray.store import files
 
 CLASSES = Classes()

@@ -36,6 +36,7 @@ from medray.clean import Cleaning
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
 from medray.drive import drive, keeping
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
+from medray.faults import bound_memory, failure, too_large
 from medray.grid import region_side
 from medray.lane import start_lanes
 from medray.models.config import model_digest, read_config
@@ -43,11 +44,8 @@ from medray.plan import coarse_mask, plan_slide
 from medray.pool import Pool
 from medray.progress import Progress
 from medray.region import (
-    bound_memory,
-    failure,
     finish_slide,
     opened,
-    too_large,
     working_of,
 )
 from medray.run import (

@@ -44,10 +44,10 @@ from medray.dataset import (
 )
 from medray.drive import drive, keeping
 from medray.errors import ConfigError, MedrayError, StoreError
+from medray.faults import bound_memory, failure, too_large
 from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
-from medray.region import bound_memory, failure, too_large
 from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_slides

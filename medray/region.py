@@ -7,10 +7,7 @@ worker starts quickly.
 from __future__ import annotations
 
 import functools
-import re
-import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,8 @@ import numpy.typing as npt
 
 from medray.classes import AnyClass
 from medray.clean import clean_labels
-from medray.errors import MedrayError, StoreError
+from medray.errors import MedrayError
+from medray.faults import bound_memory, failure, too_large
 from medray.grid import Rectangle, plan_regions, region_windows
 from medray.run import (
     RunSettings,
@@ -39,9 +37,6 @@ from medray.store import files, omezarr
 UInt8 = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 Blocks = npt.NDArray[np.bool_]
-
-# A field of PNG or JPEG, read whole, needs as much; a region far less.
-_MOST_BYTES = 4 << 30
 
 BLOCK = omezarr.PATCH
 """Side in pixels of the blocks that hold tissue or do not; a property of the slide, so
@@ -87,20 +82,6 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
     if damaged:
         row |= {"damaged": damaged, "why": why}
     return row, pixels if np.any(row["blocks"]) else None
-
-
-def bound_memory() -> None:
-    """Let this process allocate so much and no more.
-
-    Beyond it a decoder fails with MemoryError or dies: alone, not with whatever the
-    system or Ray would end to save the node.
-    """
-    status = Path("/proc/self/status").read_text()
-    held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = held + _MOST_BYTES
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 class RegionIO:
@@ -200,21 +181,6 @@ def write_region(
     except (MedrayError, OSError) as error:
         return row | failure(error, "run")
     return row | {"record": record}
-
-
-def too_large(row: Row, error: MemoryError) -> str:
-    """Say that decoding a slide wants more memory than a process may have."""
-    return (
-        f"{row['uri']}: quarantined: decoding it takes more than "
-        f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "
-        f"or should be saved as a tiled TIFF"
-    )
-
-
-def failure(error: Exception, storage: str) -> Row:
-    """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
-    said = {"storage": storage} if isinstance(error, StoreError) else {}
-    return {"error": f"{error}"} | said
 
 
 def _below(out: str, written: list[tuple[str, omezarr.Digests]]) -> omezarr.Digests:

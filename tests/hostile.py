@@ -354,10 +354,11 @@ def zarrs(
 def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.annotations import rasterise, read_annotation
     from medray.classes import Classes
+    from medray.faults import bound_memory
     from medray.grid import Windows
     from medray.infer import _plan_one
     from medray.recipe import read_recipe
-    from medray.region import bound_memory, read_region
+    from medray.region import read_region
     from medray.run import Options, RunSettings
     from medray.slides.listing import find_slides
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import serial
 
+from medray.cli import main
 from medray.errors import ConfigError
 from medray.grid import Rectangle
 from medray.models.config import Prediction
@@ -277,6 +278,27 @@ def test_runs_differ_where_they_differ(run, tmp_path: Path) -> None:
     )
     dice = (2 * (one & two).sum() + total) / (one.sum() + two.sum() + total)
     assert found.agreement[1]["f1"] == pytest.approx(dice)
+
+
+def test_the_commands_say_what_they_found(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run(tmp_path, PLAIN)
+    same, _ = run(tmp_path / "b", PLAIN)
+    assert main(["verify", str(out)]) == 0
+    assert "3 slides are as they were committed, 0 damaged" in capsys.readouterr().out
+    assert main(["diff", str(out), str(same)]) == 0
+    assert "3 slides compared, 0 differ" in capsys.readouterr().out
+    shard = "masks/s0.ome.zarr/0/c/0/0"
+    (out / shard).unlink()
+    (out / "masks/s1.ome.zarr/.partial-x").write_bytes(b"x")
+    assert main(["gc", str(out)]) == 0
+    assert "removed  masks/s1.ome.zarr/.partial-x" in capsys.readouterr().out
+    assert main(["verify", str(out), "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["failed"] == {"s0": f"{shard}: missing"}
+    assert told["noted"]
+    assert main(["verify", str(tmp_path)]) == 2
 
 
 def test_runs_of_other_classes_are_not_compared(run, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""How what reads the files of strangers keeps their faults to itself."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+from typing import Any, Literal
+
+from medray.errors import StoreError
+
+Row = dict[str, Any]
+
+# A field of PNG or JPEG, read whole, needs as much; a region far less.
+_MOST_BYTES = 4 << 30
+
+
+def bound_memory() -> None:
+    """Let this process allocate so much and no more.
+
+    Beyond it a decoder fails with MemoryError or dies: alone, not with whatever the
+    system or Ray would end to save the node.
+    """
+    status = Path("/proc/self/status").read_text()
+    held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + _MOST_BYTES
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def too_large(row: Row, error: MemoryError) -> str:
+    """Say that decoding a slide wants more memory than a process may have."""
+    return (
+        f"{row['uri']}: quarantined: decoding it takes more than "
+        f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "
+        f"or should be saved as a tiled TIFF"
+    )
+
+
+def failure(error: Exception, storage: Literal["slides", "run"]) -> Row:
+    """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
+    said = {"storage": storage} if isinstance(error, StoreError) else {}
+    return {"error": f"{error}"} | said

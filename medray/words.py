@@ -1,0 +1,104 @@
+"""The results of commands in words, for people; the same values as --json gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def in_words(command: str, values: dict[str, Any]) -> str:
+    """Tell a result: where things are, and last how many slides failed."""
+    lines = []
+    if "budget_bytes" in values:
+        return _estimate_in_words(values)
+    if "checks" in values:
+        return "\n".join(
+            f"{'ok    ' if c['passed'] else 'FAILED'} {c['name']:18} {c['asked']}"
+            + ("" if c["passed"] else f": {c['found']}")
+            for c in values["checks"]
+        )
+    if "verified" in values:
+        return _verified_in_words(values)
+    if "removed" in values:
+        verb = "would remove" if values["dry_run"] else "removed"
+        lines = [f"{verb}  {path}" for path in values["removed"]]
+        size = f"{values['bytes'] / 2**20:.1f} MiB"
+        return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
+    if "agreement" in values:
+        return _difference_in_words(values)
+    if "f1" in values:
+        score = (
+            "none (no foreground)" if values["f1"] is None else f"{values['f1']:.4f}"
+        )
+        interval = values.get("interval")
+        span = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+        lines.append(f"F1      {score}{span}")
+    if "report" in values:
+        lines.append(f"report  {values['report']}")
+    lines.append(f"out     {values['out']}")
+    if "trained" in values:
+        state = "trained" if values["trained"] else "was there already"
+        lines.append(f"{command}: {state}, {values['epochs']} epochs")
+    failed = values.get("failed", {})
+    if "done" in values:
+        lines.append(
+            f"{command}: {values['done']} slides done, {values['skipped']} done "
+            f"before, {len(failed)} failed, {values['seconds']:.1f} s"
+        )
+    elif "evaluated" in values:
+        lines.append(
+            f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
+        )
+    return "\n".join(lines)
+
+
+def _verified_in_words(values: dict[str, Any]) -> str:
+    failed = values["failed"]
+    lines = [f"damaged  {slide}: {why}" for slide, why in failed.items()]
+    lines.append(
+        f"verify: {values['verified']} slides are as they were committed, "
+        f"{len(failed)} damaged, {values['files']} files read"
+    )
+    if failed and values["noted"]:
+        lines.append("run the same `medray infer` again to repair them")
+    return "\n".join(lines)
+
+
+def _difference_in_words(values: dict[str, Any]) -> str:
+    lines = [f"only     {slide}: {why}" for slide, why in values["only"].items()]
+    for slide, regions in values["changed"].items():
+        for (y, x, height, width), pixels in regions:
+            where = f"y={y} x={x} {height} x {width}"
+            lines.append(f"changed  {slide} {where}: {pixels} pixels")
+    for row in values["agreement"]:
+        f1 = "none" if row["f1"] is None else f"{row['f1']:.5f}"
+        pixels = f"{row['px']} and {row['other_px']} pixels"
+        lines.append(f"class    {row['class']}: F1 {f1}, {pixels}")
+    lines.append(
+        f"diff: {values['compared']} slides compared, {len(values['changed'])} differ"
+    )
+    return "\n".join(lines)
+
+
+def _estimate_in_words(values: dict[str, Any]) -> str:
+    gib = {k: v / 2**30 for k, v in values.items() if k.endswith("_bytes")}
+    least, most = values["seconds"]
+    lines = [
+        f"slides   {values['slides']}, {values['sampled']} of them looked at, "
+        f"{len(values['failed'])} cannot be planned",
+        f"work     {values['regions']} regions, {values['windows']} windows at "
+        f"{values['window_s'] * 1e3:.1f} ms on each of {values['lanes']} lanes",
+        f"time     {least:.0f} to {most:.0f} s",
+        f"memory   at most {gib['host_bytes']:.1f} GiB a node, "
+        f"{gib['store_bytes']:.1f} GiB of it the object store; Ray has "
+        f"{gib['budget_bytes']:.1f} GiB",
+        f"device   {gib['device_bytes']:.1f} GiB" if gib["device_bytes"] else "",
+        f"output   at most {gib['output_bytes']:.2f} GiB, usually a hundredth",
+    ]
+    if values["cost"]:
+        low, high = values["cost"]
+        per = [cost / values["slides"] for cost in (low, high)]
+        lines.append(
+            f"cost     {low:.2f} to {high:.2f}, {per[0]:.4f} to {per[1]:.4f} a slide"
+        )
+    lines += [f"failed   {name}: {why}" for name, why in values["failed"].items()]
+    return "\n".join(line for line in lines if line)
