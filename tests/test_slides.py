@@ -379,8 +379,12 @@ def test_averaging_by_a_whole_factor_is_the_mean_of_blocks() -> None:
     assert (enlarged == 77).all()
 
 
-@pytest.mark.parametrize("reader", ["tifffile", "openslide"])
-def test_a_damaged_tile_costs_only_itself(tmp_path: Path, reader: str) -> None:
+@pytest.mark.parametrize(
+    ("reader", "lost"), [("tifffile", 1.0), ("openslide", 1.0), ("tifffile", 0.5)]
+)
+def test_a_damaged_tile_costs_only_itself(
+    tmp_path: Path, reader: str, lost: float
+) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (128, 192, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     path = tmp_path / "slide.tif"
@@ -398,13 +402,13 @@ def test_a_damaged_tile_costs_only_itself(tmp_path: Path, reader: str) -> None:
         page = tiff.pages[0]
         place, size = page.dataoffsets[8], page.databytecounts[8]
     with path.open("r+b") as file:
-        file.seek(place)
-        file.write(bytes(size))
+        file.seek(place + size - int(size * lost))
+        file.write(bytes(int(size * lost)))
     with open_slide(path, reader=reader) as slide:
         with pytest.raises(SlideError, match="slide.tif"):
             slide.read(0, 0, 1024, 1536)
         found, damaged, why = read_readable(slide, 0, 0, 1024, 1536)
     assert damaged == [(256, 512, 256, 256)]
-    assert "Not a JPEG" in why
+    assert "JPEG" in why
     whole[256:512, 512:768] = 255
     np.testing.assert_array_equal(found, whole)

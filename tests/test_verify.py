@@ -112,7 +112,11 @@ def every_file(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-@pytest.mark.parametrize("options", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize(
+    "options",
+    [PLAIN, pytest.param(RICH, marks=pytest.mark.slow)],
+    ids=["plain", "rich"],
+)
 def test_any_damage_is_named_and_repaired(
     run, tmp_path: Path, options: Options, how: str
 ) -> None:
