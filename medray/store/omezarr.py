@@ -18,6 +18,7 @@ Specification: https://ngff.openmicroscopy.org/0.5/
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,13 +266,12 @@ def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
             files.remove(files.join(uri, name))
     found.pop(_GROUP)
     root = merkle_root(found)
-    group = open_group(uri, mode="r+")
-    attributes: Any = group.attrs["medray"]
-    with files.answered(uri, "written"):
-        if attributes.get(ROOT) != root:
-            group.attrs["medray"] = attributes | {ROOT: root}
-        _written(group, uri)
-    found[_GROUP] = content_digest(files.read_bytes(files.join(uri, _GROUP)))
+    top = files.join(uri, _GROUP)
+    metadata = files.read_json(top)
+    metadata["attributes"]["medray"][ROOT] = root
+    data = json.dumps(metadata, indent=2).encode()
+    files.write_bytes(top, data)
+    found[_GROUP] = content_digest(data)
     return found, root
 
 
