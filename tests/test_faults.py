@@ -235,25 +235,27 @@ def test_a_full_disk_is_said_and_gone_on_from(
 
 
 def test_a_disk_that_becomes_read_only_is_said_and_gone_on_from(
-    slides: Path, model: Path, whole, small_disk: Path
+    slides: Path, model: Path, tmp_path: Path, whole
 ) -> None:
-    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    out = small_disk / "run"
+    out = tmp_path / "run"
     process = start(slides, model, out)
     wait_for_commits(process, out, 1)
-    # Files that are open for writing keep it from becoming read-only: try again.
-    for _ in range(100):
-        remount = ["mount", "-o", "remount,ro", str(small_disk)]
-        if subprocess.run(remount, capture_output=True).returncode == 0:
-            break
-        time.sleep(0.05)
-    stopped = answer(process)
-    assert process.returncode == 1
-    assert "Read-only file system" in stopped["error"]
-    again = start(slides, model, out)
-    assert "Read-only" in answer(again)["error"]
-    assert again.returncode == 1
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    folder = str(out / "journal")
+    if subprocess.run(["mount", "--bind", folder, folder]).returncode:
+        process.kill()
+        process.communicate()
+        pytest.skip("this user may not mount file systems")
+    try:
+        remount = ["mount", "-o", "remount,bind,ro", folder]
+        subprocess.run(remount, check=True)
+        stopped = answer(process)
+        assert process.returncode == 1
+        assert "Read-only file system" in stopped["error"]
+        again = start(slides, model, out)
+        assert "Read-only" in answer(again)["error"]
+        assert again.returncode == 1
+    finally:
+        subprocess.run(["umount", folder], check=True)
     summary = answer(start(slides, model, out))
     assert summary["failed"] == {}
     assert masks(out) == whole[0]
