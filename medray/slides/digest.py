@@ -33,8 +33,9 @@ def slide_digest(uri: str) -> str:
                 digest.update(f"/{name} {size}\n".encode())
         else:
             size = files.size(uri)
-            for start, length in _parts(size):
-                digest.update(files.read_ranges(uri, [start], [length])[0])
+            starts, lengths = zip(*_parts(size), strict=True)
+            for data in files.read_ranges(uri, starts, lengths):
+                digest.update(data)
             digest.update(str(size).encode())
     except FileNotFoundError as error:
         raise SlideError(f"{uri}: cannot be read ({error})") from error

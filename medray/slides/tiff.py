@@ -173,22 +173,27 @@ class TiffSlide(Slide):
                     f"{offsets[index] + counts[index]}, the file at {self._size}; it "
                     f"is cut off, copy it again"
                 )
-        fetched: dict[int, bytes] = {}
-        if stored and not files.is_local(self.uri):
-            # Of an object all at once, a request for each would take its time.
+        found: Iterator[bytes]
+        if files.is_local(self.uri):
+            found = (self._read_at(offsets[i], counts[i]) for i in stored)
+        else:  # of an object all at once, a request for each would take its time
             starts, lengths = [offsets[i] for i in stored], [counts[i] for i in stored]
-            parts = files.read_ranges(self.uri, starts, lengths)
-            fetched = dict(zip(stored, parts, strict=True))
+            found = iter(files.read_ranges(self.uri, starts, lengths) if stored else ())
         for index in indices:
-            if not counts[index]:
-                yield index, None
-            elif fetched:
-                yield index, fetched.pop(index)
-            else:
-                with self._lock:
-                    self._file.seek(offsets[index])
-                    data = self._file.read(counts[index])
-                yield index, data
+            data = next(found) if counts[index] else None
+            if data is not None and len(data) != counts[index]:
+                raise SlideError(
+                    f"{self.uri}: segment {index} of level {level} should hold "
+                    f"{counts[index]} bytes, found {len(data)}; the file is cut off, "
+                    f"copy it again"
+                )
+            yield index, data
+
+    def _read_at(self, offset: int, count: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            data: bytes = self._file.read(count)
+        return data
 
     def close(self) -> None:
         """Close the file."""
