@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ray
+
 from medray.commit import HEADER, Commit, Row
 from medray.errors import StoreError
+from medray.faults import bound_memory, failure
 from medray.interrupt import StoppedError, stopping
 from medray.pool import Pool, poll
 from medray.progress import Progress
@@ -17,6 +21,56 @@ from medray.store.ledger import Ledger
 
 # Seconds after a signal in which regions under way may still be completed.
 _GRACE_S = 15.0
+
+
+class SlideWorker:
+    """Does what concerns a whole slide: plans it before, finishes it after."""
+
+    def __init__(
+        self,
+        plan: Callable[[Row], tuple[Row, list[Row]]],
+        finish: Callable[[Row], Row],
+    ) -> None:
+        """Take how it is done."""
+        bound_memory()
+        self._plan, self._finish = plan, finish
+
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Plan rows of slides, as (header, regions); finish headers."""
+        for row in rows:
+            if "todo" not in row:
+                yield [self._plan(row)]
+                continue
+            try:
+                yield [self._finish(row)]
+            except Exception as error:  # whatever it is, it is this slide's alone
+                yield [failure(error, "run")]
+
+
+def start_workers(
+    plan: Callable[[Row], tuple[Row, list[Row]]],
+    finish: Callable[[Row], Row],
+    slides: int,
+    patience: float,
+) -> Pool:
+    """Start the slide workers: one for every four cores, none without a slide.
+
+    Args:
+        plan: Gives a slide's (header, regions to do).
+        finish: Gives what finishing adds to a header; it may raise.
+        slides: How many there are.
+        patience: Seconds that planning may take, or finishing a region's share.
+    """
+    start = functools.partial(
+        ray.remote(SlideWorker).options(num_cpus=0.25).remote, plan, finish
+    )
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+
+    def allowed(row: Row) -> float:
+        # What is finished takes longer the more regions it has.
+        return patience * max(1, len(row.get("records", ())))
+
+    return Pool(start, "work", max(1, min(cpus // 4, slides)), patience=allowed)
 
 
 @contextlib.contextmanager

@@ -23,25 +23,22 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
 
 from medray import budget, cluster
 from medray.clean import Cleaning
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides
-from medray.drive import drive, keeping
+from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
-from medray.faults import bound_memory, failure, too_large
+from medray.faults import failure, too_large
 from medray.grid import region_side
 from medray.lane import start_lanes
 from medray.models.config import model_digest, read_config
 from medray.plan import coarse_mask, plan_slide
-from medray.pool import Pool
 from medray.progress import Progress
 from medray.region import (
     finish_slide,
@@ -169,10 +166,14 @@ def _work_off(
 ) -> Commit:
     """Do the slides and commit them."""
     commit = Commit(ledger, _slide_row)
+    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
+    plan = functools.partial(_plan_one, settings=settings, out=out, committed=committed)
+    finish = functools.partial(finish_slide, settings, out)
+    patience = settings.options.patience
     with (
         Progress(stage, len(todo)) as progress,
         keeping(ledger),
-        _start_workers(settings, out, ledger, len(todo)) as workers,
+        start_workers(plan, finish, len(todo), patience) as workers,
         start_lanes(settings, out) as lanes,
     ):
         packet = 16 if cluster.gpus() else 8
@@ -253,53 +254,7 @@ def _first_pass(
         _work_off("coarse", todo, coarse, out, ledger, check)
 
 
-# --- plan and finish ------------------------------------------------------------------
-
-
-class SlideWorker:
-    """Does what concerns a whole slide: plans it before, finishes it after.
-
-    Planning reads headers and thumbnails and makes empty masks; no pixels are read at
-    working level.
-    """
-
-    def __init__(
-        self, settings: RunSettings, out: str, committed: dict[str, list[int]]
-    ) -> None:
-        """Take what all slides share."""
-        bound_memory()
-        self._settings, self._out, self._committed = settings, out, committed
-
-    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Plan rows of slides, as (header, regions); finish headers."""
-        for row in rows:
-            if "todo" in row:
-                yield [self._finish(row)]
-            else:
-                yield [_plan_one(row, self._settings, self._out, self._committed)]
-
-    def _finish(self, header: Row) -> Row:
-        try:
-            return finish_slide(self._settings, self._out, header)
-        except Exception as error:  # whatever it is, it is this slide's alone
-            return failure(error, "run")
-
-
-def _start_workers(
-    settings: RunSettings, out: str, ledger: Ledger, slides: int
-) -> Pool:
-    """Start the slide workers: one for every four cores."""
-    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-    actor = ray.remote(SlideWorker).options(num_cpus=0.25)
-    start = functools.partial(actor.remote, settings, out, committed)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    alone = settings.options.patience
-
-    def patience(row: Row) -> float:
-        # What is finished takes longer the more regions it has.
-        return alone * max(1, len(row.get("records", ())))
-
-    return Pool(start, "work", max(1, min(cpus // 4, slides)), patience=patience)
+# --- plan ----------------------------------------------------------------------------
 
 
 def _plan_one(

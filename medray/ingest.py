@@ -16,7 +16,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,7 @@ from medray.dataset import (
     split_slides,
     write_patches,
 )
-from medray.drive import drive, keeping
+from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError, MedrayError, StoreError
 from medray.faults import bound_memory, failure, too_large
 from medray.grid import Rectangle, plan_regions
@@ -130,11 +129,14 @@ def _ingest(
     if todo:
         cluster.connect()
         start = time.perf_counter()
+        committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
+        plan = functools.partial(_plan, settings=settings, out=out, committed=committed)
+        finish = functools.partial(_finish, out=out)
         with (
             Progress("ingest", len(todo)) as progress,
             keeping(ledger),
-            _start(_SlideWorker, settings, out, ledger, len(todo)) as workers,
-            _start(_Cutter, settings, out, ledger, len(todo)) as cutters,
+            start_workers(plan, finish, len(todo), _PATIENCE_S) as workers,
+            _start_cutters(settings, out) as cutters,
         ):
             drive(todo, workers, cutters, commit, progress, _PACKET, check)
     assign_splits(ledger)
@@ -152,36 +154,10 @@ def _check_fractions(fractions: tuple[float, float, float]) -> None:
         )
 
 
-class _SlideWorker:
-    """Does what concerns a whole slide: plans it before, builds its pyramids after."""
-
-    def __init__(
-        self, settings: DatasetSettings, out: str, committed: dict[str, list[int]]
-    ) -> None:
-        """Take what all slides share."""
-        bound_memory()
-        self._settings, self._out, self._committed = settings, out, committed
-
-    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Plan rows of slides, as (header, regions); finish headers."""
-        for row in rows:
-            if "todo" in row:
-                yield [self._finish(row)]
-            else:
-                yield [_plan(row, self._settings, self._out, self._committed)]
-
-    def _finish(self, header: Row) -> Row:
-        try:
-            _build_pyramids(self._out, header["slide"])
-        except Exception as error:  # whatever it is, it is this slide's alone
-            return failure(error, "run")
-        return {}
-
-
 class _Cutter:
     """Reads, labels and writes regions."""
 
-    def __init__(self, settings: DatasetSettings, out: str, _: Any) -> None:
+    def __init__(self, settings: DatasetSettings, out: str) -> None:
         """Take what all regions share."""
         bound_memory()
         self._settings, self._out = settings, out
@@ -192,22 +168,12 @@ class _Cutter:
             yield [_cut(row, self._settings, self._out)]
 
 
-def _start(
-    kind: type[Any], settings: DatasetSettings, out: str, ledger: Ledger, slides: int
-) -> Pool:
-    """Start a cutter a core, or a slide worker for every four."""
-    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
+def _start_cutters(settings: DatasetSettings, out: str) -> Pool:
+    """Start a cutter a core; they leave room for the slide workers."""
+    actor = ray.remote(_Cutter).options(num_cpus=0.75)
+    start = functools.partial(actor.remote, settings, out)
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    cuts = kind is _Cutter
-    actor = ray.remote(kind).options(num_cpus=0.75 if cuts else 0.25)
-    start = functools.partial(actor.remote, settings, out, committed)
-    count = max(1, cpus if cuts else min(cpus // 4, slides))
-    return Pool(start, "work", count, patience=_patience)
-
-
-def _patience(row: Row) -> float:
-    # What is finished takes longer the more regions it has.
-    return _PATIENCE_S * max(1, len(row.get("records", ())))
+    return Pool(start, "work", max(1, cpus), patience=lambda _: _PATIENCE_S)
 
 
 # --- plan -----------------------------------------------------------------------------
@@ -401,6 +367,12 @@ def _count_patches(
             "tissue": round(float(share), 4),
             "class_px": pixels.tolist(),
         }
+
+
+def _finish(header: Row, out: str) -> Row:
+    """Build the pyramids of a slide of several regions."""
+    _build_pyramids(out, header["slide"])
+    return {}
 
 
 def _build_pyramids(out: str, slide: str) -> None:
