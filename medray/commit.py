@@ -19,6 +19,7 @@ from medray.errors import MedrayError, SlideError, StoreError
 from medray.progress import Progress
 from medray.slides.digest import slide_stamp
 from medray.slides.listing import SlideFile
+from medray.store import files
 from medray.store.ledger import Ledger, slide_key
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def changed_slides(
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
     the slide stops counting as done until its digest tells whether it changed; `before`
-    then holds its earlier row.
+    then holds its earlier row, and `committed` the shards of each committed region.
 
     Args:
         wanted: The slides of the request.
@@ -84,9 +85,38 @@ def changed_slides(
         if before:
             ledger.forget_slide(file.slide)
         # As text: the earlier rows of several slides need not have equal columns.
-        rows.append(row | {"before": json.dumps(before)})
+        row["before"] = json.dumps(before)
+        digest, records = ledger.records_of(file.slide)
+        shards = {index: [*record["files"]] for index, record in records.items()}
+        rows.append(row | {"committed": {"digest": digest, "shards": shards}})
     ledger.flush()
     return rows
+
+
+def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
+    """Give the regions of a slide that are yet to be done.
+
+    What is committed is believed only as far as its shards are there: somebody may
+    have removed them, or the slide was another one in between.
+
+    Args:
+        row: Of the slide, from `changed_slides`.
+        digest: What the slide is now.
+        regions: All its regions.
+        out: The stage's folder.
+    """
+    committed = row["committed"]
+    if committed["digest"] != digest:
+        return regions
+    shards: dict[int, list[str]] = committed["shards"]
+    stores = {p.split(".zarr/")[0] for paths in shards.values() for p in paths}
+    stored = {
+        f"{store}.zarr/{name}"
+        for store in stores
+        for name in files.list_files(files.join(out, f"{store}.zarr"))
+    }
+    done = {index for index, paths in shards.items() if stored.issuperset(paths)}
+    return [region for region in regions if region["index"] not in done]
 
 
 def _stamp(uri: str) -> str:
@@ -192,8 +222,8 @@ class Commit:
 
     def records(self, header: Row) -> dict[int, Row]:
         """Give the records of a slide's regions."""
-        key = slide_key(header["slide"], header["digest"])
-        return self.ledger.regions.get(key, {})
+        digest, records = self.ledger.records_of(header["slide"])
+        return records if digest == header["digest"] else {}
 
     def _check_storage(self, row: Row) -> None:
         """Stop where storage fails: that is no slide's fault.

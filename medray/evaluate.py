@@ -191,7 +191,9 @@ def _digest(matched: list[Row], run_digest: str) -> str:
     parts = [run_digest]
     for row in matched:
         parts += [row["slide"], str(row["digest"]), row["status"], row["truth"]]
-        parts.append(slide_stamp(row["truth"]))
+        labels = row["kind"] == "labels"
+        uri = files.join(row["truth"], "zarr.json") if labels else row["truth"]
+        parts.append(slide_stamp(uri))
     text = json.dumps(sorted(parts))
     return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 

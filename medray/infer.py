@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from medray import budget, cluster
 from medray.clean import Cleaning
-from medray.commit import HEADER, Commit, Row, Summary, changed_slides
+from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
 from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.faults import failure, too_large
@@ -56,7 +56,7 @@ from medray.run import (
 from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files, omezarr
-from medray.store.ledger import Ledger, slide_key
+from medray.store.ledger import Ledger
 from medray.store.lock import locked
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,7 @@ def _work_off(
 ) -> Commit:
     """Do the slides and commit them."""
     commit = Commit(ledger, _slide_row)
-    committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-    plan = functools.partial(_plan_one, settings=settings, out=out, committed=committed)
+    plan = functools.partial(_plan_one, settings=settings, out=out)
     finish = functools.partial(finish_slide, settings, out)
     patience = settings.options.patience
     with (
@@ -257,11 +256,10 @@ def _first_pass(
 # --- plan ----------------------------------------------------------------------------
 
 
-def _plan_one(
-    row: Row, settings: RunSettings, out: str, committed: dict[str, list[int]]
-) -> tuple[Row, list[Row]]:
+def _plan_one(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
     """Give a slide's header and the regions to do."""
-    header = row | {"index": HEADER, "todo": 0}
+    names = ("slide", "uri", "annotation", "stamp")
+    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
     try:
         header["digest"] = slide_digest(row["uri"])
         before = json.loads(row["before"])
@@ -273,18 +271,15 @@ def _plan_one(
         facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
         working = working_of(facts)
         try:
-            new = create_mask(row["slide"], header["digest"], working, settings, out)
+            create_mask(row["slide"], header["digest"], working, settings, out)
+            regions = missing_regions(row, header["digest"], regions, out)
         except StoreError as error:
             return header | failure(error, "run"), []
-        key = slide_key(row["slide"], header["digest"])
-        done = set() if new else set(committed.get(key, ()))
-        regions = [region for region in regions if region["index"] not in done]
         header |= facts | {"todo": len(regions), "classes": settings.classes.names}
     except (MedrayError, OSError) as error:
         return header | failure(error, "slides"), []
     except MemoryError as error:
         return header | {"error": too_large(row, error)}, []
-    del header["before"]
     return header, regions
 
 

@@ -29,7 +29,7 @@ from medray.annotations import (
 )
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
-from medray.commit import HEADER, Commit, Row, Summary, changed_slides
+from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
 from medray.dataset import (
     LABELS,
     SPLITS,
@@ -129,8 +129,7 @@ def _ingest(
     if todo:
         cluster.connect()
         start = time.perf_counter()
-        committed = {key: sorted(regions) for key, regions in ledger.regions.items()}
-        plan = functools.partial(_plan, settings=settings, out=out, committed=committed)
+        plan = functools.partial(_plan, settings=settings, out=out)
         finish = functools.partial(_finish, out=out)
         with (
             Progress("ingest", len(todo)) as progress,
@@ -179,9 +178,7 @@ def _start_cutters(settings: DatasetSettings, out: str) -> Pool:
 # --- plan -----------------------------------------------------------------------------
 
 
-def _plan(
-    row: Row, settings: DatasetSettings, out: str, committed: dict[str, list[int]]
-) -> tuple[Row, list[Row]]:
+def _plan(row: Row, settings: DatasetSettings, out: str) -> tuple[Row, list[Row]]:
     """Give a slide's header and the regions that are to be cut."""
     names = ("slide", "uri", "annotation", "stamp")
     header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
@@ -198,16 +195,14 @@ def _plan(
         with open_slide(header["uri"]) as slide:
             facts, regions = _plan_slide(slide, header, settings)
         try:
-            new = _create_slide(header | facts, settings, out)
+            _create_slide(header | facts, settings, out)
+            regions = missing_regions(row, digest, regions, out)
         except StoreError as error:
             return header | failure(error, "run"), []
     except (MedrayError, OSError) as error:
         return header | failure(error, "slides"), []
     except MemoryError as error:
         return header | {"error": too_large(header, error)}, []
-    key = slide_key(header["slide"], digest)
-    done = set() if new else set(committed.get(key, ()))
-    regions = [region for region in regions if region["index"] not in done]
     return header | facts | {"todo": len(regions)}, regions
 
 
@@ -273,12 +268,8 @@ def _areas(
     return read_annotation(uri, height=height, width=width, classes=settings.classes)
 
 
-def _create_slide(header: Row, settings: DatasetSettings, out: str) -> bool:
-    """Make the empty OME-Zarr; it is kept if it is there for this very slide.
-
-    Returns:
-        Whether some of it is new: what was stored of this slide before is gone.
-    """
+def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
+    """Make the empty OME-Zarr; it is kept if it is there for this very slide."""
     uri = slide_uri(out, header["slide"])
     attributes = {
         "kind": "slide",
@@ -287,12 +278,12 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> bool:
         "format": header["format"],
     }
     size = (header["height"], header["width"])
-    new = omezarr.create_image(
+    omezarr.create_image(
         uri, *size, mpp=header["mpp"], name=header["slide"], attributes=attributes
     )
     if header["annotated"]:
         omezarr.list_labels(uri, [LABELS])
-        new |= omezarr.create_labels(
+        omezarr.create_labels(
             labels_uri(out, header["slide"]),
             *size,
             mpp=header["mpp"],
@@ -301,7 +292,6 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> bool:
             attributes=attributes,
             source="../../",
         )
-    return new
 
 
 # --- cut ------------------------------------------------------------------------------
@@ -336,16 +326,18 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
         return {"error": too_large(row, error)}
     try:
         uri = slide_uri(out, row["slide"])
-        omezarr.write_region(uri, region, np.moveaxis(pixels, 2, 0))
+        written = [(uri, omezarr.write_region(uri, region, np.moveaxis(pixels, 2, 0)))]
         if row["annotated"]:
-            omezarr.write_region(labels_uri(out, row["slide"]), region, labels)
+            uri = labels_uri(out, row["slide"])
+            written.append((uri, omezarr.write_region(uri, region, labels)))
         if row["regions"] == 1:
             _build_pyramids(out, row["slide"])
     except (MedrayError, OSError) as error:
         return failure(error, "run")
     patches = list(_count_patches(region, labels, tissue, settings))
     times = {"cut_at": start, "cut_s": time.time() - start}
-    return {"record": {"patches": patches} | times}
+    shards = omezarr.digests_below(out, written)
+    return {"record": {"patches": patches, "files": shards} | times}
 
 
 def _count_patches(

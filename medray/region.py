@@ -171,7 +171,7 @@ def write_region(
             values = unreadable if layer == "unreadable" else values * inside
             uri = layer_uri(out, row["slide"], layer)
             written.append((uri, omezarr.write_region(uri, region, values)))
-        record["files"] = _below(out, written)
+        record["files"] = omezarr.digests_below(out, written)
         record["unreadable_px"] = int(unreadable.sum())
         record["write_s"] = time.time() - start
         record["written_at"] = time.time()
@@ -181,15 +181,6 @@ def write_region(
     except (MedrayError, OSError) as error:
         return row | failure(error, "run")
     return row | {"record": record}
-
-
-def _below(out: str, written: list[tuple[str, omezarr.Digests]]) -> omezarr.Digests:
-    """Give digests by path below the run, of digests by path below each store."""
-    return {
-        f"{uri[len(out) + 1 :]}/{name}": digest
-        for uri, digests in written
-        for name, digest in digests.items()
-    }
 
 
 def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
@@ -219,16 +210,16 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
     if settings.options.clean:
         cleaned = _clean(settings, raw_uri(out, slide), mask, row)
         found["cleaned_px"], digests = cleaned
-        kept |= _below(out, [(mask, digests)])
+        kept |= omezarr.digests_below(out, [(mask, digests)])
     for uri in stores_of(settings, out, slide):
-        kept |= _below(out, [(uri, omezarr.build_pyramid(uri))])
+        kept |= omezarr.digests_below(out, [(uri, omezarr.build_pyramid(uri))])
     roots = {}
     sealed: omezarr.Digests = {}
     for uri in groups_of(settings, out, slide):
         start = f"{uri[len(out) + 1 :]}/"
         inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
         digests, roots[uri] = omezarr.seal(uri, inside)
-        sealed |= _below(out, [(uri, digests)])
+        sealed |= omezarr.digests_below(out, [(uri, digests)])
     if settings.options.outlines:
         downsample = omezarr.read_attributes(mask)["downsample"]
         target = outlines_uri(out, slide)

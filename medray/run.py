@@ -236,14 +236,11 @@ def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
 
 def create_mask(
     slide: str, digest: str, working: Working, settings: RunSettings, out: str
-) -> bool:
+) -> None:
     """Make the empty mask, unless it is there for this very slide and run.
 
     A plan may be repeated while regions are already being written, so what is there
     with the right attributes is kept.
-
-    Returns:
-        Whether some of it is new: what was stored of this slide before is gone.
     """
     provenance = {
         "kind": "mask",
@@ -260,27 +257,20 @@ def create_mask(
     common: Any = {"mpp": working.mpp, "attributes": provenance}
     common |= {"region": settings.options.region}
     mask, classes = mask_uri(out, slide), settings.classes
-    new = []
     if settings.options.clean:
         raw = raw_uri(out, slide)
-        made = omezarr.create_labels(raw, *size, classes=classes, name=slide, **common)
-        new.append(made)
-    new.append(
-        omezarr.create_labels(mask, *size, classes=classes, name=slide, **common)
-    )
+        omezarr.create_labels(raw, *size, classes=classes, name=slide, **common)
+    omezarr.create_labels(mask, *size, classes=classes, name=slide, **common)
     if settings.options.prediction.probabilities:
         uri = probabilities_uri(out, slide)
         channels = list(zip(classes.names, classes.colors, strict=True))
-        made = omezarr.create_image(
+        omezarr.create_image(
             uri, *size, channels=channels, fill_value=0, name=slide, **common
         )
-        new.append(made)
     if settings.layers:
         omezarr.list_labels(mask, settings.layers)
     for layer in settings.layers:
         uri, means = layer_uri(out, slide, layer), LAYERS[layer]
-        made = omezarr.create_labels(
+        omezarr.create_labels(
             uri, *size, classes=means, name=layer, source="../../", **common
         )
-        new.append(made)
-    return any(new)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from medray.errors import ConfigError, FormatError, StoreError
 from medray.grid import plan_regions
@@ -319,7 +320,8 @@ class Difference:
             of the mask, and how many pixels changed.
         agreement: Of each class: f1 (Dice) and iou between the two masks, and its
             pixels in each.
-        only: Slides that only one of them has, or has in another size, and why.
+        not_compared: Why some slides cannot be compared: only one run has them, or in
+            another size, or a mask is damaged.
     """
 
     out: str
@@ -327,7 +329,7 @@ class Difference:
     compared: int
     changed: dict[str, list[tuple[list[int], int]]]
     agreement: list[dict[str, Any]]
-    only: dict[str, str]
+    not_compared: dict[str, str]
 
 
 def diff(out: str, other: str) -> Difference:
@@ -349,25 +351,25 @@ def diff(out: str, other: str) -> Difference:
         {s: row for s, row in ledger.slides.items() if row["status"] == "done"}
         for ledger in ledgers
     ]
-    only = dict.fromkeys(done[0].keys() - done[1].keys(), f"not done in {runs[1]}")
-    only |= dict.fromkeys(done[1].keys() - done[0].keys(), f"not done in {runs[0]}")
+    not_compared = {
+        slide: f"not done in {run}"
+        for run, mine, other in zip(runs, done, done[::-1], strict=True)
+        for slide in other.keys() - mine.keys()
+    }
     counts = np.zeros((len(classes), len(classes)), np.int64)
     changed = {}
     compared = 0
     for slide in sorted(done[0].keys() & done[1].keys()):
-        masks = [omezarr.open_level(mask_uri(run, slide)) for run in runs]
-        if masks[0].shape != masks[1].shape:
-            only[slide] = f"{masks[0].shape} pixels here, {masks[1].shape} there"
+        try:
+            one, two = (omezarr.open_level(mask_uri(run, slide)) for run in runs)
+            if one.shape != two.shape:
+                raise FormatError(f"{one.shape} pixels here, {two.shape} there")
+            regions, confused = _compare(one, two, settings[0])
+        except FormatError as error:
+            not_compared[slide] = f"{error}"
             continue
         compared += 1
-        regions = []
-        height, width = masks[0].shape
-        for region in plan_regions(height, width, settings[0].options.region):
-            one, two = (np.asarray(mask[region.slices()]) for mask in masks)
-            counts += confusion(one, two, len(classes))
-            if pixels := int((one != two).sum()):
-                place = [region.y, region.x, region.height, region.width]
-                regions.append((place, pixels))
+        counts += confused
         if regions:
             changed[slide] = regions
     agreement = [
@@ -382,4 +384,21 @@ def diff(out: str, other: str) -> Difference:
             zip(classes.names, class_scores(counts, classes.names), strict=True)
         )
     ]
-    return Difference(runs[0], runs[1], compared, changed, agreement, only)
+    return Difference(runs[0], runs[1], compared, changed, agreement, not_compared)
+
+
+def _compare(
+    one: omezarr.Pixels, two: omezarr.Pixels, settings: RunSettings
+) -> tuple[list[tuple[list[int], int]], npt.NDArray[np.int64]]:
+    """Give the regions that differ, how many pixels do, and the confusion of all."""
+    classes = len(settings.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    changed = []
+    height, width = one.shape
+    for region in plan_regions(height, width, settings.options.region):
+        parts = one[region.slices()], two[region.slices()]
+        counts += confusion(*parts, classes)
+        if pixels := int((parts[0] != parts[1]).sum()):
+            place = [region.y, region.x, region.height, region.width]
+            changed.append((place, pixels))
+    return changed, counts

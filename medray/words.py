@@ -64,7 +64,9 @@ def _verified_in_words(values: dict[str, Any]) -> str:
 
 
 def _difference_in_words(values: dict[str, Any]) -> str:
-    lines = [f"only     {slide}: {why}" for slide, why in values["only"].items()]
+    lines = [
+        f"cannot   {slide}: {why}" for slide, why in values["not_compared"].items()
+    ]
     for slide, regions in values["changed"].items():
         for (y, x, height, width), pixels in regions:
             where = f"y={y} x={x} {height} x {width}"

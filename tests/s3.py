@@ -40,11 +40,26 @@ class Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
+            def _body(self) -> bytes | None:
+                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                    length = int(self.headers.get("Content-Length") or 0)
+                    return self.rfile.read(length) if length else None
+                body = b""
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                while self.rfile.readline().strip():  # trailers
+                    pass
+                return body
+
             def _pass(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length) if length else None
+                passed_on = {
+                    key: value
+                    for key, value in self.headers.items()
+                    if key.lower() not in ("transfer-encoding", "expect")
+                }
                 status, headers, answer = proxy._answer(
-                    self.command, self.path, dict(self.headers), body, (host, port)
+                    self.command, self.path, passed_on, self._body(), (host, port)
                 )
                 self.send_response_only(status)
                 for key, value in headers:

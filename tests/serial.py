@@ -34,7 +34,6 @@ def infer(
     wanted, areas = slides_within(find_slides([str(slides)]), options.within)
     commit = Commit(ledger, _slide_row)
     progress = Progress("serial", len(wanted))
-    committed = {key: sorted(found) for key, found in ledger.regions.items()}
 
     def note(row: dict) -> None:
         nonlocal crash_after
@@ -50,7 +49,7 @@ def infer(
     if crash_after == 0:
         raise CrashError
     for row in changed_slides(wanted, ledger, areas):
-        header, regions = _plan_one(row, settings, run, committed)
+        header, regions = _plan_one(row, settings, run)
         if not regions:
             note(header)
         for region in regions:

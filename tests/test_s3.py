@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -300,3 +303,47 @@ def test_one_writer_at_a_time_in_a_bucket(
         with pytest.raises(lock.MedrayError, match="lock was lost"):
             check()
     assert "gone" in download(place)["lock.json"].decode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_stage_works_in_a_bucket_that_is_often_busy(
+    served: tuple[s3.Proxy, dict[str, str]],
+    bucket: tuple[str, s3.Proxy],
+    slides: Path,
+) -> None:
+    place, proxy = bucket
+    upload(slides, place)
+    recipe = slides / "recipe.yaml"
+    recipe.write_text(
+        "window: {size: 128, stride: 96}\ndata: {crop: 64}\nbatch: 4\n"
+        "schedule: {epochs: 1}\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+    def medray(*arguments: str) -> dict:
+        command = [sys.executable, "-m", "medray.cli", *arguments, "--json"]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        assert s3.SECRET not in done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    proxy.busy = 0.03
+    data, model, run = (files.join(place, name) for name in ("data", "model", "run"))
+    report = files.join(place, "report")
+    source, truth = files.join(place, "in"), files.join(place, "annotations")
+    fractions = ("--fractions", "0.5,0.5,0")
+    medray("ingest", source, "--annotations", truth, "--out", data, *fractions)
+    medray("train", str(recipe), "--data", data, "--out", model)
+    summary = medray("infer", source, "--model", model, "--out", run)
+    assert (summary["done"], summary["failed"]) == (2, {})
+    medray("evaluate", run, "--truth", data, "--out", report)
+    assert medray("verify", run)["verified"] == 2
+    assert "report.html" in files.list_folder(report)
+    proxy.heal()
+    for stored in (data, model, run, report):
+        for name, content in download(stored).items():
+            assert s3.SECRET.encode() not in content, name
+            assert s3.KEY.encode() not in content, name

@@ -192,9 +192,26 @@ def test_a_lost_mask_of_a_slide_under_way_is_made_anew(run, tmp_path: Path) -> N
     ledger.reopen("s0", row["digest"], regions)
     ledger.flush()
     shutil.rmtree(out / "masks" / "s0.ome.zarr")
+    with pytest.raises(serial.CrashError):  # the journal still tells of all regions
+        again(crash_after=1)
     commit = again()
-    assert (commit.done, commit.regions) == (1, len(regions))
+    assert (commit.done, commit.regions) == (1, len(regions) - 2)
     assert outputs(out) == whole
+
+
+def test_records_of_a_slide_that_was_replaced_are_no_damage(
+    run, tmp_path: Path
+) -> None:
+    out, _ = run(tmp_path, PLAIN)
+    digest = Ledger(str(out)).slides["s0"]["digest"]
+    ledger = Ledger(str(out))
+    ledger.commit_region("s0@another", 0, {"files": {"masks/x.ome.zarr/0/c/0/0": ""}})
+    ledger.flush()
+    assert verify(str(out)).failed == {}
+    ledger.forget_slide("s0")
+    ledger.commit_region(f"s0@{digest}", 1, {"files": {}})
+    ledger.flush()
+    assert Ledger(str(out)).records_of("s0") == (digest, {1: {"files": {}}})
 
 
 def test_cleaned_masks_are_verified_and_repaired(run, tmp_path: Path) -> None:
@@ -261,7 +278,7 @@ def test_runs_differ_where_they_differ(run, tmp_path: Path) -> None:
     out, _ = run(tmp_path, PLAIN)
     same, _ = run(tmp_path / "b", PLAIN)
     found = diff(str(out), str(same))
-    assert (found.compared, found.changed, found.only) == (3, {}, {})
+    assert (found.compared, found.changed, found.not_compared) == (3, {}, {})
     assert all(row["f1"] in (1.0, None) for row in found.agreement)
     # Another mask in one region.
     mask = omezarr.open_level(mask_uri(str(same), "s1"))
@@ -282,6 +299,15 @@ def test_runs_differ_where_they_differ(run, tmp_path: Path) -> None:
     )
     dice = (2 * (one & two).sum() + total) / (one.sum() + two.sum() + total)
     assert found.agreement[1]["f1"] == pytest.approx(dice)
+    # A damaged mask is named; the others are compared.
+    folder = same / "masks/s0.ome.zarr/0/c"
+    shard = next(path for path in folder.rglob("*") if path.is_file())
+    data = bytearray(shard.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    shard.write_bytes(data)
+    found = diff(str(out), str(same))
+    assert found.compared == 2
+    assert "medray verify" in found.not_compared["s0"]
 
 
 def test_the_commands_say_what_they_found(

@@ -4,6 +4,9 @@
       slides.parquet    a row a slide that is done or has failed
       journal/*.jsonl   committed regions of slides that are not done yet
 
+A slide has one content at a time: the records of another, which it had before it was
+replaced, are dropped with the first record of the new one.
+
 One process, the driver, keeps the ledger. A region is committed when its shard is
 stored and its line stands in the journal; a slide when all its regions are committed,
 its pyramid is built and its row stands in slides.parquet. A run that dies loses only
@@ -55,15 +58,20 @@ class Ledger:
         if files.exists(self._table_uri):
             rows = files.read_table(self._table_uri).to_pylist()
             self.slides = {row["slide"]: row for row in rows}
-        done = set() if keep_finished else self._done()
+        self._key_of: dict[str, str] = {}  # the key of each slide's records
+        done = {
+            slide: slide_key(slide, row["digest"])
+            for slide, row in self.slides.items()
+            if row["status"] == "done"
+        }
         parts = [p for p in files.list_folder(self._journal) if p.endswith(".jsonl")]
         for part in parts:
             for line in files.read_bytes(files.join(self._journal, part)).splitlines():
                 record = json.loads(line)
-                if record["key"] in done:
+                slide, key = record["key"].rpartition("@")[0], record["key"]
+                if slide in done and not (keep_finished and done[slide] == key):
                     continue
-                committed = self.regions.setdefault(record["key"], {})
-                committed[record["index"]] = record["region"]
+                self._records(key)[record["index"]] = record["region"]
         self._parts = [int(part.split(".")[0]) for part in parts]
         self._table_s = _TABLE_S
         self._pending: list[str] = []
@@ -74,16 +82,32 @@ class Ledger:
 
     def commit_region(self, key: str, index: int, region: Row) -> None:
         """Record that a region's shard is stored; at most 0.5 s until it is durable."""
-        self.regions.setdefault(key, {})[index] = region
+        self._records(key)[index] = region
         self._pending.append(_line(key, index, region))
         if time.monotonic() - self._flushed_at > _FLUSH_S:
             self._flush_journal()
+
+    def _records(self, key: str) -> dict[int, Row]:
+        """Give the records of a slide's content, and drop those of any other."""
+        slide = key.rpartition("@")[0]
+        before = self._key_of.get(slide, key)
+        if before != key:
+            self.regions.pop(before, None)
+        self._key_of[slide] = key
+        return self.regions.setdefault(key, {})
+
+    def records_of(self, slide: str) -> tuple[str, dict[int, Row]]:
+        """Give the digest and the region records of a slide that is under way."""
+        key = self._key_of.get(slide, slide_key(slide, ""))
+        return key.rpartition("@")[2], self.regions.get(key, {})
 
     def commit_slide(self, row: Row) -> None:
         """Record that a slide is done or has failed; durable with the next flush."""
         self.slides[row["slide"]] = row = {k: _storable(v) for k, v in row.items()}
         if row["status"] == "done":
-            self._finished.append(slide_key(row["slide"], row["digest"]))
+            key = slide_key(row["slide"], row["digest"])
+            self._records(key)
+            self._finished.append(key)
         self._table_dirty = True
         if time.monotonic() - self._table_at > self._table_s:
             self.flush()
@@ -98,6 +122,7 @@ class Ledger:
 
         Durable with the next flush.
         """
+        self._records(slide_key(slide, digest))
         self.regions[slide_key(slide, digest)] = regions
         # Regions that are forgotten cannot be noted, only left out of a new journal.
         self._rewrite = True

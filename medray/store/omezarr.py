@@ -31,7 +31,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore
 
 from medray.classes import Classes
-from medray.errors import FormatError
+from medray.errors import FormatError, StoreError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
 
@@ -223,7 +223,7 @@ def _create(
     attributes: dict[str, Any],
     region: int,
     fill_value: int,
-) -> bool:
+) -> None:
     """Write the metadata of an empty OME-Zarr, or mend it where it is damaged."""
     stored: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(stored), zarr_format=3)
@@ -240,7 +240,6 @@ def _create(
             files.write_bytes(place, data)
     if not same:
         files.write_bytes(files.join(uri, _GROUP), top)
-    return not same
 
 
 def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
@@ -273,6 +272,15 @@ def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
     files.write_bytes(top, data)
     found[_GROUP] = content_digest(data)
     return found, root
+
+
+def digests_below(folder: str, written: Sequence[tuple[str, Digests]]) -> Digests:
+    """Give digests by path below a folder, of digests by path below OME-Zarrs in it."""
+    return {
+        f"{uri[len(folder) + 1 :]}/{name}": digest
+        for uri, digests in written
+        for name, digest in digests.items()
+    }
 
 
 def merkle_root(digests: Digests) -> str:
@@ -328,7 +336,7 @@ def create_image(
     channels: Sequence[tuple[str, str]] = RGB,
     fill_value: int = 255,
     region: int = REGION,
-) -> bool:
+) -> None:
     """Create an empty image (channel, y, x).
 
     The attributes come last: a group that has them has all its arrays.
@@ -343,9 +351,6 @@ def create_image(
         channels: Name and #rrggbb of each channel.
         fill_value: What never written pixels read as: white for a slide.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
-
-    Returns:
-        Whether it is new; what was there before is gone then.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -354,7 +359,7 @@ def create_image(
         "omero": _omero(name, channels),
     }
     cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
-    return _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
+    _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
 
 
 def create_labels(
@@ -368,7 +373,7 @@ def create_labels(
     attributes: Any,
     source: str | None = None,
     region: int = REGION,
-) -> bool:
+) -> None:
     """Create an empty label image; what is never written is background.
 
     The attributes come last: a group that has them has all its arrays.
@@ -383,9 +388,6 @@ def create_labels(
         attributes: Stored under the key `medray`.
         source: Relative path to the image that is labelled, if it is near.
         region: Side of a region, and so of a shard, in pixels; a multiple of 512.
-
-    Returns:
-        Whether it is new; what was there before is gone then.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -393,7 +395,7 @@ def create_labels(
         "multiscales": _multiscales(len(shapes), mpp, "labels", name),
         "image-label": _image_label(classes, source),
     }
-    return _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
+    _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
 
 
 def list_labels(uri: str, names: Sequence[str]) -> None:
@@ -451,14 +453,45 @@ def _array(group: zarr.Group, level: int) -> Array:
     return array
 
 
-def open_level(uri: str, level: int = 0) -> Array:
-    """Open one level of an OME-Zarr for reading: (3, y, x) or (y, x) uint8.
+class Pixels:
+    """One level of an OME-Zarr: (3, y, x) or (y, x) uint8, read by slicing.
+
+    Slicing raises FormatError where what is stored is damaged, StoreError where it
+    cannot be reached.
+    """
+
+    def __init__(self, array: Array, uri: str) -> None:
+        """Read from a zarr array at an address."""
+        self._array, self.uri = array, uri
+        self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
+        self.stored = array.shards or array.chunks
+
+    def __getitem__(self, selection: Any) -> UInt8:
+        try:
+            with files.answered(self.uri):
+                return np.asarray(self._array[selection], dtype=np.uint8)
+        except (StoreError, IndexError):
+            raise
+        except Exception as error:  # codecs raise exceptions of many kinds
+            raise FormatError(
+                f"{self.uri}: what is stored is damaged ({type(error).__name__}: "
+                f"{error}); `medray verify` finds that in a run, ingest makes a "
+                f"slide of a dataset anew once its folder is removed"
+            ) from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> UInt8:
+        """Read all of it."""
+        return np.asarray(self[...], dtype=dtype)
+
+
+def open_level(uri: str, level: int = 0) -> Pixels:
+    """Open one level of an OME-Zarr for reading.
 
     Raises:
         FormatError: There is no such level.
     """
     try:
-        return _array(open_group(uri), level)
+        return Pixels(_array(open_group(uri), level), f"{uri}/{level}")
     except KeyError as error:
         raise FormatError(f"{uri}: there is no level {level}") from error
 
@@ -517,18 +550,17 @@ def build_pyramid(uri: str) -> Digests:
     Raises:
         StoreError: The place cannot be read or written.
     """
-    group, made = open_group(uri, mode="r+"), open_group(uri)
+    group = open_group(uri, mode="r+")
     with files.answered(uri, "written"):
         for level in range(AT_ONCE, _levels(group)):
-            below, target = _array(made, level - 1), _array(group, level)
+            below, target = open_level(uri, level - 1), _array(group, level)
             height, width = target.shape[-2:]
             side = (target.shards or target.chunks)[-1]
             for region in plan_regions(height, width, side):
                 rows, columns = (
                     slice(2 * part.start, 2 * part.stop) for part in region.slices()
                 )
-                source = np.asarray(below[..., rows, columns], dtype=np.uint8)
-                target[..., *region.slices()] = _reduced(source)
+                target[..., *region.slices()] = _reduced(below[..., rows, columns])
         return _written(group, uri)
 
 
@@ -574,6 +606,6 @@ def open_mask(uri: str, level: int = 0) -> da.Array:
 
     array = open_level(files.absolute(uri), level)
     lazy: da.Array = da.from_array(  # type: ignore[no-untyped-call]
-        array, chunks=array.shards or array.chunks
+        array, chunks=array.stored
     )
     return lazy
