@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import MedrayError, SlideError, StoreError
+from medray.errors import SlideError, StoreError
 from medray.progress import Progress
-from medray.slides.digest import slide_stamp
+from medray.slides.digest import stamp_of
 from medray.slides.listing import SlideFile
 from medray.store import files
 from medray.store.ledger import Ledger, slide_key
@@ -72,9 +72,7 @@ def changed_slides(
     rows = []
     for file in wanted:
         annotation = (annotations or {}).get(file.slide, "")
-        stamp = _stamp(file.uri)
-        if stamp and annotation:
-            stamp += f" {_stamp(annotation)}"
+        stamp = stamp_of(file.uri, annotation)
         row: Row = {"slide": file.slide, "uri": file.uri, "stamp": stamp}
         row["annotation"] = annotation
         before = ledger.slides.get(file.slide)
@@ -117,13 +115,6 @@ def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list
     }
     done = {index for index, paths in shards.items() if stored.issuperset(paths)}
     return [region for region in regions if region["index"] not in done]
-
-
-def _stamp(uri: str) -> str:
-    try:
-        return slide_stamp(uri)
-    except (MedrayError, OSError):
-        return ""  # opening it will tell what is wrong
 
 
 @dataclass

@@ -267,7 +267,7 @@ def _plan_one(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]
             # Touched, not changed: its mask stands, its row comes back.
             return header | {"unchanged": before | {"stamp": row["stamp"]}}, []
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
-        slide = opened(row["uri"], header["digest"])
+        slide = opened(row["uri"], row["stamp"])
         facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
         working = working_of(facts)
         try:

@@ -48,7 +48,7 @@ from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, open_slide
-from medray.slides.digest import slide_digest
+from medray.slides.digest import check_unchanged, slide_digest
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
@@ -298,8 +298,8 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(uri: str, digest: str) -> Slide:
-    """Keep the slides at hand open; the digest tells a replaced file apart."""
+def _opened(uri: str, stamp: str) -> Slide:
+    """Keep the slides at hand open; the stamp tells a replaced file apart."""
     return open_slide(uri)
 
 
@@ -310,7 +310,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     place = {"y": region.y, "x": region.x}
     place |= {"height": region.height, "width": region.width}
     try:
-        pixels = _opened(row["uri"], row["digest"]).read(**place)
+        pixels = _opened(row["uri"], row["stamp"]).read(**place)
         labels = np.zeros(pixels.shape[:2], np.uint8)
         if row["annotated"]:
             size = (row["height"], row["width"])
@@ -331,7 +331,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
             uri = labels_uri(out, row["slide"])
             written.append((uri, omezarr.write_region(uri, region, labels)))
         if row["regions"] == 1:
-            _build_pyramids(out, row["slide"])
+            _finish(row, out)
     except (MedrayError, OSError) as error:
         return failure(error, "run")
     patches = list(_count_patches(region, labels, tissue, settings))
@@ -362,16 +362,13 @@ def _count_patches(
 
 
 def _finish(header: Row, out: str) -> Row:
-    """Build the pyramids of a slide of several regions."""
-    _build_pyramids(out, header["slide"])
-    return {}
-
-
-def _build_pyramids(out: str, slide: str) -> None:
     """Fill the coarser levels, once all regions are written."""
+    check_unchanged(header)
+    slide = header["slide"]
     omezarr.build_pyramid(slide_uri(out, slide))
     if omezarr.read_attributes(labels_uri(out, slide)):
         omezarr.build_pyramid(labels_uri(out, slide))
+    return {}
 
 
 # --- commit ---------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from medray.run import (
     stores_of,
 )
 from medray.slides import ArraySlide, Slide, open_slide
+from medray.slides.digest import check_unchanged
 from medray.slides.levels import Working, read_working
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
@@ -44,8 +45,8 @@ that what is left out does not depend on the regions."""
 
 
 @functools.lru_cache(maxsize=4)
-def opened(uri: str, digest: str) -> Slide:
-    """Keep the slides at hand open; the digest tells a replaced file apart."""
+def opened(uri: str, stamp: str) -> Slide:
+    """Keep the slides at hand open; the stamp tells a replaced file apart."""
     return open_slide(uri)
 
 
@@ -69,7 +70,7 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
     """
     start = time.time()
     try:
-        slide = opened(row["uri"], row["digest"])
+        slide = opened(row["uri"], row["stamp"])
         pixels, damaged, why = _read_halo(slide, row, settings)
         if row["tissue_at_reading"]:
             blocks = _tissue_of(pixels, row["height"], row["width"])
@@ -199,8 +200,10 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         `merkle_root` of the mask.
 
     Raises:
-        MedrayError: Something of it cannot be read or written.
+        MedrayError: Something of it cannot be read or written, or the slide changed
+            while it was read.
     """
+    check_unchanged(row)
     found: Row = {}
     slide, classes = row["slide"], settings.classes
     mask = mask_uri(out, slide)

@@ -1,8 +1,10 @@
 """A run in one process and one loop: what the distributed run must equal."""
 
 from pathlib import Path
+from typing import Any
 
 from medray.commit import Commit, changed_slides
+from medray.errors import MedrayError
 from medray.grid import Rectangle, region_windows
 from medray.infer import _plan_one, _slide_row, settings_of, slides_within
 from medray.models.predict import Predictor, RegionPixels
@@ -12,6 +14,8 @@ from medray.region import finish_slide, read_region, write_region
 from medray.run import Options, open_run
 from medray.slides.listing import find_slides
 from medray.store.ledger import Ledger
+
+Row = dict[str, Any]
 
 
 class CrashError(Exception):
@@ -40,7 +44,12 @@ def infer(
         header = commit.take(row, progress)
         if header is not None:
             header |= {"records": commit.records(header)}
-            commit.finished(header, finish_slide(settings, run, header), progress)
+            result: Row | Exception
+            try:
+                result = finish_slide(settings, run, header)
+            except MedrayError as error:
+                result = error
+            commit.finished(header, result, progress)
         if "record" in row:
             crash_after -= 1
             if crash_after == -1:

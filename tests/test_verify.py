@@ -199,6 +199,45 @@ def test_a_lost_mask_of_a_slide_under_way_is_made_anew(run, tmp_path: Path) -> N
     assert outputs(out) == whole
 
 
+def test_a_slide_that_changes_while_it_is_read_fails_until_the_next_run(
+    slides: Path, model: Path, run, tmp_path: Path
+) -> None:
+    inbox, out = tmp_path / "slides", tmp_path / "run"
+    shutil.copytree(slides, inbox)
+    predictor = Predictor.from_folders([str(model)], PLAIN.prediction)
+
+    class Replacing:
+        def predict(self, sources):
+            shutil.copy(slides / "s1.tif", inbox / "s0.tif")
+            return predictor.predict(sources)
+
+    found = serial.infer(inbox, Replacing(), model, out, PLAIN)  # type: ignore[arg-type]
+    assert set(found.failed) == {"s0"}
+    assert "s0.tif" in found.failed["s0"]
+    assert "changed while it was read" in found.failed["s0"]
+    assert serial.infer(inbox, predictor, model, out, PLAIN).failed == {}
+    masks = [omezarr.open_level(mask_uri(str(out), name))[:] for name in ("s0", "s1")]
+    assert np.array_equal(*masks)
+
+
+def test_an_open_file_is_not_taken_for_the_one_that_replaced_it(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
+    inbox, out = tmp_path / "slides", tmp_path / "run"
+    inbox.mkdir()
+    predictor = Predictor.from_folders([str(model)], PLAIN.prediction)
+
+    def run_over(name: str) -> np.ndarray:
+        shutil.copy(slides / f"{name}.tif", inbox / "a.tif")
+        assert serial.infer(inbox, predictor, model, out, PLAIN).failed == {}
+        return omezarr.open_level(mask_uri(str(out), "a"))[:]
+
+    first = run_over("s0")
+    run_over("s1")  # written into the same file, which is still open
+    (inbox / "a.tif").unlink()
+    assert np.array_equal(run_over("s0"), first)
+
+
 def test_records_of_a_slide_that_was_replaced_are_no_damage(
     run, tmp_path: Path
 ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-from medray.errors import SlideError
+from medray.errors import MedrayError, SlideError
 from medray.store import files
 
 _MIB = 1 << 20
@@ -57,3 +58,34 @@ def slide_stamp(uri: str) -> str:
         StoreError: It cannot be looked at.
     """
     return files.stamp(files.join(uri, "zarr.json") if uri.endswith(".zarr") else uri)
+
+
+def stamp_of(uri: str, annotation: str = "") -> str:
+    """Give the stamp of a slide and of its annotation, if it has one.
+
+    Returns:
+        Empty when one cannot be looked at: opening it will tell what is wrong.
+    """
+    try:
+        stamp = slide_stamp(uri)
+        return f"{stamp} {slide_stamp(annotation)}" if annotation else stamp
+    except (MedrayError, OSError):
+        return ""
+
+
+def check_unchanged(row: dict[str, Any]) -> None:
+    """Check that a slide is still the file that was planned.
+
+    Args:
+        row: Of the slide: `uri`, `annotation` and `stamp`, from `stamp_of`.
+
+    Raises:
+        SlideError: It was replaced or written to.
+    """
+    now = stamp_of(row["uri"], row["annotation"])
+    if row["stamp"] and now != row["stamp"]:
+        raise SlideError(
+            f"{row['uri']}: it, or its annotation, changed while it was read (size and "
+            f"time were {row['stamp']}, are {now or 'not to be had'}); run again when "
+            f"it is complete"
+        )
