@@ -1,11 +1,11 @@
 """A real S3 server on loopback, and a proxy before it that counts and misbehaves."""
 
+import contextlib
 import http.client
 import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
@@ -72,7 +72,8 @@ class Proxy:
                     self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(answer)
+                    with contextlib.suppress(ConnectionError):  # it did not wait
+                        self.wfile.write(answer)
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815
 
@@ -117,7 +118,7 @@ class Proxy:
 KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """Serve S3; give the proxy and the environment that leads to it."""
     from moto.server import ThreadedMotoServer

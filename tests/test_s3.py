@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -97,6 +98,20 @@ def test_objects_are_files(bucket: tuple[str, s3.Proxy]) -> None:
         files.read_bytes(files.join(place, "../other"))
     with pytest.raises(StoreError, match="s3://"):
         files.exists("ftp://bucket/x")
+
+
+def test_objects_that_stand_for_folders_are_no_files(
+    bucket: tuple[str, s3.Proxy],
+) -> None:
+    place, proxy = bucket
+    files.write_bytes(files.join(place, "a", "b", "c"), b"c")
+    files.write_bytes(files.join(place, "empty"), b"")
+    for folder in ("", "a/", "a/b/"):
+        url = f"{proxy.endpoint}/{place.removeprefix('s3://')}/{folder}"
+        request = urllib.request.Request(url, data=b"", method="PUT")
+        assert urllib.request.urlopen(request).status == 200
+    assert files.list_files(place) == {"a/b/c": 1, "empty": 0}
+    assert files.list_folder(place) == ["a", "empty"]
 
 
 def test_slides_are_found_below_a_prefix(

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import obstore
@@ -384,7 +384,7 @@ def list_folder(uri: str) -> list[str]:
         found = obstore.list_with_delimiter(store, prefix=prefix)
         paths = [meta["path"] for meta in found["objects"]]
         paths += found["common_prefixes"]
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in paths})
+        return sorted({p.rstrip("/").rsplit("/", 1)[-1] for p in paths if p != path})
 
 
 def is_folder(uri: str) -> bool:
@@ -402,8 +402,11 @@ def list_files(uri: str) -> dict[str, int]:
         if is_local(uri):
             return dict(sorted(_local_files(uri)))
         start = len(object_store(uri)[1])
-        found = ((path[start:].lstrip("/"), length) for path, length in _objects(uri))
-        return dict(sorted(found))
+        found = {path[start:].lstrip("/"): length for path, length in _objects(uri)}
+        # Consoles and pyarrow store empty objects that stand for folders.
+        folders = {str(up) for name in found for up in PurePosixPath(name).parents}
+        folders.add("")
+        return {k: n for k, n in sorted(found.items()) if n or k not in folders}
 
 
 def _local_files(folder: str) -> Iterator[tuple[str, int]]:
