@@ -34,9 +34,10 @@ from medray.grid import (
     window_starts,
 )
 from medray.infer import infer
+from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.folder import save_model
-from medray.models.predict import Predictor, RegionPixels
+from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
 from medray.run import Options
 from medray.slides import open_slide

@@ -34,7 +34,8 @@ from medray.grid import (
 )
 
 if TYPE_CHECKING:
-    from medray.models.predict import Predictor, RegionPixels
+    from medray.models.canvas import RegionPixels
+    from medray.models.predict import Predictor
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -301,7 +302,7 @@ def _predictor(
 def _regions(
     pixels: UInt8, windows: Windows, stitch: Stitch, side: int
 ) -> Iterator[RegionPixels]:
-    from medray.models.predict import RegionPixels
+    from medray.models.canvas import RegionPixels
 
     height, width = pixels.shape[:2]
     for region in plan_regions(height, width, side or max(height, width)):

@@ -183,7 +183,7 @@ class Lane:
         yield from passed_through()
 
     def _region_pixels(self, row: Row, pixels: UInt8) -> Any:
-        from medray.models.predict import RegionPixels
+        from medray.models.canvas import RegionPixels
 
         size = (row["height"], row["width"])
         windows, how = self._settings.windows, self._settings.options.prediction

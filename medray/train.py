@@ -44,7 +44,7 @@ from medray.models.augment import augment_batch, build_augmentation
 from medray.models.config import ModelConfig, read_config
 from medray.models.folder import save_model
 from medray.models.losses import SegmentationLoss
-from medray.models.predict import choose_device, choose_precision
+from medray.models.network import choose_device, choose_precision
 from medray.models.segmenters import build_segmenter
 from medray.patches import read_train, read_val, usable_patches
 from medray.recipe import Recipe, read_recipe

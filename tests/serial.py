@@ -7,7 +7,8 @@ from medray.commit import Commit, changed_slides
 from medray.errors import MedrayError
 from medray.grid import Rectangle, region_windows
 from medray.infer import _plan_one, _slide_row, settings_of, slides_within
-from medray.models.predict import Predictor, RegionPixels
+from medray.models.canvas import RegionPixels
+from medray.models.predict import Predictor
 from medray.plan import wanted_windows
 from medray.progress import Progress
 from medray.region import finish_slide, read_region, write_region

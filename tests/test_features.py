@@ -13,9 +13,10 @@ from medray.annotations import rasterise, read_annotation
 from medray.clean import Cleaning, clean_labels
 from medray.grid import Rectangle, region_windows
 from medray.infer import infer
+from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, Prediction, read_config
 from medray.models.folder import load_model, save_model
-from medray.models.predict import Predictor, RegionPixels
+from medray.models.predict import Predictor
 from medray.run import Options, layer_uri, mask_uri, outlines_uri, probabilities_uri
 from medray.settings import write_settings
 from medray.slides import open_slide

@@ -17,9 +17,11 @@ from medray.grid import (
     window_cores,
     window_starts,
 )
+from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.crf import refine
-from medray.models.predict import Predictor, RegionPixels, choose_precision
+from medray.models.network import choose_precision
+from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
 from medray.region import _read_halo
 from medray.run import Options, RunSettings

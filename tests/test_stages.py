@@ -17,8 +17,9 @@ from medray.evaluate import _read_truth, evaluate
 from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.infer import infer
 from medray.ingest import ingest
+from medray.models.canvas import RegionPixels
 from medray.models.config import Prediction
-from medray.models.predict import Predictor, RegionPixels
+from medray.models.predict import Predictor
 from medray.run import Options, mask_uri
 from medray.slides import open_slide
 from medray.store import omezarr

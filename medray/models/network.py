@@ -1,0 +1,85 @@
+"""A network on its device: where it runs, in which precision, fed with uint8."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+from medray.errors import ConfigError
+from medray.models.config import ModelConfig, Precision
+
+
+def choose_device() -> torch.device:
+    """Take the GPU if there is one (a GPU that Ray only pretends to have is none)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """Give the dtype of autocast; `auto` takes bfloat16 where the device is good at it.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if fast else torch.float16
+        return torch.bfloat16 if _cpu_is_fast_in_bfloat16() else torch.float32
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigError("precision float16 needs a GPU; use bfloat16 or float32")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+def _cpu_is_fast_in_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class Network:
+    """A model with its normalisation, on its device.
+
+    Called with (N, S, S, 3) uint8 windows it gives (N, C, S, S) logits; those of a
+    model that has one for a whole window hold for each of its pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Fold what can be folded, and move the model."""
+        model = _folded(model.eval()).to(device)
+        self._model = model.to(memory_format=torch.channels_last)
+        self._device, self._dtype = device, dtype
+        std = torch.tensor(config.std, device=device).reshape(1, 3, 1, 1)
+        mean = torch.tensor(config.mean, device=device).reshape(1, 3, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Give the logits of windows."""
+        # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
+        inputs = pixels.permute(0, 3, 1, 2).to(torch.float32)
+        inputs = inputs.mul_(self._scale).add_(self._shift)
+        with torch.autocast(
+            self._device.type, self._dtype, enabled=self._dtype != torch.float32
+        ):
+            logits: torch.Tensor = self._model(inputs)
+        if logits.ndim == 2:
+            logits = logits[:, :, None, None].expand(-1, -1, *inputs.shape[2:])
+        return logits
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Fold batch normalisation into the convolutions before it, where it can be traced.
+
+    In float32 that saves a sixth of a U-Net's time on a CPU.
+    """
+    try:
+        folded: nn.Module = fuse(model)
+    except Exception:  # tracing stops at whatever the network's author wrote
+        return model
+    return folded
