@@ -25,6 +25,7 @@ from medray.models.folder import save_model
 from medray.run import mask_uri
 from medray.store import omezarr
 from medray.store.files import read_table
+from medray.store.pyramid import halved
 from medray.synth import write_pyramid
 
 
@@ -50,7 +51,7 @@ def filled(levels: list) -> bool:
             piece = np.asarray(level[y : y + 512, x : x + 512])
             rows, columns = (slice(2 * n, 2 * n + 1024) for n in (y, x))
             source = np.asarray(below[rows, columns])
-            if not np.array_equal(piece, omezarr._reduced(source)):
+            if not np.array_equal(piece, halved(source)):
                 return False
     return bool(np.asarray(levels[-1][:]).any())
 

@@ -14,6 +14,7 @@ from medray.classes import Classes
 from medray.errors import FormatError
 from medray.grid import plan_regions
 from medray.store import omezarr
+from medray.store.pyramid import halved
 
 
 def write_pair(folder: Path, height: int, width: int) -> tuple[str, str]:
@@ -135,10 +136,10 @@ def test_a_region_that_is_not_a_shard_is_refused(tmp_path: Path) -> None:
 def test_majority_of_four(block: np.ndarray) -> None:
     counts = np.bincount(block.ravel(), minlength=4)
     expected = max(range(4), key=lambda value: (counts[value], value))
-    assert omezarr._majority(block)[0, 0] == expected
+    assert halved(block)[0, 0] == expected
 
 
 @given(hnp.arrays(np.uint8, (3, 2, 4)))
 def test_mean_of_four(pixels: np.ndarray) -> None:
     blocks = pixels.reshape(3, 1, 2, 2, 2).mean(axis=(2, 4))
-    assert np.abs(omezarr._mean(pixels) - blocks).max() <= 0.5
+    assert np.abs(halved(pixels) - blocks).max() <= 0.5

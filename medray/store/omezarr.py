@@ -34,6 +34,7 @@ from medray.classes import Classes
 from medray.errors import FormatError, StoreError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
+from medray.store.pyramid import halved
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -440,7 +441,7 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
             if y % side or x % side:
                 raise ValueError(f"{region} does not start at a multiple of {side}")
             if level:
-                pixels = _reduced(pixels)
+                pixels = halved(pixels)
             height, width = pixels.shape[-2:]
             array[..., y : y + height, x : x + width] = pixels
         return _written(group, uri)
@@ -496,49 +497,9 @@ def open_level(uri: str, level: int = 0) -> Pixels:
         raise FormatError(f"{uri}: there is no level {level}") from error
 
 
-def _mean(pixels: npt.NDArray[np.uint8]) -> UInt8:
-    """Average 2 x 2 pixels, rounding half up: (..., 2h, 2w) to (..., h, w) uint8."""
-    wide = pixels.astype(np.uint16)
-    total = wide[..., 0::2, :] + wide[..., 1::2, :]
-    total = total[..., 0::2] + total[..., 1::2]
-    mean: UInt8 = ((total + 2) // 4).astype(np.uint8)
-    return mean
-
-
-def _majority(labels: UInt8) -> UInt8:
-    """Give the commonest of 2 x 2 labels; of equally common ones the highest.
-
-    A tie goes to the higher value so that small foreground does not vanish.
-    """
-    if not labels.any():
-        return np.zeros((labels.shape[-2] // 2, labels.shape[-1] // 2), np.uint8)
-    corners = [labels[i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    # Sorted by a network of minima and maxima, ten times faster than np.sort.
-    low, high = np.minimum(*corners[:2]), np.maximum(*corners[:2])
-    low2, high2 = np.minimum(*corners[2:]), np.maximum(*corners[2:])
-    a, d = np.minimum(low, low2), np.maximum(high, high2)
-    low, high = np.maximum(low, low2), np.minimum(high, high2)
-    b, c = np.minimum(low, high), np.maximum(low, high)
-    majority: UInt8 = np.where((c == d) | ((a != b) & (b != c)), d, b)
-    return majority
-
-
-def _reduced(pixels: UInt8) -> UInt8:
-    """Halve labels (h, w) or an image (c, h, w), odd sizes rounded up."""
-    reduce = _mean if pixels.ndim == 3 else _majority
-    return reduce(_even(pixels))
-
-
 def _levels(group: zarr.Group) -> int:
     ome: Any = group.attrs["ome"]
     return len(ome["multiscales"][0]["datasets"])
-
-
-def _even(pixels: UInt8) -> UInt8:
-    """Repeat the last row and column of odd sizes."""
-    h, w = pixels.shape[-2:]
-    lead = [(0, 0)] * (pixels.ndim - 2)
-    return np.pad(pixels, [*lead, (0, h % 2), (0, w % 2)], mode="edge")
 
 
 def build_pyramid(uri: str) -> Digests:
@@ -560,7 +521,7 @@ def build_pyramid(uri: str) -> Digests:
                 rows, columns = (
                     slice(2 * part.start, 2 * part.stop) for part in region.slices()
                 )
-                target[..., *region.slices()] = _reduced(below[..., rows, columns])
+                target[..., *region.slices()] = halved(below[..., rows, columns])
         return _written(group, uri)
 
 
