@@ -40,18 +40,28 @@ class Loss:
         dice: Weight of the soft Dice loss (Milletari et al. 2016).
         focal: Weight of the focal loss, gamma 2 (Lin et al. 2017).
         cross_entropy: Weight of the cross entropy.
+        hardest: Share of the pixels, those of the greatest loss, that focal loss and
+            cross entropy count (online hard-example mining); 1: all.
+        l2: Weight of the sum of squares of the weights above the encoder.
     """
 
     dice: float = 1.0
     focal: float = 1.0
     cross_entropy: float = 0.0
+    hardest: float = 1.0
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         """Check that something is left to minimise."""
         weights = (self.dice, self.focal, self.cross_entropy)
-        if min(weights) < 0 or max(weights) == 0:
+        if min(*weights, self.l2) < 0 or max(weights) == 0:
             raise ValueError(
                 f"loss weights must be >= 0 and not all 0, found {weights}"
+            )
+        if not 0 < self.hardest <= 1:
+            raise ValueError(
+                f"loss.hardest: expected a share above 0 and up to 1, "
+                f"found {self.hardest}"
             )
 
 

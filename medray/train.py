@@ -354,7 +354,7 @@ def _step(
     images, masks = augment_batch(state.augmentation, images, masks, seed=seed)
     with _autocast(recipe, device):
         logits = model(_normalised(images))
-    loss = state.loss(logits.float(), masks.long())
+    loss = state.loss(logits.float(), masks.long()) + state.loss.of_weights(state.model)
     if not torch.isfinite(loss):
         raise FormatError(
             f"the loss is {loss.item()} at step {state.scheduler.last_epoch}; lower "

@@ -21,7 +21,8 @@ class Architecture:
     """A network of segmentation-models-pytorch, or a classifier of timm.
 
     Attributes:
-        name: Decoder: unet, unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...;
+        name: fcn8s, highres_unet, or a decoder of segmentation-models-pytorch: unet,
+            unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...;
             or `classifier`: one class for a whole window.
         encoder: Any encoder of segmentation-models-pytorch or `tu-` + any of timm.
     """

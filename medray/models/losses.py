@@ -14,13 +14,47 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
-        parts = (
-            (loss.dice, smp.losses.DiceLoss("multiclass", from_logits=True)),
-            (loss.focal, smp.losses.FocalLoss("multiclass", gamma=2.0)),
-            (loss.cross_entropy, nn.CrossEntropyLoss()),
-        )
-        self.parts = [(weight, part) for weight, part in parts if weight > 0]
+        self.how = loss
+        self.dice = smp.losses.DiceLoss("multiclass", from_logits=True)
+        self.focal = smp.losses.FocalLoss("multiclass", gamma=2.0, reduction="none")
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="none")
+
+    def of_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Give what focal loss and cross entropy make of each pixel: (N, H, W)."""
+        total = torch.zeros_like(logits[:, 0])
+        if self.how.focal:
+            total = total + self.how.focal * self.focal(logits, labels)
+        if self.how.cross_entropy:
+            total = total + self.how.cross_entropy * self.cross_entropy(logits, labels)
+        return total
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Give the loss of `logits` (N, C, H, W) for `labels` (N, H, W) int64."""
-        return torch.stack([w * part(logits, labels) for w, part in self.parts]).sum()
+        loss = logits.new_zeros(())
+        if self.how.focal or self.how.cross_entropy:
+            loss = hardest(self.of_pixels(logits, labels), self.how.hardest).mean()
+        if self.how.dice:
+            loss = loss + self.how.dice * self.dice(logits, labels)
+        return loss
+
+    def of_weights(self, model: nn.Module) -> torch.Tensor | float:
+        """Give the L2 loss of a network's weights above its encoder, biases apart."""
+        if not self.how.l2:
+            return 0.0
+        above = [
+            weights.square().sum()
+            for name, weights in model.named_parameters()
+            if weights.ndim > 1 and not name.startswith("encoder.")
+        ]
+        return self.how.l2 * torch.stack(above).sum()
+
+
+def hardest(losses: torch.Tensor, share: float) -> torch.Tensor:
+    """Give the greatest of `losses`, so many of them, at least one; 1: all.
+
+    Online hard-example mining (Shrivastava, Gupta and Girshick 2016), over pixels.
+    """
+    if share >= 1:
+        return losses
+    count = max(1, round(share * losses.numel()))
+    return losses.flatten().topk(count, sorted=False).values
