@@ -5,6 +5,8 @@ from __future__ import annotations
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
+from torch.nn import functional
+from torchvision.ops import sigmoid_focal_loss
 
 from medray.recipe import Loss
 
@@ -16,16 +18,17 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.how = loss
         self.dice = smp.losses.DiceLoss("multiclass", from_logits=True)
-        self.focal = smp.losses.FocalLoss("multiclass", gamma=2.0, reduction="none")
-        self.cross_entropy = nn.CrossEntropyLoss(reduction="none")
 
     def of_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Give what focal loss and cross entropy make of each pixel: (N, H, W)."""
         total = torch.zeros_like(logits[:, 0])
         if self.how.focal:
-            total = total + self.how.focal * self.focal(logits, labels)
+            truth = functional.one_hot(labels, logits.shape[1]).movedim(-1, 1)
+            focal = sigmoid_focal_loss(logits, truth.to(logits.dtype), alpha=-1)
+            total = total + self.how.focal * focal.mean(dim=1)
         if self.how.cross_entropy:
-            total = total + self.how.cross_entropy * self.cross_entropy(logits, labels)
+            entropy = functional.cross_entropy(logits, labels, reduction="none")
+            total = total + self.how.cross_entropy * entropy
         return total
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
