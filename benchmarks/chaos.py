@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from ray.cluster_utils import Cluster
@@ -73,27 +74,28 @@ class Nodes:
         self.second = self._add()
 
     def lose_all(self) -> None:
+        workers = self.titled(b"ray::")
         for node in (self.head, self.second):
             for process in node.live_processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process[1].pid, signal.SIGKILL)
-        for pid in titled(b"ray::"):
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(Exception):
             self.cluster.shutdown()
 
-
-def titled(start: bytes) -> list[int]:
-    """Give the processes whose title begins so."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(
-                start
-            ):
-                found.append(int(entry.name))
-    return found
+    def titled(self, start: bytes) -> list[int]:
+        """Give this cluster's processes whose title begins so."""
+        found = []
+        for node in (self.head, self.second):
+            for _, started in node.live_processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for process in psutil.Process(started.pid).children(recursive=True):
+                        with contextlib.suppress(psutil.Error):
+                            if " ".join(process.cmdline()).encode().startswith(start):
+                                found.append(process.pid)
+        return found
 
 
 class Writes:
@@ -189,7 +191,7 @@ class Round:
             while time.monotonic() < begun + 10 and process.poll() is None:
                 late = time.monotonic() > begun + 3
                 title = TITLES[kind].partition(b".")[0] if late else TITLES[kind]
-                if pids := titled(title):
+                if pids := self.nodes.titled(title):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(random.choice(pids), signal.SIGKILL)
                         return True

@@ -175,6 +175,12 @@ class Pool:
             self._stuck_since = now
         elif now - self._stuck_since > _SAY_STUCK:
             self._stuck_since = now
+            # A head node that waits for others counts as one.
+            if not any(node["Alive"] for node in ray.nodes()):
+                raise MedrayError(
+                    "no node of the Ray cluster is alive any more; its logs may say "
+                    "why. Run the same command again to go on"
+                )
             log.warning("no node has room for the processes yet; still waiting")
 
     def _start_actor(self) -> None:

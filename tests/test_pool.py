@@ -107,3 +107,27 @@ def test_actors_that_always_die_end_the_run(tmp_path: Path) -> None:
     with start(tmp_path, 1, calls=1) as pool:
         with pytest.raises(MedrayError, match="10 processes died"):
             run(pool, packets(40, 1, kills=rows))
+
+
+def test_a_cluster_without_a_node_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("medray.pool._SAY_STUCK", 1.0)
+    actor = ray.remote(Worker).options(resources={"no such thing": 1})
+    begin = functools.partial(actor.remote, str(tmp_path))
+    with Pool(begin, "work", 1) as pool:
+        pool.give([{"i": 0}])
+        # A node that can never take it may yet be joined by one that can.
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            assert not list(poll(pool))
+        assert "no node has room" in caplog.text
+        nodes = [node | {"Alive": False} for node in ray.nodes()]
+        monkeypatch.setattr("ray.nodes", lambda: nodes)
+        with pytest.raises(MedrayError, match="no node of the Ray cluster is alive"):
+            wait_for_ever(pool)
+
+
+def wait_for_ever(pool: Pool) -> None:
+    while True:
+        list(poll(pool))
