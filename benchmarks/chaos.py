@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import ray
 import torch
 from ray.cluster_utils import Cluster
@@ -87,14 +86,20 @@ class Nodes:
 
     def titled(self, start: bytes) -> list[int]:
         """Give this cluster's processes whose title begins so."""
+        ours = {
+            process.pid
+            for node in (self.head, self.second)
+            for _, process in node.live_processes()
+        }
         found = []
-        for node in (self.head, self.second):
-            for _, started in node.live_processes():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    for process in psutil.Process(started.pid).children(recursive=True):
-                        with contextlib.suppress(psutil.Error):
-                            if " ".join(process.cmdline()).encode().startswith(start):
-                                found.append(process.pid)
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(
+                    start
+                ):
+                    stat = (entry / "stat").read_text()
+                    if int(stat.rpartition(")")[2].split()[1]) in ours:
+                        found.append(int(entry.name))
         return found
 
 
