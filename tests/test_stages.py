@@ -359,6 +359,14 @@ def test_evaluation_equals_counting_by_hand(
     assert val.evaluated == 2
     again = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "a"))
     assert again == by_labels
+    # One damaged mask costs its slide; the others keep their scores.
+    for shard in (run / "masks/slide_001.ome.zarr").rglob("c/*/*"):
+        data = bytearray(shard.read_bytes())
+        shard.write_bytes(bytes(len(data) // 2) + data[len(data) // 2 :])
+    damaged = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "e"))
+    assert damaged.evaluated == 3
+    assert set(damaged.failed) == {"slide_001"}
+    assert "medray verify" in damaged.failed["slide_001"]
 
 
 def test_a_model_of_other_classes_is_refused(
