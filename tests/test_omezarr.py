@@ -5,14 +5,14 @@ import numpy as np
 import ome_zarr_models
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import medray
 from medray.classes import Classes
 from medray.errors import FormatError
-from medray.grid import plan_regions
+from medray.grid import Rectangle, plan_regions
 from medray.store import omezarr
 from medray.store.pyramid import halved
 
@@ -126,8 +126,6 @@ def test_a_region_that_is_not_a_shard_is_refused(tmp_path: Path) -> None:
     omezarr.create_labels(
         uri, 4096, 4096, mpp=None, name="m", classes=Classes(), attributes={}
     )
-    from medray.grid import Rectangle
-
     with pytest.raises(ValueError, match="multiple of 2048"):
         omezarr.write_region(uri, Rectangle(512, 0, 4, 4), np.ones((4, 4), np.uint8))
 
@@ -143,3 +141,31 @@ def test_majority_of_four(block: np.ndarray) -> None:
 def test_mean_of_four(pixels: np.ndarray) -> None:
     blocks = pixels.reshape(3, 1, 2, 2, 2).mean(axis=(2, 4))
     assert np.abs(halved(pixels) - blocks).max() <= 0.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["zarr.json", "0/zarr.json", "1/zarr.json"]), st.data())
+def test_damaged_metadata_raise_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    uri = str(tmp_path_factory.mktemp("damaged") / "m.ome.zarr")
+    omezarr.create_labels(
+        uri, 600, 700, mpp=None, name="m", classes=Classes(), attributes={"a": 1}
+    )
+    ones = np.ones((600, 700), np.uint8)
+    omezarr.write_region(uri, Rectangle(0, 0, 600, 700), ones)
+    path = Path(uri) / name
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:place]
+    else:
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    omezarr.read_attributes(uri)
+    omezarr.read_root(uri)
+    for level in (0, 1):
+        try:
+            omezarr.open_level(uri, level)[:64, :64]
+        except FormatError as error:
+            assert uri in str(error)  # noqa: PT017

@@ -143,7 +143,9 @@ def open_group(uri: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
             return zarr.open_group(
                 **_store(uri, read_only=mode == "r"), mode=mode, zarr_format=3
             )
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except StoreError:
+        raise
+    except Exception as error:  # zarr raises what damaged metadata lead it to
         raise FormatError(f"{uri}: expected an OME-Zarr group ({error})") from error
 
 
@@ -489,12 +491,22 @@ def open_level(uri: str, level: int = 0) -> Pixels:
     """Open one level of an OME-Zarr for reading.
 
     Raises:
-        FormatError: There is no such level.
+        FormatError: There is no such level, or its metadata are damaged.
+        StoreError: It cannot be reached.
     """
+    group = open_group(uri)
     try:
-        return Pixels(_array(open_group(uri), level), f"{uri}/{level}")
+        with files.answered(uri):
+            return Pixels(_array(group, level), f"{uri}/{level}")
+    except (StoreError, FormatError):
+        raise
     except KeyError as error:
         raise FormatError(f"{uri}: there is no level {level}") from error
+    except Exception as error:  # see open_group
+        raise FormatError(
+            f"{uri}: the metadata of level {level} are damaged "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _levels(group: zarr.Group) -> int:
