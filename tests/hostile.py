@@ -360,6 +360,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.recipe import read_recipe
     from medray.region import read_region
     from medray.run import Options, RunSettings
+    from medray.slides.digest import stamp_of
     from medray.slides.listing import find_slides
 
     bound_memory()
@@ -374,9 +375,10 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
 
     def slide(path: str) -> str:
         (found,) = find_slides([path])
-        row = {"slide": found.slide, "uri": found.uri, "stamp": ""}
+        row = {"slide": found.slide, "uri": found.uri, "stamp": stamp_of(found.uri)}
         row |= {"annotation": "", "before": "null"}
-        header, regions = _plan_one(row, settings, out, {})
+        row |= {"committed": {"digest": "", "shards": {}}}
+        header, regions = _plan_one(row, settings, out)
         if "error" in header:
             return header["error"]
         for region in (*regions[:2], *regions[-2:]):
