@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 Counts = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
@@ -130,6 +131,52 @@ def summary(counts: Counts, names: Sequence[str]) -> dict[str, float | None]:
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} classes, but counts of shape {counts.shape}")
     return {name: _plain(value) for name, value in _macro(counts).items()}
+
+
+SMALL = 32 * 32
+"""Pixels below which an object is small, as COCO has it (Lin et al. 2014)."""
+
+
+def small_objects(truth: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> Counts:
+    """Count small objects: connected foreground (8 neighbours) of less than `SMALL` px.
+
+    What is predicted counts for them unless it touches a larger object of the truth.
+
+    Args:
+        truth: (h, w) label values.
+        predicted: (h, w) label values.
+
+    Returns:
+        (4,) int64: small objects in the truth; those of which at least half the pixels
+        were predicted as foreground; pixels of the intersection and of the union of
+        small objects and what is predicted.
+    """
+    around = np.ones((3, 3))
+    objects, count = ndimage.label(truth > 0, around)
+    sizes = np.bincount(objects.ravel(), minlength=count + 1)
+    is_small = sizes < SMALL
+    is_small[0] = False
+    hit = np.bincount(objects[predicted > 0], minlength=count + 1)
+    found = is_small & (2 * hit >= sizes)
+    guesses, number = ndimage.label(predicted > 0, around)
+    touches = np.zeros(number + 1, bool)
+    touches[guesses[(objects > 0) & ~is_small[objects]]] = True
+    touches[0] = True
+    near, small = ~touches[guesses], is_small[objects]
+    both = small & (predicted > 0)
+    union = small | near
+    return np.array(
+        [is_small.sum(), found.sum(), both.sum(), union.sum()], dtype=np.int64
+    )
+
+
+def small_scores(counts: Counts) -> dict[str, float | None]:
+    """Give the recall and IoU of small objects that were counted; None: undefined."""
+    objects, found, both, union = counts.tolist()
+    return {
+        "small_recall": found / objects if objects else None,
+        "small_iou": both / union if union else None,
+    }
 
 
 def bootstrap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from medray.grid import Windows
 from medray.models.config import Architecture
@@ -12,24 +13,40 @@ from medray.settings import read_settings
 
 @dataclass(frozen=True)
 class Data:
-    """Which pixels a training sees.
+    """Which pixels a training sees, and how often.
 
     Attributes:
-        crop: Side of a training crop in pixels; a multiple of 32, at most a patch.
+        crop: Side of a training crop in pixels, a multiple of 32; or a list of sides
+            that the epochs go through in equal parts (progressive resolution).
         min_tissue: Patches with less tissue (0 to 1) are left out.
         samples: Crops an epoch; None: one a patch.
+        balance: Draw each class equally often: first the class, then a patch by how
+            much it holds of it, then a crop around one of its pixels.
+        hard: Share of the draws (0 to 1) that go to patches by their last loss.
     """
 
-    crop: int = 256
+    crop: int | list[int] = 256
     min_tissue: float = 0.05
     samples: int | None = None
+    balance: bool = False
+    hard: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check that a crop fits into a patch and through the encoder."""
-        if not 32 <= self.crop <= 512 or self.crop % 32:
+        """Check that crops fit through the encoder, and the shares."""
+        for side in self.crops:
+            if not 32 <= side <= 2048 or side % 32:
+                raise ValueError(
+                    f"data.crop: expected multiples of 32 up to 2048, found {self.crop}"
+                )
+        if not 0 <= self.hard <= 1 or (self.hard and self.balance):
             raise ValueError(
-                f"data.crop: expected a multiple of 32 up to 512, found {self.crop}"
+                "data.hard: expected a share from 0 to 1, and not with data.balance"
             )
+
+    @property
+    def crops(self) -> list[int]:
+        """The sides that the epochs go through."""
+        return self.crop if isinstance(self.crop, list) else [self.crop]
 
 
 @dataclass(frozen=True)
@@ -67,51 +84,174 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019).
+    """How weights are changed.
 
     Attributes:
+        name: adamw (Loshchilov and Hutter 2019), adam (Kingma and Ba 2015) or sgd
+            (with Nesterov's momentum of 0.9).
         lr: Highest learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled for adamw, else added to the gradient.
         clip: Largest norm of the gradient; 0: no clipping.
+        average: Decay of the moving average of the weights that is validated and kept
+            (0.999, say); 0: the weights themselves.
     """
 
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-2
     clip: float = 1.0
+    average: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.lr <= 0 or self.weight_decay < 0 or self.clip < 0:
+            raise ValueError(
+                f"optimizer: expected lr > 0, weight_decay >= 0 and clip >= 0, "
+                f"found {self}"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"optimizer.average: expected 0 up to 1, found {self.average}"
+            )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, and how the learning rate goes: linear warm-up, then a cosine to 0.
+    """How long, how the learning rate goes after a linear warm-up, and what is saved.
 
     Attributes:
+        name: cosine (down to 0), staircase (times `decay` after every `every` epochs)
+            or plateau (times `decay` when `every` epochs brought nothing better).
         epochs: Longest training.
         warmup: Share of the steps in which the learning rate rises.
+        decay: Factor of staircase and plateau.
+        every: Epochs between two drops of staircase and plateau.
         patience: Epochs without a better validation F1 before it stops early.
+        save_minutes: Longest work that a crash can cost, beside an epoch.
     """
 
+    name: Literal["cosine", "staircase", "plateau"] = "cosine"
     epochs: int = 20
     warmup: float = 0.05
+    decay: float = 0.95
+    every: int = 1
     patience: int = 10
+    save_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if min(self.epochs, self.every, self.patience) < 1:
+            raise ValueError(
+                f"schedule: expected epochs, every and patience of 1 or more, "
+                f"found {self.epochs}, {self.every} and {self.patience}"
+            )
+        if not (0 <= self.warmup < 1 and 0 < self.decay <= 1 and self.save_minutes > 0):
+            raise ValueError(
+                f"schedule: expected warmup in 0..1, decay above 0 up to 1 and "
+                f"save_minutes above 0, found {self}"
+            )
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a crop, image and mask together.
+    """Random changes of a crop; what moves pixels moves those of the mask with them.
 
     Attributes:
         flips: Mirror, and turn by right angles.
+        rotate: Largest turn in degrees.
+        zoom: Largest relative change of size.
+        shift: Largest shift, as a share of the side.
+        shear: Largest shear in degrees.
+        elastic: Displacement of an elastic deformation in pixels (Simard et al. 2003).
         brightness: Largest relative change.
         contrast: Largest relative change.
         saturation: Largest relative change.
         hue: Largest shift, in turns of the colour circle (0 to 0.5).
+        stain: Largest relative change of haematoxylin, eosin and residual (Tellez et
+            al. 2018).
     """
 
     flips: bool = True
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    shear: float = 0.0
+    elastic: float = 0.0
     brightness: float = 0.15
     contrast: float = 0.15
     saturation: float = 0.15
     hue: float = 0.03
+    stain: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        shares = (self.zoom, self.shift, self.brightness, self.contrast)
+        shares += (self.saturation, self.stain)
+        if not all(0 <= value < 1 for value in shares) or not 0 <= self.hue <= 0.5:
+            raise ValueError(
+                f"augment: expected shares in 0..1 and hue in 0..0.5, found {self}"
+            )
+        if min(self.rotate, self.shear, self.elastic) < 0:
+            raise ValueError(
+                f"augment: expected rotate, shear and elastic of 0 or more, "
+                f"found {self}"
+            )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model that a smaller one learns from (Hinton et al. 2015).
+
+    Attributes:
+        model: Its folder.
+        soft: Weight of the divergence from its softened classes.
+        temperature: That softens both.
+        features: Weight of the distance from its encoder's last features (Romero et
+            al. 2015).
+    """
+
+    model: str
+    soft: float = 1.0
+    temperature: float = 2.0
+    features: float = 0.0
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Learning from slides without annotations (Tarvainen and Valpola 2017).
+
+    The moving average of the model says what crops of the dataset's unannotated slides
+    hold; the model is to say the same of the crops in other colours.
+
+    Attributes:
+        weight: Of that loss, once it has risen.
+        decay: Of the moving average that teaches.
+        threshold: Pixels of which the teacher is less sure do not count; 0: all.
+        ramp: Share of the steps over which the weight rises.
+    """
+
+    weight: float = 1.0
+    decay: float = 0.99
+    threshold: float = 0.0
+    ramp: float = 0.2
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Start from a model with the least important channels taken away.
+
+    Attributes:
+        model: Folder of a trained model of the recipe's architecture.
+        share: Of the channels of each layer that are removed.
+    """
+
+    model: str
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 < self.share < 1:
+            raise ValueError(f"prune.share: expected 0..1, found {self.share}")
 
 
 @dataclass(frozen=True)
@@ -120,43 +260,98 @@ class Recipe:
 
     Attributes:
         model: Network and encoder.
-        weights: Encoder weights to start from: None for random, "imagenet".
+        weights: Of the encoder to start from: None for random ones, "imagenet", or a
+            file of them.
         window: How inference will look at slides with the model.
+        stain: Bring crops and windows to one staining: none, or macenko.
         data: Which pixels are seen.
         loss: What is minimised.
         optimizer: By what.
         schedule: For how long.
         augment: Random changes of the crops.
+        teacher: Model to learn from, beside the labels.
+        unlabelled: How to learn from unannotated slides.
+        prune: Model to thin out, and to train on.
         batch: Crops a step, over all workers together.
+        at_once: Crops that go through the network at once on a worker; a step of more
+            is accumulated. None: the batch shared among as many workers as may be.
         precision: auto, float32, bfloat16 or float16.
+        channels_last: Layout of the network's memory; usually the faster one.
+        compile: Compile the network by torch.compile.
+        sync_batch_norm: Normalise over the crops of all workers; needs GPUs.
         seed: Of initial weights, order, crops and augmentation.
-        workers: Processes (GPUs) that train together.
+        workers: Processes (GPUs) that train together; a list of two: as few and as many
+            as the cluster has at the time.
     """
 
     model: Architecture = field(default_factory=Architecture)
     weights: str | None = None
     window: Windows = field(default_factory=Windows)
+    stain: Literal["none", "macenko"] = "none"
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     augment: Augment = field(default_factory=Augment)
+    teacher: Teacher | None = None
+    unlabelled: Unlabelled | None = None
+    prune: Prune | None = None
     batch: int = 8
-    precision: str = "auto"
+    at_once: int | None = None
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    sync_batch_norm: bool = False
     seed: int = 0
-    workers: int = 1
+    workers: int | list[int] = 1
 
     def __post_init__(self) -> None:
         """Check what concerns several keys."""
-        if self.workers < 1 or self.batch % self.workers:
+        least, most = self.fewest, self.most
+        if not 1 <= least <= most or (isinstance(self.workers, list) and most == least):
             raise ValueError(
-                f"batch: expected a multiple of workers ({self.workers}), "
-                f"found {self.batch}"
+                f"workers: expected a number from 1, or [fewest, most], "
+                f"found {self.workers}"
+            )
+        if self.batch < 1 or (self.at_once is None and self.batch % most):
+            raise ValueError(
+                f"batch: expected a multiple of workers ({most}), found {self.batch}"
+            )
+        if self.at_once is not None and (self.at_once < 1 or self.batch % self.at_once):
+            raise ValueError(
+                f"at_once: expected a divisor of batch ({self.batch}), "
+                f"found {self.at_once}"
+            )
+        if self.parts < most:
+            raise ValueError(
+                f"at_once: {self.batch} crops a step, {self.held} at once, make "
+                f"{self.parts} parts for {most} workers; set at_once to "
+                f"{max(1, self.batch // most)} or less, so that each has one"
             )
         if self.window.size % 32:
             raise ValueError(
                 f"window.size: expected a multiple of 32, found {self.window.size}"
             )
+
+    @property
+    def fewest(self) -> int:
+        """Least number of workers."""
+        return self.workers[0] if isinstance(self.workers, list) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Greatest number of workers."""
+        return self.workers[-1] if isinstance(self.workers, list) else self.workers
+
+    @property
+    def held(self) -> int:
+        """Crops that go through the network at once."""
+        return self.at_once or max(1, self.batch // self.most)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a step, which the workers share among them."""
+        return self.batch // self.held
 
 
 def read_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:

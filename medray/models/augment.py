@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from medray.models.stain import StainJitter
 from medray.recipe import Augment
 
+_SIGMA = 6.0  # of the elastic deformation's smoothing, pixels
+# Crops that move uncover glass, which is background.
+_FILL = {tv_tensors.Image: 255, tv_tensors.Mask: 0}
 
-def build_augmentation(augment: Augment) -> v2.Transform:
-    """Build the transform of one (image, mask) pair."""
+
+def build_geometry(augment: Augment) -> v2.Transform:
+    """Build what moves the pixels of an (image, mask) pair."""
     steps: list[v2.Transform] = []
     if augment.flips:
         quarter_turn = v2.RandomChoice(
             [v2.Identity(), v2.RandomRotation((90.0, 90.0))], p=[0.5, 0.5]
         )
         steps += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), quarter_turn]
+    if augment.rotate or augment.zoom or augment.shift or augment.shear:
+        affine = v2.RandomAffine(
+            augment.rotate,
+            translate=(augment.shift, augment.shift),
+            scale=(1 - augment.zoom, 1 + augment.zoom),
+            shear=augment.shear or None,
+            interpolation=v2.InterpolationMode.BILINEAR,
+            fill=_FILL,
+        )
+        steps.append(affine)
+    if augment.elastic:
+        # torchvision's alpha is a share of half the side, of noise that the smoothing
+        # has made smaller: std of uniform noise / (2 sqrt(pi) sigma).
+        alpha = augment.elastic * 2 * math.sqrt(3) * 2 * math.sqrt(math.pi) * _SIGMA
+        steps.append(v2.ElasticTransform(alpha=alpha, sigma=_SIGMA, fill=_FILL))
+    return v2.Compose(steps or [v2.Identity()])
+
+
+def build_colours(augment: Augment) -> v2.Transform:
+    """Build what changes the colours of an image."""
+    steps: list[v2.Transform] = []
+    if augment.stain:
+        steps.append(StainJitter(augment.stain))
     jitter = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     if any(jitter):
         steps.append(v2.ColorJitter(*jitter))
     return v2.Compose(steps or [v2.Identity()])
+
+
+def build_augmentation(augment: Augment) -> v2.Transform:
+    """Build all random changes of one (image, mask) pair."""
+    return v2.Compose([build_geometry(augment), build_colours(augment)])
 
 
 def augment_batch(
@@ -29,7 +64,7 @@ def augment_batch(
     """Change each pair of a batch in its own way.
 
     Args:
-        transform: From `build_augmentation`.
+        transform: From `build_augmentation`, `build_geometry` or `build_colours`.
         images: (N, 3, H, W) uint8, H = W.
         masks: (N, H, W) uint8.
         seed: Decides the changes; the global random state is left alone.

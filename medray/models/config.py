@@ -14,6 +14,7 @@ from medray.store import files
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]
+Stain = Literal["none", "macenko"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelConfig:
         classes: Names by label value.
         window: Size and stride of the model's input, pixels at `mpp`.
         mpp: Microns per pixel that the model was trained at; None: whatever level 0 is.
+        stain: What the pixels' staining is brought to first, window by window.
         mean: RGB mean subtracted from pixels scaled to 0..1.
         std: RGB standard deviation they are then divided by.
         made_from: Digests, versions and settings of the training.
@@ -49,6 +51,7 @@ class ModelConfig:
     classes: Classes
     window: Windows
     mpp: float | None
+    stain: Stain = "none"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     made_from: dict[str, Any] = field(default_factory=dict)

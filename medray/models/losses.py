@@ -40,6 +40,12 @@ class SegmentationLoss(nn.Module):
             loss = loss + self.how.dice * self.dice(logits, labels)
         return loss
 
+    def of_crops(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Give the mean cross entropy of each crop: (N,), without gradients."""
+        with torch.no_grad():
+            each = functional.cross_entropy(logits, labels, reduction="none")
+            return each.mean(dim=(1, 2))
+
     def of_weights(self, model: nn.Module) -> torch.Tensor | float:
         """Give the L2 loss of a network's weights above its encoder, biases apart."""
         if not self.how.l2:

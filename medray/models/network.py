@@ -8,6 +8,7 @@ from torch.fx.experimental.optimization import fuse
 
 from medray.errors import ConfigError
 from medray.models.config import ModelConfig, Precision
+from medray.models.stain import macenko
 
 
 def choose_device() -> torch.device:
@@ -37,6 +38,35 @@ def _cpu_is_fast_in_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+class Normalise(nn.Module):
+    """What makes a model's input of pixels; training and inference share it.
+
+    Called with (N, 3, H, W) uint8 it gives (N, 3, H, W) float32, channels last.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Take staining, mean and deviation of a model's contract."""
+        super().__init__()
+        self._stain = config.stain
+        std = torch.tensor(config.std).reshape(1, 3, 1, 1)
+        mean = torch.tensor(config.mean).reshape(1, 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise a batch."""
+        if self._stain == "macenko":
+            images = macenko(images)
+        # A copy in every case: what follows is done in place.
+        inputs = images.to(
+            torch.float32, copy=True, memory_format=torch.channels_last
+        )
+        return inputs.mul_(self.scale).add_(self.shift)
+
+
 class Network:
     """A model with its normalisation, on its device.
 
@@ -55,15 +85,12 @@ class Network:
         model = _folded(model.eval()).to(device)
         self._model = model.to(memory_format=torch.channels_last)
         self._device, self._dtype = device, dtype
-        std = torch.tensor(config.std, device=device).reshape(1, 3, 1, 1)
-        mean = torch.tensor(config.mean, device=device).reshape(1, 3, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._normalise = Normalise(config).to(device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Give the logits of windows."""
         # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
-        inputs = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        inputs = inputs.mul_(self._scale).add_(self._shift)
+        inputs = self._normalise(pixels.permute(0, 3, 1, 2))
         with torch.autocast(
             self._device.type, self._dtype, enabled=self._dtype != torch.float32
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torchvision
@@ -10,6 +10,7 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.models.config import Architecture
+from medray.models.weights import is_file, load_encoder, where_from
 
 
 def build_segmenter(
@@ -20,14 +21,15 @@ def build_segmenter(
     Args:
         architecture: Which one; H and W must be multiples of its `output_stride` (32).
         classes: Number of classes, the background included.
-        weights: Encoder weights: None for random ones, or "imagenet", as torchvision
-            or segmentation-models-pytorch bring them.
+        weights: Encoder weights: None for random ones, "imagenet", as torchvision,
+            timm or segmentation-models-pytorch bring them, or a file of them.
 
     Raises:
         ConfigError: The network or its weights are not to be had.
     """
+    name = weights if not is_file(weights) else None
     try:
-        return _build(architecture, classes, weights)
+        model = _build(architecture, classes, name)
     except (KeyError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -35,12 +37,16 @@ def build_segmenter(
             f"{architecture.encoder} and weights {weights}: {problem}"
         ) from error
     except OSError as error:
-        cache = Path.home() / ".cache"
         raise ConfigError(
-            f"model: weights {weights!r} of {architecture.encoder} cannot be loaded "
-            f"({error}); on a machine without internet copy them below {cache} "
-            f"beforehand, or set `weights: null` to start from random ones"
+            f"weights: {weights} of {architecture.encoder} cannot be downloaded "
+            f"({error}); on a machine without internet bring "
+            f"{where_from(architecture, str(weights))} and set `weights: FILE`, or set "
+            f"`weights: null` to start from random ones"
         ) from error
+    if weights and is_file(weights):
+        encoder: Any = model.encoder
+        load_encoder(encoder, weights)
+    return model
 
 
 def _build(architecture: Architecture, classes: int, weights: str | None) -> nn.Module:

@@ -1,0 +1,154 @@
+"""What the training loop is fed: parts of steps, read by Ray Data, in order.
+
+A part is a few crops that go through the network together. It travels as one row of
+bytes, so that epochs may differ in the size of their crops, and it is looked at where it
+lies in Ray's object store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+
+from medray import cluster
+from medray.errors import FormatError
+from medray.patches import Crops, read_train, read_unlabelled, read_val
+from medray.recipe import Recipe
+
+Row = dict[str, Any]
+Place = tuple[int, int, int]
+"""Epoch, step in it, part of that; the validation batches follow the last step."""
+
+VAL_BATCH = 4
+"""Validation patches that are predicted at once."""
+_TASK_PARTS = 4  # that a task of Ray Data reads
+
+
+@dataclass(frozen=True)
+class Part:
+    """What lies at a place.
+
+    Attributes:
+        crops: With labels.
+        unlabelled: (N, 3, S, S) uint8 of slides without annotation, where the recipe
+            wants them; else N is 0.
+    """
+
+    crops: Crops
+    unlabelled: npt.NDArray[np.uint8]
+
+
+def read_parts(
+    places: Sequence[Place], recipe: Recipe, data: str, steps: int, losses: bytes
+) -> Iterator[Part]:
+    """Read what lies at the places, in their order, some of it ahead.
+
+    Args:
+        places: See `Place`.
+        recipe: What is read.
+        data: Dataset.
+        steps: Of an epoch.
+        losses: (N,) float64 of the patches that the order follows, see medray.patches.
+
+    Raises:
+        FormatError: The dataset is damaged beyond what is endured.
+    """
+    # A block is a part: larger ones would have to be taken apart by copying.
+    with cluster.streaming(block_bytes=1, in_order=True):
+        tables = (
+            ray.data.range(
+                len(places), override_num_blocks=-(-len(places) // _TASK_PARTS)
+            )
+            .map_batches(
+                _read_places,
+                fn_args=(np.array(places), recipe, data, steps, losses),
+                batch_size=None,
+                num_cpus=0.25,
+            )
+            .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        )
+        for table in tables:
+            for index in range(table.num_rows):
+                yield _part({key: table[key][index] for key in table.column_names})
+
+
+def _read_places(
+    batch: Row,
+    places: npt.NDArray[np.int64],
+    recipe: Recipe,
+    data: str,
+    steps: int,
+    losses: bytes,
+) -> Iterator[pa.Table]:
+    for index in batch["id"]:
+        place: Any = tuple(places[int(index)].tolist())
+        yield _read_place(place, recipe, data, steps, losses)
+
+
+def _read_place(
+    place: Place, recipe: Recipe, data: str, steps: int, losses: bytes
+) -> pa.Table:
+    epoch, step, part = place
+    other = b""
+    try:
+        if step == steps:
+            crops = read_val(data, recipe, part * VAL_BATCH, VAL_BATCH)
+        else:
+            first = step * recipe.batch + part * recipe.held
+            crops = read_train(data, recipe, epoch, first, losses)
+            if recipe.unlabelled:
+                other = read_unlabelled(data, recipe, epoch, first).tobytes()
+    except FormatError as error:
+        # Raised where the parts are wanted; here Ray would wrap it up.
+        return pa.Table.from_pylist([{"trouble": f"{error}"}], _SCHEMA)
+    row = {
+        "trouble": "",
+        "shape": list(crops.images.shape),
+        "images": crops.images.tobytes(),
+        "masks": crops.masks.tobytes(),
+        "unlabelled": other,
+        "patches": crops.patches.tolist(),
+        "sizes": crops.sizes.ravel().tolist(),
+        "damaged": json.dumps(crops.damaged),
+    }
+    return pa.Table.from_pylist([row], _SCHEMA)
+
+
+_SCHEMA = pa.schema(
+    {
+        "trouble": pa.string(),
+        "shape": pa.list_(pa.int64()),
+        "images": pa.large_binary(),
+        "masks": pa.large_binary(),
+        "unlabelled": pa.large_binary(),
+        "patches": pa.list_(pa.int64()),
+        "sizes": pa.list_(pa.int64()),
+        "damaged": pa.string(),
+    }
+)
+
+
+def _part(row: dict[str, Any]) -> Part:
+    if trouble := row["trouble"].as_py():
+        raise FormatError(trouble)
+    shape = row["shape"].as_py()
+
+    def pixels(name: str) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(row[name].as_buffer(), np.uint8)
+
+    crops = Crops(
+        images=pixels("images").reshape(shape),
+        masks=pixels("masks").reshape(shape[0], *shape[2:]),
+        patches=np.array(row["patches"].as_py(), np.int64),
+        sizes=np.array(row["sizes"].as_py(), np.int64).reshape(-1, 2),
+        damaged=json.loads(row["damaged"].as_py()),
+    )
+    unlabelled = pixels("unlabelled").reshape(-1, *shape[1:])
+    return Part(crops, unlabelled)

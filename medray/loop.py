@@ -1,0 +1,373 @@
+"""The training loop: what each worker of a training does, alone or with others.
+
+The way of a step, top to bottom:
+
+    read     CPU tasks of Ray Data cut the crops of the step's parts from zarr
+    learn    each worker augments its parts on its device and adds up their gradients
+    combine  the workers add theirs, and all do the same step (medray/models/learner.py)
+    check    after an epoch the validation patches are counted
+    keep     rank 0 stores all that the next step depends on, and the best weights
+
+A step's parts are numbered (`Recipe.parts`), and so are the places of their crops in the
+order: how many workers share them changes nothing but the order of a sum.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray.train
+import torch
+from PIL import Image
+
+from medray.dataset import read_dataset
+from medray.errors import FormatError, MedrayError
+from medray.feed import VAL_BATCH, Part, Place, read_parts
+from medray.metrics import (
+    class_scores,
+    confusion,
+    small_objects,
+    small_scores,
+    summary,
+)
+from medray.models.config import ModelConfig
+from medray.models.learner import Batch, Learner, Team
+from medray.models.network import choose_device
+from medray.models.pictures import first_kernels, score_maps
+from medray.patches import steps_per_epoch, usable_patches
+from medray.recipe import Recipe
+from medray.report import draw_overlay
+from medray.settings import from_dict, to_dict
+from medray.store import files
+from medray.tracking import Tracker
+
+Row = dict[str, Any]
+
+_STREAM_PARTS = 4096  # that one chain of Ray Data reads
+_EXAMPLES = 4  # validation patches that are shown
+_LEAST_DAMAGED = 3  # damaged patches that are endured in any case
+
+
+class TroubleError(MedrayError):
+    """A training cannot go on, and why."""
+
+
+def run_worker(config: Row) -> str | None:
+    """Train in one of the processes that Ray Train starts.
+
+    Returns:
+        Why the training cannot go on, or None. An error that is raised makes Ray Train
+        start all workers anew.
+    """
+    context = ray.train.get_context()
+    team = Team(context.get_world_rank(), context.get_world_size(), choose_device())
+    if team.device.type == "cpu":
+        share = (os.cpu_count() or 1) // context.get_local_world_size()
+        torch.set_num_threads(max(1, share))
+    recipe = from_dict(Recipe, config["recipe"], "recipe")
+    contract = from_dict(ModelConfig, config["contract"], "model.yaml")
+    try:
+        train_as(team, recipe, contract, config["data"], config["out"], config["name"])
+    except MedrayError as error:
+        return f"{error}"
+    return None
+
+
+def train_as(
+    team: Team, recipe: Recipe, contract: ModelConfig, data: str, out: str, name: str
+) -> None:
+    """Train as one of a team, from the last checkpoint to the end.
+
+    Args:
+        team: Who this is, of how many.
+        recipe: What to do.
+        contract: How pixels become inputs, and the classes.
+        data: Dataset.
+        out: Model folder; checkpoints/NAME-last.pt and NAME-best.pt are kept there.
+        name: Of this very training.
+
+    Raises:
+        TroubleError: It cannot go on; all of the team raise it.
+        ConfigError: The recipe cannot be followed here.
+    """
+    patches = len(usable_patches(data, "train", recipe))
+    steps = steps_per_epoch(recipe, patches)
+    learner = Learner(team, recipe, contract, patches, steps)
+    last = _checkpoint_uri(out, name, "last")
+    if files.exists(last):
+        learner.load_state(_load(last))
+    begun = learner.epoch * steps + learner.step
+    tracker = Tracker(
+        out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
+    )
+    saved = time.monotonic()
+    for epoch, stream in _epochs(learner, data):
+        start = time.perf_counter()
+        for step in range(learner.step, steps):
+            loss = _do_step(learner, stream, patches, out)
+            tracker.scalars(
+                epoch * steps + step,
+                {"train/loss": loss, "train/learning_rate": learner.rate},
+            )
+            minutes = (time.monotonic() - saved) / 60
+            if minutes >= recipe.schedule.save_minutes and step + 1 < steps:
+                learner.seconds += time.perf_counter() - start
+                _write(team, last, learner.state())
+                start, saved = time.perf_counter(), time.monotonic()
+        learner.seconds += time.perf_counter() - start
+        counts, small, loss, seconds = _validate(learner, stream, data, out, tracker)
+        scores = _scores(counts, small, contract.classes.names) | {"val_loss": loss}
+        entry, weights = learner.end_epoch(scores, seconds)
+        if weights is not None:
+            kept = {"model": weights, "metrics": _metrics(entry, counts, contract)}
+            _write(team, _checkpoint_uri(out, name, "best"), kept)
+        _write(team, last, learner.state())
+        saved = time.monotonic()
+        if team.rank == 0:
+            lines = "".join(json.dumps(each) + "\n" for each in learner.history)
+            files.write_bytes(history_uri(out), lines.encode())
+        tracker.epoch((epoch + 1) * steps, entry)
+        if learner.is_over():
+            break
+    tracker.close()
+
+
+def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]:
+    """Give each epoch that is left, and the parts that are read for this worker.
+
+    One chain of Ray Data reads several epochs, so that the next one is under way while
+    this one ends; where the order follows the losses, it reads one.
+    """
+    recipe, team, steps = learner.recipe, learner.team, learner.steps
+    checks = -(-len(usable_patches(data, "val", recipe)) // VAL_BATCH)
+    epochs = recipe.schedule.epochs
+    while learner.epoch < epochs and not learner.is_over():
+        places: list[Place] = []
+        first = end = learner.epoch
+        while end < epochs and (
+            end == first or (len(places) < _STREAM_PARTS and not recipe.data.hard)
+        ):
+            begin = learner.step if end == first else 0
+            share = team.share(recipe.parts)
+            places += [(end, s, part) for s in range(begin, steps) for part in share]
+            places += [(end, steps, batch) for batch in team.share(checks)]
+            end += 1
+        losses = learner.order_losses.numpy().tobytes() if recipe.data.hard else b""
+        stream = read_parts(places, recipe, data, steps, losses)
+        for epoch in range(first, end):
+            yield epoch, stream
+
+
+def _do_step(
+    learner: Learner, stream: Iterator[Part], patches: int, out: str
+) -> float:
+    """Take this worker's parts from the stream and learn from them."""
+    team, number = learner.team, learner.step
+    parts: list[Part] = []
+    trouble = None
+    try:
+        parts = [next(stream) for _ in team.share(learner.recipe.parts)]
+        _bound_damage(learner, parts, patches)
+    except MedrayError as error:
+        trouble = f"{error}"
+    batches = [
+        Batch(part.crops.images, part.crops.masks, part.crops.patches, part.unlabelled)
+        for part in parts
+    ]
+    loss, trouble = learner.do_step(batches, trouble)
+    if not np.isfinite(loss):
+        if trouble is not None and batches:
+            trouble += _keep_batch(out, learner, number, batches)
+        _raise_together(team, trouble)
+    return loss
+
+
+def _bound_damage(learner: Learner, parts: list[Part], patches: int) -> None:
+    """Note damaged patches, and stop where they are too many."""
+    for part in parts:
+        learner.damaged |= part.crops.damaged
+    most = max(_LEAST_DAMAGED, patches // 100)
+    if len(learner.damaged) > most:
+        name, problem = next(iter(learner.damaged.items()))
+        raise FormatError(
+            f"{len(learner.damaged)} of {patches} training patches are damaged, more "
+            f"than {most} are not left out; the first is {name}: {problem}"
+        )
+
+
+def _keep_batch(
+    out: str, learner: Learner, number: int, batches: list[Batch]
+) -> str:
+    """Store what a step was given when it went wrong, and say where."""
+    name = f"epoch-{learner.epoch}-step-{number}-rank-{learner.team.rank}.npz"
+    uri = files.join(out, "trouble", name)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=np.concatenate([batch.images for batch in batches]),
+        masks=np.concatenate([batch.masks for batch in batches]),
+        patches=np.concatenate([batch.patches for batch in batches]),
+    )
+    files.write_bytes(uri, buffer.getvalue())
+    return f"; its crops are kept in {uri}"
+
+
+def _raise_together(team: Team, trouble: str | None) -> None:
+    """Raise what any of the team has to say, on all of them."""
+    said = dict.fromkeys(problem for problem in team.gather(trouble) if problem)
+    if said:
+        raise TroubleError("; ".join(said))
+
+
+# --- check ----------------------------------------------------------------------------
+
+
+def _validate(
+    learner: Learner, stream: Iterator[Part], data: str, out: str, tracker: Tracker
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float, float]:
+    """Predict the validation patches.
+
+    Returns:
+        Counts (C, C) of truth against prediction and (4,) of small objects, see
+        medray.metrics; the mean loss; the seconds it took.
+    """
+    start = time.perf_counter()
+    team, classes = learner.team, read_dataset(data).classes
+    patches = usable_patches(data, "val", learner.recipe)
+    shown = _examples([any(row["class_px"][1:]) for row in patches])
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    small = np.zeros(4, np.int64)
+    loss = seen = 0.0
+    trouble = None
+    learner.share_what_was_seen()
+    try:
+        for _ in team.share(-(-len(patches) // VAL_BATCH)):
+            crops = next(stream).crops
+            learner.damaged |= crops.damaged
+            if not len(crops.images):
+                continue
+            predicted, part_loss = learner.predict(crops.images, crops.masks)
+            loss += part_loss * len(crops.images)
+            seen += len(crops.images)
+            rows = zip(crops.patches, crops.masks, predicted, crops.sizes, strict=True)
+            for at, (index, truth, guess, (h, w)) in enumerate(rows):
+                truth, guess = truth[:h, :w], guess[:h, :w]
+                counts += confusion(truth, guess, len(classes))
+                small += small_objects(truth, guess)
+                if index in shown and team.rank == 0:
+                    pixels = np.moveaxis(crops.images[at][:, :h, :w], 0, 2)
+                    picture = draw_overlay(pixels, truth, guess, classes)
+                    number = shown.index(int(index))
+                    files.write_bytes(example_uri(out, number), picture)
+                    _show(learner, tracker, number, picture, crops.images[at])
+    except MedrayError as error:
+        trouble = f"{error}"
+    _raise_together(team, trouble)
+    gathered = team.gather((counts, small, loss, seen))
+    counts, small, loss, seen = (
+        sum(part[i] for part in gathered) for i in range(4)
+    )
+    return counts, small, loss / max(seen, 1), time.perf_counter() - start
+
+
+def _examples(found: list[bool]) -> list[int]:
+    """Choose patches to show: spread evenly over those with something to find."""
+    candidates = [i for i, some in enumerate(found) if some] or list(range(len(found)))
+    places = np.linspace(0, len(candidates) - 1, _EXAMPLES).round().astype(int)
+    return list(dict.fromkeys(candidates[i] for i in places))
+
+
+def _show(
+    learner: Learner,
+    tracker: Tracker,
+    number: int,
+    picture: bytes,
+    pixels: npt.NDArray[np.uint8],
+) -> None:
+    """Show a prediction in TensorBoard; with the first, what the network is made of."""
+    step = (learner.epoch + 1) * learner.steps
+    drawn = np.asarray(Image.open(io.BytesIO(picture)))
+    tracker.picture(step, f"validation/{number}", drawn)
+    if number == 0:
+        kernels = first_kernels(learner.kept)
+        if kernels is not None:
+            tracker.picture(step, "network/first_kernels", kernels)
+        image = torch.from_numpy(pixels.copy())[None].to(learner.team.device)
+        maps = score_maps(learner.kept.eval(), learner.normalise(image))
+        for name, drawn in maps.items():
+            tracker.picture(step, f"network/{name}", drawn)
+
+
+def _scores(
+    counts: npt.NDArray[np.int64], small: npt.NDArray[np.int64], names: Sequence[str]
+) -> Row:
+    """Give an epoch's scores, and a warning where they hide that nothing is learned."""
+    scores: Row = dict(summary(counts, names)) | small_scores(small)
+    predicted = np.flatnonzero(counts.sum(axis=0))
+    if counts.any() and len(predicted) == 1 and np.count_nonzero(counts.sum(axis=1)) > 1:
+        scores["warning"] = (
+            f"every pixel was predicted as {names[predicted[0]]}; if that goes on, "
+            f"lower optimizer.lr, or set data.balance"
+        )
+    return scores
+
+
+# --- keep -----------------------------------------------------------------------------
+
+
+def _metrics(entry: Row, counts: npt.NDArray[np.int64], contract: ModelConfig) -> Row:
+    """Give what metrics.json will hold if this epoch stays the best."""
+    per_class = class_scores(counts, contract.classes.names)
+    return entry | {"per_class": per_class, "confusion": counts.tolist()}
+
+
+def history_uri(out: str) -> str:
+    """Give the place of a training's epochs, a JSON object a line."""
+    return files.join(out, "metrics.jsonl")
+
+
+def example_uri(out: str, number: int) -> str:
+    """Give the place of a validation patch's picture, as the last epoch saw it."""
+    return files.join(out, "examples", f"{number}.jpg")
+
+
+def read_best(out: str, name: str) -> Row:
+    """Read what was kept of the best epoch: `model` (weights) and `metrics`.
+
+    Raises:
+        FormatError: It is absent or damaged.
+    """
+    return _load(_checkpoint_uri(out, name, "best"))
+
+
+def _checkpoint_uri(out: str, name: str, which: str) -> str:
+    return files.join(out, "checkpoints", f"{name}-{which}.pt")
+
+
+def _write(team: Team, uri: str, state: Row) -> None:
+    """Store a checkpoint; it counts once it is whole."""
+    if team.rank == 0:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        files.write_bytes(uri, buffer.getvalue())
+
+
+def _load(uri: str) -> Row:
+    try:
+        data = io.BytesIO(files.read_bytes(uri))
+        state: Row = torch.load(data, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise FormatError(
+            f"{uri}: expected a checkpoint, found {problem}; remove the folder "
+            f"`checkpoints`, and the training starts from the beginning"
+        ) from error
+    return state

@@ -1,0 +1,449 @@
+"""One model that learns: its step, and all that changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed
+from torch import nn
+
+from medray.errors import ConfigError
+from medray.models.augment import augment_batch, build_colours, build_geometry
+from medray.models.config import ModelConfig
+from medray.models.distil import Hints, LastFeatures, consistency, divergence, rise
+from medray.models.folder import load_model
+from medray.models.losses import SegmentationLoss
+from medray.models.network import Normalise, choose_precision
+from medray.models.optimise import (
+    build_average,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from medray.models.prune import thinned
+from medray.models.segmenters import build_segmenter
+from medray.recipe import Recipe
+
+Row = dict[str, Any]
+UInt8 = npt.NDArray[np.uint8]
+_OLD = 0.7  # weight of what was known of a patch's loss before
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who trains together.
+
+    Attributes:
+        rank: Of this one, from 0.
+        size: How many there are.
+        device: Of this one.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def share(self, count: int) -> range:
+        """Give which of `count` things are for this one."""
+        return range(self.rank, count, self.size)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the team, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give what each of the team has."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops of a part on their way to the device.
+
+    Attributes:
+        images: (N, 3, S, S) uint8.
+        masks: (N, S, S) uint8.
+        patches: (N,) index of the patch of each.
+        unlabelled: (M, 3, S, S) uint8.
+    """
+
+    images: UInt8
+    masks: UInt8
+    patches: npt.NDArray[np.int64]
+    unlabelled: UInt8
+
+
+class Learner:
+    """A model in training; two of the same state do the same next step."""
+
+    def __init__(
+        self, team: Team, recipe: Recipe, contract: ModelConfig, patches: int, steps: int
+    ) -> None:
+        """Start from the recipe's weights.
+
+        Args:
+            team: Who trains together.
+            recipe: How.
+            contract: How pixels become inputs, and the classes.
+            patches: To train on.
+            steps: Of an epoch.
+
+        Raises:
+            ConfigError: The model, its weights or its teacher are not to be had.
+        """
+        self.team, self.recipe, self.steps = team, recipe, steps
+        torch.manual_seed(recipe.seed)
+        self.dtype = choose_precision(recipe.precision, team.device)
+        self.network = self._placed(_build(recipe, len(contract.classes)))
+        if recipe.sync_batch_norm and team.size > 1:
+            if team.device.type != "cuda":
+                raise ConfigError("sync_batch_norm: needs GPUs; set it to false")
+            if recipe.parts % team.size:
+                raise ConfigError(
+                    f"sync_batch_norm: {recipe.parts} parts a step cannot be shared "
+                    f"evenly by {team.size} workers; choose another at_once or batch"
+                )
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.model: nn.Module = self.network
+        if recipe.compile:
+            self.model = torch.compile(self.network)  # type: ignore[assignment]
+        self.normalise = Normalise(contract).to(team.device)
+        self.geometry = build_geometry(recipe.augment)
+        self.colours = build_colours(recipe.augment)
+        self.loss = SegmentationLoss(recipe.loss)
+        learned: list[nn.Parameter] = list(self.network.parameters())
+        self._load_teacher(contract)
+        if self.hints is not None:
+            learned += self.hints.parameters()
+        self.learned = learned
+        self.optimizer = build_optimizer(recipe.optimizer, learned)
+        # Only float16 needs scaled losses: its smallest numbers are too large.
+        self.scaler = torch.amp.GradScaler(
+            team.device.type, enabled=self.dtype == torch.float16
+        )
+        self.average = None
+        if recipe.optimizer.average:
+            self.average = build_average(self.network, recipe.optimizer.average)
+        self.rate = 0.0
+        self.epoch = self.step = 0
+        self.loss_sum = self.seconds = 0.0
+        self.history: list[Row] = []
+        self.best: Row = {"epoch": -1, "score": float("-inf")}
+        self.damaged: dict[str, str] = {}
+        self.losses = torch.full((patches,), torch.nan, dtype=torch.float64)
+        self.order_losses = self.losses.clone()
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        network = network.to(self.team.device)
+        if self.recipe.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        return network
+
+    def _load_teacher(self, contract: ModelConfig) -> None:
+        self.teacher: nn.Module | None = None
+        self.hints: Hints | None = None
+        how = self.recipe.teacher
+        if how is None:
+            return
+        teacher, config = load_model(how.model)
+        if config.classes != contract.classes:
+            raise ConfigError(
+                f"teacher.model: {how.model} knows {config.classes.names}, the dataset "
+                f"{contract.classes.names}; they must be the same"
+            )
+        self.teacher = self._placed(teacher).requires_grad_(False)
+        self.teacher_normalise = Normalise(config).to(self.team.device)
+        if how.features:
+            self.seen, self.taught = LastFeatures(self.network), LastFeatures(teacher)
+            with torch.inference_mode():
+                probe = torch.zeros(1, 3, 64, 64, device=self.team.device)
+                self.network.eval()(probe)
+                self.teacher(probe)
+            features = self.seen.now(), self.taught.now()
+            self.hints = Hints(*(f.shape[1] for f in features)).to(self.team.device)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: the average, if there is one."""
+        kept: nn.Module = self.network
+        if self.average is not None:
+            kept = self.average.module
+        return kept
+
+    # --- a step -----------------------------------------------------------------------
+
+    def do_step(
+        self, parts: Sequence[Batch], trouble: str | None = None
+    ) -> tuple[float, str | None]:
+        """Learn from this worker's parts of a step, together with the others.
+
+        Args:
+            parts: As many as `Team.share` gives this worker.
+            trouble: Why there are none, if there are none.
+
+        Returns:
+            The loss over all parts of the team, and what went wrong here. If anything
+            went wrong anywhere, the loss is not a number, and no weights are changed.
+        """
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.team.device)
+        number = self.epoch * self.steps + self.step
+        try:
+            share = self.team.share(self.recipe.parts)
+            for index, part in zip(share, parts, strict=False):
+                place = (self.recipe.seed, number, index)
+                seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+                loss = self._loss(part, seed, number) / self.recipe.parts
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            held, side = self.recipe.held, parts[0].images.shape[-1]
+            trouble = (
+                f"not enough memory on {torch.cuda.get_device_name()} for {held} crops "
+                f"of {side} px at once; at_once={max(1, held // 2)} halves it"
+            )
+        if trouble is not None:
+            total += torch.nan
+        elif not torch.isfinite(total):
+            trouble = self._not_finite(number)
+        loss_of_all = self._combine(total)
+        if np.isfinite(loss_of_all):
+            self._change_weights(number)
+            self.step += 1
+            self.loss_sum += loss_of_all
+        return loss_of_all, trouble
+
+    def _not_finite(self, number: int) -> str:
+        return (
+            f"the loss of step {number} is not a number; lower optimizer.lr "
+            f"({self.recipe.optimizer.lr:g}), clip gradients (optimizer.clip), or set "
+            f"precision=float32"
+        )
+
+    def _change_weights(self, number: int) -> None:
+        how = self.recipe.optimizer
+        scores = [entry["score"] for entry in self.history]
+        self.rate = learning_rate(
+            number, self.steps, scores, how, self.recipe.schedule
+        )
+        set_learning_rate(self.optimizer, self.rate)
+        self.scaler.unscale_(self.optimizer)
+        if how.clip:
+            nn.utils.clip_grad_norm_(self.learned, how.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
+    def _loss(self, part: Batch, seed: int, number: int) -> torch.Tensor:
+        device = self.team.device
+        images, masks = augment_batch(
+            self.geometry,
+            _to_device(part.images, device),
+            _to_device(part.masks, device),
+            seed=seed,
+        )
+        images, _ = augment_batch(self.colours, images, masks, seed=seed + 1)
+        torch.manual_seed(seed)  # of dropout
+        logits = self._forward(self.model, self.normalise(images))
+        labels = masks.long()
+        loss = self.loss(logits, labels) + self.loss.of_weights(self.network)
+        if self.teacher is not None and self.recipe.teacher is not None:
+            how = self.recipe.teacher
+            with torch.no_grad():
+                softer = self._forward(self.teacher, self.teacher_normalise(images))
+            loss = loss + how.soft * divergence(logits, softer, how.temperature)
+            if self.hints is not None:
+                features = self.seen.now().float(), self.taught.now().float()
+                loss = loss + how.features * self.hints(*features)
+        if self.recipe.unlabelled is not None:
+            loss = loss + self._unlabelled_loss(part.unlabelled, seed + 2, number)
+        if self.recipe.data.hard:
+            self._note_losses(part.patches, self.loss.of_crops(logits, labels))
+        return loss
+
+    def _unlabelled_loss(
+        self, crops: UInt8, seed: int, number: int
+    ) -> torch.Tensor | float:
+        """Give how far this model is from its own average, on other colours."""
+        how = self.recipe.unlabelled
+        assert how is not None
+        assert self.average is not None
+        images = _to_device(crops, self.team.device)
+        nothing = torch.zeros_like(images[:, 0])
+        images, _ = augment_batch(self.geometry, images, nothing, seed=seed)
+        changed, _ = augment_batch(self.colours, images, nothing, seed=seed + 1)
+        with torch.no_grad():
+            self.average.module.eval()
+            theirs = self._forward(self.average.module, self.normalise(images))
+        ours = self._forward(self.model, self.normalise(changed))
+        weight = how.weight * rise(number, round(how.ramp * self.total_steps))
+        return weight * consistency(ours, theirs, how.threshold)
+
+    def _forward(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        """Give float32 logits."""
+        if not self.recipe.channels_last:
+            inputs = inputs.contiguous()
+        low = self.dtype != torch.float32
+        with torch.autocast(self.team.device.type, self.dtype, enabled=low):
+            logits: torch.Tensor = model(inputs)
+        return logits.float()
+
+    def _combine(self, loss: torch.Tensor) -> float:
+        """Add up gradients and loss over the team; give the loss."""
+        if self.team.size == 1:
+            return float(loss)
+        mine = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned
+        ]
+        together = torch.cat([*(part.flatten() for part in mine), loss[None]])
+        self.team.add(together)
+        sizes = [p.numel() for p in self.learned]
+        sums = together[:-1].split(sizes)
+        for parameter, total in zip(self.learned, sums, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(total.view_as(parameter))
+        return float(together[-1])
+
+    def _note_losses(
+        self, patches: npt.NDArray[np.int64], losses: torch.Tensor
+    ) -> None:
+        index = torch.from_numpy(patches)
+        known, new = self.losses[index], losses.detach().cpu().double()
+        mixed = _OLD * known + (1 - _OLD) * new
+        self.losses[index] = torch.where(known.isnan(), new, mixed)
+
+    # --- an epoch ---------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, images: UInt8, masks: UInt8) -> tuple[UInt8, float]:
+        """Give the classes (N, H, W) of the network that is kept, and the mean loss."""
+        network = self.kept.eval()
+        inputs = self.normalise(_to_device(images, self.team.device))
+        logits = self._forward(network, inputs)
+        labels = _to_device(masks, self.team.device).long()
+        classes = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        return classes, float(self.loss(logits, labels))
+
+    def share_what_was_seen(self) -> None:
+        """Bring together running statistics, losses of patches and damaged patches."""
+        if self.team.size == 1:
+            return
+        networks = [self.network, *([self.average] if self.average else [])]
+        for network in networks:
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    self.team.add(buffer).div_(self.team.size)
+        for damaged in self.team.gather(self.damaged):
+            self.damaged |= damaged
+        seen = self.team.gather(self.losses)
+        changed = [now for now in seen if not now.equal(self.order_losses)]
+        for now in changed:
+            new = (now != self.order_losses) & ~now.isnan()
+            self.losses[new] = now[new]
+
+    def end_epoch(self, scores: Row, seconds: float) -> tuple[Row, Row | None]:
+        """Note an epoch's scores.
+
+        Args:
+            scores: Of the validation patches; `f1` decides, then the loss.
+            seconds: That validation took.
+
+        Returns:
+            The epoch's entry, and the weights to keep if they are the best so far.
+        """
+        crops = self.steps * self.recipe.batch
+        entry: Row = {
+            "epoch": self.epoch,
+            "loss": self.loss_sum / self.steps,
+            "learning_rate": self.rate,
+            "seconds": self.seconds + seconds,
+            "crops_per_second": crops / max(self.seconds, 1e-9),
+            "damaged": len(self.damaged),
+        }
+        entry |= scores
+        entry["score"] = scores["f1"] if scores["f1"] is not None else -entry["loss"]
+        self.history.append(entry)
+        weights = None
+        if entry["score"] > self.best["score"]:
+            self.best = {"epoch": self.epoch, "score": entry["score"]}
+            weights = {k: v.cpu() for k, v in self.kept.state_dict().items()}
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum = self.seconds = 0.0
+        self.order_losses = self.losses.clone()
+        return entry, weights
+
+    @property
+    def total_steps(self) -> int:
+        """Of the longest training."""
+        return self.steps * self.recipe.schedule.epochs
+
+    def is_over(self) -> bool:
+        """Tell whether all epochs are done, or nothing has improved for too long."""
+        since_best: int = self.epoch - 1 - self.best["epoch"]
+        return (
+            self.epoch >= self.recipe.schedule.epochs
+            or since_best >= self.recipe.schedule.patience
+        )
+
+    # --- state ------------------------------------------------------------------------
+
+    _VALUES = ("epoch", "step", "rate", "loss_sum", "seconds", "history", "best")
+    _MORE = ("damaged", "losses", "order_losses")
+
+    def state(self) -> Row:
+        """Give all that the next step depends on."""
+        state: Row = {name: getattr(self, name) for name in self._VALUES + self._MORE}
+        return state | {
+            name: part.state_dict() for name, part in self._stateful().items()
+        }
+
+    def load_state(self, state: Row) -> None:
+        """Take up where `state` left off."""
+        for name in self._VALUES + self._MORE:
+            setattr(self, name, state[name])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "hints": self.hints,
+            "average": self.average,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def _build(recipe: Recipe, classes: int) -> nn.Module:
+    if recipe.prune is not None:
+        network, config = load_model(recipe.prune.model)
+        if config.architecture != recipe.model or len(config.classes) != classes:
+            raise ConfigError(
+                f"prune.model: {recipe.prune.model} is {config.architecture} of "
+                f"{len(config.classes)} classes, the recipe asks for {recipe.model} of "
+                f"{classes}; make them the same"
+            )
+        return thinned(network, recipe.prune.share)
+    return build_segmenter(recipe.model, classes, recipe.weights)
+
+
+def _to_device(pixels: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy pixels, which lie in Ray's object store and must not be written to."""
+    tensor = torch.from_numpy(pixels.copy())
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
