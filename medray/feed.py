@@ -1,8 +1,8 @@
 """What the training loop is fed: parts of steps, read by Ray Data, in order.
 
 A part is a few crops that go through the network together. It travels as one row of
-bytes, so that epochs may differ in the size of their crops, and it is looked at where it
-lies in Ray's object store.
+bytes, so that epochs may differ in the size of their crops, and it is looked at where
+it lies in Ray's object store.
 """
 
 from __future__ import annotations

@@ -96,14 +96,11 @@ def train_as(
 
     Raises:
         TroubleError: It cannot go on; all of the team raise it.
-        ConfigError: The recipe cannot be followed here.
     """
     patches = len(usable_patches(data, "train", recipe))
     steps = steps_per_epoch(recipe, patches)
-    learner = Learner(team, recipe, contract, patches, steps)
     last = _checkpoint_uri(out, name, "last")
-    if files.exists(last):
-        learner.load_state(_load(last))
+    learner = _start(team, recipe, contract, patches, steps, last)
     begun = learner.epoch * steps + learner.step
     tracker = Tracker(
         out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
@@ -140,6 +137,26 @@ def train_as(
     tracker.close()
 
 
+def _start(
+    team: Team,
+    recipe: Recipe,
+    contract: ModelConfig,
+    patches: int,
+    steps: int,
+    last: str,
+) -> Learner:
+    """Build the model and what changes it, as the last checkpoint left them."""
+    try:
+        learner = Learner(team, recipe, contract, patches, steps)
+        if files.exists(last):
+            learner.load_state(_load(last))
+    except MedrayError as error:
+        _raise_together(team, f"{error}")
+        raise  # not reached
+    _raise_together(team, None)
+    return learner
+
+
 def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]:
     """Give each epoch that is left, and the parts that are read for this worker.
 
@@ -166,9 +183,7 @@ def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]
             yield epoch, stream
 
 
-def _do_step(
-    learner: Learner, stream: Iterator[Part], patches: int, out: str
-) -> float:
+def _do_step(learner: Learner, stream: Iterator[Part], patches: int, out: str) -> float:
     """Take this worker's parts from the stream and learn from them."""
     team, number = learner.team, learner.step
     parts: list[Part] = []
@@ -203,9 +218,7 @@ def _bound_damage(learner: Learner, parts: list[Part], patches: int) -> None:
         )
 
 
-def _keep_batch(
-    out: str, learner: Learner, number: int, batches: list[Batch]
-) -> str:
+def _keep_batch(out: str, learner: Learner, number: int, batches: list[Batch]) -> str:
     """Store what a step was given when it went wrong, and say where."""
     name = f"epoch-{learner.epoch}-step-{number}-rank-{learner.team.rank}.npz"
     uri = files.join(out, "trouble", name)
@@ -272,9 +285,7 @@ def _validate(
         trouble = f"{error}"
     _raise_together(team, trouble)
     gathered = team.gather((counts, small, loss, seen))
-    counts, small, loss, seen = (
-        sum(part[i] for part in gathered) for i in range(4)
-    )
+    counts, small, loss, seen = (sum(part[i] for part in gathered) for i in range(4))
     return counts, small, loss / max(seen, 1), time.perf_counter() - start
 
 
@@ -312,7 +323,11 @@ def _scores(
     """Give an epoch's scores, and a warning where they hide that nothing is learned."""
     scores: Row = dict(summary(counts, names)) | small_scores(small)
     predicted = np.flatnonzero(counts.sum(axis=0))
-    if counts.any() and len(predicted) == 1 and np.count_nonzero(counts.sum(axis=1)) > 1:
+    if (
+        counts.any()
+        and len(predicted) == 1
+        and np.count_nonzero(counts.sum(axis=1)) > 1
+    ):
         scores["warning"] = (
             f"every pixel was predicted as {names[predicted[0]]}; if that goes on, "
             f"lower optimizer.lr, or set data.balance"

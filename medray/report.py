@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,6 +19,7 @@ from scipy import ndimage
 
 from medray.classes import Classes
 from medray.metrics import SCORES, bootstrap, class_scores, summary
+from medray.pages import ACCENT, INK, LINE, SOFT, as_svg, data_uri, render
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
@@ -116,7 +114,7 @@ def draw_overlay(rgb: UInt8, truth: UInt8, predicted: UInt8, classes: Classes) -
     font = ImageFont.load_default(13)
     for i, (title, panel) in enumerate(panels.items()):
         left = i * (size[1] + gap)
-        draw.text((left, 2), title, fill="#5c6870", font=font)
+        draw.text((left, 2), title, fill=SOFT, font=font)
         reduced = _resized(panel, size, Image.Resampling.BOX)
         sheet.paste(Image.fromarray(reduced), (left, band))
     buffer = io.BytesIO()
@@ -159,7 +157,7 @@ def _agreement(rgb: UInt8, truth: UInt8, predicted: UInt8) -> UInt8:
     return shown.astype(np.uint8)
 
 
-def _distribution_figure(values: Sequence[float]) -> str:
+def _distribution_figure(values: Sequence[float]) -> Markup:
     """Draw a dot a slide, and a box around the middle half, as an SVG element."""
     figure = Figure(figsize=(5.6, 1.9), layout="constrained")
     axes = figure.subplots()
@@ -170,10 +168,10 @@ def _distribution_figure(values: Sequence[float]) -> str:
             orientation="horizontal",
             widths=0.55,
             showfliers=False,
-            boxprops={"color": "#5c6870"},
-            whiskerprops={"color": "#5c6870"},
-            capprops={"color": "#5c6870"},
-            medianprops={"color": "#1d2429", "linewidth": 2},
+            boxprops={"color": SOFT},
+            whiskerprops={"color": SOFT},
+            capprops={"color": SOFT},
+            medianprops={"color": INK, "linewidth": 2},
             zorder=4,
         )
     jitter = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
@@ -182,7 +180,7 @@ def _distribution_figure(values: Sequence[float]) -> str:
         1 + jitter,
         s=6 if many else 24,
         alpha=0.25 if many else 0.55,
-        color="#0b5c8a",
+        color=ACCENT,
         linewidths=0,
         zorder=3,
         rasterized=many,  # thousands of vector dots would bloat the page
@@ -190,22 +188,11 @@ def _distribution_figure(values: Sequence[float]) -> str:
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0.6, 1.4)
     axes.set_yticks([])
-    axes.set_xlabel("F1 of each slide", color="#5c6870")
-    axes.tick_params(colors="#5c6870")
+    axes.set_xlabel("F1 of each slide", color=SOFT)
+    axes.tick_params(colors=SOFT)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color("#dfe4e8")
-    buffer = io.StringIO()
-    # A salt of our own, so that the same scores give the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "medray"}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            bbox_inches="tight",
-            dpi=150,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    axes.spines["bottom"].set_color(LINE)
+    return as_svg(figure)
 
 
 # --- tables ---------------------------------------------------------------------------
@@ -299,14 +286,6 @@ def _page(
     rows: Sequence[dict[str, Any]],
     metrics: Mapping[str, Any],
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("medray"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"score": _score, "span": _span, "px": _pixels}
     done = [row for row in rows if row["status"] == "done"]
     failed = [row for row in rows if row["status"] != "done"]
     scored = [row["f1"] for row in done if row["f1"] is not None]
@@ -314,7 +293,8 @@ def _page(
     legend = dict(_AGREEMENT)
     if len(classes) == 2:
         del legend["another class"]
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         title=title,
         classes=classes,
         metrics=metrics,
@@ -328,7 +308,7 @@ def _page(
         confusion=_confusion_cells(np.array(metrics["confusion"], np.int64)),
         scored=len(scored),
         blank=len(done) - len(scored),
-        distribution=Markup(_distribution_figure(scored)) if scored else "",
+        distribution=_distribution_figure(scored) if scored else "",
     )
 
 
@@ -348,7 +328,7 @@ def _shown(
         for heading, group in groups.items()
         if (
             pictures := [
-                (row_of[name], _data_uri(overlay))
+                (row_of[name], data_uri(overlay))
                 for name in group
                 if (overlay := overlays[name])
             ]
@@ -359,7 +339,7 @@ def _shown(
 def _confusion_cells(counts: npt.NDArray[np.int64]) -> list[list[dict[str, Any]]]:
     """Give share of the row, pixels and colours of each cell of the matrix."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    white, full = _color("#ffffff"), _color("#0b5c8a")
+    white, full = _color("#ffffff"), _color(ACCENT)
 
     def cell(i: int, j: int) -> dict[str, Any]:
         mixed = np.rint(white + share[i, j] * (full - white)).astype(int).tolist()
@@ -367,28 +347,7 @@ def _confusion_cells(counts: npt.NDArray[np.int64]) -> list[list[dict[str, Any]]
             "share": f"{share[i, j]:.1%}" if counts[i].any() else "\N{EN DASH}",
             "px": int(counts[i, j]),
             "fill": f"rgb({mixed[0]},{mixed[1]},{mixed[2]})",
-            "ink": "#fff" if share[i, j] > 0.5 else "#1d2429",
+            "ink": "#fff" if share[i, j] > 0.5 else INK,
         }
 
     return [[cell(i, j) for j in range(len(counts))] for i in range(len(counts))]
-
-
-def _data_uri(picture: bytes) -> str:
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
-
-
-def _score(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:.3f}"
-
-
-def _span(value: Sequence[float] | None) -> str:
-    return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
-
-
-def _pixels(count: int) -> str:
-    """Write pixels with a unit: 1234567 as 1.2 M px."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit} px"
-    return f"{count} px"

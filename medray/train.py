@@ -2,58 +2,54 @@
 
 The way of a patch, top to bottom:
 
-    order    which crop of which patch comes when: a function of (seed, position) alone
-    read     CPU tasks of Ray Data cut crops straight from the zarr chunks
-    step     each worker augments its share on its device, and steps with the others
-    check    after each epoch the validation patches are counted, and all is saved
-    keep     the best weights become the model folder
+    order    which crop of which patch comes when: medray/patches.py
+    feed     CPU tasks of Ray Data cut the crops from the zarr chunks: medray/feed.py
+    loop     the workers learn, check and keep: medray/loop.py, medray/models/learner.py
+    model    the best weights become the model folder, the epochs its report: here
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-import math
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import ray.data
 import ray.train
 import ray.train.torch
-import torch
-import torch.distributed
-from torch import nn
 
 from medray import cluster
 from medray.dataset import read_dataset
-from medray.errors import ConfigError, FormatError
-from medray.metrics import class_scores, confusion, summary
-from medray.models.augment import augment_batch, build_augmentation
+from medray.errors import ConfigError
+from medray.loop import (
+    TroubleError,
+    example_uri,
+    history_uri,
+    read_best,
+    run_worker,
+)
 from medray.models.config import ModelConfig, read_config
 from medray.models.folder import save_model
-from medray.models.losses import SegmentationLoss
-from medray.models.network import choose_device, choose_precision
-from medray.models.segmenters import build_segmenter
-from medray.patches import read_train, read_val, usable_patches
+from medray.models.learner import build_network
+from medray.patches import usable_patches
 from medray.recipe import Recipe, read_recipe
-from medray.settings import from_dict, to_dict
+from medray.settings import to_dict
 from medray.store import files
 from medray.store.lock import locked
+from medray.training_report import write_training_report
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+_LIVES = 3  # times that dead workers are replaced
+_MPP_APART = 0.15  # relative difference of resolutions that is taken for none
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Training:
         trained: False if the model was there already.
         epochs: Epochs that were trained.
         f1: Best F1 on the validation patches; None if they hold no foreground.
+        report: Its page.
         seconds: Wall time, Ray's start apart.
     """
 
@@ -72,31 +69,68 @@ class Training:
     trained: bool
     epochs: int
     f1: float | None
+    report: str
     seconds: float
 
 
 def train(
-    recipe: str, *, data: str, out: str, overrides: Sequence[str] = ()
+    recipe: str,
+    *,
+    data: str,
+    out: str,
+    overrides: Sequence[str] = (),
+    repeats: int = 1,
 ) -> Training:
     """Train a model as a recipe says.
 
-    Running the same command again goes on after the last epoch that was saved, and
-    does nothing once the model is there.
+    Running the same command again goes on from the last checkpoint, and does nothing
+    once the model is there.
 
     Args:
         recipe: YAML file, see recipes/.
         data: Dataset, as `medray ingest` writes it.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `optimizer.lr=1e-4`.
+        repeats: Trainings with seeds one apart. The recipe's own seed makes the model,
+            the others lie in OUT/repeats; the report says mean and spread.
 
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, OUT holds
             another model, or another process works there.
+        TroubleError: The training cannot go on.
     """
     settings = read_recipe(recipe, overrides)
     data, out = files.absolute(data), files.absolute(out)
+    if repeats < 1:
+        raise ConfigError(f"repeats: expected 1 or more, found {repeats}")
     with locked(out, "train"):
-        return _train(settings, data, out)
+        results = [_train(settings, data, out)]
+        for extra in range(1, repeats):
+            again = replace(settings, seed=settings.seed + extra)
+            place = files.join(out, "repeats", f"seed-{again.seed}")
+            results.append(_train(again, data, place))
+        if repeats > 1:
+            _note_repeats(out, results)
+    return replace(
+        results[0],
+        trained=any(result.trained for result in results),
+        seconds=sum(result.seconds for result in results),
+    )
+
+
+def _note_repeats(out: str, results: Sequence[Training]) -> None:
+    """Write the spread of the best scores into metrics.json and the report."""
+    metrics = files.read_json(files.join(out, "metrics.json"))
+    scores = [result.f1 for result in results if result.f1 is not None]
+    spread: Row = {"f1": scores, "mean": None, "std": None}
+    if len(scores) > 1:
+        spread |= {
+            "mean": float(np.mean(scores)),
+            "std": float(np.std(scores, ddof=1)),
+        }
+    metrics["repeats"] = spread
+    files.write_json(files.join(out, "metrics.json"), metrics)
+    _write_report(out, read_config(out), metrics)
 
 
 def _train(settings: Recipe, data: str, out: str) -> Training:
@@ -107,8 +141,11 @@ def _train(settings: Recipe, data: str, out: str) -> Training:
         split: usable_patches(data, split, settings) for split in ("train", "val")
     }
     _check_patches(patches, data)
+    contract = _contract(settings, patches["train"], data)
+    _check_inputs(settings, contract, data)
+    network = build_network(settings, len(contract.classes))
     cluster.connect()
-    _check_workers(settings.workers)
+    _check_workers(settings)
     log.info(
         "training on %d patches, validating on %d, into %s",
         len(patches["train"]),
@@ -116,46 +153,84 @@ def _train(settings: Recipe, data: str, out: str) -> Training:
         out,
     )
     start = time.perf_counter()
-    gpu = bool(cluster.gpus())
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={"recipe": to_dict(settings), "data": data, "out": out},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
-            use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": 1},
-        ),
-        run_config=ray.train.RunConfig(
-            # The name holds the digest: only the very same training is resumed.
-            name=made_from["digest"].replace(":", "-"),
-            storage_path=files.join(out, "checkpoints"),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=2),
-        ),
-    )
-    with _telling_epochs(out):
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise FormatError(f"{out}: the training ended without a checkpoint")
-    with result.checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True)
-    metrics = state["best"]["metrics"] | {"history": state["history"]}
-    config = ModelConfig(
+    # The name holds the digest: only the very same training is resumed.
+    name = made_from["digest"].removeprefix("blake2b:")
+    _run(settings, contract, data, out, name)
+    best = read_best(out, name)
+    history = read_history(out)
+    metrics = best["metrics"] | {"history": history}
+    contract = replace(contract, made_from=made_from | {"epochs": len(history)})
+    network.load_state_dict(best["model"])
+    metrics["parameters"] = sum(p.numel() for p in network.parameters())
+    _write_report(out, contract, metrics)
+    save_model(out, contract, network, metrics)
+    seconds = time.perf_counter() - start
+    page = files.join(out, "training.html")
+    return Training(out, True, len(history), metrics["f1"], page, seconds)
+
+
+def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
+    """Give what inference must know; training itself uses it too."""
+    return ModelConfig(
         architecture=settings.model,
         classes=read_dataset(data).classes,
         window=settings.window,
-        mpp=_mpp(patches["train"]),
-        made_from=made_from | {"epochs": state["epoch"] + 1},
+        mpp=_mpp(patches),
+        stain=settings.stain,
     )
-    model = build_segmenter(settings.model, len(config.classes))
-    model.load_state_dict(state["best"]["model"])
-    save_model(out, config, model, metrics)
-    seconds = time.perf_counter() - start
-    return Training(out, True, state["epoch"] + 1, metrics["f1"], seconds)
 
 
-def _history_uri(out: str) -> str:
-    return files.join(out, "metrics.jsonl")
+def _run(
+    settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
+) -> None:
+    """Have Ray Train run the loop on the workers; what died is started again."""
+    gpu = bool(cluster.gpus())
+    workers: Any = settings.workers
+    config = {
+        "recipe": to_dict(settings),
+        "contract": to_dict(contract),
+        "data": data,
+        "out": out,
+        "name": name,
+    }
+    trainer = ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=tuple(workers) if isinstance(workers, list) else workers,
+            use_gpu=gpu,
+            # Half a CPU on machines without GPUs: the tasks that read need some too.
+            resources_per_worker={"GPU": 1} if gpu else {"CPU": 0.5},
+            placement_strategy="PACK" if gpu else "SPREAD",
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=files.join(out, "checkpoints", "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=_LIVES),
+        ),
+    )
+    try:
+        with _telling_epochs(out):
+            trouble = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        problem = str(error).strip().splitlines()[-1][:300]
+        raise TroubleError(
+            f"workers of the training died {_LIVES + 1} times, the last time by: "
+            f"{problem}; if it was memory, at_once={max(1, settings.held // 2)} needs "
+            f"half; run the same command again to go on"
+        ) from error
+    if trouble:
+        raise TroubleError(trouble)
+
+
+def _write_report(out: str, contract: ModelConfig, metrics: Row) -> None:
+    uris = [example_uri(out, number) for number in range(100)]
+    pictures = []
+    for uri in uris:
+        if not files.exists(uri):
+            break
+        pictures.append(files.read_bytes(uri))
+    write_training_report(out, contract, metrics, pictures)
 
 
 @contextmanager
@@ -167,19 +242,24 @@ def _telling_epochs(out: str) -> Iterator[None]:
     over = threading.Event()
 
     def tell() -> None:
-        told = len(_read_history(out))
+        told = len(read_history(out))
         while True:
             ended = over.wait(1.0)
-            for entry in _read_history(out)[told:]:
+            for entry in read_history(out)[told:]:
                 told += 1
                 score = "none" if entry["f1"] is None else f"{entry['f1']:.4f}"
                 log.info(
-                    "stage=train epoch=%d loss=%.4f f1=%s seconds=%.1f",
+                    "stage=train epoch=%d loss=%.4f f1=%s crops/s=%.1f seconds=%.1f",
                     entry["epoch"],
                     entry["loss"],
                     score,
+                    entry["crops_per_second"],
                     entry["seconds"],
                 )
+                if entry.get("warning"):
+                    log.warning("%s", entry["warning"])
+                if entry["damaged"]:
+                    log.warning("%d damaged patches were left out", entry["damaged"])
             if ended:
                 return
 
@@ -192,8 +272,9 @@ def _telling_epochs(out: str) -> Iterator[None]:
         thread.join()
 
 
-def _read_history(out: str) -> list[Row]:
-    uri = _history_uri(out)
+def read_history(out: str) -> list[Row]:
+    """Read the epochs of a training, as far as they are done."""
+    uri = history_uri(out)
     if not files.exists(uri):
         return []
     return [json.loads(line) for line in files.read_bytes(uri).splitlines()]
@@ -227,7 +308,8 @@ def _trained_before(out: str, made_from: Row) -> Training | None:
             f"or delete this model"
         )
     metrics = files.read_json(files.join(out, "metrics.json"))
-    return Training(out, False, before["epochs"], metrics["f1"], 0.0)
+    page = files.join(out, "training.html")
+    return Training(out, False, before["epochs"], metrics["f1"], page, 0.0)
 
 
 def _check_patches(patches: dict[str, list[Row]], data: str) -> None:
@@ -248,7 +330,9 @@ def _check_patches(patches: dict[str, list[Row]], data: str) -> None:
         )
     resolutions = {row["mpp"] for row in patches["train"]}
     known = [mpp for mpp in resolutions if mpp]
-    if known and (len(known) < len(resolutions) or max(known) > 1.15 * min(known)):
+    if known and (
+        len(known) < len(resolutions) or max(known) > (1 + _MPP_APART) * min(known)
+    ):
         raise ConfigError(
             f"{data}: the slides differ in microns per pixel "
             f"({sorted(map(str, resolutions))}); make a dataset of each resolution"
@@ -260,231 +344,45 @@ def _mpp(patches: list[Row]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _check_workers(workers: int) -> None:
+def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
+    """Check what the recipe refers to, before anything is started."""
+    how = settings.unlabelled
+    if how is not None:
+        if not settings.optimizer.average:
+            raise ConfigError(
+                "unlabelled: needs the moving average that teaches; set "
+                "optimizer.average=0.99"
+            )
+        if not usable_patches(data, "", settings):
+            raise ConfigError(
+                f"{data}: holds no slides without annotation for `unlabelled`; ingest "
+                f"some, or remove `unlabelled` from the recipe"
+            )
+    if settings.teacher is not None:
+        teacher = read_config(settings.teacher.model)
+        if teacher.classes != contract.classes:
+            raise ConfigError(
+                f"teacher.model: {settings.teacher.model} knows "
+                f"{teacher.classes.names}, the dataset {contract.classes.names}; they "
+                f"must be the same"
+            )
+        if (teacher.mpp or 0) != (contract.mpp or 0) and not (
+            teacher.mpp
+            and contract.mpp
+            and abs(teacher.mpp / contract.mpp - 1) <= _MPP_APART
+        ):
+            raise ConfigError(
+                f"teacher.model: {settings.teacher.model} looks at {teacher.mpp} um "
+                f"per pixel, the dataset has {contract.mpp}; they must be the same"
+            )
+
+
+def _check_workers(settings: Recipe) -> None:
     """Refuse what the cluster can never give, rather than wait for it."""
     resources = ray.cluster_resources()
     kind = "GPU" if cluster.gpus() else "CPU"
-    if workers > resources.get(kind, 0):
+    if settings.fewest > resources.get(kind, 0):
         raise ConfigError(
-            f"workers: {workers} asked for, the cluster has "
+            f"workers: {settings.fewest} asked for, the cluster has "
             f"{resources.get(kind, 0):g} {kind}s"
         )
-
-
-# --- read: see medray/patches.py -----------------------------------------------------
-
-
-def _stream(read: Any, first: int, end: int, batch: int) -> Iterator[Row]:
-    """Give batches of what `read` makes of ids from `first` to `end`, in order."""
-    with cluster.streaming(block_bytes=32 << 20, in_order=True):
-        rows = (
-            ray.data.range(end - first, override_num_blocks=-(-(end - first) // batch))
-            .map_batches(lambda ids: {"id": ids["id"] + first}, batch_size=None)
-            .map_batches(read, batch_size=batch, num_cpus=0.5)
-        )
-        yield from rows.iter_batches(batch_size=batch, prefetch_batches=2)
-
-
-# --- step -----------------------------------------------------------------------------
-
-
-def _worker(config: Row) -> None:
-    """Train in one of the processes that Ray Train starts."""
-    recipe = from_dict(Recipe, config["recipe"], "recipe")
-    data = config["data"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    device = choose_device()
-    if device.type == "cpu":
-        share = (os.cpu_count() or 1) // context.get_local_world_size()
-        torch.set_num_threads(max(1, share))
-    torch.manual_seed(recipe.seed)
-    classes = read_dataset(data).classes
-    network = build_segmenter(recipe.model, len(classes), recipe.weights)
-    network = network.to(device).to(memory_format=torch.channels_last)
-    patches = usable_patches(data, "train", recipe)
-    local = recipe.batch // recipe.workers
-    steps = max(1, (recipe.data.samples or len(patches)) // recipe.batch)
-    total = steps * recipe.schedule.epochs
-    state = _State(network, recipe, total)
-    state.load(ray.train.get_checkpoint())
-    model = ray.train.torch.prepare_model(network) if recipe.workers > 1 else network
-    step = functools.partial(_step, model, state, recipe, device)
-    read = functools.partial(read_train, recipe=recipe, data=data, rank=rank)
-    first = (state.epoch + 1) * steps
-    if first >= total or state.should_stop():
-        return
-    batches = _stream(read, first * local, total * local, local)
-    losses, start = [], time.perf_counter()
-    for index, batch in enumerate(batches, first):
-        losses.append(step(batch, seed=recipe.seed + index * recipe.workers + rank))
-        if (index + 1) % steps:
-            continue
-        counts = _validate(model, recipe, data, rank, device, len(classes))
-        seconds = time.perf_counter() - start
-        state.end_epoch(counts, classes.names, float(np.mean(losses)), seconds)
-        if rank == 0:
-            lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
-            files.write_bytes(_history_uri(config["out"]), lines.encode())
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = state.save(folder) if rank == 0 else None
-            ray.train.report(state.history[-1], checkpoint=checkpoint)
-        losses, start = [], time.perf_counter()
-        if state.should_stop():
-            return
-
-
-def _step(
-    model: nn.Module,
-    state: _State,
-    recipe: Recipe,
-    device: torch.device,
-    batch: Row,
-    *,
-    seed: int,
-) -> float:
-    """Do one step; give the loss.
-
-    Raises:
-        FormatError: The loss is not a number.
-    """
-    model.train()
-    images = torch.tensor(batch["image"], device=device)
-    masks = torch.tensor(batch["mask"], device=device)
-    images, masks = augment_batch(state.augmentation, images, masks, seed=seed)
-    with _autocast(recipe, device):
-        logits = model(_normalised(images))
-    loss = state.loss(logits.float(), masks.long()) + state.loss.of_weights(state.model)
-    if not torch.isfinite(loss):
-        raise FormatError(
-            f"the loss is {loss.item()} at step {state.scheduler.last_epoch}; lower "
-            f"optimizer.lr, or try precision=float32"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if recipe.optimizer.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-    state.optimizer.step()
-    state.scheduler.step()
-    return float(loss.item())
-
-
-def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    precision: Any = recipe.precision
-    dtype = choose_precision(precision, device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def _normalised(images: torch.Tensor) -> torch.Tensor:
-    """Scale (N, 3, H, W) uint8 as inference does."""
-    mean = torch.tensor(ModelConfig.mean, device=images.device).reshape(1, 3, 1, 1)
-    std = torch.tensor(ModelConfig.std, device=images.device).reshape(1, 3, 1, 1)
-    inputs = images.float().div_(255).sub_(mean).div_(std)
-    return inputs.contiguous(memory_format=torch.channels_last)
-
-
-# --- check ----------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def _validate(
-    model: nn.Module,
-    recipe: Recipe,
-    data: str,
-    rank: int,
-    device: torch.device,
-    classes: int,
-) -> npt.NDArray[np.int64]:
-    """Count truth against prediction over all validation patches, (C, C)."""
-    model.eval()
-    counts = np.zeros((classes, classes), np.int64)
-    mine = len(usable_patches(data, "val", recipe)[rank :: recipe.workers])
-    read = functools.partial(read_val, recipe=recipe, data=data, rank=rank)
-    for batch in _stream(read, 0, mine, 4) if mine else ():
-        with _autocast(recipe, device):
-            logits = model(_normalised(torch.tensor(batch["image"], device=device)))
-        predicted = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        sizes = zip(batch["height"], batch["width"], strict=True)
-        for truth, guess, (h, w) in zip(batch["mask"], predicted, sizes, strict=True):
-            counts += confusion(truth[:h, :w], guess[:h, :w], classes)
-    if recipe.workers > 1:
-        tensor = torch.from_numpy(counts).to(device)
-        torch.distributed.all_reduce(tensor)
-        counts = tensor.cpu().numpy()
-    return counts
-
-
-class _State:
-    """All that changes in a training, and so all that a checkpoint holds."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
-        self.model, self.recipe = model, recipe
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=recipe.optimizer.lr,
-            weight_decay=recipe.optimizer.weight_decay,
-        )
-        warmup = max(1, round(recipe.schedule.warmup * steps))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = (step - warmup) / max(1, steps - warmup)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.augmentation = build_augmentation(recipe.augment)
-        self.loss = SegmentationLoss(recipe.loss)
-        self.epoch = -1
-        self.history: list[Row] = []
-        self.best: Row = {"epoch": -1, "score": -1.0}
-
-    def end_epoch(
-        self,
-        counts: npt.NDArray[np.int64],
-        names: Sequence[str],
-        loss: float,
-        seconds: float,
-    ) -> None:
-        """Note an epoch's result; keep its weights if they are the best so far."""
-        self.epoch += 1
-        scores: Row = summary(counts, names)
-        entry = {"epoch": self.epoch, "loss": loss, "seconds": seconds} | scores
-        self.history.append(entry)
-        score = scores["f1"] if scores["f1"] is not None else -loss
-        if self.epoch == 0 or score > self.best["score"]:
-            weights = {k: v.cpu().clone() for k, v in self.model.state_dict().items()}
-            metrics = scores | {"per_class": class_scores(counts, names)}
-            metrics |= {"confusion": counts.tolist(), "epoch": self.epoch}
-            self.best = {"epoch": self.epoch, "score": score, "model": weights}
-            self.best["metrics"] = metrics
-
-    def should_stop(self) -> bool:
-        """Tell whether validation has not improved for `patience` epochs."""
-        since_best: int = self.epoch - self.best["epoch"]
-        return since_best >= self.recipe.schedule.patience
-
-    def save(self, folder: str) -> ray.train.Checkpoint:
-        """Write everything into `folder`."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "epoch": self.epoch,
-            "history": self.history,
-            "best": self.best,
-        }
-        torch.save(state, Path(folder) / "state.pt")
-        return ray.train.Checkpoint.from_directory(folder)
-
-    def load(self, checkpoint: ray.train.Checkpoint | None) -> None:
-        """Take up where a checkpoint left off; None: start afresh."""
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.history = state["epoch"], state["history"]
-        self.best = state["best"]

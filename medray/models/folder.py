@@ -15,6 +15,7 @@ from torch import nn
 
 from medray.errors import FormatError
 from medray.models.config import Architecture, ModelConfig, read_config
+from medray.models.prune import fit
 from medray.settings import write_settings
 from medray.store import files
 
@@ -70,6 +71,7 @@ def load_model(folder: str) -> tuple[nn.Module, ModelConfig]:
     uri = files.join(folder, "weights.safetensors")
     try:
         state = safetensors.torch.load(files.read_bytes(uri))
+        fit(model, state)
         model.load_state_dict(state)
     except (FileNotFoundError, safetensors.SafetensorError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]

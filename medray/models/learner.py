@@ -88,7 +88,12 @@ class Learner:
     """A model in training; two of the same state do the same next step."""
 
     def __init__(
-        self, team: Team, recipe: Recipe, contract: ModelConfig, patches: int, steps: int
+        self,
+        team: Team,
+        recipe: Recipe,
+        contract: ModelConfig,
+        patches: int,
+        steps: int,
     ) -> None:
         """Start from the recipe's weights.
 
@@ -105,7 +110,7 @@ class Learner:
         self.team, self.recipe, self.steps = team, recipe, steps
         torch.manual_seed(recipe.seed)
         self.dtype = choose_precision(recipe.precision, team.device)
-        self.network = self._placed(_build(recipe, len(contract.classes)))
+        self.network = self._placed(build_network(recipe, len(contract.classes)))
         if recipe.sync_batch_norm and team.size > 1:
             if team.device.type != "cuda":
                 raise ConfigError("sync_batch_norm: needs GPUs; set it to false")
@@ -157,11 +162,6 @@ class Learner:
         if how is None:
             return
         teacher, config = load_model(how.model)
-        if config.classes != contract.classes:
-            raise ConfigError(
-                f"teacher.model: {how.model} knows {config.classes.names}, the dataset "
-                f"{contract.classes.names}; they must be the same"
-            )
         self.teacher = self._placed(teacher).requires_grad_(False)
         self.teacher_normalise = Normalise(config).to(self.team.device)
         if how.features:
@@ -235,9 +235,7 @@ class Learner:
     def _change_weights(self, number: int) -> None:
         how = self.recipe.optimizer
         scores = [entry["score"] for entry in self.history]
-        self.rate = learning_rate(
-            number, self.steps, scores, how, self.recipe.schedule
-        )
+        self.rate = learning_rate(number, self.steps, scores, how, self.recipe.schedule)
         set_learning_rate(self.optimizer, self.rate)
         self.scaler.unscale_(self.optimizer)
         if how.clip:
@@ -305,9 +303,7 @@ class Learner:
         """Add up gradients and loss over the team; give the loss."""
         if self.team.size == 1:
             return float(loss)
-        mine = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned
-        ]
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned]
         together = torch.cat([*(part.flatten() for part in mine), loss[None]])
         self.team.add(together)
         sizes = [p.numel() for p in self.learned]
@@ -428,7 +424,12 @@ class Learner:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def _build(recipe: Recipe, classes: int) -> nn.Module:
+def build_network(recipe: Recipe, classes: int) -> nn.Module:
+    """Build the network that a recipe starts from.
+
+    Raises:
+        ConfigError: It, its weights or the model to prune are not to be had.
+    """
     if recipe.prune is not None:
         network, config = load_model(recipe.prune.model)
         if config.architecture != recipe.model or len(config.classes) != classes:

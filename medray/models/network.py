@@ -61,9 +61,7 @@ class Normalise(nn.Module):
         if self._stain == "macenko":
             images = macenko(images)
         # A copy in every case: what follows is done in place.
-        inputs = images.to(
-            torch.float32, copy=True, memory_format=torch.channels_last
-        )
+        inputs = images.to(torch.float32, copy=True, memory_format=torch.channels_last)
         return inputs.mul_(self.scale).add_(self.shift)
 
 

@@ -68,7 +68,5 @@ def score_maps(network: nn.Module, inputs: torch.Tensor) -> dict[str, UInt8]:
 
 
 def _as_pixels(image: torch.Tensor) -> UInt8:
-    pixels: UInt8 = (
-        image.mul(255).round().to(torch.uint8).movedim(0, 2).cpu().numpy()
-    )
+    pixels: UInt8 = image.mul(255).round().to(torch.uint8).movedim(0, 2).cpu().numpy()
     return pixels

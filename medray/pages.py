@@ -1,0 +1,67 @@
+"""What medray's HTML pages share: templates, figures, numbers in words."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+INK, SOFT, LINE, ACCENT = "#1d2429", "#5c6870", "#dfe4e8", "#0b5c8a"
+"""Colours of text, of what is beside it, of rules and of what matters."""
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a page's template; every value must be given."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("medray"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score, "span": span, "px": pixels}
+    return environment.get_template(template).render(values)
+
+
+def as_svg(figure: Figure) -> Markup:
+    """Draw a figure as an SVG element; the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "medray"}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            dpi=150,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])  # matplotlib escapes what it writes
+
+
+def data_uri(picture: bytes) -> str:
+    """Make a PNG or JPEG part of a page."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def score(value: float | None) -> str:
+    """Write a score; an undefined one is a dash."""
+    return "\N{EN DASH}" if value is None else f"{value:.3f}"
+
+
+def span(value: Sequence[float] | None) -> str:
+    """Write an interval."""
+    return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def pixels(count: int) -> str:
+    """Write pixels with a unit: 1234567 as 1.2 M px."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit} px"
+    return f"{count} px"

@@ -1,0 +1,122 @@
+"""The report of a training: one HTML page with its curves and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from medray.models.config import ModelConfig
+from medray.pages import ACCENT, LINE, SOFT, as_svg, data_uri, render
+from medray.store import files
+
+Row = dict[str, Any]
+
+
+def write_training_report(
+    out: str, config: ModelConfig, metrics: Row, examples: Sequence[bytes]
+) -> None:
+    """Write training.html into a model folder.
+
+    Args:
+        out: The folder.
+        config: Its contract; `made_from` says of what it was made.
+        metrics: What metrics.json holds.
+        examples: Pictures of validation patches, by `medray.report.draw_overlay`.
+    """
+    history = metrics["history"]
+    page = render(
+        "training.html.jinja",
+        title=f"Training of {config.architecture.name} on {config.architecture.encoder}",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=config.classes,
+        metrics=metrics,
+        seconds=sum(entry["seconds"] for entry in history),
+        warnings=_warnings(history),
+        curves={
+            "Loss": _curves(
+                history,
+                {"loss": "training", "val_loss": "validation"},
+                metrics["epoch"],
+            ),
+            "Scores on the validation patches": _curves(
+                history,
+                {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"},
+                metrics["epoch"],
+            ),
+            "Learning rate": _curves(history, {"learning_rate": ""}, metrics["epoch"]),
+            "Crops per second": _curves(
+                history, {"crops_per_second": ""}, metrics["epoch"]
+            ),
+        },
+        examples=[data_uri(picture) for picture in examples],
+        repeats=metrics.get("repeats"),
+        provenance=_provenance(config),
+    )
+    files.write_bytes(files.join(out, "training.html"), page.encode())
+
+
+def _warnings(history: Sequence[Row]) -> list[str]:
+    warned = [
+        f"epoch {entry['epoch']}: {entry['warning']}"
+        for entry in history
+        if entry.get("warning")
+    ]
+    damaged = history[-1]["damaged"] if history else 0
+    if damaged:
+        warned.append(f"{damaged} damaged patches were left out")
+    return warned
+
+
+def _provenance(config: ModelConfig) -> dict[str, str]:
+    made_from = config.made_from
+    rows = {
+        "digest": str(made_from.get("digest", "")),
+        "data": str(made_from.get("data", "")),
+        "resolution": f"{config.mpp} um per pixel" if config.mpp else "level 0",
+        "window": f"{config.window.size} px, stride {config.window.stride} px",
+    }
+    for name, version in made_from.get("versions", {}).items():
+        rows[name] = version
+    return rows | _flat(made_from.get("recipe", {}))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _curves(history: Sequence[Row], names: Mapping[str, str], best: int) -> Markup:
+    """Draw values by epoch; a line stands at the epoch that was kept."""
+    figure = Figure(figsize=(5.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    colors = (ACCENT, "#d55e00", "#009e73")  # as the overlays have them
+    for (name, label), color in zip(names.items(), colors, strict=False):
+        points = [
+            (entry["epoch"], entry[name])
+            for entry in history
+            if entry.get(name) is not None
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=color, label=label, marker=".", linewidth=1.6)
+    axes.axvline(best, color=SOFT, linewidth=1, linestyle=":")
+    if any(names.values()) and axes.lines[:-1]:
+        axes.legend(frameon=False, labelcolor=SOFT, fontsize=9)
+    if all(name in ("f1", "iou", "small_recall") for name in names):
+        axes.set_ylim(0, 1)
+    axes.set_xlabel("epoch", color=SOFT)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(colors=SOFT)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(LINE)
+    return as_svg(figure)
