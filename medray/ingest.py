@@ -449,10 +449,10 @@ def _write_patches(out: str, ledger: Ledger) -> None:
     for slide, row in sorted(ledger.slides.items()):
         if row["status"] != "done":
             continue
-        regions = ledger.regions.get(slide_key(slide, row["digest"]))
-        found = before.get(slide, [])
-        if regions is not None:
-            found = [p for i in sorted(regions) for p in regions[i]["patches"]]
+        regions = ledger.regions.get(slide_key(slide, row["digest"]), {})
+        found = [p for i in sorted(regions) for p in regions[i]["patches"]]
+        if not found and row["patches"]:  # finished by an earlier run
+            found = before[slide]
         common = {"slide": slide, "split": row["split"], "mpp": row["mpp"]}
         patches += [common | patch | {"split": row["split"]} for patch in found]
     write_patches(out, patches)
