@@ -8,8 +8,8 @@ The way of a step, top to bottom:
     check    after an epoch the validation patches are counted
     keep     rank 0 stores all that the next step depends on, and the best weights
 
-A step's parts are numbered (`Recipe.parts`), and so are the places of their crops in the
-order: how many workers share them changes nothing but the order of a sum.
+A step's parts are numbered (`Recipe.parts`), and so are the places of their crops in
+the order: how many workers share them changes nothing but the order of a sum.
 """
 
 from __future__ import annotations
@@ -322,12 +322,8 @@ def _scores(
 ) -> Row:
     """Give an epoch's scores, and a warning where they hide that nothing is learned."""
     scores: Row = dict(summary(counts, names)) | small_scores(small)
-    predicted = np.flatnonzero(counts.sum(axis=0))
-    if (
-        counts.any()
-        and len(predicted) == 1
-        and np.count_nonzero(counts.sum(axis=1)) > 1
-    ):
+    true, predicted = (np.flatnonzero(counts.sum(axis=axis)) for axis in (1, 0))
+    if len(predicted) == 1 and len(true) > 1:
         scores["warning"] = (
             f"every pixel was predicted as {names[predicted[0]]}; if that goes on, "
             f"lower optimizer.lr, or set data.balance"

@@ -1,8 +1,8 @@
 """Patches of a dataset in training's order, cut straight from the zarr chunks.
 
-Without torch, so that the processes that read start quickly. The order is a function of
-the recipe's seed and the epoch (and of the losses, if hard patches are preferred), never
-of who reads when.
+Without torch, so that the processes that read start quickly. The order is a function
+of the recipe's seed and the epoch (and of the losses, if hard patches are preferred),
+never of who reads when.
 """
 
 from __future__ import annotations
@@ -266,9 +266,9 @@ def read_train(
 def _check_labels(mask: UInt8, classes: int, data: str, patch: Row) -> None:
     if mask.max(initial=0) >= classes:
         raise FormatError(
-            f"{labels_uri(data, patch['slide'])}: label {mask.max()} near y={patch['y']}, "
-            f"x={patch['x']}, but the dataset has {classes} classes (0 to "
-            f"{classes - 1}); ingest the slide again with all its classes"
+            f"{labels_uri(data, patch['slide'])}: label {mask.max()} near "
+            f"y={patch['y']}, x={patch['x']}, but the dataset has {classes} classes (0 "
+            f"to {classes - 1}); ingest the slide again with all its classes"
         )
 
 

@@ -185,8 +185,8 @@ class Augment:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        shares = (self.zoom, self.shift, self.brightness, self.contrast)
-        shares += (self.saturation, self.stain)
+        shares = [self.zoom, self.shift, self.brightness, self.contrast]
+        shares += [self.saturation, self.stain]
         if not all(0 <= value < 1 for value in shares) or not 0 <= self.hue <= 0.5:
             raise ValueError(
                 f"augment: expected shares in 0..1 and hue in 0..0.5, found {self}"

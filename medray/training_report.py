@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from medray.models.config import ModelConfig
 from medray.pages import ACCENT, LINE, SOFT, as_svg, data_uri, render
@@ -27,10 +28,10 @@ def write_training_report(
         metrics: What metrics.json holds.
         examples: Pictures of validation patches, by `medray.report.draw_overlay`.
     """
-    history = metrics["history"]
+    history, kind, best = metrics["history"], config.architecture, metrics["epoch"]
     page = render(
         "training.html.jinja",
-        title=f"Training of {config.architecture.name} on {config.architecture.encoder}",
+        title=f"Training of {kind.name} on {kind.encoder}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=config.classes,
         metrics=metrics,
@@ -47,10 +48,8 @@ def write_training_report(
                 {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"},
                 metrics["epoch"],
             ),
-            "Learning rate": _curves(history, {"learning_rate": ""}, metrics["epoch"]),
-            "Crops per second": _curves(
-                history, {"crops_per_second": ""}, metrics["epoch"]
-            ),
+            "Learning rate": _curves(history, {"learning_rate": ""}, best),
+            "Crops per second": _curves(history, {"crops_per_second": ""}, best),
         },
         examples=[data_uri(picture) for picture in examples],
         repeats=metrics.get("repeats"),
@@ -114,7 +113,7 @@ def _curves(history: Sequence[Row], names: Mapping[str, str], best: int) -> Mark
     if all(name in ("f1", "iou", "small_recall") for name in names):
         axes.set_ylim(0, 1)
     axes.set_xlabel("epoch", color=SOFT)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(colors=SOFT)
     axes.grid(color=LINE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -119,7 +119,9 @@ class Learner:
                     f"sync_batch_norm: {recipe.parts} parts a step cannot be shared "
                     f"evenly by {team.size} workers; choose another at_once or batch"
                 )
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
+                self.network
+            )
         self.model: nn.Module = self.network
         if recipe.compile:
             self.model = torch.compile(self.network)  # type: ignore[assignment]
@@ -257,7 +259,8 @@ class Learner:
         torch.manual_seed(seed)  # of dropout
         logits = self._forward(self.model, self.normalise(images))
         labels = masks.long()
-        loss = self.loss(logits, labels) + self.loss.of_weights(self.network)
+        loss: torch.Tensor = self.loss(logits, labels)
+        loss = loss + self.loss.of_weights(self.network)
         if self.teacher is not None and self.recipe.teacher is not None:
             how = self.recipe.teacher
             with torch.no_grad():
@@ -307,7 +310,7 @@ class Learner:
         together = torch.cat([*(part.flatten() for part in mine), loss[None]])
         self.team.add(together)
         sizes = [p.numel() for p in self.learned]
-        sums = together[:-1].split(sizes)
+        sums = torch.split(together[:-1], sizes)
         for parameter, total in zip(self.learned, sums, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(total.view_as(parameter))

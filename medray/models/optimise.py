@@ -17,11 +17,13 @@ def build_optimizer(
     how: Optimizer, parameters: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """Build the optimizer; its learning rate is set before each step."""
-    common = {"lr": how.lr, "weight_decay": how.weight_decay}
+    lr, decay = how.lr, how.weight_decay
     if how.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+        return torch.optim.SGD(
+            parameters, lr, momentum=0.9, nesterov=True, weight_decay=decay
+        )
     kind = torch.optim.AdamW if how.name == "adamw" else torch.optim.Adam
-    return kind(parameters, **common)
+    return kind(parameters, lr, weight_decay=decay)
 
 
 def learning_rate(
@@ -68,9 +70,8 @@ def plateau_drops(scores: Sequence[float], every: int) -> int:
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel:
     """Build the moving average of a model's weights and buffers."""
-    return AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-    )
+    mean = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -16,7 +16,7 @@ _HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]
 _HED /= _HED.norm(dim=1, keepdim=True)
 
 # What Macenko et al. 2009 (doi:10.1109/ISBI.2009.5193250) bring slides to, as their
-# published code has it: densities of haematoxylin and eosin, and their 99th percentiles.
+# code has it: densities of haematoxylin and eosin, and their 99th percentiles.
 _REFERENCE = torch.tensor([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
 _REFERENCE_MOST = torch.tensor([1.9705, 1.0308])
 _WHITE = 240.0  # intensity of glass, there
@@ -29,7 +29,7 @@ def density(images: torch.Tensor, white: float = 255.0) -> torch.Tensor:
     return -torch.log(images.to(torch.float32).clamp_min(1.0) / white)
 
 
-class StainJitter(v2.Transform):
+class StainJitter(v2.Transform):  # type: ignore[misc]
     """Change the amount of each stain of an image at random (Tellez et al. 2018).
 
     Each of haematoxylin, eosin and the residual is multiplied by a number from 1 -
@@ -51,7 +51,10 @@ class StainJitter(v2.Transform):
         """Change an image (3, H, W) uint8; masks are left alone."""
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
-        return tv_tensors.wrap(change_stains(inpt, **params), like=inpt)
+        changed: torch.Tensor = tv_tensors.wrap(
+            change_stains(inpt, **params), like=inpt
+        )
+        return changed
 
 
 def change_stains(
@@ -121,7 +124,7 @@ def _stains(tissue: torch.Tensor) -> torch.Tensor | None:
     if high - low < 1e-3:
         return None
     ends = torch.stack([torch.stack([a.cos(), a.sin()]) for a in (low, high)], dim=1)
-    found = plane @ ends
+    found: torch.Tensor = plane @ ends
     # Haematoxylin is the one that absorbs more red.
     return found if found[0, 0] > found[0, 1] else found.flip(1)
 
