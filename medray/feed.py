@@ -7,10 +7,11 @@ it lies in Ray's object store.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,15 @@ from medray.patches import Crops, read_train, read_unlabelled, read_val
 from medray.recipe import Recipe
 
 Row = dict[str, Any]
-Place = tuple[int, int, int]
-"""Epoch, step in it, part of that; the validation batches follow the last step."""
+
+
+class Place(NamedTuple):
+    """Which part of a training; the validation batches follow an epoch's last step."""
+
+    epoch: int
+    step: int
+    part: int
+
 
 VAL_BATCH = 4
 """Validation patches that are predicted at once."""
@@ -46,7 +54,12 @@ class Part:
 
 
 def read_parts(
-    places: Sequence[Place], recipe: Recipe, data: str, steps: int, losses: bytes
+    places: Sequence[Place],
+    recipe: Recipe,
+    data: str,
+    steps: int,
+    losses: bytes,
+    readers: int,
 ) -> Iterator[Part]:
     """Read what lies at the places, in their order, some of it ahead.
 
@@ -56,21 +69,25 @@ def read_parts(
         data: Dataset.
         steps: Of an epoch.
         losses: (N,) float64 of the patches that the order follows, see medray.patches.
+        readers: Processes that read at a time.
 
     Raises:
         FormatError: The dataset is damaged beyond what is endured.
     """
+    blocks = [
+        pa.Table.from_pylist([place._asdict() for place in some])
+        for some in itertools.batched(places, _TASK_PARTS)
+    ]
     # A block is a part: larger ones would have to be taken apart by copying.
     with cluster.streaming(block_bytes=1, in_order=True):
         tables = (
-            ray.data.range(
-                len(places), override_num_blocks=-(-len(places) // _TASK_PARTS)
-            )
+            ray.data.from_arrow(blocks)
             .map_batches(
                 _read_places,
-                fn_args=(np.array(places), recipe, data, steps, losses),
+                fn_args=(recipe, data, steps, losses),
                 batch_size=None,
                 num_cpus=0.25,
+                concurrency=readers,
             )
             .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         )
@@ -80,15 +97,10 @@ def read_parts(
 
 
 def _read_places(
-    batch: Row,
-    places: npt.NDArray[np.int64],
-    recipe: Recipe,
-    data: str,
-    steps: int,
-    losses: bytes,
+    batch: Row, recipe: Recipe, data: str, steps: int, losses: bytes
 ) -> Iterator[pa.Table]:
-    for index in batch["id"]:
-        place: Any = tuple(places[int(index)].tolist())
+    for values in zip(*(batch[name] for name in Place._fields), strict=True):
+        place = Place(*map(int, values))
         yield _read_place(place, recipe, data, steps, losses)
 
 

@@ -20,6 +20,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ from medray.tracking import Tracker
 Row = dict[str, Any]
 
 _STREAM_PARTS = 4096  # that one chain of Ray Data reads
+_MOST_READERS = 8  # a worker's processes that read
 _EXAMPLES = 4  # validation patches that are shown
 _LEAST_DAMAGED = 3  # damaged patches that are endured in any case
 
@@ -68,10 +70,10 @@ def run_worker(config: Row) -> str | None:
         start all workers anew.
     """
     context = ray.train.get_context()
-    team = Team(context.get_world_rank(), context.get_world_size(), choose_device())
+    rank, size = context.get_world_rank(), context.get_world_size()
+    team = Team(rank, size, choose_device(), context.get_local_world_size())
     if team.device.type == "cpu":
-        share = (os.cpu_count() or 1) // context.get_local_world_size()
-        torch.set_num_threads(max(1, share))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // team.neighbours))
     recipe = from_dict(Recipe, config["recipe"], "recipe")
     contract = from_dict(ModelConfig, config["contract"], "model.yaml")
     try:
@@ -105,11 +107,21 @@ def train_as(
     tracker = Tracker(
         out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
     )
+    with closing(tracker):
+        _train_epochs(learner, tracker, data, out, name)
+
+
+def _train_epochs(
+    learner: Learner, tracker: Tracker, data: str, out: str, name: str
+) -> None:
+    team, recipe, steps = learner.team, learner.recipe, learner.steps
+    names = learner.contract.classes.names
+    last = _checkpoint_uri(out, name, "last")
     saved = time.monotonic()
     for epoch, stream in _epochs(learner, data):
         start = time.perf_counter()
         for step in range(learner.step, steps):
-            loss = _do_step(learner, stream, patches, out)
+            loss = _do_step(learner, stream, out)
             tracker.scalars(
                 epoch * steps + step,
                 {"train/loss": loss, "train/learning_rate": learner.rate},
@@ -121,10 +133,10 @@ def train_as(
                 start, saved = time.perf_counter(), time.monotonic()
         learner.seconds += time.perf_counter() - start
         counts, small, loss, seconds = _validate(learner, stream, data, out, tracker)
-        scores = _scores(counts, small, contract.classes.names) | {"val_loss": loss}
+        scores = _scores(counts, small, names) | {"val_loss": loss}
         entry, weights = learner.end_epoch(scores, seconds)
         if weights is not None:
-            kept = {"model": weights, "metrics": _metrics(entry, counts, contract)}
+            kept = {"model": weights, "metrics": _metrics(entry, counts, names)}
             _write(team, _checkpoint_uri(out, name, "best"), kept)
         _write(team, last, learner.state())
         saved = time.monotonic()
@@ -134,7 +146,6 @@ def train_as(
         tracker.epoch((epoch + 1) * steps, entry)
         if learner.is_over():
             break
-    tracker.close()
 
 
 def _start(
@@ -166,6 +177,8 @@ def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]
     recipe, team, steps = learner.recipe, learner.team, learner.steps
     checks = -(-len(usable_patches(data, "val", recipe)) // VAL_BATCH)
     epochs = recipe.schedule.epochs
+    readers = (os.cpu_count() or 1) // (2 * team.neighbours)
+    readers = min(_MOST_READERS, max(1, readers))
     while learner.epoch < epochs and not learner.is_over():
         places: list[Place] = []
         first = end = learner.epoch
@@ -174,23 +187,23 @@ def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]
         ):
             begin = learner.step if end == first else 0
             share = team.share(recipe.parts)
-            places += [(end, s, part) for s in range(begin, steps) for part in share]
-            places += [(end, steps, batch) for batch in team.share(checks)]
+            places += [Place(end, s, p) for s in range(begin, steps) for p in share]
+            places += [Place(end, steps, batch) for batch in team.share(checks)]
             end += 1
         losses = learner.order_losses.numpy().tobytes() if recipe.data.hard else b""
-        stream = read_parts(places, recipe, data, steps, losses)
+        stream = read_parts(places, recipe, data, steps, losses, readers)
         for epoch in range(first, end):
             yield epoch, stream
 
 
-def _do_step(learner: Learner, stream: Iterator[Part], patches: int, out: str) -> float:
+def _do_step(learner: Learner, stream: Iterator[Part], out: str) -> float:
     """Take this worker's parts from the stream and learn from them."""
     team, number = learner.team, learner.step
     parts: list[Part] = []
     trouble = None
     try:
         parts = [next(stream) for _ in team.share(learner.recipe.parts)]
-        _bound_damage(learner, parts, patches)
+        _bound_damage(learner, parts)
     except MedrayError as error:
         trouble = f"{error}"
     batches = [
@@ -205,8 +218,9 @@ def _do_step(learner: Learner, stream: Iterator[Part], patches: int, out: str) -
     return loss
 
 
-def _bound_damage(learner: Learner, parts: list[Part], patches: int) -> None:
+def _bound_damage(learner: Learner, parts: list[Part]) -> None:
     """Note damaged patches, and stop where they are too many."""
+    patches = len(learner.losses)
     for part in parts:
         learner.damaged |= part.crops.damaged
     most = max(_LEAST_DAMAGED, patches // 100)
@@ -334,9 +348,9 @@ def _scores(
 # --- keep -----------------------------------------------------------------------------
 
 
-def _metrics(entry: Row, counts: npt.NDArray[np.int64], contract: ModelConfig) -> Row:
+def _metrics(entry: Row, counts: npt.NDArray[np.int64], names: Sequence[str]) -> Row:
     """Give what metrics.json will hold if this epoch stays the best."""
-    per_class = class_scores(counts, contract.classes.names)
+    per_class = class_scores(counts, names)
     return entry | {"per_class": per_class, "confusion": counts.tolist()}
 
 

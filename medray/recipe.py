@@ -16,8 +16,8 @@ class Data:
     """Which pixels a training sees, and how often.
 
     Attributes:
-        crop: Side of a training crop in pixels, a multiple of 32; or a list of sides
-            that the epochs go through in equal parts (progressive resolution).
+        crop: Side of a training crop in pixels, a multiple of 32; or several sides that
+            the epochs go through in equal parts (progressive resolution).
         min_tissue: Patches with less tissue (0 to 1) are left out.
         samples: Crops an epoch; None: one a patch.
         balance: Draw each class equally often: first the class, then a patch by how
@@ -25,7 +25,7 @@ class Data:
         hard: Share of the draws (0 to 1) that go to patches by their last loss.
     """
 
-    crop: int | list[int] = 256
+    crop: int | tuple[int, ...] = 256
     min_tissue: float = 0.05
     samples: int | None = None
     balance: bool = False
@@ -33,6 +33,8 @@ class Data:
 
     def __post_init__(self) -> None:
         """Check that crops fit through the encoder, and the shares."""
+        if not self.crops:
+            raise ValueError("data.crop: expected one side or more, found none")
         for side in self.crops:
             if not 32 <= side <= 2048 or side % 32:
                 raise ValueError(
@@ -44,9 +46,9 @@ class Data:
             )
 
     @property
-    def crops(self) -> list[int]:
+    def crops(self) -> tuple[int, ...]:
         """The sides that the epochs go through."""
-        return self.crop if isinstance(self.crop, list) else [self.crop]
+        return (self.crop,) if isinstance(self.crop, int) else self.crop
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ class Recipe:
         compile: Compile the network by torch.compile.
         sync_batch_norm: Normalise over the crops of all workers; needs GPUs.
         seed: Of initial weights, order, crops and augmentation.
-        workers: Processes (GPUs) that train together; a list of two: as few and as many
+        workers: Processes (GPUs) that train together; fewest and most: as many of them
             as the cluster has at the time.
     """
 
@@ -303,12 +305,12 @@ class Recipe:
     compile: bool = False
     sync_batch_norm: bool = False
     seed: int = 0
-    workers: int | list[int] = 1
+    workers: int | tuple[int, int] = 1
 
     def __post_init__(self) -> None:
         """Check what concerns several keys."""
         least, most = self.fewest, self.most
-        if not 1 <= least <= most or (isinstance(self.workers, list) and most == least):
+        if not 1 <= least <= most:
             raise ValueError(
                 f"workers: expected a number from 1, or [fewest, most], "
                 f"found {self.workers}"
@@ -336,12 +338,12 @@ class Recipe:
     @property
     def fewest(self) -> int:
         """Least number of workers."""
-        return self.workers[0] if isinstance(self.workers, list) else self.workers
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most(self) -> int:
         """Greatest number of workers."""
-        return self.workers[-1] if isinstance(self.workers, list) else self.workers
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def held(self) -> int:

@@ -185,7 +185,6 @@ def _run(
 ) -> None:
     """Have Ray Train run the loop on the workers; what died is started again."""
     gpu = bool(cluster.gpus())
-    workers: Any = settings.workers
     config = {
         "recipe": to_dict(settings),
         "contract": to_dict(contract),
@@ -197,7 +196,7 @@ def _run(
         run_worker,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=tuple(workers) if isinstance(workers, list) else workers,
+            num_workers=settings.workers,
             use_gpu=gpu,
             # Half a CPU on machines without GPUs: the tasks that read need some too.
             resources_per_worker={"GPU": 1} if gpu else {"CPU": 0.5},

@@ -101,7 +101,9 @@ def test_stains_change_by_beer_and_lambert() -> None:
     before = stained(amounts, HED, 255).T.reshape(3, 20, 20).round().astype(np.uint8)
     factor, offset = np.array([1.3, 0.8, 1.0]), np.array([0.05, 0.0, -0.02])
     after = change_stains(
-        torch.from_numpy(before), torch.tensor(factor).float(), torch.tensor(offset).float()
+        torch.from_numpy(before),
+        torch.tensor(factor).float(),
+        torch.tensor(offset).float(),
     )
     # From what was stored, which is rounded, by NumPy's own inverse.
     stored = -np.log(np.maximum(before.reshape(3, -1).T, 1) / 255) @ np.linalg.inv(HED)
@@ -136,7 +138,9 @@ def test_macenko_brings_two_stainings_to_one() -> None:
     after = np.abs(one - other).mean()
     assert after < 0.25 * before
     # To the reference of the method's authors: the strongest stain is their percentile.
-    most = one.reshape(3, -1)[:, two[0].reshape(3, -1).sum(axis=0).argsort()[:40]].mean(1)
+    most = one.reshape(3, -1)[:, two[0].reshape(3, -1).sum(axis=0).argsort()[:40]].mean(
+        1
+    )
     reference = 240 * np.exp(-1.97 * np.array([0.5626, 0.7201, 0.4062]))
     np.testing.assert_allclose(most, reference, atol=12)
 

@@ -34,7 +34,9 @@ def test_consistency_counts_sure_pixels_only(threshold: float) -> None:
     sure = q.max(axis=1) >= threshold
     distance = ((p - q) ** 2).mean(axis=1)
     expected = distance[sure].mean() if sure.any() else 0.0
-    assert float(consistency(ours, theirs, threshold)) == pytest.approx(expected, rel=1e-5)
+    assert float(consistency(ours, theirs, threshold)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_weight_rises_to_one() -> None:

@@ -16,7 +16,9 @@ from medray.models.optimise import (
 from medray.recipe import Optimizer, Schedule
 
 
-def rates(schedule: Schedule, steps: int, scores: tuple[float, ...] = ()) -> list[float]:
+def rates(
+    schedule: Schedule, steps: int, scores: tuple[float, ...] = ()
+) -> list[float]:
     how = Optimizer(lr=2.0)
     total = steps * schedule.epochs
     return [

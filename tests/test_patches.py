@@ -214,7 +214,7 @@ def test_the_order_does_not_depend_on_how_it_is_read(dataset: str) -> None:
 
 
 def test_epochs_go_through_the_sides_of_a_progressive_crop() -> None:
-    recipe = Recipe(data=Data(crop=[256, 512, 1024]), schedule=Schedule(epochs=7))
+    recipe = Recipe(data=Data(crop=(256, 512, 1024)), schedule=Schedule(epochs=7))
     sides = [crop_of_epoch(recipe, epoch) for epoch in range(7)]
     assert sides == [256, 256, 256, 512, 512, 1024, 1024]
 

@@ -42,11 +42,13 @@ class Team:
         rank: Of this one, from 0.
         size: How many there are.
         device: Of this one.
+        neighbours: How many of them are on this machine, this one included.
     """
 
     rank: int
     size: int
     device: torch.device
+    neighbours: int = 1
 
     def share(self, count: int) -> range:
         """Give which of `count` things are for this one."""
@@ -108,6 +110,7 @@ class Learner:
             ConfigError: The model, its weights or its teacher are not to be had.
         """
         self.team, self.recipe, self.steps = team, recipe, steps
+        self.contract = contract
         torch.manual_seed(recipe.seed)
         self.dtype = choose_precision(recipe.precision, team.device)
         self.network = self._placed(build_network(recipe, len(contract.classes)))

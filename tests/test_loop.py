@@ -1,0 +1,339 @@
+"""The training loop in one process, on Ray Data: what it promises."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medray import loop
+from medray.classes import Classes
+from medray.dataset import read_dataset
+from medray.errors import MedrayError
+from medray.grid import Windows
+from medray.ingest import ingest
+from medray.models.config import Architecture, ModelConfig
+from medray.models.folder import load_model, save_model
+from medray.models.learner import Learner, Team
+from medray.models.network import Network
+from medray.recipe import (
+    Augment,
+    Data,
+    Loss,
+    Optimizer,
+    Recipe,
+    Schedule,
+    Teacher,
+    Unlabelled,
+)
+
+TEAM = Team(0, 1, torch.device("cpu"))
+SMALL = Recipe(
+    model=Architecture("unet", "tu-mobilenetv3_small_050"),
+    data=Data(crop=64, samples=16),
+    batch=4,
+    schedule=Schedule(epochs=2),
+    precision="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Three annotated slides and one without annotation."""
+    folder = tmp_path_factory.mktemp("slides")
+    shutil.copytree(slides / "annotations", folder / "annotations")
+    sorted((folder / "annotations").iterdir())[-1].unlink()
+    out = tmp_path_factory.mktemp("data")
+    ingest(
+        [str(slides / "slides")],
+        annotations=str(folder / "annotations"),
+        fractions=(0.6, 0.4, 0.0),
+        out=str(out),
+    )
+    return str(out)
+
+
+def contract(dataset: str, recipe: Recipe) -> ModelConfig:
+    return ModelConfig(
+        architecture=recipe.model,
+        classes=read_dataset(dataset).classes,
+        window=Windows(128, 96),
+        mpp=0.5,
+        stain=recipe.stain,
+    )
+
+
+def run(dataset: str, out: Path, recipe: Recipe) -> dict:
+    """Train; give the weights of the last step."""
+    torch.set_num_threads(1)
+    loop.train_as(TEAM, recipe, contract(dataset, recipe), dataset, str(out), "t")
+    state = torch.load(out / "checkpoints" / "t-last.pt", weights_only=True)
+    return state["network"]
+
+
+def history(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+class DeadError(Exception):
+    """The process is gone."""
+
+
+def test_what_was_killed_and_resumed_has_the_same_weights(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: killed in the middle of an epoch, and at its end."""
+    recipe = replace(
+        SMALL,
+        optimizer=Optimizer(average=0.9),
+        augment=Augment(rotate=10, stain=0.1),
+        schedule=Schedule(epochs=2, save_minutes=1e-6),  # after every step
+    )
+    whole = run(dataset, tmp_path / "whole", recipe)
+    do_step = Learner.do_step
+    for deaths in (3, 4):
+        done = 0
+
+        def dying(self, parts, trouble=None, *, deaths=deaths):
+            nonlocal done
+            done += 1
+            if done > deaths:
+                raise DeadError
+            return do_step(self, parts, trouble)
+
+        monkeypatch.setattr(Learner, "do_step", dying)
+        out = tmp_path / f"killed-{deaths}"
+        for _ in range(8 // deaths + 1):
+            done = 0
+            try:
+                weights = run(dataset, out, recipe)
+            except DeadError:
+                continue
+            break
+        assert_same(whole, weights)
+        times = ("seconds", "crops_per_second")
+        for one, other in zip(history(tmp_path / "whole"), history(out), strict=True):
+            for name in one.keys() - set(times):
+                assert one[name] == other[name], name
+
+
+def test_seed_decides_everything(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(SMALL, schedule=Schedule(epochs=1))
+    one, again = (run(dataset, tmp_path / name, recipe) for name in "ab")
+    assert_same(one, again)
+    other = run(dataset, tmp_path / "c", replace(recipe, seed=1))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
+    """Accumulated gradients are those of the batch (with a loss that is a mean)."""
+    whole = replace(
+        SMALL,
+        loss=Loss(dice=0, focal=0, cross_entropy=1),
+        optimizer=Optimizer(name="sgd", lr=0.1, clip=0),
+        model=Architecture("fcn8s", "vgg16"),  # without batch normalisation
+        augment=Augment(False, brightness=0, contrast=0, saturation=0, hue=0),
+        schedule=Schedule(epochs=1, warmup=0),
+    )
+    parts = replace(whole, at_once=1)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
+    masks = rng.integers(0, 2, (4, 64, 64), dtype=np.uint8)
+    nothing = np.zeros((0, 3, 64, 64), np.uint8)
+
+    def batch(part: slice) -> loop.Batch:
+        return loop.Batch(images[part], masks[part], np.arange(4)[part], nothing)
+
+    results = []
+    for recipe, batches in (
+        (whole, [batch(slice(0, 4))]),
+        (parts, [batch(slice(i, i + 1)) for i in range(4)]),
+    ):
+        learner = Learner(TEAM, recipe, contract(dataset, recipe), 4, 1)
+        loss, trouble = learner.do_step(batches)
+        assert trouble is None
+        results.append((loss, learner.network.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_kept(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(SMALL, augment=Augment(False, 0, 0, 0, 0))
+    real = Learner._loss
+    steps = 0
+
+    def spoilt(self, part, seed, number):
+        nonlocal steps
+        steps += 1
+        loss = real(self, part, seed, number)
+        return loss * torch.nan if steps == 3 else loss
+
+    monkeypatch.setattr(Learner, "_loss", spoilt)
+    with pytest.raises(MedrayError, match="step 2 is not a number; lower optimizer.lr"):
+        run(dataset, tmp_path, recipe)
+    (kept,) = (tmp_path / "trouble").iterdir()
+    with np.load(kept) as batch:
+        assert batch["images"].shape == (4, 3, 64, 64)
+        assert batch["masks"].shape == (4, 64, 64)
+
+
+def test_an_exploding_training_is_stopped(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(
+        SMALL,
+        optimizer=Optimizer(name="sgd", lr=1e30, clip=0),
+        schedule=Schedule(epochs=3, warmup=0),
+    )
+    with pytest.raises(MedrayError, match="not a number"):
+        run(dataset, tmp_path, recipe)
+    assert list((tmp_path / "trouble").iterdir())
+
+
+def damage(dataset: str, folder: Path, slides: int) -> str:
+    """Spoil the pixels of some slides of a copy."""
+    shutil.copytree(dataset, folder)
+    wanted = sorted((folder / "slides").iterdir())
+    for slide in wanted[:slides]:
+        for shard in (slide / "0" / "c").rglob("*"):
+            if shard.is_file():
+                data = bytearray(shard.read_bytes())
+                data[: 9 * len(data) // 10] = bytes(9 * len(data) // 10)
+                shard.write_bytes(bytes(data))
+    return str(folder)
+
+
+def test_too_much_damage_stops_and_names_a_patch(dataset: str, tmp_path: Path) -> None:
+    spoilt = damage(dataset, tmp_path / "data", 4)
+    with pytest.raises(MedrayError, match="patches|could not be read"):
+        run(spoilt, tmp_path / "out", SMALL)
+
+
+def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(SMALL, optimizer=Optimizer(lr=1e-9), schedule=Schedule(epochs=1))
+    names = ("background", "tumour")
+    counts = np.array([[90, 0], [10, 0]])
+    scores = loop._scores(counts, np.zeros(4, np.int64), names)
+    assert "every pixel was predicted as background" in scores["warning"]
+    fine = loop._scores(np.array([[90, 1], [5, 4]]), np.zeros(4, np.int64), names)
+    assert "warning" not in fine
+    run(dataset, tmp_path, recipe)
+    assert history(tmp_path)[0]["f1"] is not None
+
+
+def test_tensorboard_has_scalars_and_pictures(dataset: str, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = replace(SMALL, model=Architecture("fcn8s", "vgg16"), batch=8)
+    run(dataset, tmp_path, replace(recipe, schedule=Schedule(epochs=1)))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/learning_rate", "epoch/f1"} <= set(tags["scalars"])
+    assert "epoch/crops_per_second" in tags["scalars"]
+    assert len(events.Scalars("train/loss")) == 2
+    pictures = {"network/first_kernels", "network/score8", "network/score32"}
+    assert pictures | {"validation/0"} <= set(tags["images"])
+
+
+def test_mlflow_is_told_where_it_is_set_up(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "ml").as_uri())
+    run(dataset, tmp_path / "out", replace(SMALL, schedule=Schedule(epochs=1)))
+    (found,) = mlflow.search_runs(experiment_names=["medray"], output_format="list")
+    assert found.info.run_name == "t"
+    assert "loss" in found.data.metrics
+
+
+def test_training_and_inference_feed_a_model_the_same(
+    dataset: str, tmp_path: Path
+) -> None:
+    """The same patch gives the same logits on both ways."""
+    from medray.patches import read_val
+
+    for stain in ("none", "macenko"):
+        recipe = replace(SMALL, stain=stain)  # type: ignore[arg-type]
+        config = contract(dataset, recipe)
+        learner = Learner(TEAM, recipe, config, 4, 1)
+        crops = read_val(dataset, recipe, 0, 2)
+        folder = str(tmp_path / stain)
+        save_model(folder, config, learner.network, {"f1": None})
+        network, stored = load_model(folder)
+        assert stored == config
+        infer = Network(network, stored, torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            theirs = infer(torch.from_numpy(np.moveaxis(crops.images, 1, 3).copy()))
+            inputs = learner.normalise(torch.from_numpy(crops.images.copy()))
+            ours = learner._forward(learner.network.eval(), inputs)
+        # Inference folds batch normalisation into the convolutions before it.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert float((ours - theirs).abs().mean()) < 1e-5
+
+
+def test_hard_patches_are_noted_and_change_the_order(
+    dataset: str, tmp_path: Path
+) -> None:
+    recipe = replace(SMALL, data=Data(crop=64, samples=16, hard=0.7))
+    run(dataset, tmp_path, recipe)
+    state = torch.load(tmp_path / "checkpoints" / "t-last.pt", weights_only=True)
+    known = ~state["losses"].isnan()
+    assert known.sum() >= 4
+    assert (state["losses"][known] > 0).all()
+
+
+def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None:
+    config = contract(dataset, SMALL)
+    teacher = Learner(TEAM, replace(SMALL, seed=5), config, 4, 1).network
+    save_model(str(tmp_path / "teacher"), config, teacher, {"f1": None})
+    how = Teacher(str(tmp_path / "teacher"), features=0.1)
+    run(dataset, tmp_path / "out", replace(SMALL, teacher=how))
+    plain = run(dataset, tmp_path / "plain", SMALL)
+    taught = torch.load(tmp_path / "out/checkpoints/t-last.pt", weights_only=True)
+    assert any(not torch.equal(plain[k], v) for k, v in taught["network"].items())
+    assert "adapt.weight" in taught["hints"]
+
+
+def test_unannotated_slides_are_learned_from(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(
+        SMALL, unlabelled=Unlabelled(ramp=0.0), optimizer=Optimizer(average=0.9)
+    )
+    weights = run(dataset, tmp_path / "semi", recipe)
+    plain = run(dataset, tmp_path / "plain", replace(recipe, unlabelled=None))
+    assert any(not torch.equal(plain[k], v) for k, v in weights.items())
+
+
+def test_crops_grow_from_epoch_to_epoch(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(
+        SMALL, data=Data(crop=(32, 64, 96), samples=8), schedule=Schedule(epochs=3)
+    )
+    run(dataset, tmp_path, recipe)
+    assert len(history(tmp_path)) == 3
+
+
+def test_other_classes_than_the_model_are_refused_by_pruning(
+    dataset: str, tmp_path: Path
+) -> None:
+    from medray.errors import ConfigError
+    from medray.models.learner import build_network
+    from medray.recipe import Prune
+
+    config = replace(contract(dataset, SMALL), classes=Classes(("a", "b", "c")))
+    network = build_network(SMALL, 3)
+    save_model(str(tmp_path), config, network, {"f1": None})
+    with pytest.raises(ConfigError, match="prune.model.*3 classes"):
+        build_network(replace(SMALL, prune=Prune(str(tmp_path))), 2)
