@@ -46,7 +46,13 @@ def _ingest(args: argparse.Namespace) -> Any:
 def _train(args: argparse.Namespace) -> Any:
     from medray.train import train
 
-    return train(args.recipe, data=args.data, out=args.out, overrides=args.overrides)
+    return train(
+        args.recipe,
+        data=args.data,
+        out=args.out,
+        overrides=args.overrides,
+        repeats=args.repeats,
+    )
 
 
 def _infer(args: argparse.Namespace) -> Any:
@@ -179,6 +185,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="MODEL", help="folder to make")
+    sub.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="seeds: mean, spread (1)"
+    )
 
     sub = command("infer", _infer, "slides and a model into masks")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)

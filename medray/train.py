@@ -35,9 +35,10 @@ from medray.loop import (
     read_best,
     run_worker,
 )
-from medray.models.config import ModelConfig, read_config
+from medray.models.config import ModelConfig, model_digest, read_config
 from medray.models.folder import save_model
 from medray.models.learner import build_network
+from medray.models.weights import is_file
 from medray.patches import usable_patches
 from medray.recipe import Recipe, read_recipe
 from medray.settings import to_dict
@@ -99,7 +100,7 @@ def train(
             another model, or another process works there.
         TroubleError: The training cannot go on.
     """
-    settings = read_recipe(recipe, overrides)
+    settings = _with_absolute_paths(read_recipe(recipe, overrides))
     data, out = files.absolute(data), files.absolute(out)
     if repeats < 1:
         raise ConfigError(f"repeats: expected 1 or more, found {repeats}")
@@ -116,6 +117,19 @@ def train(
         trained=any(result.trained for result in results),
         seconds=sum(result.seconds for result in results),
     )
+
+
+def _with_absolute_paths(settings: Recipe) -> Recipe:
+    """Workers run in folders of their own."""
+    if settings.teacher is not None:
+        teacher = files.absolute(settings.teacher.model)
+        settings = replace(settings, teacher=replace(settings.teacher, model=teacher))
+    if settings.prune is not None:
+        model = files.absolute(settings.prune.model)
+        settings = replace(settings, prune=replace(settings.prune, model=model))
+    if settings.weights and is_file(settings.weights):
+        settings = replace(settings, weights=files.absolute(settings.weights))
+    return settings
 
 
 def _note_repeats(out: str, results: Sequence[Training]) -> None:
@@ -283,6 +297,9 @@ def _made_from(recipe: Recipe, data: str) -> Row:
     """Name a training: equal digests mean equal recipe and data."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(to_dict(recipe), sort_keys=True).encode())
+    for other in (recipe.teacher, recipe.prune):
+        if other is not None:
+            digest.update(model_digest(other.model).encode())
     for name in ("dataset.yaml", "patches.parquet"):
         uri = files.join(data, name)
         if not files.exists(uri):
