@@ -102,7 +102,7 @@ def test_what_was_killed_and_resumed_has_the_same_weights(
     )
     whole = run(dataset, tmp_path / "whole", recipe)
     do_step = Learner.do_step
-    for deaths in (3, 4):
+    for deaths in (3,):  # of the 4 steps of an epoch
         done = 0
 
         def dying(self, parts, trouble=None, *, deaths=deaths):
@@ -132,8 +132,10 @@ def test_seed_decides_everything(dataset: str, tmp_path: Path) -> None:
     recipe = replace(SMALL, schedule=Schedule(epochs=1))
     one, again = (run(dataset, tmp_path / name, recipe) for name in "ab")
     assert_same(one, again)
-    other = run(dataset, tmp_path / "c", replace(recipe, seed=1))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+    other = Learner(TEAM, replace(recipe, seed=1), contract(dataset, recipe), 4, 1)
+    first = Learner(TEAM, recipe, contract(dataset, recipe), 4, 1)
+    weights = first.network.state_dict()
+    assert any(not v.equal(weights[k]) for k, v in other.network.state_dict().items())
 
 
 def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
@@ -248,6 +250,7 @@ def test_tensorboard_has_scalars_and_pictures(dataset: str, tmp_path: Path) -> N
     assert pictures | {"validation/0"} <= set(tags["images"])
 
 
+@pytest.mark.slow
 def test_mlflow_is_told_where_it_is_set_up(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +288,7 @@ def test_training_and_inference_feed_a_model_the_same(
         assert float((ours - theirs).abs().mean()) < 1e-5
 
 
+@pytest.mark.slow
 def test_hard_patches_are_noted_and_change_the_order(
     dataset: str, tmp_path: Path
 ) -> None:
@@ -296,6 +300,7 @@ def test_hard_patches_are_noted_and_change_the_order(
     assert (state["losses"][known] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None:
     config = contract(dataset, SMALL)
     teacher = Learner(TEAM, replace(SMALL, seed=5), config, 4, 1).network
@@ -308,6 +313,7 @@ def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None
     assert "adapt.weight" in taught["hints"]
 
 
+@pytest.mark.slow
 def test_unannotated_slides_are_learned_from(dataset: str, tmp_path: Path) -> None:
     recipe = replace(
         SMALL, unlabelled=Unlabelled(ramp=0.0), optimizer=Optimizer(average=0.9)
@@ -317,6 +323,7 @@ def test_unannotated_slides_are_learned_from(dataset: str, tmp_path: Path) -> No
     assert any(not torch.equal(plain[k], v) for k, v in weights.items())
 
 
+@pytest.mark.slow
 def test_crops_grow_from_epoch_to_epoch(dataset: str, tmp_path: Path) -> None:
     recipe = replace(
         SMALL, data=Data(crop=(32, 64, 96), samples=8), schedule=Schedule(epochs=3)

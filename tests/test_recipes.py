@@ -61,6 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> dict[str,
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains(
     path: Path, dataset: str, trained: dict[str, str], tmp_path: Path

@@ -1,18 +1,25 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.ingest import ingest
-from medray.models.augment import augment_batch, build_augmentation
-from medray.models.config import model_digest, read_config
+from medray.loop import TroubleError
+from medray.models.config import Architecture, ModelConfig, model_digest, read_config
 from medray.models.folder import load_model, save_model
 from medray.models.losses import SegmentationLoss
-from medray.patches import read_train, usable_patches
-from medray.recipe import Augment, Data, Loss, Recipe, Schedule, read_recipe
+from medray.models.segmenters import build_segmenter
+from medray.recipe import Data, Loss, Optimizer, Recipe, Schedule, read_recipe
 from medray.settings import write_settings
 from medray.train import train
 
@@ -34,6 +41,24 @@ def test_every_recipe_reads(path: Path) -> None:
         ("workers: 3", "multiple of workers"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),
+        ("data: {crop: [64, 100]}", "multiples of 32"),
+        ("data: {crop: []}", "one side or more"),
+        ("data: {hard: 2}", "data.hard"),
+        ("data: {hard: 0.5, balance: true}", "not with data.balance"),
+        ("workers: [2, 1]", "fewest and most|workers"),
+        ("{batch: 8, at_once: 3}", "divisor of batch"),
+        ("{batch: 8, at_once: 8, workers: 2}", "set at_once to 4"),
+        ("optimizer: {name: rmsprop}", "optimizer"),
+        ("optimizer: {lr: 0}", "lr > 0"),
+        ("optimizer: {average: 1}", "optimizer.average"),
+        ("schedule: {name: linear}", "schedule"),
+        ("schedule: {epochs: 0}", "epochs"),
+        ("schedule: {decay: 2}", "decay"),
+        ("augment: {hue: 0.7}", "hue in 0..0.5"),
+        ("augment: {elastic: -1}", "elastic"),
+        ("prune: {model: m, share: 1}", "prune.share"),
+        ("teacher: {soft: 1}", "model"),
+        ("precision: float8", "precision"),
         ("batch: !!python/object/apply:os.system ['true']", "expected YAML"),
     ],
 )
@@ -50,30 +75,6 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_recipe(str(tmp_path / "r.yaml")) == recipe
     changed = read_recipe(str(tmp_path / "r.yaml"), ["data.crop=96"])
     assert changed == replace(recipe, data=Data(crop=96))
-
-
-def test_image_and_mask_are_changed_together() -> None:
-    rng = torch.Generator().manual_seed(0)
-    masks = torch.randint(0, 2, (16, 32, 32), generator=rng, dtype=torch.uint8)
-    images = (masks * 255)[:, None].repeat(1, 3, 1, 1)
-    only_flips = Augment(brightness=0, contrast=0, saturation=0, hue=0)
-    transform = build_augmentation(only_flips)
-    changed, labels = augment_batch(transform, images, masks, seed=1)
-    torch.testing.assert_close(changed[:, 0] > 0, labels > 0)
-    assert not torch.equal(labels, masks)
-    again = augment_batch(transform, images, masks, seed=1)[1]
-    torch.testing.assert_close(again, labels)
-    other = augment_batch(transform, images, masks, seed=2)[1]
-    assert not torch.equal(other, labels)
-
-
-def test_augmentation_leaves_the_global_random_state_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    images, masks = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8)
-    augment_batch(build_augmentation(Augment()), images, masks.byte(), seed=1)
-    torch.testing.assert_close(torch.rand(3), expected)
 
 
 def test_loss_falls_with_better_predictions() -> None:
@@ -111,25 +112,6 @@ def dataset(
     return out
 
 
-def test_the_order_is_a_function_of_the_seed_alone(dataset: Path) -> None:
-    recipe = Recipe(data=Data(crop=64))
-    patches = len(usable_patches(str(dataset), "train", recipe))
-    ids = np.arange(2 * patches)
-
-    def read(recipe: Recipe, rank: int, ids: np.ndarray) -> np.ndarray:
-        part = read_train({"id": ids}, recipe=recipe, data=str(dataset), rank=rank)
-        assert part["image"].shape[1:] == (3, 64, 64)
-        return part["image"]
-
-    alone = read(recipe, 0, ids)
-    np.testing.assert_array_equal(alone, read(recipe, 0, ids))
-    two = replace(recipe, workers=2)
-    np.testing.assert_array_equal(alone[0::2], read(two, 0, ids[: len(alone[0::2])]))
-    np.testing.assert_array_equal(alone[1::2], read(two, 1, ids[: len(alone[1::2])]))
-    assert (alone[:patches] != alone[patches:]).any()
-    assert (alone != read(replace(recipe, seed=1), 0, ids)).any()
-
-
 def test_a_training_learns_resumes_and_is_not_done_twice(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +124,10 @@ def test_a_training_learns_resumes_and_is_not_done_twice(
     assert config.mpp == pytest.approx(0.5)
     assert config.made_from["recipe"]["data"]["crop"] == 96
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    page = (out / "training.html").read_text()
+    assert "validation" in page
+    assert page.count("data:image/jpeg") >= 1
+    assert first.report == str(out / "training.html")
     again = train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
     assert (again.trained, again.epochs, again.f1) == (False, 2, first.f1)
     with pytest.raises(ConfigError, match="another recipe or dataset"):
@@ -167,3 +153,177 @@ def test_pointless_trainings_are_refused(dataset: Path, tmp_path: Path) -> None:
         train(recipe, data=str(tmp_path), out=out)
     with pytest.raises(ConfigError, match="64 asked for"):
         train(recipe, data=str(dataset), out=out, overrides=["workers=64", "batch=64"])
+    for overrides, message in (
+        (["unlabelled.weight=1"], "optimizer.average=0.99"),
+        (["unlabelled.weight=1", "optimizer.average=0.9"], "without annotation"),
+        (["teacher.model=nowhere"], "nowhere.*expected a model folder"),
+        (["prune.model=nowhere"], "nowhere.*expected a model folder"),
+        (["weights=nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["model.name=nonsense"], "cannot build nonsense"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(recipe, data=str(dataset), out=out, overrides=overrides)
+    with pytest.raises(ConfigError, match="repeats"):
+        train(recipe, data=str(dataset), out=out, repeats=0)
+
+
+def test_a_teacher_of_other_classes_is_refused(dataset: Path, tmp_path: Path) -> None:
+    settings = Recipe()
+    contract = ModelConfig(
+        architecture=settings.model,
+        classes=Classes(("a", "b", "c")),
+        window=settings.window,
+        mpp=0.5,
+    )
+    network = build_segmenter(settings.model, 3)
+    save_model(str(tmp_path / "teacher"), contract, network, {"f1": None})
+    write_settings(str(tmp_path / "r.yaml"), Recipe())
+    with pytest.raises(ConfigError, match="teacher.model.*'a', 'b', 'c'"):
+        train(
+            str(tmp_path / "r.yaml"),
+            data=str(dataset),
+            out=str(tmp_path / "m"),
+            overrides=[f"teacher.model={tmp_path / 'teacher'}"],
+        )
+
+
+def test_trouble_of_a_worker_reaches_the_person_who_asked(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The loss explodes in the worker's process; it is not tried again and again."""
+    recipe = replace(TINY, optimizer=Optimizer("sgd", lr=1e30, clip=0))
+    write_settings(str(tmp_path / "r.yaml"), recipe)
+    start = time.monotonic()
+    with pytest.raises(TroubleError, match=r"not a number.*its crops are kept in"):
+        train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(tmp_path / "m"))
+    assert list((tmp_path / "m" / "trouble").iterdir())
+    assert time.monotonic() - start < 200
+    assert not (tmp_path / "m" / "model.yaml").exists()
+
+
+# --- killed for real ------------------------------------------------------------------
+
+TINY = Recipe(
+    model=Architecture("unet", "tu-mobilenetv3_small_050"),
+    data=Data(crop=64, samples=32),
+    batch=4,
+    schedule=Schedule(epochs=4, save_minutes=1e-3),
+    precision="float32",
+)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_model(str(out))[0].state_dict()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+def workers() -> list[int]:
+    """Process ids of Ray Train's workers."""
+    found = subprocess.run(
+        ["pgrep", "-f", "RayTrainWorker"], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def epochs_of(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_settings(str(folder / "r.yaml"), TINY)
+    train(str(folder / "r.yaml"), data=str(dataset), out=str(folder / "m"))
+    return folder / "m"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
+    dataset: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    write_settings(str(tmp_path / "r.yaml"), TINY)
+    out = tmp_path / "m"
+    killed = []
+
+    def kill() -> None:
+        while epochs_of(out) < 1:
+            time.sleep(0.2)
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
+    thread.join()
+    assert killed
+    assert result.epochs == 4
+    assert_same(weights_of(undisturbed), weights_of(out))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_the_weights_are_the_same(
+    dataset: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """All processes of the command at once, as when a machine is switched off."""
+    write_settings(str(tmp_path / "r.yaml"), TINY)
+    out = tmp_path / "m"
+    command = [sys.executable, "-m", "medray.cli", "train", str(tmp_path / "r.yaml")]
+    command += ["--data", str(dataset), "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while epochs_of(out) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.yaml").exists(), "it had ended before it was killed"
+    done = epochs_of(out)
+    assert done >= 2
+    result = train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
+    assert result.epochs == 4
+    assert_same(weights_of(undisturbed), weights_of(out))
+
+
+@pytest.mark.slow
+def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> None:
+    """The global batch is the same, so the weights are but for the order of sums."""
+    one = replace(
+        TINY,
+        model=Architecture("fcn8s", "vgg16"),  # batch statistics are each worker's own
+        loss=Loss(dice=0, focal=0, cross_entropy=1),
+        optimizer=Optimizer("sgd", lr=0.01),
+        data=Data(crop=64, samples=8),
+        at_once=2,
+        schedule=Schedule(epochs=2),
+    )
+    weights = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        write_settings(str(folder / "r.yaml"), replace(one, workers=workers))
+        train(str(folder / "r.yaml"), data=str(dataset), out=str(folder / "m"))
+        weights.append(weights_of(folder / "m"))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_seeds_are_repeated_on_request(dataset: Path, tmp_path: Path) -> None:
+    short = replace(TINY, schedule=Schedule(epochs=1), data=Data(crop=64, samples=4))
+    write_settings(str(tmp_path / "r.yaml"), short)
+    out = tmp_path / "m"
+    train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out), repeats=2)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["repeats"]["f1"]) == 2
+    assert metrics["repeats"]["std"] >= 0
+    assert (out / "repeats" / "seed-1" / "model.yaml").exists()
+    assert "standard deviation" in (out / "training.html").read_text()
