@@ -75,7 +75,9 @@ def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = (
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     *parents, last = keys
     for key in parents:
-        inner = values.setdefault(key, {})
+        if values.get(key) is None:
+            values[key] = {}
+        inner = values[key]
         if not isinstance(inner, dict):
             raise ConfigError(f"{override}: {key!r} holds a value, not further keys")
         values = inner

@@ -67,7 +67,7 @@ def test_every_recipe_trains(
     path: Path, dataset: str, trained: dict[str, str], tmp_path: Path
 ) -> None:
     """End to end at small size: what it names stays, sizes and numbers shrink."""
-    small = ["batch=2", "at_once=1", "data.samples=4", "schedule.epochs=2"]
+    small = ["batch=4", "at_once=2", "data.samples=4", "schedule.epochs=2"]
     recipe = read_recipe(str(path), small)
     grows = len(recipe.data.crops) > 1
     crop = (64, 96) if grows else 64
@@ -99,6 +99,22 @@ def test_every_recipe_trains(
     with torch.inference_mode():
         image = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(loaded(image), network.eval()(image))
+
+
+def test_a_single_crop_is_too_few_for_some_networks(
+    dataset: str, tmp_path: Path
+) -> None:
+    """Batch normalisation after global pooling sees one value a channel."""
+    recipe = read_recipe(str(ROOT / "recipes" / "deeplab.yaml"), ["batch=1"])
+    contract = ModelConfig(
+        architecture=recipe.model,
+        classes=read_dataset(dataset).classes,
+        window=recipe.window,
+        mpp=0.5,
+    )
+    team = Team(0, 1, torch.device("cpu"))
+    with pytest.raises(loop.TroubleError, match="set at_once to 2 or more"):
+        loop.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
 
 
 def test_pruning_removes_channels_and_keeps_the_rest(

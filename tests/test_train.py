@@ -37,7 +37,7 @@ def test_every_recipe_reads(path: Path) -> None:
         ("optimiser: {lr: 1}", "unknown key optimiser; did you mean optimizer"),
         ("data: {crp: 64}", "unknown key data.crp; did you mean data.crop"),
         ("batch: many", "r.yaml.*batch"),
-        ("data: {crop: 100}", "multiple of 32"),
+        ("data: {crop: 100}", "multiples of 32"),
         ("workers: 3", "multiple of workers"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),

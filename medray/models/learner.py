@@ -219,6 +219,12 @@ class Learner:
                 f"not enough memory on {torch.cuda.get_device_name()} for {held} crops "
                 f"of {side} px at once; at_once={max(1, held // 2)} halves it"
             )
+        except ValueError as error:  # batch normalisation of a single value
+            held, side = self.recipe.held, parts[0].images.shape[-1]
+            trouble = (
+                f"the network cannot learn from {held} crops of {side} px at once "
+                f"({error}); set at_once to 2 or more"
+            )
         if trouble is not None:
             total += torch.nan
         elif not torch.isfinite(total):

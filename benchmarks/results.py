@@ -1,0 +1,265 @@
+"""How well recipes do on images that neither training nor model selection has seen.
+
+K-fold: each field is a test image once. The other folds train, but for one that chooses
+the epoch. Fields of one source (`--group`) stay in one fold. Masks come from `medray
+infer`; all test fields are pooled, intervals are 95 % bootstrap intervals over fields.
+
+Running it again goes on where it was killed.
+
+    python benchmarks/results.py nuclei --data ../shared/data --out results
+    python benchmarks/results.py regions --data ../shared/data --out results
+    python benchmarks/results.py gastric --out results
+    python benchmarks/results.py ablation --out results
+"""
+
+import argparse
+import csv
+import json
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from medray import cluster, open_mask
+from medray.dataset import labels_uri
+from medray.infer import infer
+from medray.ingest import ingest
+from medray.metrics import (
+    bootstrap,
+    class_scores,
+    confusion,
+    small_objects,
+    small_scores,
+    summary,
+)
+from medray.models.folder import load_model
+from medray.run import Options, mask_uri
+from medray.synth import generate
+from medray.train import read_history, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Images with their truth.
+
+    Attributes:
+        images: Files.
+        annotations: Folder of annotations named like them.
+        classes: By label value.
+        source: Of each image, by its name; those of one source stay together.
+    """
+
+    images: Sequence[Path]
+    annotations: Path
+    classes: tuple[str, ...]
+    source: dict[str, str] = field(default_factory=dict)
+
+
+def folds_of(fields: Fields, count: int, seed: int = 0) -> dict[str, int]:
+    """Deal sources out to folds, at random but so that none is much larger."""
+    sources: dict[str, list[str]] = {}
+    for image in fields.images:
+        sources.setdefault(fields.source.get(image.stem, image.stem), []).append(
+            image.stem
+        )
+    order = sorted(sources)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda source: -len(sources[source]))
+    sizes, fold = [0] * count, {}
+    for source in order:
+        smallest = sizes.index(min(sizes))
+        sizes[smallest] += len(sources[source])
+        fold |= dict.fromkeys(sources[source], smallest)
+    return fold
+
+
+def one_fold(
+    fields: Fields,
+    fold: dict[str, int],
+    test: int,
+    recipe: str,
+    overrides: Sequence[str],
+    out: Path,
+) -> dict[str, object]:
+    """Train without fold `test`, and count what the model finds in it."""
+    count = max(fold.values()) + 1
+    out.mkdir(parents=True, exist_ok=True)
+    result = out / "result.json"
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    role = {test: "test", (test + 1) % count: "val"}
+    with (out / "splits.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide", "split"])
+        writer.writerows([n, role.get(k, "train")] for n, k in sorted(fold.items()))
+    data = out / "data"
+    ingest(
+        [str(image) for image in fields.images],
+        annotations=str(fields.annotations),
+        classes=fields.classes,
+        splits=str(out / "splits.csv"),
+        mpp=0.5,  # of most it is not known; one value for all makes it not matter
+        out=str(data),
+    )
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    start = time.perf_counter()
+    train(str(path), data=str(data), out=str(out / "model"), overrides=overrides)
+    seconds = sum(e["seconds"] for e in read_history(str(out / "model")))
+    wall = time.perf_counter() - start
+    tests = [image for image in fields.images if fold[image.stem] == test]
+    options = Options(everywhere=True, mpp=0.5)
+    infer(
+        [str(image) for image in tests],
+        model=str(out / "model"),
+        out=str(out / "run"),
+        options=options,
+    )
+    network, _ = load_model(str(out / "model"))
+    rows = {}
+    for image in tests:
+        truth = np.asarray(open_mask(labels_uri(str(data), image.stem)))
+        found = np.asarray(open_mask(mask_uri(str(out / "run"), image.stem)))
+        rows[image.stem] = {
+            "counts": confusion(truth, found, len(fields.classes)).tolist(),
+            "small": small_objects(truth, found).tolist(),
+        }
+    values = {
+        "fields": rows,
+        "seconds": seconds,
+        "wall": wall,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+    result.write_text(json.dumps(values))
+    return values
+
+
+def pooled(results: Sequence[dict], names: Sequence[str]) -> dict[str, object]:
+    """Pool the test fields of all folds."""
+    rows = [row for result in results for row in result["fields"].values()]
+    counts = np.array([row["counts"] for row in rows], np.int64)
+    dice = [summary(c, names)["f1"] for c in counts]
+    interval = bootstrap(counts, names)
+    small = np.array([row["small"] for row in rows], np.int64).sum(axis=0)
+    return {
+        "fields": len(rows),
+        **summary(counts.sum(axis=0), names),
+        "f1_interval": interval["f1"] if interval else None,
+        "iou_interval": interval["iou"] if interval else None,
+        "mean_dice_of_fields": float(np.mean([d for d in dice if d is not None])),
+        "per_class": class_scores(counts.sum(axis=0), names),
+        **small_scores(small),
+        "seconds_a_fold": float(np.median([r["seconds"] for r in results])),
+        "parameters": results[0]["parameters"],
+    }
+
+
+def run(
+    title: str,
+    fields: Fields,
+    recipe: str,
+    overrides: Sequence[str],
+    folds: int,
+    out: Path,
+    only: int | None = None,
+) -> None:
+    fold = folds_of(fields, folds)
+    numbers = range(folds) if only is None else range(only)
+    results = [
+        one_fold(fields, fold, k, recipe, overrides, out / title / f"fold{k}")
+        for k in numbers
+    ]
+    line = {"title": title, "recipe": recipe, "overrides": list(overrides)}
+    line |= pooled(results, fields.classes)
+    (out / f"{title}.json").write_text(json.dumps(line, indent=2))
+    print(json.dumps(line), flush=True)
+
+
+def nuclei(data: Path) -> Fields:
+    images = sorted((data / "nuclei_he" / "images").glob("*.png"))
+    folder = data / "nuclei_he" / "instances"
+    return Fields(images, folder, ("background", "nucleus"))
+
+
+def regions(data: Path) -> dict[str, Fields]:
+    found = {}
+    for name in ("camelyon", "ebhi_seg", "glomeruli_pas"):
+        folder = data / "he_seg" / name
+        images = sorted(p for p in (folder / "images").iterdir() if p.is_file())
+        classes = ("background", "glomerulus" if name == "glomeruli_pas" else "tumour")
+        found[name] = Fields(images, folder / "masks", classes)
+    return found
+
+
+def gastric(out: Path, count: int) -> Fields:
+    folder = out / "gastric"
+    if not (folder / "slides").is_dir():
+        generate(folder, slides=count, seed=77)
+    images = sorted((folder / "slides").glob("*.tif*"))
+    return Fields(images, folder / "annotations", ("background", "tumour"))
+
+
+# What each part of highres-unet is worth: the recipe without it.
+ABLATION = {
+    "whole": [],
+    "no balance": ["data.balance=false"],
+    "no hard pixels": ["loss.hardest=1.0"],
+    "no growing crops": ["data.crop=256"],
+    "no focal loss": ["loss.focal=0", "loss.cross_entropy=1"],
+    "no elastic, no stain": ["augment.elastic=0", "augment.stain=0"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["nuclei", "regions", "gastric", "ablation"])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--only", type=int, help="so many of the folds")
+    parser.add_argument("--slides", type=int, default=10)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("medray").setLevel(logging.INFO)
+    out = args.out.absolute()
+    cluster.connect()
+    if args.what == "nuclei":
+        run(
+            "nuclei",
+            nuclei(args.data),
+            "nuclei",
+            args.overrides,
+            args.folds,
+            out,
+            args.only,
+        )
+    elif args.what == "regions":
+        for name, fields in regions(args.data).items():
+            for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
+                title = f"{name}-{recipe}"
+                run(title, fields, recipe, args.overrides, args.folds, out, args.only)
+    elif args.what == "gastric":
+        fields = gastric(out, args.slides)
+        for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
+            title = f"gastric-{recipe}"
+            run(title, fields, recipe, args.overrides, args.folds, out, args.only)
+    else:
+        fields = gastric(out, args.slides)
+        for name, without in ABLATION.items():
+            title = f"ablation-{name.replace(' ', '-').replace(',', '')}"
+            changed = [*args.overrides, *without]
+            run(title, fields, "highres-unet", changed, args.folds, out, args.only)
+    ray.shutdown()
+    print(torch.__version__)
+
+
+if __name__ == "__main__":
+    main()
