@@ -21,6 +21,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -132,12 +133,17 @@ def _train_epochs(
                 _write(team, last, learner.state())
                 start, saved = time.perf_counter(), time.monotonic()
         learner.seconds += time.perf_counter() - start
-        counts, small, loss, seconds = _validate(learner, stream, data, out, tracker)
-        scores = _scores(counts, small, names) | {"val_loss": loss}
-        entry, weights = learner.end_epoch(scores, seconds)
+        checked = _validate(learner, stream, data, tracker)
+        scores = _scores(checked, names) | {"val_loss": checked.loss}
+        entry, weights = learner.end_epoch(scores, checked.seconds)
         if weights is not None:
-            kept = {"model": weights, "metrics": _metrics(entry, counts, names)}
+            per_class = class_scores(checked.counts, names)
+            metrics = entry | {"per_class": per_class}
+            metrics["confusion"] = checked.counts.tolist()
+            kept = {"model": weights, "metrics": metrics}
             _write(team, _checkpoint_uri(out, name, "best"), kept)
+            for number, picture in enumerate(checked.pictures):
+                files.write_bytes(example_uri(out, number), picture)
         _write(team, last, learner.state())
         saved = time.monotonic()
         if team.rank == 0:
@@ -257,19 +263,34 @@ def _raise_together(team: Team, trouble: str | None) -> None:
 # --- check ----------------------------------------------------------------------------
 
 
-def _validate(
-    learner: Learner, stream: Iterator[Part], data: str, out: str, tracker: Tracker
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float, float]:
-    """Predict the validation patches.
+@dataclass(frozen=True)
+class _Checked:
+    """What the validation patches tell of a model.
 
-    Returns:
-        Counts (C, C) of truth against prediction and (4,) of small objects, see
-        medray.metrics; the mean loss; the seconds it took.
+    Attributes:
+        counts: (C, C) truth against prediction, see medray.metrics.
+        small: (4,) of small objects, see there.
+        loss: Its mean.
+        pictures: JPEGs of some of them; none but on rank 0.
+        seconds: That it took.
     """
+
+    counts: npt.NDArray[np.int64]
+    small: npt.NDArray[np.int64]
+    loss: float
+    pictures: list[bytes]
+    seconds: float
+
+
+def _validate(
+    learner: Learner, stream: Iterator[Part], data: str, tracker: Tracker
+) -> _Checked:
+    """Predict the validation patches."""
     start = time.perf_counter()
     team, classes = learner.team, read_dataset(data).classes
     patches = usable_patches(data, "val", learner.recipe)
-    shown = _examples([any(row["class_px"][1:]) for row in patches])
+    shown = _examples(patches, team)
+    pictures: list[bytes] = []
     counts = np.zeros((len(classes), len(classes)), np.int64)
     small = np.zeros(4, np.int64)
     loss = seen = 0.0
@@ -289,23 +310,30 @@ def _validate(
                 truth, guess = truth[:h, :w], guess[:h, :w]
                 counts += confusion(truth, guess, len(classes))
                 small += small_objects(truth, guess)
-                if index in shown and team.rank == 0:
+                if index in shown:
                     pixels = np.moveaxis(crops.images[at][:, :h, :w], 0, 2)
                     picture = draw_overlay(pixels, truth, guess, classes)
-                    number = shown.index(int(index))
-                    files.write_bytes(example_uri(out, number), picture)
-                    _show(learner, tracker, number, picture, crops.images[at])
+                    _show(learner, tracker, len(pictures), picture, crops.images[at])
+                    pictures.append(picture)
     except MedrayError as error:
         trouble = f"{error}"
     _raise_together(team, trouble)
     gathered = team.gather((counts, small, loss, seen))
     counts, small, loss, seen = (sum(part[i] for part in gathered) for i in range(4))
-    return counts, small, loss / max(seen, 1), time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return _Checked(counts, small, loss / max(seen, 1), pictures, seconds)
 
 
-def _examples(found: list[bool]) -> list[int]:
-    """Choose patches to show: spread evenly over those with something to find."""
-    candidates = [i for i, some in enumerate(found) if some] or list(range(len(found)))
+def _examples(patches: list[Row], team: Team) -> list[int]:
+    """Choose patches of rank 0 to show: large ones with something to find, spread."""
+    if team.rank:
+        return []
+    mine = [i for i in range(len(patches)) if i // VAL_BATCH % team.size == 0]
+    found = [i for i in mine if any(patches[i]["class_px"][1:])] or mine
+    most = max(patches[i]["height"] * patches[i]["width"] for i in found)
+    candidates = [
+        i for i in found if 2 * patches[i]["height"] * patches[i]["width"] >= most
+    ]
     places = np.linspace(0, len(candidates) - 1, _EXAMPLES).round().astype(int)
     return list(dict.fromkeys(candidates[i] for i in places))
 
@@ -331,11 +359,10 @@ def _show(
             tracker.picture(step, f"network/{name}", drawn)
 
 
-def _scores(
-    counts: npt.NDArray[np.int64], small: npt.NDArray[np.int64], names: Sequence[str]
-) -> Row:
+def _scores(checked: _Checked, names: Sequence[str]) -> Row:
     """Give an epoch's scores, and a warning where they hide that nothing is learned."""
-    scores: Row = dict(summary(counts, names)) | small_scores(small)
+    counts = checked.counts
+    scores: Row = dict(summary(counts, names)) | small_scores(checked.small)
     true, predicted = (np.flatnonzero(counts.sum(axis=axis)) for axis in (1, 0))
     if len(predicted) == 1 and len(true) > 1:
         scores["warning"] = (
@@ -348,19 +375,13 @@ def _scores(
 # --- keep -----------------------------------------------------------------------------
 
 
-def _metrics(entry: Row, counts: npt.NDArray[np.int64], names: Sequence[str]) -> Row:
-    """Give what metrics.json will hold if this epoch stays the best."""
-    per_class = class_scores(counts, names)
-    return entry | {"per_class": per_class, "confusion": counts.tolist()}
-
-
 def history_uri(out: str) -> str:
     """Give the place of a training's epochs, a JSON object a line."""
     return files.join(out, "metrics.jsonl")
 
 
 def example_uri(out: str, number: int) -> str:
-    """Give the place of a validation patch's picture, as the last epoch saw it."""
+    """Give the place of a validation patch's picture, as the best epoch saw it."""
     return files.join(out, "examples", f"{number}.jpg")
 
 

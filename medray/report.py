@@ -28,7 +28,7 @@ _SHOWN = 4  # overlays of the worst slides, and as many of the best
 _MAX_ROWS = 500  # slides in a table of the page; per_slide.csv has them all
 _PANEL = (440, 294)  # height and width in pixels that a panel of an overlay may have
 # Colour-blind safe (Okabe and Ito 2008).
-_AGREEMENT = {
+AGREEMENT = {
     "correct": "#009e73",
     "wrongly marked": "#d55e00",
     "missed": "#0072b2",
@@ -153,7 +153,7 @@ def _agreement(rgb: UInt8, truth: UInt8, predicted: UInt8) -> UInt8:
         "another class": (truth != predicted) & (truth > 0) & (predicted > 0),
     }
     for name, where in places.items():
-        shown[where] = 0.35 * shown[where] + 0.65 * _color(_AGREEMENT[name])
+        shown[where] = 0.35 * shown[where] + 0.65 * _color(AGREEMENT[name])
     return shown.astype(np.uint8)
 
 
@@ -290,7 +290,7 @@ def _page(
     failed = [row for row in rows if row["status"] != "done"]
     scored = [row["f1"] for row in done if row["f1"] is not None]
     done.sort(key=lambda row: (row["f1"] is None, row["f1"] or 0.0, row["slide"]))
-    legend = dict(_AGREEMENT)
+    legend = dict(AGREEMENT)
     if len(classes) == 2:
         del legend["another class"]
     return render(

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from medray.models.config import ModelConfig
 from medray.pages import ACCENT, LINE, SOFT, as_svg, data_uri, render
+from medray.report import AGREEMENT
 from medray.store import files
 
 Row = dict[str, Any]
@@ -51,6 +52,7 @@ def write_training_report(
             "Learning rate": _curves(history, {"learning_rate": ""}, best),
             "Crops per second": _curves(history, {"crops_per_second": ""}, best),
         },
+        legend=AGREEMENT,
         examples=[data_uri(picture) for picture in examples],
         repeats=metrics.get("repeats"),
         provenance=_provenance(config),

@@ -226,10 +226,14 @@ def test_too_much_damage_stops_and_names_a_patch(dataset: str, tmp_path: Path) -
 def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -> None:
     recipe = replace(SMALL, optimizer=Optimizer(lr=1e-9), schedule=Schedule(epochs=1))
     names = ("background", "tumour")
-    counts = np.array([[90, 0], [10, 0]])
-    scores = loop._scores(counts, np.zeros(4, np.int64), names)
+
+    def scores_of(counts: list[list[int]]) -> dict:
+        small = np.zeros(4, np.int64)
+        return loop._scores(loop._Checked(np.array(counts), small, 0, [], 0), names)
+
+    scores = scores_of([[90, 0], [10, 0]])
     assert "every pixel was predicted as background" in scores["warning"]
-    fine = loop._scores(np.array([[90, 1], [5, 4]]), np.zeros(4, np.int64), names)
+    fine = scores_of([[90, 1], [5, 4]])
     assert "warning" not in fine
     run(dataset, tmp_path, recipe)
     assert history(tmp_path)[0]["f1"] is not None
