@@ -187,6 +187,7 @@ def test_a_teacher_of_other_classes_is_refused(dataset: Path, tmp_path: Path) ->
         )
 
 
+@pytest.mark.slow
 def test_trouble_of_a_worker_reaches_the_person_who_asked(
     dataset: Path, tmp_path: Path
 ) -> None:
