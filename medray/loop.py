@@ -44,7 +44,7 @@ from medray.models.config import ModelConfig
 from medray.models.learner import Batch, Learner, Team
 from medray.models.network import choose_device
 from medray.models.pictures import first_kernels, score_maps
-from medray.patches import steps_per_epoch, usable_patches
+from medray.patches import read_val, steps_per_epoch, usable_patches
 from medray.recipe import Recipe
 from medray.report import draw_overlay
 from medray.settings import from_dict, to_dict
@@ -55,6 +55,7 @@ Row = dict[str, Any]
 
 _STREAM_PARTS = 4096  # that one chain of Ray Data reads
 _MOST_READERS = 8  # a worker's processes that read
+_COMPARED = 64  # validation patches on which student and teacher are compared
 _EXAMPLES = 4  # validation patches that are shown
 _LEAST_DAMAGED = 3  # damaged patches that are endured in any case
 
@@ -134,8 +135,7 @@ def _train_epochs(
                 start, saved = time.perf_counter(), time.monotonic()
         learner.seconds += time.perf_counter() - start
         checked = _validate(learner, stream, data, tracker)
-        scores = _scores(checked, names) | {"val_loss": checked.loss}
-        entry, weights = learner.end_epoch(scores, checked.seconds)
+        entry, weights = learner.end_epoch(_scores(checked, names), checked.seconds)
         if weights is not None:
             per_class = class_scores(checked.counts, names)
             metrics = entry | {"per_class": per_class}
@@ -152,6 +152,8 @@ def _train_epochs(
         tracker.epoch((epoch + 1) * steps, entry)
         if learner.is_over():
             break
+    if learner.teacher is not None and team.rank == 0:
+        files.write_json(teacher_uri(out), _beside_teacher(learner, data))
 
 
 def _start(
@@ -324,6 +326,50 @@ def _validate(
     return _Checked(counts, small, loss / max(seen, 1), pictures, seconds)
 
 
+def _beside_teacher(learner: Learner, data: str) -> Row:
+    """Set the teacher's scores and speed on validation patches beside the student's.
+
+    Returns:
+        By `teacher` and `student`: f1, parameters, patches_per_second; of the student
+        as it is after the last epoch.
+    """
+    classes = read_dataset(data).classes
+    models: dict[str, tuple[Any, Any]] = {
+        "teacher": (learner.teacher, learner.predict_as_teacher),
+        "student": (learner.kept, lambda x: learner.predict(x, _no_labels(x))[0]),
+    }
+    counts = {name: np.zeros((len(classes), len(classes)), np.int64) for name in models}
+    seconds = dict.fromkeys(models, 0.0)
+    patches = len(usable_patches(data, "val", learner.recipe))
+    seen = 0
+    for first in range(0, min(patches, _COMPARED), VAL_BATCH):
+        crops = read_val(data, learner.recipe, first, VAL_BATCH)
+        if not len(crops.images):
+            continue
+        for name, (_, predict) in models.items():
+            if not seen:
+                predict(crops.images)  # what is chosen at first use is then chosen
+            start = time.perf_counter()
+            predicted = predict(crops.images)
+            seconds[name] += time.perf_counter() - start
+            rows = zip(crops.masks, predicted, crops.sizes, strict=True)
+            for truth, guess, (h, w) in rows:
+                counts[name] += confusion(truth[:h, :w], guess[:h, :w], len(classes))
+        seen += len(crops.images)
+    return {
+        name: {
+            "f1": summary(counts[name], classes.names)["f1"],
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "patches_per_second": seen / max(seconds[name], 1e-9),
+        }
+        for name, (network, _) in models.items()
+    }
+
+
+def _no_labels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.zeros_like(images[:, 0])
+
+
 def _examples(patches: list[Row], team: Team) -> list[int]:
     """Choose patches of rank 0 to show: large ones with something to find, spread."""
     if team.rank:
@@ -363,6 +409,7 @@ def _scores(checked: _Checked, names: Sequence[str]) -> Row:
     """Give an epoch's scores, and a warning where they hide that nothing is learned."""
     counts = checked.counts
     scores: Row = dict(summary(counts, names)) | small_scores(checked.small)
+    scores["val_loss"] = checked.loss if np.isfinite(checked.loss) else None
     true, predicted = (np.flatnonzero(counts.sum(axis=axis)) for axis in (1, 0))
     if len(predicted) == 1 and len(true) > 1:
         scores["warning"] = (
@@ -383,6 +430,11 @@ def history_uri(out: str) -> str:
 def example_uri(out: str, number: int) -> str:
     """Give the place of a validation patch's picture, as the best epoch saw it."""
     return files.join(out, "examples", f"{number}.jpg")
+
+
+def teacher_uri(out: str) -> str:
+    """Give the place of the student's figures beside the teacher's."""
+    return files.join(out, "teacher.json")
 
 
 def read_best(out: str, name: str) -> Row:

@@ -34,6 +34,7 @@ from medray.loop import (
     history_uri,
     read_best,
     run_worker,
+    teacher_uri,
 )
 from medray.models.config import ModelConfig, model_digest, read_config
 from medray.models.folder import save_model
@@ -175,6 +176,8 @@ def _train(settings: Recipe, data: str, out: str) -> Training:
     metrics = best["metrics"] | {"history": history}
     contract = replace(contract, made_from=made_from | {"epochs": len(history)})
     network.load_state_dict(best["model"])
+    if settings.teacher is not None:
+        metrics["teacher"] = files.read_json(teacher_uri(out))
     metrics["parameters"] = sum(p.numel() for p in network.parameters())
     _write_report(out, contract, metrics)
     save_model(out, contract, network, metrics)
@@ -208,6 +211,7 @@ def _run(
     }
     trainer = ray.train.torch.TorchTrainer(
         run_worker,
+        teacher_uri,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,

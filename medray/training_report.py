@@ -55,6 +55,7 @@ def write_training_report(
         legend=AGREEMENT,
         examples=[data_uri(picture) for picture in examples],
         repeats=metrics.get("repeats"),
+        teacher=metrics.get("teacher"),
         provenance=_provenance(config),
     )
     files.write_bytes(files.join(out, "training.html"), page.encode())

@@ -204,6 +204,35 @@ def test_an_exploding_training_is_stopped(dataset: str, tmp_path: Path) -> None:
     assert list((tmp_path / "trouble").iterdir())
 
 
+def test_too_little_memory_says_what_halves_it(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(self, part, seed, number):
+        return torch.empty(1 << 55).sum()  # more than any machine has
+
+    monkeypatch.setattr(Learner, "_loss", hungry)
+    message = "not enough memory on cpu for 4 crops of 64 px.*at_once=2 halves it"
+    with pytest.raises(MedrayError, match=message):
+        run(dataset, tmp_path, SMALL)
+
+
+def test_synchronised_batch_normalisation_needs_gpus(dataset: str) -> None:
+    recipe = replace(SMALL, sync_batch_norm=True, at_once=2)
+    team = Team(0, 2, torch.device("cpu"))
+    with pytest.raises(MedrayError, match="sync_batch_norm: needs GPUs"):
+        Learner(team, recipe, contract(dataset, recipe), 4, 1)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(dataset: str, tmp_path: Path) -> None:
+    recipe = replace(SMALL, schedule=Schedule(epochs=1), data=Data(crop=64, samples=4))
+    plain = run(dataset, tmp_path / "plain", recipe)
+    compiled = run(dataset, tmp_path / "compiled", replace(recipe, compile=True))
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, compiled[name], rtol=1e-2, atol=1e-3)
+
+
 def damage(dataset: str, folder: Path, slides: int) -> str:
     """Spoil the pixels of some slides of a copy."""
     shutil.copytree(dataset, folder)
@@ -315,6 +344,10 @@ def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None
     taught = torch.load(tmp_path / "out/checkpoints/t-last.pt", weights_only=True)
     assert any(not torch.equal(plain[k], v) for k, v in taught["network"].items())
     assert "adapt.weight" in taught["hints"]
+    beside = json.loads((tmp_path / "out" / "teacher.json").read_text())
+    assert beside["teacher"]["parameters"] == beside["student"]["parameters"]
+    assert all(row["patches_per_second"] > 0 for row in beside.values())
+    assert beside["student"]["f1"] == history(tmp_path / "out")[-1]["f1"]
 
 
 @pytest.mark.slow

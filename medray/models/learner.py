@@ -213,18 +213,8 @@ class Learner:
                 loss = self._loss(part, seed, number) / self.recipe.parts
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-        except torch.OutOfMemoryError:
-            held, side = self.recipe.held, parts[0].images.shape[-1]
-            trouble = (
-                f"not enough memory on {torch.cuda.get_device_name()} for {held} crops "
-                f"of {side} px at once; at_once={max(1, held // 2)} halves it"
-            )
-        except ValueError as error:  # batch normalisation of a single value
-            held, side = self.recipe.held, parts[0].images.shape[-1]
-            trouble = (
-                f"the network cannot learn from {held} crops of {side} px at once "
-                f"({error}); set at_once to 2 or more"
-            )
+        except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+            trouble = self._said_of(error, parts[0].images.shape[-1])
         if trouble is not None:
             total += torch.nan
         elif not torch.isfinite(total):
@@ -235,6 +225,21 @@ class Learner:
             self.step += 1
             self.loss_sum += loss_of_all
         return loss_of_all, trouble
+
+    def _said_of(self, error: Exception, side: int) -> str:
+        """Say what to do about an error of a forward or backward pass.
+
+        Raises:
+            Exception: `error` itself, if it is none that a setting can mend.
+        """
+        held, text = self.recipe.held, " ".join(str(error).split())
+        of = f"{held} crops of {side} px at once"
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            less = f"at_once={held // 2} halves it" if held > 1 else "lower data.crop"
+            return f"not enough memory on {self.team.device} for {of}; {less}"
+        if "more than 1 value per channel" in text:  # batch normalisation
+            return f"the network cannot learn from {of}; set at_once to 2 or more"
+        raise error
 
     def _not_finite(self, number: int) -> str:
         return (
@@ -344,6 +349,15 @@ class Learner:
         labels = _to_device(masks, self.team.device).long()
         classes = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         return classes, float(self.loss(logits, labels))
+
+    @torch.inference_mode()
+    def predict_as_teacher(self, images: UInt8) -> UInt8:
+        """Give the teacher's classes (N, H, W)."""
+        assert self.teacher is not None
+        inputs = self.teacher_normalise(_to_device(images, self.team.device))
+        classes = self._forward(self.teacher.eval(), inputs).argmax(dim=1)
+        predicted: UInt8 = classes.to(torch.uint8).cpu().numpy()
+        return predicted
 
     def share_what_was_seen(self) -> None:
         """Bring together running statistics, losses of patches and damaged patches."""
