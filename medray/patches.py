@@ -111,9 +111,10 @@ def _epoch(data: str, recipe: Recipe, epoch: int, losses: bytes) -> Any:
 # --- reading --------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+# Crops come from all slides in turn: with fewer, each would be opened for each crop.
+@functools.lru_cache(maxsize=4096)
 def _arrays(data: str, slide: str) -> tuple[omezarr.Pixels, omezarr.Pixels | None]:
-    """Keep the arrays of the slides at hand open."""
+    """Keep what is known of the slides' arrays; no file stays open."""
     image = omezarr.open_level(slide_uri(data, slide))
     uri = labels_uri(data, slide)
     labelled = omezarr.read_attributes(uri) is not None

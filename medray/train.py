@@ -307,7 +307,10 @@ def _made_from(recipe: Recipe, data: str) -> Row:
     for name in ("dataset.yaml", "patches.parquet"):
         uri = files.join(data, name)
         if not files.exists(uri):
-            raise ConfigError(f"{uri} is missing; `medray ingest` writes it")
+            raise ConfigError(
+                f"{uri} is missing; `medray ingest IMAGES --annotations MASKS --out "
+                f"DATASET` makes a dataset of images and their masks or outlines"
+            )
         digest.update(files.read_bytes(uri))
     packages = ("medray", "torch", "torchvision", "segmentation-models-pytorch")
     return {

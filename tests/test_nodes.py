@@ -98,3 +98,66 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0
     assert masks(out) == masks(alone)
+
+
+def start_training(
+    recipe: Path, data: Path, out: Path, address: str
+) -> subprocess.Popen:
+    command = [sys.executable, "-m", "medray.cli", "train", str(recipe), "--json"]
+    command += ["--data", str(data), "--out", str(out)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(1500)
+def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -> None:
+    """Elastic: what is left trains on, from the last checkpoint, to the same model."""
+    import torch
+
+    from medray.models.config import Architecture
+    from medray.models.folder import load_model
+    from medray.recipe import Augment, Data, Loss, Optimizer, Recipe, Schedule
+    from medray.settings import write_settings
+
+    cluster, _, second = nodes
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "medray.cli", "ingest", str(slides / "slides")]
+    command += ["--annotations", str(slides / "annotations"), "--out", str(data)]
+    command += ["--fractions", "0.5,0.5,0"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    subprocess.run(command, env=environment, check=True)
+    recipe = Recipe(
+        model=Architecture("fcn8s", "vgg16"),  # batch statistics are each worker's own
+        data=Data(crop=64, samples=64),
+        loss=Loss(dice=0, focal=0, cross_entropy=1),
+        optimizer=Optimizer("sgd", lr=0.01),
+        schedule=Schedule(epochs=4),
+        augment=Augment(stain=0.1),
+        batch=4,
+        at_once=2,
+        precision="float32",
+        workers=(1, 2),
+    )
+    write_settings(str(tmp_path / "r.yaml"), recipe)
+    models = []
+    for name in ("lost", "alone"):
+        out = tmp_path / name
+        process = start_training(tmp_path / "r.yaml", data, out, cluster.address)
+        history = out / "metrics.jsonl"
+        while name == "lost" and not history.exists():
+            assert process.poll() is None
+            time.sleep(0.2)
+        if name == "lost":
+            cluster.remove_node(second, allow_graceful=False)
+            assert process.poll() is None
+        answer, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, answer
+        epochs = [json.loads(line)["epoch"] for line in history.open()]
+        assert epochs == [0, 1, 2, 3]
+        models.append(load_model(str(out))[0].state_dict())
+    for key, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][key], rtol=1e-2, atol=1e-4)
