@@ -412,6 +412,9 @@ def main() -> None:
     probes = _probes(sys.argv[1])
     for line in sys.stdin:
         kind, path = line.rstrip("\n").split(" ", 1)
+        if kind == "model":  # torch takes its time to load, which is no file's fault
+            import medray.models.folder
+            import medray.models.segmenters  # noqa: F401
         start, told = time.perf_counter(), "row"
         try:
             why = probes[kind](path)

@@ -213,7 +213,7 @@ def outputs(out: Path, name: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("examples", "steps"),
     [
-        pytest.param(4, 12, id="short"),
+        pytest.param(2, 12, id="short"),
         pytest.param(
             12, 25, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]
         ),

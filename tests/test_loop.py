@@ -268,6 +268,7 @@ def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -
     assert history(tmp_path)[0]["f1"] is not None
 
 
+@pytest.mark.slow
 def test_tensorboard_has_scalars_and_pictures(dataset: str, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

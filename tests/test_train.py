@@ -24,6 +24,13 @@ from medray.settings import write_settings
 from medray.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = Recipe(
+    model=Architecture("unet", "tu-mobilenetv3_small_050"),
+    data=Data(crop=64, samples=32),
+    batch=4,
+    schedule=Schedule(epochs=4, save_minutes=1e-3),
+    precision="float32",
+)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")))
@@ -112,15 +119,15 @@ def dataset(
     return out
 
 
-def test_a_training_learns_resumes_and_is_not_done_twice(
+def test_a_training_makes_a_model_and_is_not_done_twice(
     dataset: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(data=Data(crop=96), schedule=Schedule(epochs=2), batch=4)
+    recipe = replace(TINY, data=Data(crop=96, samples=16), schedule=Schedule(epochs=2))
     write_settings(str(tmp_path / "r.yaml"), recipe)
     out = tmp_path / "model"
     first = train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
     assert (first.trained, first.epochs) == (True, 2)
-    network, config = load_model(str(out))
+    config = load_model(str(out))[1]
     assert config.mpp == pytest.approx(0.5)
     assert config.made_from["recipe"]["data"]["crop"] == 96
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
@@ -137,13 +144,6 @@ def test_a_training_learns_resumes_and_is_not_done_twice(
             out=str(out),
             overrides=["seed=9"],
         )
-    # As if it had died after its last checkpoint: it goes on from there, and ends with
-    # the very weights.
-    (out / "model.yaml").unlink()
-    resumed = train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
-    assert (resumed.trained, resumed.epochs) == (True, 2)
-    for name, weight in load_model(str(out))[0].state_dict().items():
-        assert torch.equal(weight, network.state_dict()[name]), name
 
 
 def test_pointless_trainings_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -203,14 +203,6 @@ def test_trouble_of_a_worker_reaches_the_person_who_asked(
 
 
 # --- killed for real ------------------------------------------------------------------
-
-TINY = Recipe(
-    model=Architecture("unet", "tu-mobilenetv3_small_050"),
-    data=Data(crop=64, samples=32),
-    batch=4,
-    schedule=Schedule(epochs=4, save_minutes=1e-3),
-    precision="float32",
-)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
