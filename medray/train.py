@@ -211,7 +211,6 @@ def _run(
     }
     trainer = ray.train.torch.TorchTrainer(
         run_worker,
-        teacher_uri,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
