@@ -225,7 +225,12 @@ def test_synchronised_batch_normalisation_needs_gpus(dataset: str) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same(dataset: str, tmp_path: Path) -> None:
-    recipe = replace(SMALL, schedule=Schedule(epochs=1), data=Data(crop=64, samples=4))
+    recipe = replace(
+        SMALL,
+        schedule=Schedule(epochs=1),
+        data=Data(crop=64, samples=4),
+        optimizer=Optimizer("sgd", lr=0.01),  # Adam makes much of the least gradient
+    )
     plain = run(dataset, tmp_path / "plain", recipe)
     compiled = run(dataset, tmp_path / "compiled", replace(recipe, compile=True))
     assert plain.keys() == compiled.keys()
