@@ -215,7 +215,7 @@ def outputs(out: Path, name: str) -> dict[str, bytes]:
     [
         pytest.param(2, 12, id="short"),
         pytest.param(
-            12, 25, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]
+            8, 25, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]
         ),
     ],
 )
