@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,23 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated")
     generate(folder, slides=4, seed=50, height=768, width=640)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training_data(
+    cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A dataset of three annotated slides and one without annotation."""
+    from medray.ingest import ingest
+
+    folder = tmp_path_factory.mktemp("partly")
+    shutil.copytree(slides / "annotations", folder / "annotations")
+    sorted((folder / "annotations").iterdir())[-1].unlink()
+    out = tmp_path_factory.mktemp("data")
+    ingest(
+        [str(slides / "slides")],
+        annotations=str(folder / "annotations"),
+        fractions=(0.6, 0.4, 0.0),
+        out=str(out),
+    )
+    return str(out)

@@ -14,7 +14,6 @@ from medray.classes import Classes
 from medray.dataset import read_dataset
 from medray.errors import MedrayError
 from medray.grid import Windows
-from medray.ingest import ingest
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.learner import Learner, Team
@@ -41,21 +40,8 @@ SMALL = Recipe(
 
 
 @pytest.fixture(scope="module")
-def dataset(
-    cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """Three annotated slides and one without annotation."""
-    folder = tmp_path_factory.mktemp("slides")
-    shutil.copytree(slides / "annotations", folder / "annotations")
-    sorted((folder / "annotations").iterdir())[-1].unlink()
-    out = tmp_path_factory.mktemp("data")
-    ingest(
-        [str(slides / "slides")],
-        annotations=str(folder / "annotations"),
-        fractions=(0.6, 0.4, 0.0),
-        out=str(out),
-    )
-    return str(out)
+def dataset(training_data: str) -> str:
+    return training_data
 
 
 def contract(dataset: str, recipe: Recipe) -> ModelConfig:
@@ -364,15 +350,6 @@ def test_unannotated_slides_are_learned_from(dataset: str, tmp_path: Path) -> No
     weights = run(dataset, tmp_path / "semi", recipe)
     plain = run(dataset, tmp_path / "plain", replace(recipe, unlabelled=None))
     assert any(not torch.equal(plain[k], v) for k, v in weights.items())
-
-
-@pytest.mark.slow
-def test_crops_grow_from_epoch_to_epoch(dataset: str, tmp_path: Path) -> None:
-    recipe = replace(
-        SMALL, data=Data(crop=(32, 64, 96), samples=8), schedule=Schedule(epochs=3)
-    )
-    run(dataset, tmp_path, recipe)
-    assert len(history(tmp_path)) == 3
 
 
 def test_other_classes_than_the_model_are_refused_by_pruning(

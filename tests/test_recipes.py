@@ -1,6 +1,5 @@
 """Every recipe trains, and starts from where it is told to."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torchvision
 from medray import loop
 from medray.dataset import read_dataset
 from medray.errors import ConfigError
-from medray.ingest import ingest
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.learner import Team, build_network
@@ -25,21 +23,8 @@ SMALLEST = "tu-mobilenetv3_small_050"
 
 
 @pytest.fixture(scope="module")
-def dataset(
-    cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """Three annotated slides and one without annotation."""
-    folder = tmp_path_factory.mktemp("slides")
-    shutil.copytree(slides / "annotations", folder / "annotations")
-    sorted((folder / "annotations").iterdir())[-1].unlink()
-    out = tmp_path_factory.mktemp("data")
-    ingest(
-        [str(slides / "slides")],
-        annotations=str(folder / "annotations"),
-        fractions=(0.6, 0.4, 0.0),
-        out=str(out),
-    )
-    return str(out)
+def dataset(training_data: str) -> str:
+    return training_data
 
 
 @pytest.fixture(scope="module")

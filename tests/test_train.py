@@ -297,7 +297,7 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         optimizer=Optimizer("sgd", lr=0.01),
         data=Data(crop=64, samples=8),
         at_once=2,
-        schedule=Schedule(epochs=2),
+        schedule=Schedule(epochs=1),
     )
     weights = []
     for workers in (1, 2):
