@@ -46,6 +46,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> dict[str,
     return folders
 
 
+def contract_of(recipe: Recipe, dataset: str) -> ModelConfig:
+    return ModelConfig(
+        architecture=recipe.model,
+        classes=read_dataset(dataset).classes,
+        window=recipe.window,
+        mpp=0.5,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains(
@@ -65,12 +74,7 @@ def test_every_recipe_trains(
     if recipe.prune is not None:
         prune = replace(recipe.prune, model=trained["highres_unet"])
         recipe = replace(recipe, prune=prune)
-    contract = ModelConfig(
-        architecture=recipe.model,
-        classes=read_dataset(dataset).classes,
-        window=recipe.window,
-        mpp=0.5,
-    )
+    contract = contract_of(recipe, dataset)
     team = Team(0, 1, torch.device("cpu"))
     loop.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
     best = loop.read_best(str(tmp_path), "t")
@@ -91,12 +95,7 @@ def test_a_single_crop_is_too_few_for_some_networks(
 ) -> None:
     """Batch normalisation after global pooling sees one value a channel."""
     recipe = read_recipe(str(ROOT / "recipes" / "deeplab.yaml"), ["batch=1"])
-    contract = ModelConfig(
-        architecture=recipe.model,
-        classes=read_dataset(dataset).classes,
-        window=recipe.window,
-        mpp=0.5,
-    )
+    contract = contract_of(recipe, dataset)
     team = Team(0, 1, torch.device("cpu"))
     with pytest.raises(loop.TroubleError, match="set at_once to 2 or more"):
         loop.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
