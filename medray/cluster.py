@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-import ray.data
-from ray.data import DataContext
 
 
 def connect() -> None:
@@ -42,6 +40,10 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
             back until it is full, and keep them all in memory.
         in_order: Give rows in the order of the source.
     """
+    # Imported here: with it come pandas and more, which processes that read slides, and
+    # start for each run, can do without (2 of their 4 s).
+    from ray.data import DataContext
+
     context = DataContext.get_current().copy()
     context.target_max_block_size = block_bytes
     context.target_min_block_size = 1

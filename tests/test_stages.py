@@ -1,6 +1,7 @@
 """The stages on a real local Ray: what they make, what they do with bad input."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,24 +158,30 @@ def test_bad_slides_cost_a_row_each_in_ingest(bad_inbox: Path, tmp_path: Path) -
 
 
 def test_bad_slides_cost_a_row_each_in_infer(
-    bad_inbox: Path, model: Path, tmp_path: Path
+    bad_inbox: Path, slides: Path, model: Path, tmp_path: Path
 ) -> None:
-    summary = infer([str(bad_inbox)], model=str(model), out=str(tmp_path))
+    inbox, run = tmp_path / "inbox", tmp_path / "run"
+    shutil.copytree(bad_inbox, inbox)
+    summary = infer([str(inbox)], model=str(model), out=str(run))
     bad = {name: BAD[name] for name in ("empty", "text")}
-    check_bad_inbox(summary, tmp_path, bad_inbox, bad)
+    check_bad_inbox(summary, run, inbox, bad)
+    before = table(run)
     # A slide that is cut off is predicted as far as it goes.
-    cut = table(tmp_path)["cut"]
+    cut = before["cut"]
     assert "cut.tif" in cut["note"]
     assert "cannot be read" in cut["note"]
     assert 0 < cut["unreadable_px"] < cut["height"] * cut["width"]
-    assert "--mpp" in table(tmp_path)["no_mpp"]["note"]
-    # Mended, the rest completes, and only the rest.
-    inbox = tmp_path / "mended"
-    shutil.copytree(bad_inbox, inbox)
+    assert "--mpp" in before["no_mpp"]["note"]
+    # What was mended or replaced is done again, and nothing else: not what is touched.
     for name in BAD:
-        shutil.copy(bad_inbox / "a" / "same.tif", bad_inbox / f"{name}.tif")
-    again = infer([str(bad_inbox)], model=str(model), out=str(tmp_path))
-    assert (again.done, again.skipped, again.failed) == (3, 4, {})
+        shutil.copy(inbox / "a" / "same.tif", inbox / f"{name}.tif")
+    shutil.copy(slides / "slides" / "slide_003.tif", inbox / "b" / "same.tif")
+    (inbox / "a" / "same.tif").touch()
+    again = infer([str(inbox)], model=str(model), out=str(run))
+    assert (again.done, again.skipped, again.failed) == (4, 3, {})
+    after = table(run)
+    changed = {n for n in after if after[n]["digest"] != before[n]["digest"]}
+    assert changed == {*BAD, "b__same"}
 
 
 def test_annotations_that_do_not_fit(
@@ -218,6 +225,24 @@ def test_a_folder_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
 
 # --- infer ----------------------------------------------------------------------------
 
+EXACT = Options(prediction=Prediction(precision="float32"), everywhere=True)
+
+
+@pytest.fixture(scope="module")
+def exact_run(
+    slides: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run over the four slides, in float32 and of their glass too."""
+    out = tmp_path_factory.mktemp("exact") / "run"
+    source, folder = str(slides / "slides"), str(out)
+    summary = infer([source], model=str(model), out=folder, options=EXACT)
+    assert (summary.done, summary.failed, summary.regions) == (4, {}, 4)
+    return out
+
+
+def mask_of(run: Path, name: str) -> np.ndarray:
+    return medray.open_mask(mask_uri(str(run), name)).compute()
+
 
 def expected_mask(slide_path: Path, model: Path) -> np.ndarray:
     """The mask by a plain loop in this process, with no Ray, float32."""
@@ -234,31 +259,27 @@ def expected_mask(slide_path: Path, model: Path) -> np.ndarray:
 
 
 def test_masks_equal_the_plain_loop_for_any_regions(
-    slides: Path, model: Path, tmp_path: Path
+    slides: Path, model: Path, exact_run: Path, tmp_path: Path
 ) -> None:
     path = slides / "slides"
-    for region in (512, 2048):
-        out = tmp_path / str(region)
-        summary = infer(
-            [str(path)],
-            model=str(model),
-            out=str(out),
-            options=Options(
-                region=region,
-                prediction=Prediction(precision="float32"),
-                everywhere=True,
-            ),
-        )
-        assert (summary.done, summary.failed) == (4, {})
-        assert summary.regions == 4 * len(list(plan_regions(768, 640, region)))
-        for index in range(2):
-            name = f"slide_{index:03d}"
-            mask = medray.open_mask(mask_uri(str(out), name)).compute()
+    summary = infer(
+        [str(path)],
+        model=str(model),
+        out=str(tmp_path),
+        options=replace(EXACT, region=512),
+    )
+    assert (summary.done, summary.failed) == (4, {})
+    assert summary.regions == 4 * len(list(plan_regions(768, 640, 512)))
+    for index in range(4):
+        name = f"slide_{index:03d}"
+        mask = mask_of(tmp_path, name)
+        np.testing.assert_array_equal(mask, mask_of(exact_run, name))
+        if index < 2:
             expected = expected_mask(path / f"{name}.tif", model)
             np.testing.assert_array_equal(mask, expected)
 
 
-def test_blank_glass_is_neither_predicted_nor_written(
+def test_blank_glass_is_left_out_and_probabilities_are_kept_on_request(
     model: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
@@ -267,76 +288,50 @@ def test_blank_glass_is_neither_predicted_nor_written(
     tifffile.imwrite(
         tmp_path / "a.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None
     )
+    run = tmp_path / "r"
     summary = infer(
         [str(tmp_path / "a.tif")],
         model=str(model),
-        out=str(tmp_path / "r"),
-        options=Options(region=512),
+        out=str(run),
+        options=Options(region=512, prediction=Prediction(probabilities=True)),
     )
     assert summary.regions == 1  # of six
-    mask = medray.open_mask(mask_uri(str(tmp_path / "r"), "a")).compute()
+    mask = mask_of(run, "a")
     assert mask[512:].sum() == 0
     assert mask[:, 512:].sum() == 0
     assert mask.shape == (1024, 1536)
-    shards = list((tmp_path / "r/masks/a.ome.zarr/0/c").rglob("*"))
+    shards = list((run / "masks/a.ome.zarr/0/c").rglob("*"))
     assert sum(path.is_file() for path in shards) == 1
-
-
-def test_probabilities_are_kept_on_request(
-    slides: Path, model: Path, tmp_path: Path
-) -> None:
-    slide = slides / "slides" / "slide_000.tif"
-    options = Options(prediction=Prediction(probabilities=True))
-    infer([str(slide)], model=str(model), out=str(tmp_path), options=options)
-    mask = medray.open_mask(mask_uri(str(tmp_path), "slide_000")).compute()
-    path = tmp_path / "masks" / "slide_000.probabilities.ome.zarr"
-    probabilities = medray.open_mask(str(path)).compute()
-    assert probabilities.shape == (2, 768, 640)
-    sure = np.abs(probabilities[1].astype(int) - probabilities[0]) > 2
-    np.testing.assert_array_equal(
-        (probabilities[1] > probabilities[0])[sure], mask[sure] == 1
-    )
+    kept = medray.open_mask(str(run / "masks/a.probabilities.ome.zarr")).compute()
+    assert kept.shape == (2, 1024, 1536)
+    tissue = np.s_[:512, :512]
+    first, second = (values[tissue].astype(int) for values in kept)
+    sure = np.abs(second - first) > 2
+    assert sure.any()
+    np.testing.assert_array_equal((second > first)[sure], mask[tissue][sure] == 1)
 
 
 def test_a_run_of_another_model_is_refused(
-    slides: Path, model: Path, tmp_path: Path
+    slides: Path, model: Path, exact_run: Path
 ) -> None:
     slide = str(slides / "slides" / "slide_000.tif")
-    infer([slide], model=str(model), out=str(tmp_path / "run"))
-    options = Options(prediction=Prediction(precision="float32"))
-    with pytest.raises(ConfigError, match="precision: auto -> float32"):
-        infer([slide], model=str(model), out=str(tmp_path / "run"), options=options)
-
-
-def test_a_replaced_slide_is_done_again_and_a_touched_one_is_not(
-    slides: Path, model: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "x.tif"
-    shutil.copy(slides / "slides" / "slide_000.tif", path)
-    run = tmp_path / "run"
-    assert infer([str(path)], model=str(model), out=str(run)).done == 1
-    digest = table(run)["x"]["digest"]
-    path.touch()
-    touched = infer([str(path)], model=str(model), out=str(run))
-    assert (touched.done, touched.regions) == (0, 0)
-    assert table(run)["x"]["digest"] == digest
-    shutil.copy(slides / "slides" / "slide_001.tif", path)
-    assert infer([str(path)], model=str(model), out=str(run)).regions == 1
-    assert table(run)["x"]["digest"] != digest
+    options = replace(EXACT, prediction=Prediction())
+    with pytest.raises(ConfigError, match="precision: float32 -> auto"):
+        infer([slide], model=str(model), out=str(exact_run), options=options)
 
 
 # --- evaluate -------------------------------------------------------------------------
 
 
 def test_evaluation_equals_counting_by_hand(
-    slides: Path, dataset: Path, model: Path, tmp_path: Path
+    slides: Path, dataset: Path, exact_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    infer([str(slides / "slides")], model=str(model), out=str(run))
+    shutil.copytree(exact_run, run)
     hits = wrong = missed = 0
     for index in range(4):
         name = f"slide_{index:03d}"
-        mask = medray.open_mask(mask_uri(str(run), name)).compute() == 1
+        mask = mask_of(run, name) == 1
         truth = omezarr.open_level(labels_uri(str(dataset), name))[:] == 1
         hits += int((mask & truth).sum())
         wrong += int((mask & ~truth).sum())
@@ -367,44 +362,29 @@ def test_evaluation_equals_counting_by_hand(
 
 
 def test_a_model_of_other_classes_is_refused(
-    slides: Path, model: Path, tmp_path: Path
+    slides: Path, exact_run: Path, tmp_path: Path
 ) -> None:
-    slide = str(slides / "slides" / "slide_000.tif")
     ingest(
-        [slide],
+        [str(slides / "slides" / "slide_000.tif")],
         annotations=str(slides / "annotations"),
         classes=("background", "tumour", "stroma"),
         out=str(tmp_path / "d"),
     )
-    infer([slide], model=str(model), out=str(tmp_path / "r"))
+    out = str(tmp_path / "e")
     with pytest.raises(ConfigError, match=r"stroma.*not the model's"):
-        evaluate(
-            str(tmp_path / "r"), truth=str(tmp_path / "d"), out=str(tmp_path / "e")
-        )
-    with pytest.raises(ConfigError, match="none of the 1 slides"):
-        evaluate(str(tmp_path / "r"), truth=str(tmp_path), out=str(tmp_path / "e"))
+        evaluate(str(exact_run), truth=str(tmp_path / "d"), out=out)
+    with pytest.raises(ConfigError, match="none of the 4 slides"):
+        evaluate(str(exact_run), truth=str(tmp_path), out=out)
 
 
 def test_a_dataset_stands_for_its_slides(
-    slides: Path, dataset: Path, model: Path, tmp_path: Path
+    dataset: Path, model: Path, exact_run: Path, tmp_path: Path
 ) -> None:
-    runs = []
-    for source in (slides / "slides", dataset):
-        out = tmp_path / source.name
-        summary = infer(
-            [str(source)],
-            model=str(model),
-            out=str(out),
-            options=Options(prediction=Prediction(precision="float32")),
-        )
-        assert (summary.done, summary.failed) == (4, {})
-        runs.append(out)
+    summary = infer([str(dataset)], model=str(model), out=str(tmp_path), options=EXACT)
+    assert (summary.done, summary.failed) == (4, {})
     for index in range(4):
-        first, second = (
-            medray.open_mask(mask_uri(str(run), f"slide_{index:03d}")).compute()
-            for run in runs
-        )
-        np.testing.assert_array_equal(first, second)
+        name = f"slide_{index:03d}"
+        np.testing.assert_array_equal(mask_of(tmp_path, name), mask_of(exact_run, name))
 
 
 @pytest.mark.parametrize("downsample", [1.0, 0.8, 1.978, 2.5, 4.0, 7.0])
