@@ -134,6 +134,7 @@ class Commit:
         ledger: Of the stage's folder.
         slide_row: Sums up (header, region records) as columns of slides.parquet.
         done: How many slides were finished.
+        unchanged: How many were finished before, as only their digest told.
         regions: How many regions were committed.
         failed: Reason of each slide that failed.
         lost: Of those, the ones that cost processes, or made the model fail.
@@ -142,6 +143,7 @@ class Commit:
     ledger: Ledger
     slide_row: Callable[[Row, list[Row]], Row]
     done: int = 0
+    unchanged: int = 0
     regions: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -177,6 +179,7 @@ class Commit:
             self._fail(header, slide.error, progress)
         elif "unchanged" in header:
             self.ledger.commit_slide(header["unchanged"])
+            self.unchanged += 1
             progress.slide(header["slide"], "unchanged")
         elif header["regions"] > 1 or not header["todo"]:
             return header
@@ -244,6 +247,7 @@ class Commit:
 
     def summary(self, out: str, skipped: int, seconds: float) -> Summary:
         """Sum up the stage."""
+        skipped += self.unchanged
         return Summary(out, self.done, skipped, self.failed, self.regions, seconds)
 
     def _note_region(self, row: Row) -> None:
