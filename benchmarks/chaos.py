@@ -253,9 +253,10 @@ def _chaos(folder: Path, args: argparse.Namespace) -> dict:
     )
     rounds: list[dict] = []
     tries = 0
+    kinds = random.sample(KINDS, len(KINDS))
     while len(rounds) < args.rounds and tries < 3 * args.rounds:
         tries += 1
-        kind = KINDS[len(rounds) % len(KINDS)]
+        kind = kinds[len(rounds) % len(kinds)]
         one = Round(folder, folder / f"round{tries}", nodes)
         told = _one_round(one, kind, (0.5 * first, last), total, expected)
         subprocess.run(["rm", "-rf", one.out])

@@ -94,3 +94,9 @@ def training_data(
         out=str(out),
     )
     return str(out)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In CI tell a failure at once: a run that is ended tells nothing at its end."""
+    if report.failed and os.environ.get("CI"):
+        print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-3000:]}")

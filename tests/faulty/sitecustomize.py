@@ -23,7 +23,7 @@ def _misbehave(data: bytes) -> None:
 
 
 class _Finder:
-    def find_spec(self, name, path, target=None):  # noqa: ANN
+    def find_spec(self, name, path, target=None):
         if name != "medray.slides.tiff":
             return None
         sys.meta_path.remove(self)
