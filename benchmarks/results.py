@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="so many of the folds")
     parser.add_argument("--slides", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("medray").setLevel(logging.INFO)
     out = args.out.absolute()

@@ -222,18 +222,17 @@ class Teacher:
 class Unlabelled:
     """Learning from slides without annotations (Tarvainen and Valpola 2017).
 
-    The moving average of the model says what crops of the dataset's unannotated slides
-    hold; the model is to say the same of the crops in other colours.
+    The moving average of the model (`optimizer.average`) says what crops of the
+    dataset's unannotated slides hold; the model is to say the same of the crops in
+    other colours.
 
     Attributes:
         weight: Of that loss, once it has risen.
-        decay: Of the moving average that teaches.
         threshold: Pixels of which the teacher is less sure do not count; 0: all.
         ramp: Share of the steps over which the weight rises.
     """
 
     weight: float = 1.0
-    decay: float = 0.99
     threshold: float = 0.0
     ramp: float = 0.2
 

@@ -1,13 +1,17 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -165,6 +169,45 @@ def test_pointless_trainings_are_refused(dataset: Path, tmp_path: Path) -> None:
             train(recipe, data=str(dataset), out=out, overrides=overrides)
     with pytest.raises(ConfigError, match="repeats"):
         train(recipe, data=str(dataset), out=out, repeats=0)
+
+
+def test_datasets_that_cannot_teach_are_refused(
+    dataset: Path, slides: Path, tmp_path: Path
+) -> None:
+    write_settings(str(tmp_path / "r.yaml"), Recipe())
+    recipe, out = str(tmp_path / "r.yaml"), str(tmp_path / "m")
+    ingest(
+        [str(slides / "slides")],
+        annotations=str(slides / "annotations"),
+        classes=("background", "tumour", "stroma"),
+        fractions=(0.5, 0.5, 0.0),
+        out=str(tmp_path / "stroma"),
+    )
+    with pytest.raises(ConfigError, match=r"no pixel of \['stroma'\]; annotate"):
+        train(recipe, data=str(tmp_path / "stroma"), out=out)
+
+    def changed(name: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> str:
+        shutil.copytree(dataset, tmp_path / name)
+        path = tmp_path / name / "patches.parquet"
+        change(pd.read_parquet(path)).to_parquet(path)
+        return str(tmp_path / name)
+
+    def all_background(patches: pd.DataFrame) -> pd.DataFrame:
+        nothing = [[int(sum(px)), 0] for px in patches["class_px"]]
+        return patches.assign(class_px=nothing)
+
+    def of_two_scanners(patches: pd.DataFrame) -> pd.DataFrame:
+        first = patches["slide"].iloc[0]
+        return patches.assign(mpp=np.where(patches["slide"] == first, 0.25, 0.5))
+
+    for name, change, message in (
+        ("background", all_background, r"no pixel of \['tumour'\]; annotate"),
+        ("no val", lambda p: p[p["split"] != "val"], "split val; ingest more"),
+        ("glass", lambda p: p.assign(tissue=0.0).iloc[:0], "split train; ingest more"),
+        ("two", of_two_scanners, "differ in microns per pixel.*0.25.*0.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(recipe, data=changed(name, change), out=out)
 
 
 def test_a_teacher_of_other_classes_is_refused(dataset: Path, tmp_path: Path) -> None:
