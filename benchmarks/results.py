@@ -1,14 +1,15 @@
 """How well recipes do on images that neither training nor model selection has seen.
 
 K-fold: each field is a test image once. The other folds train, but for one that chooses
-the epoch. Fields of one source (`--group`) stay in one fold. Masks come from `medray
-infer`; all test fields are pooled, intervals are 95 % bootstrap intervals over fields.
+the epoch. Fields of one source stay in one fold. Masks come from `medray infer`; all
+test fields are pooled, intervals are 95 % bootstrap intervals over fields.
 
 Running it again goes on where it was killed.
 
     python benchmarks/results.py nuclei --data ../shared/data --out results
     python benchmarks/results.py regions --data ../shared/data --out results
     python benchmarks/results.py gastric --out results
+    python benchmarks/results.py nests --out results
     python benchmarks/results.py ablation --out results
 """
 
@@ -17,8 +18,9 @@ import csv
 import json
 import logging
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +40,10 @@ from medray.metrics import (
     small_scores,
     summary,
 )
+from medray.models.config import Prediction
 from medray.models.folder import load_model
 from medray.run import Options, mask_uri
-from medray.synth import generate
+from medray.synth import Lesions, generate
 from medray.train import read_history, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,9 +90,13 @@ def one_fold(
     test: int,
     recipe: str,
     overrides: Sequence[str],
+    ways: Mapping[str, Prediction],
     out: Path,
 ) -> dict[str, object]:
-    """Train without fold `test`, and count what the model finds in it."""
+    """Train without fold `test`, and count what the model finds in it.
+
+    `ways` are those of inference, by a name; each is counted.
+    """
     count = max(fold.values()) + 1
     out.mkdir(parents=True, exist_ok=True)
     result = out / "result.json"
@@ -115,24 +122,23 @@ def one_fold(
     seconds = sum(e["seconds"] for e in read_history(str(out / "model")))
     wall = time.perf_counter() - start
     tests = [image for image in fields.images if fold[image.stem] == test]
-    options = Options(everywhere=True, mpp=0.5)
-    infer(
-        [str(image) for image in tests],
-        model=str(out / "model"),
-        out=str(out / "run"),
-        options=options,
-    )
     network, _ = load_model(str(out / "model"))
-    rows = {}
-    for image in tests:
-        truth = np.asarray(open_mask(labels_uri(str(data), image.stem)))
-        found = np.asarray(open_mask(mask_uri(str(out / "run"), image.stem)))
-        rows[image.stem] = {
-            "counts": confusion(truth, found, len(fields.classes)).tolist(),
-            "small": small_objects(truth, found).tolist(),
+    found = {}
+    for way, prediction in ways.items():
+        run = str(out / f"run{way}")
+        options = Options(everywhere=True, mpp=0.5, prediction=prediction)
+        slides = [str(image) for image in tests]
+        infer(slides, model=str(out / "model"), out=run, options=options)
+        found[way] = {
+            image.stem: _count(
+                labels_uri(str(data), image.stem),
+                mask_uri(run, image.stem),
+                len(fields.classes),
+            )
+            for image in tests
         }
     values = {
-        "fields": rows,
+        "fields": found,
         "seconds": seconds,
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -141,9 +147,19 @@ def one_fold(
     return values
 
 
-def pooled(results: Sequence[dict], names: Sequence[str]) -> dict[str, object]:
+def _count(truth: str, found: str, classes: int) -> dict[str, list]:
+    labels, mask = (np.asarray(open_mask(uri)) for uri in (truth, found))
+    return {
+        "counts": confusion(labels, mask, classes).tolist(),
+        "small": small_objects(labels, mask).tolist(),
+    }
+
+
+def pooled(
+    results: Sequence[dict], names: Sequence[str], way: str = ""
+) -> dict[str, object]:
     """Pool the test fields of all folds."""
-    rows = [row for result in results for row in result["fields"].values()]
+    rows = [row for result in results for row in result["fields"][way].values()]
     counts = np.array([row["counts"] for row in rows], np.int64)
     dice = [summary(c, names)["f1"] for c in counts]
     interval = bootstrap(counts, names)
@@ -169,17 +185,20 @@ def run(
     folds: int,
     out: Path,
     only: int | None = None,
+    ways: Mapping[str, Prediction] | None = None,
 ) -> None:
     fold = folds_of(fields, folds)
     numbers = range(folds) if only is None else range(only)
+    ways = {"": Prediction()} | dict(ways or {})
     results = [
-        one_fold(fields, fold, k, recipe, overrides, out / title / f"fold{k}")
+        one_fold(fields, fold, k, recipe, overrides, ways, out / title / f"fold{k}")
         for k in numbers
     ]
-    line = {"title": title, "recipe": recipe, "overrides": list(overrides)}
-    line |= pooled(results, fields.classes)
-    (out / f"{title}.json").write_text(json.dumps(line, indent=2))
-    print(json.dumps(line), flush=True)
+    for way in ways:
+        line = {"title": title + way, "recipe": recipe, "overrides": list(overrides)}
+        line |= pooled(results, fields.classes, way)
+        (out / f"{title}{way}.json").write_text(json.dumps(line, indent=2))
+        print(json.dumps(line), flush=True)
 
 
 def nuclei(data: Path) -> Fields:
@@ -194,14 +213,15 @@ def regions(data: Path) -> dict[str, Fields]:
         folder = data / "he_seg" / name
         images = sorted(p for p in (folder / "images").iterdir() if p.is_file())
         classes = ("background", "glomerulus" if name == "glomeruli_pas" else "tumour")
-        found[name] = Fields(images, folder / "masks", classes)
+        # Numbers in a row (10063 and 10064) may be of one slide.
+        source = {} if name == "ebhi_seg" else {p.stem: p.stem[:-1] for p in images}
+        found[name] = Fields(images, folder / "masks", classes, source)
     return found
 
 
-def gastric(out: Path, count: int) -> Fields:
-    folder = out / "gastric"
-    if not (folder / "slides").is_dir():
-        generate(folder, slides=count, seed=77)
+def generated(out: Path, count: int, side: int, lesions: Lesions) -> Fields:
+    folder = out / f"{lesions}-lesions"
+    generate(folder, slides=count, seed=77, height=side, width=side, lesions=lesions)
     images = sorted((folder / "slides").glob("*.tif*"))
     return Fields(images, folder / "annotations", ("background", "tumour"))
 
@@ -209,6 +229,7 @@ def gastric(out: Path, count: int) -> Fields:
 # What each part of highres-unet is worth: the recipe without it.
 ABLATION = {
     "whole": [],
+    "smp's U-Net on this encoder": ["model.name=unet"],
     "no balance": ["data.balance=false"],
     "no hard pixels": ["loss.hardest=1.0"],
     "no growing crops": ["data.crop=256"],
@@ -217,9 +238,18 @@ ABLATION = {
 }
 
 
+AT_INFERENCE = {
+    "-flips": Prediction(tta="flips"),
+    "-crf": Prediction(crf=5),
+    "-flips-crf": Prediction(tta="flips", crf=5),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["nuclei", "regions", "gastric", "ablation"])
+    parser.add_argument(
+        "what", choices=["nuclei", "regions", "gastric", "nests", "ablation"]
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
@@ -246,17 +276,21 @@ def main() -> None:
             for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
                 title = f"{name}-{recipe}"
                 run(title, fields, recipe, args.overrides, args.folds, out, args.only)
-    elif args.what == "gastric":
-        fields = gastric(out, args.slides)
-        for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
-            title = f"gastric-{recipe}"
-            run(title, fields, recipe, args.overrides, args.folds, out, args.only)
-    else:
-        fields = gastric(out, args.slides)
+    elif args.what == "ablation":
+        fields = generated(out, args.slides, 1024, "small")
         for name, without in ABLATION.items():
-            title = f"ablation-{name.replace(' ', '-').replace(',', '')}"
+            title = "ablation-" + re.sub(r"\W+", "-", name)
             changed = [*args.overrides, *without]
-            run(title, fields, "highres-unet", changed, args.folds, out, args.only)
+            ways = AT_INFERENCE if name == "whole" else None
+            only, folds = args.only, args.folds
+            run(title, fields, "highres-unet", changed, folds, out, only, ways)
+    else:
+        large = args.what == "gastric"
+        size = 2048 if large else 1024
+        fields = generated(out, args.slides, size, "large" if large else "small")
+        for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
+            title = f"{args.what}-{recipe}"
+            run(title, fields, recipe, args.overrides, args.folds, out, args.only)
     ray.shutdown()
     print(torch.__version__)
 

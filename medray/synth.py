@@ -53,8 +53,17 @@ class Scene:
     mask: npt.NDArray[np.uint8]
 
 
+Lesions = Literal["large", "small"]
+"""One to three areas of 5 to 20 % of the field; or many nests, 1 to 5 % together."""
+
+
 def draw_scene(
-    seed: int, *, height: int = 2048, width: int = 2048, tumour: bool = True
+    seed: int,
+    *,
+    height: int = 2048,
+    width: int = 2048,
+    tumour: bool = True,
+    lesions: Lesions = "large",
 ) -> Scene:
     """Draw one slide at about 0.5 um per pixel.
 
@@ -63,11 +72,13 @@ def draw_scene(
         height: Pixels.
         width: Pixels.
         tumour: Draw tumour areas; False for a healthy slide.
+        lesions: How large they are.
     """
     rng = np.random.default_rng(seed)
     shape = (height, width)
     tissue = _tissue(rng, shape)
-    outlines = _outlines(rng, tissue) if tumour else []
+    draw = _outlines if lesions == "large" else _nests
+    outlines = draw(rng, tissue) if tumour else []
     mask = _fill(outlines, shape)
     inside = mask.astype(bool)
     glands, lumen, ring = _glands(rng, tissue & ~inside)
@@ -195,19 +206,42 @@ def _outlines(rng: np.random.Generator, tissue: npt.NDArray[np.bool_]) -> list[P
         centre = candidates[rng.integers(len(candidates))] * 8.0
         here = room[tuple((centre / 8).astype(int))]
         radius = min(rng.uniform(0.15, 0.21) * side, 0.95 * here)
-        angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-        wobble = sum(
-            rng.normal(0, 0.16 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
-            for k in (2, 3, 4, 5)
-        )
-        reach = radius * np.clip(1 + wobble, 0.55, 1.35)
-        ring = np.stack([np.sin(angles), np.cos(angles)], axis=1)
-        knots = centre + reach[:, None] * ring
+        knots = _organic(rng, centre, radius)
         outlines.append(np.clip(knots, 1, np.array(tissue.shape) - 2).round(2))
         grid = np.indices(room.shape).transpose(1, 2, 0) * 8.0
         apart = np.hypot(*np.moveaxis(grid - centre, 2, 0)) - 1.5 * radius
         room = np.minimum(room, np.clip(apart, 0, None))
     return outlines
+
+
+def _nests(rng: np.random.Generator, tissue: npt.NDArray[np.bool_]) -> list[Points]:
+    """Scatter nests of tumour cells, 12 to 70 px in radius, over the tissue."""
+    room = ndimage.distance_transform_edt(ndimage.binary_closing(tissue[::8, ::8])) * 8
+    places = np.argwhere(room > 80) * 8.0
+    rng.shuffle(places)
+    outlines: list[Points] = []
+    centres: list[Points] = []
+    wanted = max(3, round(rng.integers(12, 25) * tissue.size / 2048**2))
+    for centre in places:
+        if len(outlines) == wanted:
+            break
+        if all(np.hypot(*(centre - other)) > 180 for other in centres):
+            knots = _organic(rng, centre, 12 * (70 / 12) ** rng.random())
+            outlines.append(np.clip(knots, 1, np.array(tissue.shape) - 2).round(2))
+            centres.append(centre)
+    return outlines
+
+
+def _organic(rng: np.random.Generator, centre: Points, radius: float) -> Points:
+    """Give the knots of a wobbling circle."""
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    wobble = sum(
+        rng.normal(0, 0.16 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
+        for k in (2, 3, 4, 5)
+    )
+    reach = radius * np.clip(1 + wobble, 0.55, 1.35)
+    ring = np.stack([np.sin(angles), np.cos(angles)], axis=1)
+    return centre + reach[:, None] * ring
 
 
 # --- nuclei ---------------------------------------------------------------------------
@@ -446,6 +480,7 @@ def generate(
     height: int = 2048,
     width: int = 2048,
     prefix: str = "slide",
+    lesions: Lesions = "large",
 ) -> list[Path]:
     """Write slides, their annotations and groups.csv; what is there is left alone.
 
@@ -461,7 +496,13 @@ def generate(
         path = folder / "slides" / f"{name}.tif"
         if not path.exists():
             tumour = index % 6 != 5
-            scene = draw_scene(seed + index, height=height, width=width, tumour=tumour)
+            scene = draw_scene(
+                seed + index,
+                height=height,
+                width=width,
+                tumour=tumour,
+                lesions=lesions,
+            )
             write_svg(folder / "annotations", name, scene)
             write_slide(folder / "slides", name, scene)
         paths.append(path)

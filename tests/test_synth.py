@@ -33,6 +33,19 @@ def test_outlines_and_mask_agree(tmp_path: Path) -> None:
         assert scene.mask.any() == (index != 5)
 
 
+def test_nests_are_many_and_small() -> None:
+    scenes = [
+        draw_scene(seed, height=1024, width=1024, lesions="small") for seed in range(3)
+    ]
+    sizes = np.concatenate(
+        [np.bincount(ndimage.label(scene.mask)[0].ravel())[1:] for scene in scenes]
+    )
+    assert len(sizes) >= 9
+    assert 0 < (sizes < 32 * 32).sum() < len(sizes)
+    for scene in scenes:
+        assert 0.005 < scene.mask.mean() < 0.05
+
+
 @pytest.mark.parametrize("layout", ["tiles", "strips", "pyramid"])
 def test_slides_open_with_their_resolution(tmp_path: Path, layout: str) -> None:
     scene = draw_scene(1, height=600, width=700)
