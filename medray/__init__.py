@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from medray.slides import open_slide
     from medray.store.omezarr import open_mask
     from medray.train import train
+    from medray.tune import tune
 
-__all__ = ["evaluate", "infer", "ingest", "open_mask", "open_slide", "train"]
+__all__ = ["evaluate", "infer", "ingest", "open_mask", "open_slide", "train", "tune"]
 
 _HOME = {
     "evaluate": "medray.evaluate",
@@ -26,6 +27,7 @@ _HOME = {
     "open_mask": "medray.store.omezarr",
     "open_slide": "medray.slides",
     "train": "medray.train",
+    "tune": "medray.tune",
 }
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -52,6 +53,19 @@ def _train(args: argparse.Namespace) -> Any:
         out=args.out,
         overrides=args.overrides,
         repeats=args.repeats,
+    )
+
+
+def _tune(args: argparse.Namespace) -> Any:
+    from medray.tune import tune
+
+    return tune(
+        args.recipe,
+        data=args.data,
+        out=args.out,
+        grid=dict(args.grid) if args.grid else None,
+        asha=args.asha,
+        overrides=args.overrides,
     )
 
 
@@ -189,6 +203,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=1, metavar="N", help="seeds: mean, spread (1)"
     )
 
+    sub = command("tune", _tune, "a recipe with several values for its keys")
+    sub.add_argument("recipe", metavar="RECIPE", help="YAML, or a sweep")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
+    sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--grid",
+        action="append",
+        type=_key_values,
+        metavar="key=[A,B]",
+        help="values of a key; several such options: all combinations",
+    )
+    sub.add_argument(
+        "--asha",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end those that are behind after N epochs (0: none)",
+    )
+
     sub = command("infer", _infer, "slides and a model into masks")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
@@ -289,6 +323,14 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         metavar="S",
         help="a region's reading may take (300 s)",
     )
+
+
+def _key_values(text: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.partition("=")
+    found = yaml.safe_load(values) if equals else None
+    if not isinstance(found, list):
+        raise argparse.ArgumentTypeError(f"expected key=[A,B], found {text}")
+    return key, found
 
 
 def _names(text: str) -> tuple[str, ...]:

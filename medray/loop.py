@@ -19,7 +19,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,13 @@ def run_worker(config: Row) -> str | None:
 
 
 def train_as(
-    team: Team, recipe: Recipe, contract: ModelConfig, data: str, out: str, name: str
+    team: Team,
+    recipe: Recipe,
+    contract: ModelConfig,
+    data: str,
+    out: str,
+    name: str,
+    told: Callable[[Row], None] = lambda entry: None,
 ) -> None:
     """Train as one of a team, from the last checkpoint to the end.
 
@@ -97,6 +103,7 @@ def train_as(
         data: Dataset.
         out: Model folder; checkpoints/NAME-last.pt and NAME-best.pt are kept there.
         name: Of this very training.
+        told: Is given the entry of each epoch, of those before a checkpoint too.
 
     Raises:
         TroubleError: It cannot go on; all of the team raise it.
@@ -109,12 +116,19 @@ def train_as(
     tracker = Tracker(
         out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
     )
+    for entry in learner.history:
+        told(entry)
     with closing(tracker):
-        _train_epochs(learner, tracker, data, out, name)
+        _train_epochs(learner, tracker, data, out, name, told)
 
 
 def _train_epochs(
-    learner: Learner, tracker: Tracker, data: str, out: str, name: str
+    learner: Learner,
+    tracker: Tracker,
+    data: str,
+    out: str,
+    name: str,
+    told: Callable[[Row], None],
 ) -> None:
     team, recipe, steps = learner.team, learner.recipe, learner.steps
     names = learner.contract.classes.names
@@ -150,6 +164,7 @@ def _train_epochs(
             lines = "".join(json.dumps(each) + "\n" for each in learner.history)
             files.write_bytes(history_uri(out), lines.encode())
         tracker.epoch((epoch + 1) * steps, entry)
+        told(entry)
         if learner.is_over():
             break
     if learner.teacher is not None and team.rank == 0:

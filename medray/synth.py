@@ -241,7 +241,8 @@ def _organic(rng: np.random.Generator, centre: Points, radius: float) -> Points:
     )
     reach = radius * np.clip(1 + wobble, 0.55, 1.35)
     ring = np.stack([np.sin(angles), np.cos(angles)], axis=1)
-    return centre + reach[:, None] * ring
+    knots: Points = centre + reach[:, None] * ring
+    return knots
 
 
 # --- nuclei ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,7 +101,7 @@ def train(
             another model, or another process works there.
         TroubleError: The training cannot go on.
     """
-    settings = _with_absolute_paths(read_recipe(recipe, overrides))
+    settings = read_recipe(recipe, overrides)
     data, out = files.absolute(data), files.absolute(out)
     if repeats < 1:
         raise ConfigError(f"repeats: expected 1 or more, found {repeats}")
@@ -149,6 +149,34 @@ def _note_repeats(out: str, results: Sequence[Training]) -> None:
 
 
 def _train(settings: Recipe, data: str, out: str) -> Training:
+    def run(settings: Recipe, contract: ModelConfig, name: str) -> None:
+        _check_workers(settings)
+        _run(settings, contract, data, out, name)
+
+    return train_with(run, settings, data, out)
+
+
+def train_with(
+    run: Callable[[Recipe, ModelConfig, str], None],
+    settings: Recipe,
+    data: str,
+    out: str,
+) -> Training:
+    """Train a model as a recipe says, by other means than Ray Train.
+
+    Args:
+        run: Trains by `medray.loop.train_as`; takes the recipe, what inference must
+            know, and the training's name.
+        settings: The recipe.
+        data: Dataset.
+        out: Model folder to make; nobody else may work there.
+
+    Raises:
+        ConfigError: The recipe, the dataset or both together are wrong, or OUT holds
+            another model.
+        TroubleError: The training cannot go on.
+    """
+    settings = _with_absolute_paths(settings)
     made_from = _made_from(settings, data)
     if (before := _trained_before(out, made_from)) is not None:
         return before
@@ -160,7 +188,6 @@ def _train(settings: Recipe, data: str, out: str) -> Training:
     _check_inputs(settings, contract, data)
     network = build_network(settings, len(contract.classes))
     cluster.connect()
-    _check_workers(settings)
     log.info(
         "training on %d patches, validating on %d, into %s",
         len(patches["train"]),
@@ -170,7 +197,7 @@ def _train(settings: Recipe, data: str, out: str) -> Training:
     start = time.perf_counter()
     # The name holds the digest: only the very same training is resumed.
     name = made_from["digest"].removeprefix("blake2b:")
-    _run(settings, contract, data, out, name)
+    run(settings, contract, name)
     best = read_best(out, name)
     history = read_history(out)
     metrics = best["metrics"] | {"history": history}

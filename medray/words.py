@@ -39,6 +39,13 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         state = "trained" if values["trained"] else "was there already"
         lines.append(f"{command}: {state}, {values['epochs']} epochs")
     failed = values.get("failed", {})
+    if "best" in values:
+        best = ", ".join(f"{key}={value}" for key, value in values["best"].items())
+        lines.append(f"best    {best}")
+        lines.append(
+            f"{command}: {values['trials']} trials, {len(failed)} failed, "
+            f"{values['seconds']:.1f} s"
+        )
     if "done" in values:
         lines.append(
             f"{command}: {values['done']} slides done, {values['skipped']} done "

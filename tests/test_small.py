@@ -290,7 +290,9 @@ def test_a_report_of_thousands_of_slides_stays_small(tmp_path: Path) -> None:
 # --- command line ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "ingest", "train", "infer", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["demo", "ingest", "train", "tune", "infer", "evaluate"]
+)
 def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
