@@ -20,8 +20,11 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    there = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
-        address=None if os.environ.get("RAY_ADDRESS") else "local",
+        address=None if there else "local",
+        # Nobody is told of a local one's dashboard; without it the start is 2 s shorter.
+        include_dashboard=None if there else False,
         logging_level=logging.ERROR,
         log_to_driver=_verbose(),
     )
