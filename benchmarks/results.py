@@ -11,6 +11,7 @@ Running it again goes on where it was killed.
     python benchmarks/results.py gastric --out results
     python benchmarks/results.py nests --out results
     python benchmarks/results.py ablation --out results
+    python benchmarks/results.py table --out results       # of all that is there
 """
 
 import argparse
@@ -238,6 +239,26 @@ ABLATION = {
 }
 
 
+def table(out: Path) -> None:
+    """Print what is there as Markdown."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    print("| training | fields | F1 (Dice) [95 %] | IoU | small: found, IoU | s | M |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for path in sorted(out.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        line = json.loads(path.read_text())
+        low, high = line["f1_interval"] or (None, None)
+        print(
+            f"| {line['title']} | {line['fields']} "
+            f"| {number(line['f1'])} [{number(low)}, {number(high)}] "
+            f"| {number(line['iou'])} "
+            f"| {number(line['small_recall'], 2)}, {number(line['small_iou'], 2)} "
+            f"| {line['seconds_a_fold']:.0f} | {line['parameters'] / 1e6:.2f} |"
+        )
+
+
 AT_INFERENCE = {
     "-flips": Prediction(tta="flips"),
     "-crf": Prediction(crf=5),
@@ -248,7 +269,7 @@ AT_INFERENCE = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "what", choices=["nuclei", "regions", "gastric", "nests", "ablation"]
+        "what", choices=["nuclei", "regions", "gastric", "nests", "ablation", "table"]
     )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, required=True)
@@ -260,6 +281,9 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("medray").setLevel(logging.INFO)
     out = args.out.absolute()
+    if args.what == "table":
+        table(out)
+        return
     cluster.connect()
     if args.what == "nuclei":
         run(
