@@ -23,7 +23,7 @@ def connect() -> None:
     there = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
         address=None if there else "local",
-        # Nobody is told of a local one's dashboard; without it the start is 2 s shorter.
+        # Nobody is told of its dashboard; without it the start is 2 s shorter.
         include_dashboard=None if there else False,
         logging_level=logging.ERROR,
         log_to_driver=_verbose(),

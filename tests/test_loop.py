@@ -260,11 +260,23 @@ def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_tensorboard_has_scalars_and_pictures(dataset: str, tmp_path: Path) -> None:
+def test_what_is_told_while_it_trains(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard, MLflow, and the losses that hard patches are chosen by."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = replace(SMALL, model=Architecture("fcn8s", "vgg16"), batch=8)
-    run(dataset, tmp_path, replace(recipe, schedule=Schedule(epochs=1)))
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "ml").as_uri())
+    recipe = replace(
+        SMALL,
+        model=Architecture("fcn8s", "vgg16"),
+        batch=8,
+        data=Data(crop=64, samples=16, hard=0.7),
+        schedule=Schedule(epochs=1),
+    )
+    run(dataset, tmp_path, recipe)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -274,18 +286,14 @@ def test_tensorboard_has_scalars_and_pictures(dataset: str, tmp_path: Path) -> N
     pictures = {"network/first_kernels", "network/score8", "network/score32"}
     assert pictures | {"validation/0"} <= set(tags["images"])
 
-
-@pytest.mark.slow
-def test_mlflow_is_told_where_it_is_set_up(
-    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "ml").as_uri())
-    run(dataset, tmp_path / "out", replace(SMALL, schedule=Schedule(epochs=1)))
     (found,) = mlflow.search_runs(experiment_names=["medray"], output_format="list")
     assert found.info.run_name == "t"
     assert "loss" in found.data.metrics
+
+    state = torch.load(tmp_path / "checkpoints" / "t-last.pt", weights_only=True)
+    known = ~state["losses"].isnan()
+    assert known.sum() >= 4
+    assert (state["losses"][known] > 0).all()
 
 
 def test_training_and_inference_feed_a_model_the_same(
@@ -311,18 +319,6 @@ def test_training_and_inference_feed_a_model_the_same(
         # Inference folds batch normalisation into the convolutions before it.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert float((ours - theirs).abs().mean()) < 1e-5
-
-
-@pytest.mark.slow
-def test_hard_patches_are_noted_and_change_the_order(
-    dataset: str, tmp_path: Path
-) -> None:
-    recipe = replace(SMALL, data=Data(crop=64, samples=16, hard=0.7))
-    run(dataset, tmp_path, recipe)
-    state = torch.load(tmp_path / "checkpoints" / "t-last.pt", weights_only=True)
-    known = ~state["losses"].isnan()
-    assert known.sum() >= 4
-    assert (state["losses"][known] > 0).all()
 
 
 @pytest.mark.slow
