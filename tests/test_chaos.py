@@ -21,11 +21,11 @@ def test_whatever_is_killed_the_masks_are_the_same_bytes(tmp_path: Path) -> None
     record = tmp_path / "record.json"
     seed = str(int(time.time()))
     command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py")]
-    command += ["--rounds", "3", "--seed", seed, "--record", str(record)]
+    command += ["--rounds", "2", "--seed", seed, "--record", str(record)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     certificate = json.loads(record.read_text())["certificate"]
-    assert certificate["rounds"] == certificate["identical"] == 3, certificate
-    assert len(certificate["kills"]) == 3
+    assert certificate["rounds"] == certificate["identical"] == 2, certificate
+    assert len(certificate["kills"]) == 2
     assert certificate["committed_computed_again"] == 0
     assert certificate["strays"] == 0

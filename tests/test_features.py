@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import serial
 import tifffile
 import torch
 from scipy import ndimage
@@ -44,12 +45,16 @@ def write(path: Path, pixels: np.ndarray, mpp: float) -> None:
     )
 
 
-def run(slides: Path, model: Any, out: Path, **options: Any) -> dict[str, Any]:
-    """Infer, and give the row of slide `s`."""
-    options = {"prediction": HOW, "region": 512} | options
-    summary = infer(
-        [str(slides)], model=model, out=str(out), options=Options(**options)
-    )
+def run(
+    slides: Path, model: Any, out: Path, *, on_ray: bool = False, **asked: Any
+) -> dict[str, Any]:
+    """Infer, on Ray or by the plain loop, and give the row of slide `s`."""
+    options = Options(**({"prediction": HOW, "region": 512} | asked))
+    if on_ray:
+        summary: Any = infer([str(slides)], model=model, out=str(out), options=options)
+    else:
+        predictor = Predictor.from_folders([model], options.prediction)
+        summary = serial.infer(slides, predictor, model, out, options)
     assert summary.failed == {}
     rows = read_table(str(out / "slides.parquet")).to_pylist()
     return next(row for row in rows if row["slide"] == "s")
@@ -102,6 +107,7 @@ def test_a_run_with_everything(
         slides,
         models,
         out,
+        on_ray=True,
         prediction=how,
         clean=clean,
         outlines=True,
@@ -182,7 +188,7 @@ def test_coarse_to_fine_predicts_less_and_the_same(
     slides: Path, model: Path, tmp_path: Path, plain: np.ndarray
 ) -> None:
     # Of a random model's first pass anything may come, but never other classes.
-    run(slides, str(model), tmp_path / "run", coarse=2, everywhere=True)
+    run(slides, str(model), tmp_path / "run", on_ray=True, coarse=2, everywhere=True)
     mask = mask_of(tmp_path / "run")
     first = np.asarray(
         omezarr.open_level(mask_uri(str(tmp_path / "run" / "coarse"), "s"))[:]

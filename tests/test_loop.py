@@ -214,6 +214,7 @@ def test_a_compiled_network_learns_the_same(dataset: str, tmp_path: Path) -> Non
     recipe = replace(
         SMALL,
         schedule=Schedule(epochs=1),
+        model=Architecture("fcn8s", "vgg16"),  # few kinds of layers to compile
         data=Data(crop=64, samples=4),
         optimizer=Optimizer("sgd", lr=0.01),  # Adam makes much of the least gradient
     )

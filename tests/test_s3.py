@@ -336,26 +336,34 @@ def test_every_stage_works_in_a_bucket_that_is_often_busy(
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
-    def medray(*arguments: str) -> dict:
-        command = [sys.executable, "-m", "medray.cli", *arguments, "--json"]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-        assert s3.SECRET not in done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
     proxy.busy = 0.03
     data, model, run = (files.join(place, name) for name in ("data", "model", "run"))
     report = files.join(place, "report")
     source, truth = files.join(place, "in"), files.join(place, "annotations")
     fractions = ("--fractions", "0.5,0.5,0")
-    medray("ingest", source, "--annotations", truth, "--out", data, *fractions)
-    medray("train", str(recipe), "--data", data, "--out", model)
-    summary = medray("infer", source, "--model", model, "--out", run)
-    assert (summary["done"], summary["failed"]) == (2, {})
-    medray("evaluate", run, "--truth", data, "--out", report)
-    assert medray("verify", run)["verified"] == 2
+    commands = [
+        ["ingest", source, "--annotations", truth, "--out", data, *fractions],
+        ["train", str(recipe), "--data", data, "--out", model],
+        ["infer", source, "--model", model, "--out", run],
+        ["evaluate", run, "--truth", data, "--out", report],
+        ["verify", run],
+    ]
+    # One process, so that Ray starts once.
+    each = "import sys, json; from medray.cli import main\n"
+    each += "for c in json.loads(sys.argv[1]): assert main([*c, '--json']) == 0, c"
+    done = subprocess.run(
+        [sys.executable, "-c", each, json.dumps(commands)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert s3.SECRET not in done.stdout + done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+    assert [result["exit_code"] for result in results] == [0] * 5
+    assert (results[2]["done"], results[2]["failed"]) == (2, {})
+    assert results[4]["verified"] == 2
     assert "report.html" in files.list_folder(report)
     proxy.heal()
     for stored in (data, model, run, report):

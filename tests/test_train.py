@@ -18,14 +18,15 @@ import torch
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.ingest import ingest
-from medray.loop import TroubleError
+from medray.loop import TroubleError, train_as
 from medray.models.config import Architecture, ModelConfig, model_digest, read_config
 from medray.models.folder import load_model, save_model
+from medray.models.learner import Team
 from medray.models.losses import SegmentationLoss
 from medray.models.segmenters import build_segmenter
 from medray.recipe import Data, Loss, Optimizer, Recipe, Schedule, read_recipe
 from medray.settings import write_settings
-from medray.train import train
+from medray.train import train, train_with
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Recipe(
@@ -271,12 +272,21 @@ def epochs_of(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def train_here(recipe: Recipe, dataset: Path, out: Path) -> Path:
+    """Train in this process, without Ray Train."""
+
+    def run(settings: Recipe, contract: ModelConfig, name: str) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)  # as a worker that is alone
+        team = Team(0, 1, torch.device("cpu"))
+        train_as(team, settings, contract, str(dataset), str(out), name)
+
+    train_with(run, recipe, str(dataset), str(out))
+    return out
+
+
 @pytest.fixture(scope="module")
 def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_settings(str(folder / "r.yaml"), TINY)
-    train(str(folder / "r.yaml"), data=str(dataset), out=str(folder / "m"))
-    return folder / "m"
+    return train_here(TINY, dataset, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.slow
@@ -342,15 +352,12 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         at_once=2,
         schedule=Schedule(epochs=1),
     )
-    weights = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        write_settings(str(folder / "r.yaml"), replace(one, workers=workers))
-        train(str(folder / "r.yaml"), data=str(dataset), out=str(folder / "m"))
-        weights.append(weights_of(folder / "m"))
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
+    alone = weights_of(train_here(one, dataset, tmp_path / "one"))
+    write_settings(str(tmp_path / "r.yaml"), replace(one, workers=2))
+    out = tmp_path / "two"
+    train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
+    for name, weight in weights_of(out).items():
+        torch.testing.assert_close(alone[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
