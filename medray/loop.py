@@ -224,8 +224,10 @@ def _do_step(learner: Learner, stream: Iterator[Part], out: str) -> float:
     team, number = learner.team, learner.step
     parts: list[Part] = []
     trouble = None
+    start = time.perf_counter()
     try:
         parts = [next(stream) for _ in team.share(learner.recipe.parts)]
+        learner.waited += time.perf_counter() - start
         _bound_damage(learner, parts)
     except MedrayError as error:
         trouble = f"{error}"

@@ -108,7 +108,7 @@ def test_what_was_killed_and_resumed_has_the_same_weights(
                 continue
             break
         assert_same(whole, weights)
-        times = ("seconds", "crops_per_second")
+        times = ("seconds", "crops_per_second", "waiting")
         for one, other in zip(history(tmp_path / "whole"), history(out), strict=True):
             for name in one.keys() - set(times):
                 assert one[name] == other[name], name

@@ -147,7 +147,7 @@ class Learner:
             self.average = build_average(self.network, recipe.optimizer.average)
         self.rate = 0.0
         self.epoch = self.step = 0
-        self.loss_sum = self.seconds = 0.0
+        self.loss_sum = self.seconds = self.waited = 0.0
         self.history: list[Row] = []
         self.best: Row = {"epoch": -1, "score": float("-inf")}
         self.damaged: dict[str, str] = {}
@@ -393,6 +393,7 @@ class Learner:
             "learning_rate": self.rate,
             "seconds": self.seconds + seconds,
             "crops_per_second": crops / max(self.seconds, 1e-9),
+            "waiting": self.waited / max(self.seconds, 1e-9),
             "damaged": len(self.damaged),
         }
         entry |= scores
@@ -403,7 +404,7 @@ class Learner:
             self.best = {"epoch": self.epoch, "score": entry["score"]}
             weights = {k: v.cpu() for k, v in self.kept.state_dict().items()}
         self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sum = self.seconds = 0.0
+        self.loss_sum = self.seconds = self.waited = 0.0
         self.order_losses = self.losses.clone()
         return entry, weights
 
@@ -422,8 +423,8 @@ class Learner:
 
     # --- state ------------------------------------------------------------------------
 
-    _VALUES = ("epoch", "step", "rate", "loss_sum", "seconds", "history", "best")
-    _MORE = ("damaged", "losses", "order_losses")
+    _VALUES = ("epoch", "step", "rate", "loss_sum", "seconds", "waited")
+    _MORE = ("history", "best", "damaged", "losses", "order_losses")
 
     def state(self) -> Row:
         """Give all that the next step depends on."""
