@@ -36,10 +36,17 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def lane_resources() -> dict[str, float]:
-    """One lane a GPU; without GPUs one a node, which leaves a core for reading."""
-    if cluster.gpus():
-        return {"num_gpus": 1}
-    return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1)}
+    """One lane a GPU; without GPUs one a node, all but a core of it.
+
+    Its hands are counted here and take nothing themselves: one that had to find a place
+    of its own, or to find it again after it died, could wait for good on a node that
+    others have filled meanwhile.
+    """
+    gpu = bool(cluster.gpus())
+    hands = 0.25 * budget.hands_of(gpu)
+    if gpu:
+        return {"num_gpus": 1, "num_cpus": min(hands, cluster.cpus_per_node() / 2)}
+    return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + hands}
 
 
 def start_lanes(settings: RunSettings, out: str) -> Pool:
@@ -236,7 +243,7 @@ class _Hands:
             ray.get_runtime_context().get_node_id(), soft=True
         )
         actor = ray.remote(RegionIO).options(
-            num_cpus=0.25, max_restarts=-1, scheduling_strategy=here
+            num_cpus=0, max_restarts=-1, scheduling_strategy=here
         )
         self._actors = [actor.remote() for _ in range(budget.hands_of(gpu))]
         # Readers and writers take turns from opposite ends.
@@ -283,7 +290,7 @@ class _Started:
             pass
         alone = (
             ray.remote(_alone)
-            .options(num_cpus=0.25, max_retries=0, num_returns=self._returns)
+            .options(num_cpus=0, max_retries=0, num_returns=self._returns)
             .remote(self._name, self._args)
         )
         try:

@@ -1,7 +1,9 @@
 """A run on several Ray nodes, one of which is lost."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -39,16 +41,15 @@ def start(slides: Path, model: Path, out: Path, address: str) -> subprocess.Pope
     )
 
 
-def lanes() -> int:
-    """How many processes call themselves a lane."""
-    count = 0
+def titled(start: bytes) -> list[int]:
+    """Processes that call themselves so."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                count += b"ray::Lane" in (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-    return count
+            with contextlib.suppress(OSError):
+                if (entry / "cmdline").read_bytes().startswith(start):
+                    found.append(int(entry.name))
+    return found
 
 
 def masks(out: Path) -> dict[str, bytes]:
@@ -70,7 +71,7 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
 
     def watch() -> None:
         while not stop.wait(0.5):
-            most[0] = max(most[0], lanes())
+            most[0] = max(most[0], len(titled(b"ray::Lane")))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -98,6 +99,48 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0
     assert masks(out) == masks(alone)
+
+
+@pytest.mark.timeout(600)
+def test_others_that_fill_the_nodes_do_not_starve_it(
+    model: Path, tmp_path: Path, nodes: list
+) -> None:
+    """What dies comes back, though others wait for the room that it had."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    cluster, *_ = nodes
+    for seed in range(4):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(tmp_path / "slides", f"s{seed}", scene, layout="pyramid")
+    process = start(tmp_path / "slides", model, tmp_path / "run", cluster.address)
+    hands: list[int] = []
+    while len(hands) < 2 and process.poll() is None:
+        time.sleep(0.1)
+        hands = titled(b"ray::RegionIO")
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        # Each wants what its node has free and what a hand would give back.
+        other = ray.remote(lambda: time.sleep(900))
+        free = ray._private.state.available_resources_per_node()
+        others = [
+            other.options(
+                num_cpus=there["CPU"] + 0.25,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            ).remote()
+            for node, there in free.items()
+        ]
+        time.sleep(3)
+        for pid in hands:
+            os.kill(pid, signal.SIGKILL)
+        answer, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+        ray.shutdown()
+    assert len(others) == 2  # and were waiting until here
+    assert process.returncode == 0, answer
+    summary = json.loads(answer.splitlines()[-1])
+    assert (summary["done"], summary["failed"]) == (4, {})
 
 
 def start_training(
