@@ -299,6 +299,7 @@ def main() -> None:
             args.folds,
             out,
             args.only,
+            {"-flips": Prediction(tta="flips")},
         )
     elif args.what == "regions":
         for name, fields in regions(args.data).items():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+
+# Least time of a step of Ray Data's loop.
+_STEP_S = 0.02
 
 
 def connect() -> None:
@@ -54,6 +58,7 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
     context.enable_rich_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
+    context.custom_execution_callback_classes = [_Rest]
     # A hospital's scanner share may stall for long; the run's own limits decide.
     context.execution_no_progress_timeout_s = -1
     data_logger = logging.getLogger("ray.data")
@@ -65,6 +70,32 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
             yield
     finally:
         data_logger.setLevel(level)
+
+
+class _Rest:
+    """Lets Ray Data's loop rest where it would spin.
+
+    While nobody takes what is there it goes round without waiting for anything: a core
+    and the interpreter's lock of a process that has better to do, such as to train.
+    The methods are those of Ray Data's ExecutionCallback.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def on_execution_step(self, _: object) -> None:
+        """Make up what a step lacks of a hundredth of a second."""
+        time.sleep(max(0.0, self._last + _STEP_S - time.monotonic()))
+        self._last = time.monotonic()
+
+    def before_execution_starts(self, _: object) -> None:
+        """Do nothing."""
+
+    def after_execution_succeeds(self, _: object) -> None:
+        """Do nothing."""
+
+    def after_execution_fails(self, _: object, error: Exception) -> None:
+        """Do nothing."""
 
 
 def cpus_per_node() -> int:
