@@ -29,14 +29,37 @@ _SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
 
 
 def _ingest(args: argparse.Namespace) -> Any:
+    if args.side is not None:
+        return _ingest_images(args)
     from medray.ingest import ingest
 
     return ingest(
         args.slides,
         out=args.out,
         annotations=args.annotations,
-        classes=args.classes,
+        classes=args.classes or ("background", "tumour"),
         mpp=args.mpp,
+        groups=args.groups,
+        splits=args.splits,
+        fractions=args.fractions,
+        seed=args.seed,
+    )
+
+
+def _ingest_images(args: argparse.Namespace) -> Any:
+    from medray.sheets import ingest_images
+
+    if len(args.slides) != 1 or args.annotations or args.mpp:
+        raise ConfigError(
+            "--side: expected one folder of class folders, without --annotations and "
+            "--mpp"
+        )
+    return ingest_images(
+        args.slides[0],
+        out=args.out,
+        side=args.side,
+        classes=args.classes,
+        patients=args.patients,
         groups=args.groups,
         splits=args.splits,
         fractions=args.fractions,
@@ -104,6 +127,14 @@ def _plan(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
+    from medray.store import files
+
+    if files.exists(files.join(args.run_folder, "model.yaml")):
+        from medray.evaluate_images import evaluate_images
+
+        return evaluate_images(
+            args.run_folder, data=args.truth, out=args.out, split=args.split or "test"
+        )
     from medray.evaluate import evaluate
 
     return evaluate(args.run_folder, truth=args.truth, out=args.out, split=args.split)
@@ -178,9 +209,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--classes",
         type=_names,
-        default=("background", "tumour"),
+        default=(),
         metavar="A,B",
-        help="class names by label value, background first (background,tumour)",
+        help="class names by label value, background first (background,tumour; of "
+        "class folders their names)",
     )
     sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
     sub.add_argument("--groups", metavar="CSV", help="slide,group: patients")
@@ -193,6 +225,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="shares of train, val and test (0.7,0.15,0.15)",
     )
     sub.add_argument("--seed", type=int, default=0, help="decides the splits (0)")
+    sub.add_argument(
+        "--side",
+        type=int,
+        metavar="PX",
+        help="SLIDES is a folder of class folders; side of their images",
+    )
+    sub.add_argument(
+        "--patients",
+        default="",
+        metavar="REGEX",
+        help="finds the patient in the name of an image of class folders",
+    )
 
     sub = command("train", _train, "a recipe and a dataset into a model")
     sub.add_argument("recipe", metavar="RECIPE", help="YAML file, see recipes/")
@@ -236,7 +280,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_options(sub)
 
     sub = command("evaluate", _evaluate, "a run and the truth into a report")
-    sub.add_argument("run_folder", metavar="RUN", help="from infer")
+    sub.add_argument(
+        "run_folder", metavar="RUN", help="from infer, or a classifier's MODEL"
+    )
     sub.add_argument(
         "--truth", required=True, help="dataset, or folder of annotations like slides"
     )

@@ -5,6 +5,10 @@ dataset.yaml              classes and how the slides were cut (DatasetSettings)
 slides.parquet            a row a slide: size, mpp, digest, status, split
 patches.parquet           a row a patch: where, tissue, classes, split
 slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
+
+A dataset of images in class folders (medray.sheets) has sheets of them as slides, a
+patch an image (`image`, `patient` and `digest` besides), and
+images.parquet            a row an image: class, patient, split, status and why
 """
 
 from __future__ import annotations
@@ -80,6 +84,16 @@ def read_dataset(folder: str) -> DatasetSettings:
             f"`medray ingest` writes one"
         )
     return from_dict(DatasetSettings, read_yaml(uri), uri)
+
+
+def images_uri(folder: str) -> str:
+    """Give the place of the table of images."""
+    return files.join(folder, "images.parquet")
+
+
+def holds_images(folder: str) -> bool:
+    """Tell whether a dataset is of images, each of one class, rather than of slides."""
+    return files.exists(images_uri(folder))
 
 
 def slide_uri(folder: str, slide: str) -> str:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import ray.data
 
 from medray import cluster
+from medray.dataset import read_dataset
 from medray.errors import FormatError
 from medray.patches import Crops, read_train, read_unlabelled, read_val
 from medray.recipe import Recipe
@@ -34,8 +35,7 @@ class Place(NamedTuple):
     part: int
 
 
-VAL_BATCH = 4
-"""Validation patches that are predicted at once."""
+_VAL_PX = 4 * 512**2  # pixels of validation patches that are predicted at once
 _TASK_PARTS = 4  # that a task of Ray Data reads
 
 
@@ -51,6 +51,11 @@ class Part:
 
     crops: Crops
     unlabelled: npt.NDArray[np.uint8]
+
+
+def val_batch(data: str) -> int:
+    """Give how many validation patches are predicted at once: 4 of 512 px."""
+    return max(1, _VAL_PX // read_dataset(data).patch ** 2)
 
 
 def read_parts(
@@ -111,7 +116,8 @@ def _read_place(
     other = b""
     try:
         if step == steps:
-            crops = read_val(data, recipe, part * VAL_BATCH, VAL_BATCH)
+            count = val_batch(data)
+            crops = read_val(data, recipe, part * count, count)
         else:
             first = step * recipe.batch + part * recipe.held
             crops = read_train(data, recipe, epoch, first, losses)

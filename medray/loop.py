@@ -32,10 +32,11 @@ from PIL import Image
 
 from medray.dataset import read_dataset
 from medray.errors import FormatError, MedrayError
-from medray.feed import VAL_BATCH, Part, Place, read_parts
+from medray.feed import Part, Place, read_parts, val_batch
 from medray.metrics import (
     class_scores,
     confusion,
+    of_images,
     small_objects,
     small_scores,
     summary,
@@ -149,7 +150,8 @@ def _train_epochs(
                 start, saved = time.perf_counter(), time.monotonic()
         learner.seconds += time.perf_counter() - start
         checked = _validate(learner, stream, data, tracker)
-        entry, weights = learner.end_epoch(_scores(checked, names), checked.seconds)
+        scores = _scores(checked, names, recipe.classifies)
+        entry, weights = learner.end_epoch(scores, checked.seconds)
         if weights is not None:
             per_class = class_scores(checked.counts, names)
             metrics = entry | {"per_class": per_class}
@@ -198,7 +200,7 @@ def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]
     this one ends; where the order follows the losses, it reads one.
     """
     recipe, team, steps = learner.recipe, learner.team, learner.steps
-    checks = -(-len(usable_patches(data, "val", recipe)) // VAL_BATCH)
+    checks = -(-len(usable_patches(data, "val", recipe)) // val_batch(data))
     epochs = recipe.schedule.epochs
     readers = (os.cpu_count() or 1) // (2 * team.neighbours)
     readers = min(_MOST_READERS, max(1, readers))
@@ -308,7 +310,8 @@ def _validate(
     start = time.perf_counter()
     team, classes = learner.team, read_dataset(data).classes
     patches = usable_patches(data, "val", learner.recipe)
-    shown = _examples(patches, team)
+    at_once, classifies = val_batch(data), learner.recipe.classifies
+    shown = [] if classifies else _examples(patches, at_once, team)
     pictures: list[bytes] = []
     counts = np.zeros((len(classes), len(classes)), np.int64)
     small = np.zeros(4, np.int64)
@@ -316,7 +319,7 @@ def _validate(
     trouble = None
     learner.share_what_was_seen()
     try:
-        for _ in team.share(-(-len(patches) // VAL_BATCH)):
+        for _ in team.share(-(-len(patches) // at_once)):
             crops = next(stream).crops
             learner.damaged |= crops.damaged
             if not len(crops.images):
@@ -327,8 +330,11 @@ def _validate(
             rows = zip(crops.patches, crops.masks, predicted, crops.sizes, strict=True)
             for at, (index, truth, guess, (h, w)) in enumerate(rows):
                 truth, guess = truth[:h, :w], guess[:h, :w]
+                if classifies:
+                    truth = np.full_like(guess, np.bincount(truth.ravel()).argmax())
                 counts += confusion(truth, guess, len(classes))
-                small += small_objects(truth, guess)
+                if not classifies:
+                    small += small_objects(truth, guess)
                 if index in shown:
                     pixels = np.moveaxis(crops.images[at][:, :h, :w], 0, 2)
                     picture = draw_overlay(pixels, truth, guess, classes)
@@ -359,8 +365,9 @@ def _beside_teacher(learner: Learner, data: str) -> Row:
     seconds = dict.fromkeys(models, 0.0)
     patches = len(usable_patches(data, "val", learner.recipe))
     seen = 0
-    for first in range(0, min(patches, _COMPARED), VAL_BATCH):
-        crops = read_val(data, learner.recipe, first, VAL_BATCH)
+    at_once = val_batch(data)
+    for first in range(0, min(patches, _COMPARED), at_once):
+        crops = read_val(data, learner.recipe, first, at_once)
         if not len(crops.images):
             continue
         for name, (_, predict) in models.items():
@@ -387,11 +394,11 @@ def _no_labels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.zeros_like(images[:, 0])
 
 
-def _examples(patches: list[Row], team: Team) -> list[int]:
+def _examples(patches: list[Row], at_once: int, team: Team) -> list[int]:
     """Choose patches of rank 0 to show: large ones with something to find, spread."""
     if team.rank:
         return []
-    mine = [i for i in range(len(patches)) if i // VAL_BATCH % team.size == 0]
+    mine = [i for i in range(len(patches)) if i // at_once % team.size == 0]
     found = [i for i in mine if any(patches[i]["class_px"][1:])] or mine
     most = max(patches[i]["height"] * patches[i]["width"] for i in found)
     candidates = [
@@ -422,15 +429,16 @@ def _show(
             tracker.picture(step, f"network/{name}", drawn)
 
 
-def _scores(checked: _Checked, names: Sequence[str]) -> Row:
+def _scores(checked: _Checked, names: Sequence[str], classifies: bool) -> Row:
     """Give an epoch's scores, and a warning where they hide that nothing is learned."""
     counts = checked.counts
-    scores: Row = dict(summary(counts, names)) | small_scores(checked.small)
+    counted = of_images(counts, names) if classifies else (counts, names)
+    scores: Row = dict(summary(*counted)) | small_scores(checked.small)
     scores["val_loss"] = checked.loss if np.isfinite(checked.loss) else None
     true, predicted = (np.flatnonzero(counts.sum(axis=axis)) for axis in (1, 0))
     if len(predicted) == 1 and len(true) > 1:
         scores["warning"] = (
-            f"every pixel was predicted as {names[predicted[0]]}; if that goes on, "
+            f"everything was predicted as {names[predicted[0]]}; if that goes on, "
             f"lower optimizer.lr, or set data.balance"
         )
     return scores

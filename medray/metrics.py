@@ -133,6 +133,25 @@ def summary(counts: Counts, names: Sequence[str]) -> dict[str, float | None]:
     return {name: _plain(value) for name, value in _macro(counts).items()}
 
 
+def of_images(counts: Counts, names: Sequence[str]) -> tuple[Counts, Sequence[str]]:
+    """Make counts of whole images such that their means are those of classifiers.
+
+    Of two classes the second is what is looked for: its scores count. Of more, all
+    count alike (macro averages), which a background before them brings about.
+
+    Args:
+        counts: (..., C, C) int64, images.
+        names: Of the C classes.
+
+    Returns:
+        Counts and names for `summary` and `bootstrap`.
+    """
+    if len(names) == 2:
+        return counts, names
+    before = [(0, 0)] * (counts.ndim - 2) + [(1, 0), (1, 0)]
+    return np.pad(counts, before), ["", *names]
+
+
 SMALL = 32 * 32
 """Pixels below which an object is small, as COCO has it (Lin et al. 2014)."""
 

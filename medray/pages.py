@@ -8,8 +8,11 @@ from collections.abc import Sequence
 
 import jinja2
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 INK, SOFT, LINE, ACCENT = "#1d2429", "#5c6870", "#dfe4e8", "#0b5c8a"
 """Colours of text, of what is beside it, of rules and of what matters."""
@@ -41,6 +44,13 @@ def as_svg(figure: Figure) -> Markup:
         )
     text = buffer.getvalue()
     return Markup(text[text.index("<svg") :])  # matplotlib escapes what it writes
+
+
+def as_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Write (H, W, 3) uint8 RGB as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def data_uri(picture: bytes) -> str:

@@ -306,7 +306,7 @@ def read_val(data: str, recipe: Recipe, first: int, count: int) -> Crops:
     """
     patches = usable_patches(data, "val", recipe)
     classes = len(read_dataset(data).classes)
-    side = omezarr.PATCH
+    side = read_dataset(data).patch
     pairs, kept, damaged = [], [], {}
     for index in range(first, min(first + count, len(patches))):
         patch = patches[index]

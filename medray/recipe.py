@@ -329,10 +329,22 @@ class Recipe:
                 f"{self.parts} parts for {most} workers; set at_once to "
                 f"{max(1, self.batch // most)} or less, so that each has one"
             )
+        if self.classifies and (
+            self.loss.dice or self.teacher or self.unlabelled or self.prune
+        ):
+            raise ValueError(
+                "model: a classifier cannot do with loss.dice (set it to 0), teacher, "
+                "unlabelled or prune"
+            )
         if self.window.size % 32:
             raise ValueError(
                 f"window.size: expected a multiple of 32, found {self.window.size}"
             )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a crop has one class, the commonest of its pixels."""
+        return self.model.name == "classifier"
 
     @property
     def fewest(self) -> int:

@@ -26,7 +26,7 @@ import ray.train
 import ray.train.torch
 
 from medray import cluster
-from medray.dataset import read_dataset
+from medray.dataset import holds_images, read_dataset
 from medray.errors import ConfigError
 from medray.loop import (
     TroubleError,
@@ -37,7 +37,7 @@ from medray.loop import (
     teacher_uri,
 )
 from medray.models.config import ModelConfig, model_digest, read_config
-from medray.models.folder import save_model
+from medray.models.folder import save_model, write_seen
 from medray.models.learner import build_network
 from medray.models.weights import is_file
 from medray.patches import usable_patches
@@ -207,6 +207,8 @@ def train_with(
         metrics["teacher"] = files.read_json(teacher_uri(out))
     metrics["parameters"] = sum(p.numel() for p in network.parameters())
     _write_report(out, contract, metrics)
+    if holds_images(data):
+        write_seen(out, [row["digest"] for rows in patches.values() for row in rows])
     save_model(out, contract, network, metrics)
     seconds = time.perf_counter() - start
     page = files.join(out, "training.html")
@@ -395,6 +397,19 @@ def _mpp(patches: list[Row]) -> float | None:
 
 def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
     """Check what the recipe refers to, before anything is started."""
+    side = read_dataset(data).patch
+    if holds_images(data) and not (
+        settings.classifies
+        and settings.data.crops == (side,)
+        and (settings.window.size, settings.window.stride) == (side, side)
+    ):
+        raise ConfigError(
+            f"{data}: holds images of {side} px that have one class each; expected "
+            f"model.name=classifier data.crop={side} window.size={side} "
+            f"window.stride={side}, found {settings.model.name}, "
+            f"{settings.data.crop}, {settings.window.size} and "
+            f"{settings.window.stride}"
+        )
     how = settings.unlabelled
     if how is not None:
         if not settings.optimizer.average:

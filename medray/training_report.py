@@ -17,6 +17,9 @@ from medray.store import files
 
 Row = dict[str, Any]
 
+_SCORES = {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"}
+_IMAGE_SCORES = {"f1": "F1", "accuracy": "accuracy", "specificity": "specificity"}
+
 
 def write_training_report(
     out: str, config: ModelConfig, metrics: Row, examples: Sequence[bytes]
@@ -36,6 +39,7 @@ def write_training_report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=config.classes,
         metrics=metrics,
+        of_images=kind.name == "classifier",
         seconds=sum(entry["seconds"] for entry in history),
         warnings=_warnings(history),
         curves={
@@ -46,7 +50,7 @@ def write_training_report(
             ),
             "Scores on the validation patches": _curves(
                 history,
-                {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"},
+                _IMAGE_SCORES if kind.name == "classifier" else _SCORES,
                 metrics["epoch"],
             ),
             "Learning rate": _curves(history, {"learning_rate": ""}, best),
@@ -113,7 +117,7 @@ def _curves(history: Sequence[Row], names: Mapping[str, str], best: int) -> Mark
     axes.axvline(best, color=SOFT, linewidth=1, linestyle=":")
     if any(names.values()) and axes.lines[:-1]:
         axes.legend(frameon=False, labelcolor=SOFT, fontsize=9)
-    if all(name in ("f1", "iou", "small_recall") for name in names):
+    if names in (_SCORES, _IMAGE_SCORES):
         axes.set_ylim(0, 1)
     axes.set_xlabel("epoch", color=SOFT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

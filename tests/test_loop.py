@@ -253,7 +253,7 @@ def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -
         return loop._scores(loop._Checked(np.array(counts), small, 0, [], 0), names)
 
     scores = scores_of([[90, 0], [10, 0]])
-    assert "every pixel was predicted as background" in scores["warning"]
+    assert "everything was predicted as background" in scores["warning"]
     fine = scores_of([[90, 1], [5, 4]])
     assert "warning" not in fine
     run(dataset, tmp_path, recipe)

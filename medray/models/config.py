@@ -26,10 +26,25 @@ class Architecture:
             unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...;
             or `classifier`: one class for a whole window.
         encoder: Any encoder of segmentation-models-pytorch or `tu-` + any of timm.
+        hidden: Of a classifier: units of a layer (ReLU) before the last; 0: none.
+        dropout: Of a classifier: share of what reaches the last layer that is dropped
+            in training.
     """
 
     name: str = "unet"
     encoder: str = "resnet18"
+    hidden: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.hidden < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"model: expected hidden of 0 or more and dropout from 0 to 1, found "
+                f"{self.hidden} and {self.dropout}"
+            )
+        if self.name != "classifier" and (self.hidden or self.dropout):
+            raise ValueError(f"model: {self.name} has no hidden and no dropout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ weights.safetensors, metrics.json (how good it was on validation data) and READM
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import safetensors
@@ -31,6 +32,20 @@ def save_model(
     card = _card(config, metrics)
     files.write_bytes(files.join(folder, "README.md"), card.encode())
     write_settings(files.join(folder, "model.yaml"), config)
+
+
+def write_seen(folder: str, digests: Sequence[str]) -> None:
+    """Note the digests of the images that trained or chose a model."""
+    text = "".join(f"{digest}\n" for digest in sorted(digests))
+    files.write_bytes(files.join(folder, "seen.txt"), text.encode())
+
+
+def read_seen(folder: str) -> set[str]:
+    """Read what `write_seen` wrote; nothing of a model that was trained on slides."""
+    uri = files.join(folder, "seen.txt")
+    if not files.exists(uri):
+        return set()
+    return set(files.read_bytes(uri).decode().split())
 
 
 def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:

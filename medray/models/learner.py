@@ -14,6 +14,7 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.models.augment import augment_batch, build_colours, build_geometry
+from medray.models.classifiers import build_classifier
 from medray.models.config import ModelConfig
 from medray.models.distil import Hints, LastFeatures, consistency, divergence, rise
 from medray.models.folder import load_model
@@ -272,7 +273,7 @@ class Learner:
         images, _ = augment_batch(self.colours, images, masks, seed=seed + 1)
         torch.manual_seed(seed)  # of dropout
         logits = self._forward(self.model, self.normalise(images))
-        labels = masks.long()
+        labels = self._labels(masks)
         loss: torch.Tensor = self.loss(logits, labels)
         loss = loss + self.loss.of_weights(self.network)
         if self.teacher is not None and self.recipe.teacher is not None:
@@ -314,7 +315,17 @@ class Learner:
         low = self.dtype != torch.float32
         with torch.autocast(self.team.device.type, self.dtype, enabled=low):
             logits: torch.Tensor = model(inputs)
+        if logits.ndim == 2:  # of a classifier: for the whole crop
+            logits = logits[:, :, None, None]
         return logits.float()
+
+    def _labels(self, masks: torch.Tensor) -> torch.Tensor:
+        """Give int64 labels: of pixels (N, S, S), or (N, 1, 1) a crop's commonest."""
+        if not self.recipe.classifies:
+            return masks.long()
+        flat, classes = masks.flatten(1), range(len(self.contract.classes))
+        counts = torch.stack([(flat == value).sum(dim=1) for value in classes], dim=1)
+        return counts.argmax(dim=1)[:, None, None]
 
     def _combine(self, loss: torch.Tensor) -> float:
         """Add up gradients and loss over the team; give the loss."""
@@ -342,11 +353,14 @@ class Learner:
 
     @torch.inference_mode()
     def predict(self, images: UInt8, masks: UInt8) -> tuple[UInt8, float]:
-        """Give the classes (N, H, W) of the network that is kept, and the mean loss."""
+        """Give the classes (N, H, W) of the network that is kept, and the mean loss.
+
+        Those of a classifier are (N, 1, 1).
+        """
         network = self.kept.eval()
         inputs = self.normalise(_to_device(images, self.team.device))
         logits = self._forward(network, inputs)
-        labels = _to_device(masks, self.team.device).long()
+        labels = self._labels(_to_device(masks, self.team.device))
         classes = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         return classes, float(self.loss(logits, labels))
 
@@ -466,6 +480,8 @@ def build_network(recipe: Recipe, classes: int) -> nn.Module:
                 f"{classes}; make them the same"
             )
         return thinned(network, recipe.prune.share)
+    if recipe.classifies:
+        return build_classifier(recipe.model, classes, recipe.weights)
     return build_segmenter(recipe.model, classes, recipe.weights)
 
 

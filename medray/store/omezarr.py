@@ -225,12 +225,13 @@ def _create(
     shapes: list[tuple[int, ...]],
     attributes: dict[str, Any],
     region: int,
+    patch: int,
     fill_value: int,
 ) -> None:
     """Write the metadata of an empty OME-Zarr, or mend it where it is damaged."""
     stored: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(stored), zarr_format=3)
-    _create_arrays(group, shapes, region=region, fill_value=fill_value)
+    _create_arrays(group, shapes, region=region, patch=patch, fill_value=fill_value)
     group.attrs.put(attributes)
     wanted = {name: value.to_bytes() for name, value in stored.items()}
     top = wanted.pop(_GROUP)
@@ -306,13 +307,18 @@ def merkle_root(digests: Digests) -> str:
 
 
 def _create_arrays(
-    group: zarr.Group, shapes: list[tuple[int, ...]], *, region: int, fill_value: int
+    group: zarr.Group,
+    shapes: list[tuple[int, ...]],
+    *,
+    region: int,
+    patch: int,
+    fill_value: int,
 ) -> None:
     for level, shape in enumerate(shapes):
         lead = shape[:-2]
         shard = region >> level if level < AT_ONCE else region
         chunk = next(
-            shard // n for n in range(-(-shard // PATCH), shard) if not shard % n
+            shard // n for n in range(-(-shard // patch), shard) if not shard % n
         )
         group.create_array(
             str(level),
@@ -339,6 +345,7 @@ def create_image(
     channels: Sequence[tuple[str, str]] = RGB,
     fill_value: int = 255,
     region: int = REGION,
+    patch: int = PATCH,
 ) -> None:
     """Create an empty image (channel, y, x).
 
@@ -353,7 +360,8 @@ def create_image(
         attributes: Stored under the key `medray`.
         channels: Name and #rrggbb of each channel.
         fill_value: What never written pixels read as: white for a slide.
-        region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+        region: Side of a region, and so of a shard, in pixels; a multiple of `patch`.
+        patch: Side of a chunk, in pixels, at most; a multiple of 32.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -362,7 +370,7 @@ def create_image(
         "omero": _omero(name, channels),
     }
     cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
-    _create(uri, cyx, {"ome": ome, "medray": attributes}, region, fill_value)
+    _create(uri, cyx, {"ome": ome, "medray": attributes}, region, patch, fill_value)
 
 
 def create_labels(
@@ -376,6 +384,7 @@ def create_labels(
     attributes: Any,
     source: str | None = None,
     region: int = REGION,
+    patch: int = PATCH,
 ) -> None:
     """Create an empty label image; what is never written is background.
 
@@ -390,7 +399,8 @@ def create_labels(
         classes: Names and colours of the label values.
         attributes: Stored under the key `medray`.
         source: Relative path to the image that is labelled, if it is near.
-        region: Side of a region, and so of a shard, in pixels; a multiple of 512.
+        region: Side of a region, and so of a shard, in pixels; a multiple of `patch`.
+        patch: Side of a chunk, in pixels, at most; a multiple of 32.
     """
     shapes = level_shapes(height, width)
     ome = {
@@ -398,7 +408,7 @@ def create_labels(
         "multiscales": _multiscales(len(shapes), mpp, "labels", name),
         "image-label": _image_label(classes, source),
     }
-    _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, 0)
+    _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, patch, 0)
 
 
 def list_labels(uri: str, names: Sequence[str]) -> None:

@@ -1,0 +1,294 @@
+"""Images in class folders: from files to a classifier's report."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.errors import ConfigError
+from medray.evaluate_images import evaluate_images, score
+from medray.metrics import confusion, of_images, summary
+from medray.models.folder import load_model
+from medray.models.network import Normalise
+from medray.recipe import read_recipe
+from medray.sheets import find_images, ingest_images, read_resized
+from medray.store import files, omezarr
+
+COLOURS = {"healthy": (220, 160, 190), "sick": (120, 80, 170)}
+
+
+def draw(rng: np.random.Generator, name: str, side: int) -> Image.Image:
+    pixels = np.full((side, side, 3), 250.0)
+    y, x = np.indices((side, side))
+    cell = np.hypot(y - side / 2, x - side / 2) < side * rng.uniform(0.3, 0.45)
+    pixels[cell] = COLOURS[name]
+    return Image.fromarray(
+        np.clip(pixels + rng.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
+    )
+
+
+def write_cells(folder: Path, patients: int = 12, each: int = 4) -> Path:
+    """Cells of two classes, in several formats and sizes."""
+    rng = np.random.default_rng(0)
+    for name in COLOURS:
+        (folder / name).mkdir(parents=True)
+        for patient in range(patients):
+            for number in range(each):
+                suffix = ("png", "bmp", "jpg")[number % 3]
+                image = draw(rng, name, 40 + 5 * number)
+                image.save(folder / name / f"P{patient}_cell_{number}.{suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cells(tmp_path_factory.mktemp("cells") / "cells")
+
+
+@pytest.fixture(scope="module")
+def dataset(cluster: None, cells: Path) -> str:
+    out = cells.parent / "dataset"
+    summary = ingest_images(
+        str(cells),
+        out=str(out),
+        side=64,
+        patients=r"^(P\d+)_",
+        fractions=(0.5, 0.25, 0.25),
+    )
+    assert (summary.done, summary.failed) == (96, {})
+    return str(out)
+
+
+def test_each_image_is_in_its_place_with_its_class(cells: Path, dataset: str) -> None:
+    rows = [
+        row
+        for split in ("train", "val", "test")
+        for row in read_patches(dataset, split)
+    ]
+    assert len(rows) == 96
+    split_of: dict[str, set[str]] = {}
+    for row in rows:
+        split_of.setdefault(row["patient"], set()).add(row["split"])
+        image = omezarr.open_level(slide_uri(dataset, row["slide"]))
+        labels = omezarr.open_level(labels_uri(dataset, row["slide"]))
+        y, x = row["y"], row["x"]
+        found = np.moveaxis(image[:, y : y + 64, x : x + 64], 0, 2)
+        with Image.open(cells / row["image"]) as original:
+            wanted = original.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(found, np.asarray(wanted))
+        label = list(COLOURS).index(row["image"].split("/")[0])
+        assert (labels[y : y + 64, x : x + 64] == label).all()
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert {len(read_patches(dataset, s)) for s in ("train", "val", "test")} == {48, 24}
+
+
+def test_ingest_again_does_nothing_until_something_changes(
+    cluster: None, tmp_path: Path
+) -> None:
+    cells = write_cells(tmp_path / "cells", patients=4, each=2)
+    out = str(tmp_path / "dataset")
+    first = ingest_images(str(cells), out=out, side=32)
+    assert (first.done, first.skipped) == (16, 0)
+    again = ingest_images(str(cells), out=out, side=32)
+    assert (again.done, again.skipped, again.regions) == (0, 16, 0)
+    (cells / "sick" / "P0_cell_0.png").unlink()
+    assert ingest_images(str(cells), out=out, side=32).done == 15
+
+
+def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "xray"
+    for split, patients in (("train", 6), ("test", 2)):
+        write_cells(folder / split, patients=patients, each=2)
+    # The sixteen drawings of the test folder are the first of the training folder too.
+    tests = {p.read_bytes() for p in (folder / "test").rglob("*.*")}
+    copies = [p for p in (folder / "train").rglob("*.*") if p.read_bytes() in tests]
+    assert copies
+    damaged = folder / "train" / "sick" / "P5_cell_1.bmp"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    out = str(tmp_path / "dataset")
+    summary = ingest_images(str(folder), out=out, side=32, patients=r"^(P\d+)_")
+    assert list(summary.failed) == ["train/sick/P5_cell_1.bmp"]
+    assert "P5_cell_1.bmp" in summary.failed["train/sick/P5_cell_1.bmp"]
+    digests = {
+        split: {row["digest"] for row in read_patches(out, split)}
+        for split in ("train", "val", "test")
+    }
+    assert len(digests["test"]) == 8
+    assert not digests["test"] & (digests["train"] | digests["val"])
+    assert not digests["train"] & digests["val"]
+    status = {
+        row["image"]: row["status"]
+        for row in files.read_table(f"{out}/images.parquet").to_pylist()
+    }
+    assert all(status[str(p.relative_to(folder))] == "copy" for p in copies)
+
+
+def test_wrong_folders_are_refused(tmp_path: Path) -> None:
+    cells = write_cells(tmp_path / "cells", patients=1, each=1)
+    (cells / "odd").mkdir()
+    with pytest.raises(ConfigError, match=r"no image .* of the class odd"):
+        find_images(str(cells))
+    (cells / "odd").rmdir()
+    with pytest.raises(ConfigError, match=r"of the class unheard"):
+        find_images(str(cells), ("healthy", "sick", "unheard"))
+    with pytest.raises(ConfigError, match="finds nothing in the name"):
+        ingest_images(str(cells), out=str(tmp_path / "d"), side=32, patients="^Q")
+    with pytest.raises(ConfigError, match="no regular expression"):
+        ingest_images(str(cells), out=str(tmp_path / "d"), side=32, patients="(")
+    with pytest.raises(ConfigError, match="a multiple of 32"):
+        ingest_images(str(cells), out=str(tmp_path / "d"), side=50)
+    shutil.copy(cells / "sick" / "P0_cell_0.png", cells / "beside.png")
+    with pytest.raises(ConfigError, match=r"beside\.png: expected images in a folder"):
+        find_images(str(cells))
+
+
+# --- scores ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_scores_are_those_of_scikit_learn(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    truth, guess = rng.integers(classes, size=(2, 300))
+    names = [str(label) for label in range(classes)]
+    found = summary(*of_images(confusion(truth, guess, classes), names))
+    how = {"average": "binary" if classes == 2 else "macro"}
+    assert found["f1"] == pytest.approx(f1_score(truth, guess, **how))
+    assert found["precision"] == pytest.approx(precision_score(truth, guess, **how))
+    assert found["recall"] == pytest.approx(recall_score(truth, guess, **how))
+    assert found["accuracy"] == pytest.approx((truth == guess).mean())
+
+
+def test_calibration_and_intervals_of_images() -> None:
+    rng = np.random.default_rng(3)
+    rows = []
+    for index in range(400):
+        sure = float(rng.uniform(0.5, 1.0))
+        truth = int(rng.random() < sure)  # as sure as it is right
+        rows.append(
+            {
+                "truth": truth,
+                "predicted": 1,
+                "probabilities": np.array([1 - sure, sure]),
+                "patient": f"P{index % 20}",
+            }
+        )
+    found = score(rows, ["no", "yes"])
+    sure = np.array([row["probabilities"][1] for row in rows])
+    right = np.array([row["truth"] == 1 for row in rows])
+    error = 0.0
+    for low in np.arange(0.5, 1.0, 0.1):
+        inside = (sure >= low - 1e-9) & (sure < low + 0.1 - 1e-9)
+        error += abs(sure[inside].mean() - right[inside].mean()) * inside.mean()
+    assert found["calibration_error"] == pytest.approx(error, abs=0.02)
+    assert found["images"] == 400
+    assert found["patients"] == 20
+    low, high = found["intervals"]["accuracy"]
+    assert low < found["accuracy"] < high
+
+
+# --- the whole way --------------------------------------------------------------------
+
+RECIPE = """
+model: {name: classifier, encoder: resnet10t, hidden: 8, dropout: 0.1}
+window: {size: 64, stride: 64}
+data: {crop: 64}
+loss: {dice: 0.0, focal: 0.0, cross_entropy: 1.0}
+optimizer: {lr: 2.0e-3}
+schedule: {epochs: 6}
+augment: {flips: true, rotate: 10, brightness: 0.1, contrast: 0.0, saturation: 0.0, hue: 0.0}
+batch: 8
+precision: float32
+"""
+
+
+@pytest.fixture(scope="module")
+def classifier(dataset: str) -> str:
+    from medray.loop import train_as
+    from medray.models.learner import Team
+    from medray.train import train_with
+
+    folder = Path(dataset).parent
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE)
+    out = str(folder / "model")
+
+    def run(recipe, contract, name) -> None:
+        team = Team(0, 1, torch.device("cpu"))
+        train_as(team, recipe, contract, dataset, out, name)
+
+    result = train_with(run, read_recipe(str(path)), dataset, out)
+    assert result.f1 is not None
+    assert result.f1 > 0.9
+    return out
+
+
+def test_a_classifier_is_trained_and_evaluated(
+    cells: Path, dataset: str, classifier: str, tmp_path: Path
+) -> None:
+    found = evaluate_images(classifier, data=dataset, out=str(tmp_path / "report"))
+    assert found.evaluated == 24
+    assert found.f1 > 0.9
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert np.trace(metrics["confusion"]) / 24 == metrics["accuracy"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "F1 of sick" in page
+    assert "images of 3 patients" in page
+
+    # Inference sees what training saw: the same image gives the same class and share.
+    network, config = load_model(classifier)
+    normalise = Normalise(config)
+    lines = (tmp_path / "report" / "images.csv").read_text().splitlines()
+    assert len(lines) == 25
+    for line in lines[1:]:
+        image, _, _, predicted, *shares = line.replace('"', "").split(",")
+        pixels = torch.from_numpy(read_resized(str(cells / image), 64).copy())
+        with torch.inference_mode():
+            logits = network(normalise(pixels.permute(2, 0, 1)[None]))
+        wanted = logits.softmax(dim=1)[0].numpy()
+        assert config.classes.names[int(wanted.argmax())] == predicted
+        np.testing.assert_allclose([float(s) for s in shares], wanted, atol=0.02)
+
+
+def test_images_that_trained_the_model_are_no_test(
+    dataset: str, classifier: str, cells: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="was trained or chosen with 48 of the 48"):
+        evaluate_images(
+            classifier, data=dataset, out=str(tmp_path / "r"), split="train"
+        )
+    with pytest.raises(ConfigError, match="was trained or chosen with 24 of the 24"):
+        evaluate_images(classifier, data=dataset, out=str(tmp_path / "r"), split="val")
+    # Another dataset of the same images, dealt out otherwise, is seen through too.
+    other = str(tmp_path / "other")
+    ingest_images(str(cells), out=other, side=64, patients=r"^(P\d+)_", seed=5)
+    with pytest.raises(ConfigError, match="was trained or chosen with"):
+        evaluate_images(classifier, data=other, out=str(tmp_path / "r"))
+
+
+def test_what_does_not_fit_is_refused(
+    dataset: str, classifier: str, training_data: str, model: Path, tmp_path: Path
+) -> None:
+    from medray.train import train
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    for change, match in (
+        ("data.crop=96", "model.name=classifier data.crop=64"),
+        ("loss.dice=1", "cannot do with loss.dice"),
+        ("model.encoder=resnet_nobody_knows", "cannot build the classifier"),
+        ("model.dropout=1.5", "dropout from 0 to 1"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            train(str(path), data=dataset, out=str(tmp_path / "m"), overrides=[change])
+    with pytest.raises(ConfigError, match="holds slides; give"):
+        evaluate_images(classifier, data=training_data, out=str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match="expected a classifier"):
+        evaluate_images(str(model), data=dataset, out=str(tmp_path / "r"))
