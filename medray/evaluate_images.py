@@ -205,7 +205,8 @@ def _bins(rows: Sequence[Row]) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
 def calibration_error(rows: Sequence[Row]) -> float:
     """Give the expected calibration error (Guo et al. 2017), 10 bins of equal width."""
     confidence, accuracy, count = _bins(rows)
-    return float((np.abs(confidence - accuracy) * count).sum() / float(max(1, int(count.sum()))))
+    error = (np.abs(confidence - accuracy) * count).sum()
+    return float(error / max(1, int(count.sum())))
 
 
 # --- report ---------------------------------------------------------------------------

@@ -130,6 +130,9 @@ class Schedule:
         every: Epochs between two drops of staircase and plateau.
         patience: Epochs without a better validation F1 before it stops early.
         save_minutes: Longest work that a crash can cost, beside an epoch.
+        frozen: Epochs at the start in which the encoder stays as it is, its running
+            statistics too.
+        thawed: Factor of the learning rate after them.
     """
 
     name: Literal["cosine", "staircase", "plateau"] = "cosine"
@@ -139,6 +142,8 @@ class Schedule:
     every: int = 1
     patience: int = 10
     save_minutes: float = 10.0
+    frozen: int = 0
+    thawed: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -151,6 +156,11 @@ class Schedule:
             raise ValueError(
                 f"schedule: expected warmup in 0..1, decay above 0 up to 1 and "
                 f"save_minutes above 0, found {self}"
+            )
+        if self.frozen < 0 or not self.thawed > 0:
+            raise ValueError(
+                f"schedule: expected frozen of 0 or more and thawed above 0, found "
+                f"{self.frozen} and {self.thawed}"
             )
 
 
@@ -328,6 +338,11 @@ class Recipe:
                 f"at_once: {self.batch} crops a step, {self.held} at once, make "
                 f"{self.parts} parts for {most} workers; set at_once to "
                 f"{max(1, self.batch // most)} or less, so that each has one"
+            )
+        if self.schedule.frozen and self.weights is None and self.prune is None:
+            raise ValueError(
+                "schedule.frozen: an encoder of random weights teaches nothing while "
+                "it stays as it is; set weights, or frozen to 0"
             )
         if self.classifies and (
             self.loss.dice or self.teacher or self.unlabelled or self.prune

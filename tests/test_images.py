@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.dataset import labels_uri, read_dataset, read_patches, slide_uri
 from medray.errors import ConfigError
 from medray.evaluate_images import evaluate_images, score
 from medray.metrics import confusion, of_images, summary
+from medray.models.classifiers import SelfAttention, build_classifier
+from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model
 from medray.models.network import Normalise
 from medray.recipe import read_recipe
@@ -292,3 +295,95 @@ def test_what_does_not_fit_is_refused(
         evaluate_images(classifier, data=training_data, out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="expected a classifier"):
         evaluate_images(str(model), data=dataset, out=str(tmp_path / "r"))
+
+
+# --- parts ----------------------------------------------------------------------------
+
+
+def test_attention_is_what_its_formula_says() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(6, 4).double()
+    maps = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    found = attention(maps).detach().numpy()
+    weights = {
+        name: (
+            getattr(attention, name).weight.detach().numpy()[:, :, 0, 0],
+            getattr(attention, name).bias.detach().numpy(),
+        )
+        for name in ("query", "key", "value")
+    }
+    for image, wanted in zip(maps.numpy(), found, strict=True):
+        places = [image[:, y, x] for y in range(3) for x in range(5)]
+        query, key, value = (
+            [w @ place + b for place in places]
+            for w, b in (weights[n] for n in ("query", "key", "value"))
+        )
+        for at, q in enumerate(query):
+            share = np.exp([q @ k / np.sqrt(4) for k in key])
+            share /= share.sum()
+            expected = sum(s * v for s, v in zip(share, value, strict=True))
+            np.testing.assert_allclose(wanted[:, at // 5, at % 5], expected)
+
+
+def test_attention_stands_beside_the_features() -> None:
+    torch.manual_seed(1)
+    how = Architecture("classifier", "resnet10t", attention=8)
+    model = build_classifier(how, 5).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        maps = model.encoder.forward_features(image)
+        pooled = torch.cat([maps.mean((2, 3)), model.attention(maps).mean((2, 3))], 1)
+        wanted = pooled @ model.head[-1].weight.T + model.head[-1].bias
+        torch.testing.assert_close(model(image), wanted)
+    with pytest.raises(ConfigError, match="no feature map"):
+        build_classifier(replace(how, encoder="vit_tiny_patch16_224"), 5)
+
+
+def test_a_frozen_encoder_stays_as_it_is_until_it_thaws(
+    dataset: str, tmp_path: Path
+) -> None:
+    from medray.models.learner import Batch, Learner, Team
+
+    how = Architecture("classifier", "resnet10t")
+    weights = tmp_path / "encoder.pth"
+    torch.manual_seed(4)
+    torch.save(build_classifier(how, 2).encoder.state_dict(), weights)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    with pytest.raises(ConfigError, match=r"schedule\.frozen: an encoder of random"):
+        read_recipe(str(path), ["schedule.frozen=1"])
+    recipe = read_recipe(
+        str(path), ["schedule.frozen=1", "schedule.thawed=0.1", f"weights={weights}"]
+    )
+    settings = read_dataset(dataset)
+    contract = ModelConfig(
+        architecture=recipe.model,
+        classes=settings.classes,
+        window=recipe.window,
+        mpp=None,
+    )
+    learner = Learner(Team(0, 1, torch.device("cpu")), recipe, contract, 1, 2)
+    start = {k: v.clone() for k, v in learner.network.state_dict().items()}
+    torch.testing.assert_close(
+        {k: v for k, v in start.items() if k.startswith("encoder.")},
+        {f"encoder.{k}": v for k, v in torch.load(weights).items()},
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (8, 3, 64, 64), dtype=np.uint8)
+    masks = (
+        np.repeat([0, 1], 4).astype(np.uint8)[:, None, None].repeat(64, 1).repeat(64, 2)
+    )
+    batch = Batch(images, masks, np.zeros(8, np.int64), images[:0])
+
+    def changed() -> set[str]:
+        now = learner.network.state_dict()
+        return {k.split(".")[0] for k, v in now.items() if not torch.equal(v, start[k])}
+
+    learner.do_step([batch])
+    learner.do_step([batch])
+    assert changed() == {"head"}
+    rate = learner.rate
+    learner.epoch, learner.step = 1, 0
+    learner.do_step([batch])
+    assert changed() == {"head", "encoder"}
+    assert learner.rate < 0.2 * rate

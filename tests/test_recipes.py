@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,7 +16,7 @@ from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.learner import Team, build_network
 from medray.models.segmenters import build_segmenter
-from medray.recipe import Prune, Recipe, read_recipe
+from medray.recipe import Prune, Recipe, Schedule, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -68,6 +69,16 @@ def test_every_recipe_trains(
     recipe = replace(recipe, data=replace(recipe.data, crop=crop))
     if recipe.model.encoder.startswith("tu-"):
         recipe = replace(recipe, model=replace(recipe.model, encoder=SMALLEST))
+    if recipe.weights == "imagenet":  # which is not to be had offline
+        weights = tmp_path / "encoder.pth"
+        torch.manual_seed(2)
+        encoder: Any = build_network(
+            replace(recipe, weights=None, schedule=Schedule()), 2
+        )
+        torch.save(encoder.encoder.state_dict(), weights)
+        frozen = min(1, recipe.schedule.frozen)
+        schedule = replace(recipe.schedule, frozen=frozen)
+        recipe = replace(recipe, weights=str(weights), schedule=schedule)
     if recipe.teacher is not None:
         teacher = replace(recipe.teacher, model=trained["unet"])
         recipe = replace(recipe, teacher=teacher)

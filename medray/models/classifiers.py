@@ -1,13 +1,69 @@
-"""Classifiers of whole images, cells or windows, by timm."""
+"""Classifiers of whole images, cells or windows: timm's encoders, and what is above."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
+import torch
 from torch import nn
+from torch.nn import functional
 
 from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.weights import is_file, load_encoder, where_from
+
+
+class SelfAttention(nn.Module):
+    """Attention of each place of a feature map to all of them (Vaswani et al. 2017).
+
+    One head: softmax(Q K^T / sqrt(units)) V, with Q, K and V of 1x1 convolutions.
+    """
+
+    def __init__(self, channels: int, units: int) -> None:
+        """Take the channels of the map and those of Q, K and V."""
+        super().__init__()
+        self.query = nn.Conv2d(channels, units, 1)
+        self.key = nn.Conv2d(channels, units, 1)
+        self.value = nn.Conv2d(channels, units, 1)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Map (N, channels, H, W) to (N, units, H, W)."""
+        parts = (self.query(maps), self.key(maps), self.value(maps))
+        query, key, value = (part.flatten(2).transpose(1, 2) for part in parts)
+        found = functional.scaled_dot_product_attention(query, key, value)
+        attended: torch.Tensor = found.transpose(1, 2)
+        return attended.reshape(*attended.shape[:2], *maps.shape[2:])
+
+
+class Classifier(nn.Module):
+    """An encoder, attention over its last features beside them, pooling, a head."""
+
+    def __init__(self, encoder: Any, how: Architecture, classes: int) -> None:
+        """Put a head on timm's encoder, which must have none."""
+        super().__init__()
+        features = int(encoder.num_features)
+        self.encoder = encoder
+        self.attention = None
+        if how.attention:
+            self.attention = SelfAttention(features, how.attention)
+            features += how.attention
+        hidden = []
+        if how.hidden:
+            hidden = [nn.Linear(features, how.hidden), nn.ReLU()]
+        last = nn.Linear(how.hidden or features, classes)
+        self.head = nn.Sequential(*hidden, nn.Dropout(how.dropout), last)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map (N, 3, H, W) to logits (N, classes)."""
+        if self.attention is None:
+            pooled = self.encoder(inputs)
+        else:
+            maps = self.encoder.forward_features(inputs)
+            maps = torch.cat([maps, self.attention(maps)], dim=1)
+            pooled = maps.mean(dim=(2, 3))
+        logits: torch.Tensor = self.head(pooled)
+        return logits
 
 
 def build_classifier(
@@ -18,8 +74,8 @@ def build_classifier(
     Args:
         architecture: Its encoder is a name that timm knows.
         classes: Number of classes.
-        weights: Of all but the head: None for random ones, "imagenet", as timm brings
-            them, or a file of them.
+        weights: Of the encoder: None for random ones, "imagenet", as timm brings them,
+            or a file of them.
 
     Raises:
         ConfigError: The network or its weights are not to be had.
@@ -27,12 +83,7 @@ def build_classifier(
     name = architecture.encoder.removeprefix("tu-")
     pretrained = weights is not None and not is_file(weights)
     try:
-        model: nn.Module = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=0 if architecture.hidden else classes,
-            drop_rate=0.0 if architecture.hidden else architecture.dropout,
-        )
+        encoder: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except OSError as error:
         tagged = Architecture("classifier", f"tu-{name}")
         raise ConfigError(
@@ -45,24 +96,19 @@ def build_classifier(
         raise ConfigError(
             f"model: cannot build the classifier {architecture.encoder}: {problem}"
         ) from error
-    if weights is not None and is_file(weights):
-        _load(model, weights)
-    if architecture.hidden:
-        features = int(model.num_features)  # type: ignore[arg-type]
-        model = nn.Sequential(
-            model,
-            nn.Linear(features, architecture.hidden),
-            nn.ReLU(),
-            nn.Dropout(architecture.dropout),
-            nn.Linear(architecture.hidden, classes),
+    if architecture.attention and not _gives_maps(encoder):
+        raise ConfigError(
+            f"model.attention: {name} gives no feature map (N, C, H, W) to attend to; "
+            f"take a convolutional encoder, or attention 0"
         )
-    return model
+    if weights is not None and is_file(weights):
+        load_encoder(encoder, weights)
+    return Classifier(encoder, architecture, classes)
 
 
-def _load(model: nn.Module, weights: str) -> None:
-    """Load all but the last layer, which knows other classes."""
-    last = model.get_classifier()  # type: ignore[operator]
-    model.reset_classifier(0)  # type: ignore[operator]
-    load_encoder(model, weights)
-    if isinstance(last, nn.Linear):
-        model.reset_classifier(last.out_features)  # type: ignore[operator]
+def _gives_maps(encoder: Any) -> bool:
+    """Tell whether the last features are (N, C, H, W), those of a convolution."""
+    with torch.inference_mode():
+        features = encoder.eval().forward_features(torch.zeros(1, 3, 224, 224))
+    encoder.train()
+    return bool(features.ndim == 4 and features.shape[1] == encoder.num_features)

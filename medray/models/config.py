@@ -26,6 +26,8 @@ class Architecture:
             unetplusplus, fpn, deeplabv3plus, segformer, upernet, ...;
             or `classifier`: one class for a whole window.
         encoder: Any encoder of segmentation-models-pytorch or `tu-` + any of timm.
+        attention: Of a classifier: units of self-attention over the last features,
+            which stands beside them; 0: none.
         hidden: Of a classifier: units of a layer (ReLU) before the last; 0: none.
         dropout: Of a classifier: share of what reaches the last layer that is dropped
             in training.
@@ -33,18 +35,22 @@ class Architecture:
 
     name: str = "unet"
     encoder: str = "resnet18"
+    attention: int = 0
     hidden: int = 0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.hidden < 0 or not 0 <= self.dropout < 1:
+        if min(self.attention, self.hidden) < 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"model: expected hidden of 0 or more and dropout from 0 to 1, found "
-                f"{self.hidden} and {self.dropout}"
+                f"model: expected attention and hidden of 0 or more and dropout from 0 "
+                f"to 1, found {self.attention}, {self.hidden} and {self.dropout}"
             )
-        if self.name != "classifier" and (self.hidden or self.dropout):
-            raise ValueError(f"model: {self.name} has no hidden and no dropout")
+        head = self.attention or self.hidden or self.dropout
+        if self.name != "classifier" and head:
+            raise ValueError(
+                f"model: {self.name} has no attention, no hidden and no dropout"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,7 @@ class Learner:
             went wrong anywhere, the loss is not a number, and no weights are changed.
         """
         self.model.train()
+        self._rest_encoder()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.team.device)
         number = self.epoch * self.steps + self.step
@@ -226,6 +227,14 @@ class Learner:
             self.step += 1
             self.loss_sum += loss_of_all
         return loss_of_all, trouble
+
+    def _rest_encoder(self) -> None:
+        """Keep the encoder as it is in the first epochs, if so asked."""
+        if self.recipe.schedule.frozen:
+            encoder: Any = self.network.encoder
+            rests = self.epoch < self.recipe.schedule.frozen
+            encoder.requires_grad_(not rests)
+            encoder.train(not rests)
 
     def _said_of(self, error: Exception, side: int) -> str:
         """Say what to do about an error of a forward or backward pass.

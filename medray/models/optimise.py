@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -40,9 +41,11 @@ def learning_rate(
         step: From 0.
         steps_per_epoch: Steps of an epoch.
         scores: Of the epochs that are over, greater is better (plateau looks at them).
-        optimizer: Its `lr` is the highest.
+        optimizer: Its `lr` is the highest, until the encoder thaws.
         schedule: See `Schedule`.
     """
+    if schedule.frozen and step >= steps_per_epoch * schedule.frozen:
+        optimizer = replace(optimizer, lr=optimizer.lr * schedule.thawed)
     total = steps_per_epoch * schedule.epochs
     warmup = round(schedule.warmup * total)
     if step < warmup:
