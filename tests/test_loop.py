@@ -250,7 +250,9 @@ def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -
 
     def scores_of(counts: list[list[int]]) -> dict:
         small = np.zeros(4, np.int64)
-        return loop._scores(loop._Checked(np.array(counts), small, 0, [], 0), names)
+        return loop._scores(
+            loop._Checked(np.array(counts), small, 0, [], 0), names, False
+        )
 
     scores = scores_of([[90, 0], [10, 0]])
     assert "everything was predicted as background" in scores["warning"]
