@@ -101,14 +101,33 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     assert masks(out) == masks(alone)
 
 
+# Asks of each node for what it has free and what a hand would give back.
+OTHERS = """
+import time
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ray.init("auto", log_to_driver=False)
+other = ray.remote(lambda: time.sleep(900))
+free = ray._private.state.available_resources_per_node()
+waiting = [
+    other.options(
+        num_cpus=there["CPU"] + 0.25,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    ).remote()
+    for node, there in free.items()
+]
+time.sleep(3)
+print("waiting for", len(waiting), flush=True)
+time.sleep(900)
+"""
+
+
 @pytest.mark.timeout(600)
 def test_others_that_fill_the_nodes_do_not_starve_it(
     model: Path, tmp_path: Path, nodes: list
 ) -> None:
     """What dies comes back, though others wait for the room that it had."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     cluster, *_ = nodes
     for seed in range(4):
         scene = draw_scene(seed, height=1100, width=1400)
@@ -118,26 +137,21 @@ def test_others_that_fill_the_nodes_do_not_starve_it(
     while len(hands) < 2 and process.poll() is None:
         time.sleep(0.1)
         hands = titled(b"ray::RegionIO")
-    ray.init(cluster.address, log_to_driver=False)
+    others = subprocess.Popen(
+        [sys.executable, "-c", OTHERS],
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        # Each wants what its node has free and what a hand would give back.
-        other = ray.remote(lambda: time.sleep(900))
-        free = ray._private.state.available_resources_per_node()
-        others = [
-            other.options(
-                num_cpus=there["CPU"] + 0.25,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            ).remote()
-            for node, there in free.items()
-        ]
-        time.sleep(3)
+        assert others.stdout is not None
+        assert any(line.startswith("waiting for 2") for line in others.stdout)
         for pid in hands:
             os.kill(pid, signal.SIGKILL)
         answer, _ = process.communicate(timeout=200)
     finally:
         process.kill()
-        ray.shutdown()
-    assert len(others) == 2  # and were waiting until here
+        others.kill()
     assert process.returncode == 0, answer
     summary = json.loads(answer.splitlines()[-1])
     assert (summary["done"], summary["failed"]) == (4, {})
