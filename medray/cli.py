@@ -31,6 +31,8 @@ _SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
 def _ingest(args: argparse.Namespace) -> Any:
     if args.side is not None:
         return _ingest_images(args)
+    if args.patients:
+        raise ConfigError("--patients goes with --side; slides take --groups CSV")
     from medray.ingest import ingest
 
     return ingest(

@@ -58,7 +58,7 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
     context.enable_rich_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
-    context.custom_execution_callback_classes = [_Rest]
+    context.custom_execution_callback_classes.append(_Rest)  # of a deep copy
     # A hospital's scanner share may stall for long; the run's own limits decide.
     context.execution_no_progress_timeout_s = -1
     data_logger = logging.getLogger("ray.data")
@@ -84,7 +84,7 @@ class _Rest:
         self._last = 0.0
 
     def on_execution_step(self, _: object) -> None:
-        """Make up what a step lacks of a hundredth of a second."""
+        """Make up what a step lacks of its least time."""
         time.sleep(max(0.0, self._last + _STEP_S - time.monotonic()))
         self._last = time.monotonic()
 

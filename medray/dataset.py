@@ -208,3 +208,29 @@ def read_groups(uri: str, column: str) -> dict[str, str]:
                 f"{values[slide]} and {value}"
             )
     return values
+
+
+def read_splits(uri: str) -> dict[str, str]:
+    """Read a CSV (slide,split).
+
+    Raises:
+        ConfigError: The file or a column is missing, or a split is none.
+    """
+    splits = read_groups(uri, "split")
+    wrong = sorted(set(splits.values()).difference(SPLITS))
+    if wrong:
+        raise ConfigError(f"{uri}: expected the splits {SPLITS}, found {wrong}")
+    return splits
+
+
+def check_fractions(fractions: tuple[float, float, float]) -> None:
+    """Check the shares of train, val and test.
+
+    Raises:
+        ConfigError: They are no shares, or do not sum to 1.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(
+            f"fractions: expected three shares of train, val and test that sum to 1, "
+            f"found {list(fractions)}"
+        )

@@ -10,8 +10,10 @@ The way of an image, top to bottom:
 
 from __future__ import annotations
 
-import logging
+import io
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,17 +31,15 @@ from sklearn.metrics import (
 )
 
 from medray.dataset import holds_images, read_dataset, read_patches, slide_uri
-from medray.errors import ConfigError
-from medray.evaluate import Evaluation
+from medray.errors import ConfigError, MedrayError
 from medray.infer import infer
 from medray.metrics import bootstrap, class_scores, confusion, of_images, summary
 from medray.models.config import Prediction, model_digest, read_config
 from medray.models.folder import read_seen
-from medray.pages import ACCENT, LINE, SOFT, as_png, as_svg, data_uri, render
+from medray.pages import ACCENT, SOFT, as_png, as_svg, data_uri, finish_axes, render
 from medray.run import Options, mask_uri, probabilities_uri
 from medray.store import files, omezarr
 
-log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
@@ -47,9 +47,30 @@ _BINS = 10  # of the reliability picture
 _SHOWN = 12  # errors, the most confident ones
 
 
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What an evaluation of images found.
+
+    Attributes:
+        out: Folder of the report.
+        report: The page to open.
+        f1: Of the second of two classes, or the mean of all.
+        interval: Its 95 % bootstrap interval over patients; None of one patient.
+        images: That were counted.
+        failed: Reason of each sheet that could not be, by its name.
+    """
+
+    out: str
+    report: str
+    f1: float | None
+    interval: list[float] | None
+    images: int
+    failed: dict[str, str]
+
+
 def evaluate_images(
     model: str, *, data: str, out: str, split: str = "test"
-) -> Evaluation:
+) -> ImageEvaluation:
     """Classify the images of a split of a dataset, and write a report.
 
     Args:
@@ -61,6 +82,7 @@ def evaluate_images(
     Raises:
         ConfigError: The request is wrong, or the model was trained or chosen with
             images of the split.
+        MedrayError: None of them could be classified.
     """
     model, data, out = (files.absolute(place) for place in (model, data, out))
     config = read_config(model)
@@ -88,10 +110,14 @@ def evaluate_images(
         out=files.join(out, "run"),
         options=Options(everywhere=True, prediction=Prediction(probabilities=True)),
     )
-    rows = _predicted(rows, files.join(out, "run"), set(done.failed))
+    rows = _predicted(rows, files.join(out, "run"))
+    if not rows:
+        raise MedrayError(
+            f"{out}/run: no image of split {split} could be classified: "
+            f"{next(iter(done.failed.values()), 'nothing is said why')}"
+        )
     metrics = score(rows, classes.names)
     metrics |= {"split": split, "model_digest": model_digest(model)}
-    files.write_json(files.join(out, "metrics.json"), metrics)
     _write_table(rows, classes.names, files.join(out, "images.csv"))
     page = render(
         "images.html.jinja",
@@ -105,14 +131,17 @@ def evaluate_images(
             "model": model.rsplit("/", 1)[-1],
             "model digest": metrics["model_digest"],
             "data": data.rsplit("/", 1)[-1],
-            "architecture": f"{config.architecture.encoder}",
+            "encoder": config.architecture.encoder,
             "input": f"{config.window.size} px",
         },
     )
     report = files.join(out, "report.html")
     files.write_bytes(report, page.encode())
+    # Last: a folder with metrics.json is a whole report.
+    files.write_json(files.join(out, "metrics.json"), metrics)
     interval = metrics["intervals"]["f1"] if metrics["intervals"] else None
-    return Evaluation(out, report, metrics["f1"], interval, len(rows), done.failed)
+    f1 = metrics["f1"]
+    return ImageEvaluation(out, report, f1, interval, len(rows), done.failed)
 
 
 def _check_unseen(model: str, rows: list[Row], split: str) -> None:
@@ -127,22 +156,28 @@ def _check_unseen(model: str, rows: list[Row], split: str) -> None:
         )
 
 
-def _predicted(rows: list[Row], run: str, failed: set[str]) -> list[Row]:
-    """Add `truth` and `predicted` (label values) and `probabilities` (C,)."""
+def _predicted(rows: list[Row], run: str) -> list[Row]:
+    """Add `truth` and `predicted` (label values) and `probabilities` (C,).
+
+    Images of sheets that the run has not done are left out.
+    """
+    by_sheet: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_sheet[row["slide"]].append(row)
+    slides = files.read_table(files.join(run, "slides.parquet")).to_pylist()
     found = []
-    for sheet in sorted({row["slide"] for row in rows} - failed):
+    for sheet in sorted(row["slide"] for row in slides if row["status"] == "done"):
         mask = omezarr.open_level(mask_uri(run, sheet))[...]
         layers = omezarr.open_level(probabilities_uri(run, sheet))[...]
-        for row in rows:
-            if row["slide"] == sheet:
-                y, x = row["y"] + row["height"] // 2, row["x"] + row["width"] // 2
-                shares = layers[:, y, x].astype(np.float64)
-                truth = int(np.argmax(row["class_px"]))
-                found.append(
-                    row
-                    | {"truth": truth, "predicted": int(mask[y, x])}
-                    | {"probabilities": shares / max(1.0, shares.sum())}
-                )
+        for row in by_sheet[sheet]:
+            # A window is an image: all its pixels have one answer.
+            y, x = row["y"], row["x"]
+            shares = layers[:, y, x].astype(np.float64)
+            found.append(
+                row
+                | {"truth": int(np.argmax(row["class_px"]))}
+                | {"predicted": int(mask[y, x]), "probabilities": shares / 255}
+            )
     return found
 
 
@@ -226,9 +261,9 @@ def _write_table(rows: list[Row], names: Sequence[str], uri: str) -> None:
         }
         for row in rows
     ]
-    sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(table), sink)
-    files.write_bytes(uri, sink.getvalue().to_pybytes())
+    csv = io.BytesIO()
+    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
+    files.write_bytes(uri, csv.getvalue())
 
 
 def _figures(rows: list[Row], names: Sequence[str]) -> dict[str, Markup]:
@@ -264,14 +299,9 @@ def _figures(rows: list[Row], names: Sequence[str]) -> dict[str, Markup]:
 
 def _finished(figure: Figure, x: str, y: str, *, legend: bool) -> Markup:
     axes = figure.gca()
-    axes.set_xlabel(x, color=SOFT)
-    axes.set_ylabel(y, color=SOFT)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-    axes.tick_params(colors=SOFT)
-    axes.grid(color=LINE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(LINE)
+    finish_axes(axes, x, y)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     return as_svg(figure)

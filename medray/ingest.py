@@ -32,17 +32,18 @@ from medray.classes import Classes
 from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
 from medray.dataset import (
     LABELS,
-    SPLITS,
     DatasetSettings,
+    check_fractions,
     labels_uri,
     open_dataset,
     read_groups,
+    read_splits,
     slide_uri,
     split_slides,
     write_patches,
 )
 from medray.drive import drive, keeping, start_workers
-from medray.errors import ConfigError, MedrayError, StoreError
+from medray.errors import MedrayError, StoreError
 from medray.faults import bound_memory, failure, too_large
 from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
@@ -95,11 +96,11 @@ def ingest(
     """
     settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
     out = files.absolute(out)
-    _check_fractions(fractions)
+    check_fractions(fractions)
     wanted = find_slides(slides)
     matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
-    split_of = _read_splits(splits) if splits else None
+    split_of = read_splits(splits) if splits else None
     with locked(out, "ingest") as check:
         open_dataset(out, settings)
         assign = functools.partial(
@@ -143,14 +144,6 @@ def _ingest(
     ledger.close()
     skipped = len(wanted) - len(todo)
     return commit.summary(out, skipped, time.perf_counter() - start)
-
-
-def _check_fractions(fractions: tuple[float, float, float]) -> None:
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ConfigError(
-            f"fractions: expected three shares of train, val and test that sum to 1, "
-            f"found {list(fractions)}"
-        )
 
 
 class _Cutter:
@@ -406,14 +399,6 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
 
 
 # --- split ----------------------------------------------------------------------------
-
-
-def _read_splits(uri: str) -> dict[str, str]:
-    splits = read_groups(uri, "split")
-    wrong = sorted(set(splits.values()).difference(SPLITS))
-    if wrong:
-        raise ConfigError(f"{uri}: expected the splits {SPLITS}, found {wrong}")
-    return splits
 
 
 def _assign_splits(

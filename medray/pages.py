@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -29,6 +30,16 @@ def render(template: str, **values: object) -> str:
     )
     environment.filters |= {"score": score, "span": span, "px": pixels}
     return environment.get_template(template).render(values)
+
+
+def finish_axes(axes: Axes, x: str, y: str = "") -> None:
+    """Label axes, and give them medray's quiet frame and grid."""
+    axes.set_xlabel(x, color=SOFT)
+    axes.set_ylabel(y, color=SOFT)
+    axes.tick_params(colors=SOFT)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(LINE)
 
 
 def as_svg(figure: Figure) -> Markup:

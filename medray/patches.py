@@ -305,8 +305,8 @@ def read_val(data: str, recipe: Recipe, first: int, count: int) -> Crops:
         FormatError: A label is none of the dataset's classes.
     """
     patches = usable_patches(data, "val", recipe)
-    classes = len(read_dataset(data).classes)
-    side = read_dataset(data).patch
+    settings = read_dataset(data)
+    classes, side = len(settings.classes), settings.patch
     pairs, kept, damaged = [], [], {}
     for index in range(first, min(first + count, len(patches))):
         patch = patches[index]

@@ -3,23 +3,28 @@
 The way of an image, top to bottom:
 
     find     FOLDER/CLASS/IMAGE, or FOLDER/SPLIT/CLASS/IMAGE
-    digest   of images that are there twice the first is taken
-    split    patients stay together
+    look     its digest, and whether it can be read: processes that may die of it
+    split    of equal images one is taken; patients stay together
     place    images of one split side by side, each resized into a patch of its own
-    label    the patch's label image is all of the image's class
 
-A sheet is a slide of the dataset as any other, in which each image is just one patch:
-training and inference go the way that they go with slides.
+A sheet is a slide of the dataset as any other, in which each image is just one patch,
+and the patch's labels are all of the image's class: training and inference go the way
+that they go with slides.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
+import json
 import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,22 +35,25 @@ from PIL import Image
 
 from medray import cluster
 from medray.classes import Classes
-from medray.commit import Summary
 from medray.dataset import (
     LABELS,
     SPLITS,
     DatasetSettings,
+    check_fractions,
     images_uri,
     labels_uri,
     open_dataset,
     read_groups,
+    read_splits,
     slide_uri,
     split_slides,
     write_patches,
 )
 from medray.errors import ConfigError, MedrayError
-from medray.faults import bound_memory
+from medray.faults import bound_memory, too_large
 from medray.grid import Rectangle
+from medray.interrupt import StoppedError, stopping
+from medray.pool import LostError, Pool, poll
 from medray.progress import Progress
 from medray.slides import open_slide
 from medray.slides.digest import slide_digest, stamp_of
@@ -59,7 +67,29 @@ UInt8 = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _SHEET_PX = 2048  # side of a sheet, at most
-_DIGESTS = 256  # images that a task digests
+_PACKET = 64  # images that a process looks at in one call
+_PATIENCE_S = 300.0  # for one of them, or for a sheet
+
+
+@dataclass(frozen=True)
+class Images:
+    """What became of images in class folders.
+
+    Attributes:
+        out: Folder of the dataset.
+        images: That are in it now, and were not before.
+        skipped: That were in it before; then nothing was done.
+        copies: That were left out, for their bytes were there twice.
+        failed: Reason of each image that could not be read, by its name.
+        seconds: Wall time, Ray's start apart.
+    """
+
+    out: str
+    images: int
+    skipped: int
+    copies: int
+    failed: dict[str, str]
+    seconds: float
 
 
 def ingest_images(
@@ -73,11 +103,13 @@ def ingest_images(
     splits: str | None = None,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
-) -> Summary:
+) -> Images:
     """Turn images in class folders into a dataset to train a classifier on.
 
     Images whose bytes are there twice count once, those of `test` before those of
-    `val` and `train`, so that no image is in two splits.
+    `val` and `train`, so that no image is in two splits. The same command again does
+    nothing, unless images or what was said of them have changed; then the dataset is
+    made anew.
 
     Args:
         folder: Holds a folder a class, or folders train, val or test that hold them.
@@ -91,15 +123,14 @@ def ingest_images(
         splits: CSV (slide,split) that says train, val or test of each image itself.
         fractions: Shares of train, val and test; where the folders say which images
             are test, the share of val is taken from train.
-        seed: Decides the splits, and the order in the sheets.
-
-    Returns:
-        What was done; images count as slides, sheets as regions.
+        seed: Decides the splits.
 
     Raises:
         ConfigError: The request is wrong, a class has no image, OUT was made with
             other settings, or another process works there.
+        StoppedError: SIGTERM or Ctrl-C.
     """
+    check_fractions(fractions)
     if side < 32 or side % 32 or side > _SHEET_PX:
         raise ConfigError(
             f"side: expected a multiple of 32 up to {_SHEET_PX}, found {side}"
@@ -110,38 +141,87 @@ def ingest_images(
         classes=Classes(names), patch=side, region=side * (_SHEET_PX // side)
     )
     out = files.absolute(out)
-    with locked(out, "ingest"):
-        open_dataset(out, settings)
-        table = images_uri(out)
-        before = files.read_table(table).to_pylist() if files.exists(table) else []
-        if [(r["image"], r["stamp"]) for r in before] == [
-            (r["image"], r["stamp"]) for r in images
-        ]:
-            return _summary(out, before, 0, 0.0)
-        _set_patients(images, patients, groups)
-        cluster.connect()
-        start = time.perf_counter()
-        images = _digested(images)
-        _leave_out_copies(images)
-        _split(images, splits, fractions, seed)
-        images, sheets = _place(images, settings, out, seed)
-        write_patches(out, list(_patches(images, settings)))
-        files.write_table(
-            files.join(out, "slides.parquet"), pa.Table.from_pylist(sheets)
+    _set_patients(images, patients, read_groups(groups, "group") if groups else {})
+    if splits is not None:
+        wanted = read_splits(splits)
+        for row in images:
+            row["split"] = wanted.get(row["image"], "")
+    said = {row["split"] for row in images}
+    if splits is None and "train" in said and "val" not in said and not fractions[1]:
+        raise ConfigError(
+            f"{folder}: has no folder val; its share of train (the second of "
+            f"fractions, {list(fractions)}) must be above 0"
         )
-        kept = [{k: v for k, v in row.items() if k != "uri"} for row in images]
-        files.write_table(table, pa.Table.from_pylist(kept))
-        return _summary(out, kept, len(sheets), time.perf_counter() - start)
+    given = splits is not None
+    deal = functools.partial(_deal_out, given=given, fractions=fractions, seed=seed)
+    request = _digest_of([images, list(fractions), seed, given])
+    with locked(out, "ingest") as check:
+        open_dataset(out, settings)
+        if (before := _ingested_before(out, request)) is not None:
+            return before
+        return _ingest(images, settings, out, deal, request, check)
 
 
-def _summary(out: str, images: list[Row], sheets: int, seconds: float) -> Summary:
+def _digest_of(values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+
+
+def _ingested_before(out: str, request: str) -> Images | None:
+    if not files.exists(images_uri(out)):
+        return None
+    table = files.read_table(images_uri(out))
+    if (table.schema.metadata or {}).get(b"request") != request.encode():
+        return None
+    done = _counted(out, table.to_pylist(), 0.0)
+    return Images(out, 0, done.images, done.copies, done.failed, 0.0)
+
+
+def _counted(out: str, images: list[Row], seconds: float) -> Images:
     failed = {r["image"]: r["message"] for r in images if r["status"] == "failed"}
-    good = sum(row["status"] == "done" for row in images)
-    copies = len(images) - good - len(failed)
-    if copies:
-        log.warning("%d images are copies of others and were left out", copies)
-    done = good if sheets else 0
-    return Summary(out, done, good - done, failed, sheets, seconds)
+    done = sum(row["status"] == "done" for row in images)
+    return Images(out, done, 0, len(images) - done - len(failed), failed, seconds)
+
+
+def _ingest(
+    images: list[Row],
+    settings: DatasetSettings,
+    out: str,
+    deal: Callable[[list[Row]], None],
+    request: str,
+    check: Callable[[], None],
+) -> Images:
+    """Look at the images, deal them out and place them; the tables come last."""
+    cluster.connect()
+    start = time.perf_counter()
+    for place in ("images.parquet", "patches.parquet", "slides.parquet", "slides"):
+        files.remove(files.join(out, place))  # of other images
+    columns = settings.region // settings.patch
+    with stopping() as asked, _start_readers(settings, out) as readers:
+
+        def go_on() -> None:
+            check()
+            if asked.signal:
+                raise StoppedError(asked.signal, "nothing of it is kept")
+
+        _look(images, readers, go_on)
+        _leave_out_copies(images)
+        deal(images)
+        sheets = list(_sheets(images, columns))
+        with Progress("ingest", len(sheets)) as progress:
+            for sheet, result in _work_off(sheets, readers, 1, go_on):
+                if isinstance(result, LostError):
+                    raise MedrayError(f"{sheet['slide']}: {result}, three times")
+                for row, (y, x) in zip(sheet["images"], result, strict=True):
+                    row |= {"sheet": sheet["slide"], "y": y, "x": x}
+                progress.slide(sheet["slide"], "done")
+    write_patches(out, list(_patches(images, settings)))
+    rows = [_sheet_row(sheet, settings, columns) for sheet in sheets]
+    files.write_table(files.join(out, "slides.parquet"), pa.Table.from_pylist(rows))
+    kept = ("image", "class", "patient", "split", "digest", "status", "message")
+    table = pa.Table.from_pylist([{k: row[k] for k in kept} for row in images])
+    table = table.replace_schema_metadata({"request": request})
+    files.write_table(images_uri(out), table)
+    return _counted(out, images, time.perf_counter() - start)
 
 
 # --- find -----------------------------------------------------------------------------
@@ -207,29 +287,93 @@ def _folders(root: str) -> set[str]:
     }
 
 
-# --- digest ---------------------------------------------------------------------------
+# --- look -----------------------------------------------------------------------------
 
 
-def _digested(images: list[Row]) -> list[Row]:
-    """Add `digest`, `status` and `message`."""
-    task = ray.remote(_digest_some)
-    parts = [task.remote(list(some)) for some in itertools.batched(images, _DIGESTS)]
-    return [row for part in parts for row in ray.get(part)]
+class _Reader:
+    """Looks at images, and then puts them side by side."""
+
+    def __init__(self, settings: DatasetSettings, out: str) -> None:
+        bound_memory()
+        self._settings, self._out = settings, out
+
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Give what there is to say of an image, or where a sheet's images are."""
+        for row in rows:
+            if "images" in row:
+                yield [_write_sheet(row, self._settings, self._out)]
+            else:
+                yield [_look_at(row, self._settings.patch)]
 
 
-def _digest_some(rows: list[Row]) -> list[Row]:
-    done = []
-    for row in rows:
-        try:
-            found = {
-                "digest": slide_digest(row["uri"]),
-                "status": "done",
-                "message": "",
-            }
-        except MedrayError as error:
-            found = {"digest": "", "status": "failed", "message": f"{error}"}
-        done.append(row | found)
-    return done
+def _start_readers(settings: DatasetSettings, out: str) -> Pool:
+    """Start a reader a core."""
+    actor = ray.remote(_Reader).options(num_cpus=0.75)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    start = functools.partial(actor.remote, settings, out)
+    return Pool(start, "work", max(1, cpus), patience=lambda _: _PATIENCE_S)
+
+
+def _work_off(
+    rows: list[Row], readers: Pool, packet: int, go_on: Callable[[], None]
+) -> Iterator[tuple[Row, Any]]:
+    """Give each row with what came of it, as it comes."""
+    todo = deque(itertools.batched(rows, packet))
+    while todo or readers.busy:
+        go_on()
+        while todo and readers.room > 0:
+            readers.give(list(todo.popleft()))
+        for _, row, result in poll(readers):
+            yield row, result
+
+
+def _look(images: list[Row], readers: Pool, go_on: Callable[[], None]) -> None:
+    """Add `digest`, `status` and `message` to each image.
+
+    It is decoded as well, though only to be decoded again when it is placed: which
+    images can be is to be known before they are dealt out and given their places.
+    """
+    for row, result in _work_off(images, readers, _PACKET, go_on):
+        if isinstance(result, LostError):
+            why = f"{row['uri']}: quarantined: opening it: {result}, three times"
+            result = _failed(why)
+        row |= result
+        if row["status"] == "failed":
+            said = (row["image"], row["message"])
+            log.warning("stage=ingest image=%s failed: %s", *said)
+
+
+def _look_at(row: Row, side: int) -> Row:
+    try:
+        digest = slide_digest(row["uri"])
+        read_resized(row["uri"], side)
+    except (MedrayError, OSError) as error:
+        return _failed(f"{error}")
+    except MemoryError as error:
+        return _failed(too_large(row, error))
+    return {"digest": digest, "status": "done", "message": ""}
+
+
+def _failed(why: str) -> Row:
+    return {"digest": "", "status": "failed", "message": why}
+
+
+def read_resized(uri: str, side: int) -> UInt8:
+    """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
+
+    Raises:
+        SlideError: It is no image, or damaged.
+    """
+    with open_slide(uri) as slide:
+        level = slide.levels[0]
+        pixels = slide.read(y=0, x=0, height=level.height, width=level.width)
+    image = Image.fromarray(pixels)
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+# --- split ----------------------------------------------------------------------------
 
 
 def _leave_out_copies(images: list[Row]) -> None:
@@ -253,17 +397,13 @@ def _leave_out_copies(images: list[Row]) -> None:
             )
 
 
-# --- split ----------------------------------------------------------------------------
-
-
-def _set_patients(images: list[Row], patients: str, groups: str | None) -> None:
+def _set_patients(images: list[Row], patients: str, known: dict[str, str]) -> None:
     try:
         pattern = re.compile(patients)
     except re.error as error:
         raise ConfigError(
             f"patients: {patients!r} is no regular expression: {error}"
         ) from error
-    known = read_groups(groups, "group") if groups else {}
     for row in images:
         name = row["image"].rpartition("/")[2]
         found = pattern.search(name) if patients else None
@@ -276,33 +416,24 @@ def _set_patients(images: list[Row], patients: str, groups: str | None) -> None:
         row["patient"] = known.get(row["image"], patient)
 
 
-def _split(
+def _deal_out(
     images: list[Row],
-    splits: str | None,
+    *,
+    given: bool,
     fractions: tuple[float, float, float],
     seed: int,
 ) -> None:
-    """Give every image its split."""
-    if splits is not None:
-        wanted = read_groups(splits, "split")
-        for row in images:
-            row["split"] = wanted.get(row["image"], "")
-            if row["split"] not in (*SPLITS, ""):
-                raise ConfigError(
-                    f"{splits}: expected {SPLITS}, found {row['split']!r} for "
-                    f"{row['image']}"
-                )
-    elif not any(row["split"] for row in images):
-        _deal(images, fractions, seed)
-    elif not any(row["split"] == "val" for row in images):
-        train, val = fractions[0], fractions[1]
-        if not val:
-            raise ConfigError("fractions: the share of val must be above 0")
-        rest = [row for row in images if row["split"] == "train"]
-        _deal(rest, (train / (train + val), val / (train + val), 0.0), seed)
+    """Give a split to every image that has none; with `given` they stay without."""
+    good = [row for row in images if row["status"] == "done"]
+    if not given and not any(row["split"] for row in images):
+        _deal(good, fractions, seed)
+    elif not given and not any(row["split"] == "val" for row in images):
+        train = fractions[0] / (fractions[0] + fractions[1])
+        rest = [row for row in good if row["split"] == "train"]
+        _deal(rest, (train, 1 - train, 0.0), seed)
     where: dict[str, set[str]] = {}
-    for row in images:
-        if row["status"] == "done" and row["split"]:
+    for row in good:
+        if row["split"]:
             where.setdefault(row["patient"], set()).add(row["split"])
     both = sorted(patient for patient, found in where.items() if len(found) > 1)
     if both:
@@ -318,101 +449,61 @@ def _deal(images: list[Row], fractions: tuple[float, float, float], seed: int) -
     rows = [
         {"slide": row["image"], "group": row["patient"], "stratum": row["class"]}
         for row in images
-        if row["status"] == "done"
     ]
     split_of = split_slides(rows, fractions=fractions, seed=seed)
     for row in images:
-        row["split"] = split_of.get(row["image"], "")
+        row["split"] = split_of[row["image"]]
 
 
 # --- place ----------------------------------------------------------------------------
 
 
-def _place(
-    images: list[Row], settings: DatasetSettings, out: str, seed: int
-) -> tuple[list[Row], list[Row]]:
-    """Write the sheets; give the images with their places, and a row a sheet."""
-    columns = settings.region // settings.patch
-    rng = np.random.default_rng(seed)
-    task = ray.remote(_write_sheet).options(num_cpus=0.75)
-    sheets, started = [], []
+def _sheets(images: list[Row], columns: int) -> Iterator[Row]:
+    """Give the sheets: each up to `columns` times as many images of one split.
+
+    Their order does not matter: training draws its own.
+    """
     for split in SPLITS:
         some = [r for r in images if r["split"] == split and r["status"] == "done"]
-        mixed = [some[i] for i in rng.permutation(len(some))]
-        for number, part in enumerate(itertools.batched(mixed, columns**2)):
-            name = f"{split}-{number:04d}"
-            started.append(task.remote(list(part), name, settings, out))
-            sheets.append(name)
-    placed: dict[str, Row] = {}
-    rows = []
-    with Progress("ingest", len(sheets)) as progress:
-        for name, result in zip(sheets, started, strict=True):
-            sheet, found = ray.get(result)
-            placed |= {row["image"]: row for row in found}
-            rows.append(sheet)
-            progress.slide(name, "done")
-    nowhere = {"sheet": "", "y": -1, "x": -1}
-    return [nowhere | row | placed.get(row["image"], {}) for row in images], rows
+        for number, part in enumerate(itertools.batched(some, columns**2)):
+            yield {
+                "slide": f"{split}-{number:04d}",
+                "split": split,
+                "images": list(part),
+                "digest": _digest_of([(row["digest"], row["class"]) for row in part]),
+            }
+
+
+def _size(count: int, columns: int, side: int) -> tuple[int, int]:
+    """Give height and width of a sheet of so many images, in pixels."""
+    return math.ceil(count / columns) * side, min(count, columns) * side
 
 
 def _write_sheet(
-    images: list[Row], name: str, settings: DatasetSettings, out: str
-) -> tuple[Row, list[Row]]:
-    bound_memory()
+    sheet: Row, settings: DatasetSettings, out: str
+) -> list[tuple[int, int]]:
+    """Write a sheet and its labels; give where (y, x) its images are."""
     side, columns = settings.patch, settings.region // settings.patch
-    rows = math.ceil(len(images) / columns)
-    height, width = rows * side, min(len(images), columns) * side
+    height, width = _size(len(sheet["images"]), columns, side)
     pixels = np.full((height, width, 3), 255, np.uint8)
     labels = np.zeros((height, width), np.uint8)
-    placed = []
-    for index, row in enumerate(images):
+    places = []
+    for index, row in enumerate(sheet["images"]):
         y, x = index // columns * side, index % columns * side
-        label = settings.classes.value(row["class"])
-        try:
-            pixels[y : y + side, x : x + side] = read_resized(row["uri"], side)
-        except (MedrayError, MemoryError, OSError) as error:
-            row = row | {"status": "failed", "message": f"{row['uri']}: {error}"}
-        else:
-            labels[y : y + side, x : x + side] = label
-            row = row | {"sheet": name, "y": y, "x": x}
-        placed.append(row)
-    _store(name, pixels, labels, settings, out)
-    sheet = {
-        "slide": name,
-        "uri": "",
-        "status": "done",
-        "annotated": True,
-        "split": images[0]["split"],
-        "height": height,
-        "width": width,
-        "patches": sum(row["status"] == "done" for row in placed),
-    }
-    return sheet, placed
-
-
-def read_resized(uri: str, side: int) -> UInt8:
-    """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
-
-    Raises:
-        SlideError: It is no image, or damaged.
-    """
-    with open_slide(uri) as slide:
-        level = slide.levels[0]
-        pixels = slide.read(y=0, x=0, height=level.height, width=level.width)
-    image = Image.fromarray(pixels)
-    if image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+        pixels[y : y + side, x : x + side] = read_resized(row["uri"], side)
+        labels[y : y + side, x : x + side] = settings.classes.value(row["class"])
+        places.append((y, x))
+    _store(sheet, pixels, labels, settings, out)
+    return places
 
 
 def _store(
-    name: str, pixels: UInt8, labels: UInt8, settings: DatasetSettings, out: str
+    sheet: Row, pixels: UInt8, labels: UInt8, settings: DatasetSettings, out: str
 ) -> None:
     height, width = labels.shape
-    attributes = {"kind": "sheet", "slide": name}
-    region, patch = settings.region, settings.patch
+    name = sheet["slide"]
+    attributes = {"kind": "sheet", "slide": name, "digest": sheet["digest"]}
     image, annotation = slide_uri(out, name), labels_uri(out, name)
-    files.remove(image)
     omezarr.create_image(
         image,
         height,
@@ -420,8 +511,8 @@ def _store(
         mpp=None,
         name=name,
         attributes=attributes,
-        region=region,
-        patch=patch,
+        region=settings.region,
+        patch=settings.patch,
     )
     omezarr.list_labels(image, [LABELS])
     omezarr.create_labels(
@@ -433,20 +524,34 @@ def _store(
         classes=settings.classes,
         attributes=attributes,
         source="../../",
-        region=region,
-        patch=patch,
+        region=settings.region,
+        patch=settings.patch,
     )
     whole = Rectangle(y=0, x=0, height=height, width=width)
-    omezarr.write_region(image, whole, np.moveaxis(pixels, 2, 0))
-    omezarr.write_region(annotation, whole, labels)
-    omezarr.build_pyramid(image)
-    omezarr.build_pyramid(annotation)
+    for uri, values in ((image, np.moveaxis(pixels, 2, 0)), (annotation, labels)):
+        omezarr.write_region(uri, whole, values)
+        omezarr.build_pyramid(uri)
+
+
+def _sheet_row(sheet: Row, settings: DatasetSettings, columns: int) -> Row:
+    """Describe a sheet for slides.parquet."""
+    height, width = _size(len(sheet["images"]), columns, settings.patch)
+    return {
+        "slide": sheet["slide"],
+        "digest": sheet["digest"],
+        "status": "done",
+        "annotated": True,
+        "split": sheet["split"],
+        "height": height,
+        "width": width,
+        "patches": len(sheet["images"]),
+    }
 
 
 def _patches(images: list[Row], settings: DatasetSettings) -> Iterator[Row]:
     side, names = settings.patch, settings.classes.names
     for row in images:
-        if row["status"] == "done" and row["sheet"]:
+        if "sheet" in row:
             yield {
                 "slide": row["sheet"],
                 "split": row["split"],

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from medray.models.config import ModelConfig
-from medray.pages import ACCENT, LINE, SOFT, as_svg, data_uri, render
+from medray.pages import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
 from medray.report import AGREEMENT
 from medray.store import files
 
@@ -119,10 +119,6 @@ def _curves(history: Sequence[Row], names: Mapping[str, str], best: int) -> Mark
         axes.legend(frameon=False, labelcolor=SOFT, fontsize=9)
     if names in (_SCORES, _IMAGE_SCORES):
         axes.set_ylim(0, 1)
-    axes.set_xlabel("epoch", color=SOFT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(colors=SOFT)
-    axes.grid(color=LINE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(LINE)
+    finish_axes(axes, "epoch")
     return as_svg(figure)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from medray.pages import ACCENT, LINE, SOFT, as_svg, render
+from medray.pages import ACCENT, SOFT, as_svg, finish_axes, render
 from medray.store import files
 
 Row = dict[str, Any]
@@ -104,9 +104,4 @@ def _by_epoch(rows: Sequence[Row], best: Row) -> Markup:
 
 def _finish(axes: Any, label: str) -> None:
     axes.set_ylim(0, 1)
-    axes.set_xlabel(label, color=SOFT)
-    axes.set_ylabel("F1", color=SOFT)
-    axes.tick_params(colors=SOFT)
-    axes.grid(color=LINE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(LINE)
+    finish_axes(axes, label, "F1")

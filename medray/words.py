@@ -46,7 +46,18 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['trials']} trials, {len(failed)} failed, "
             f"{values['seconds']:.1f} s"
         )
-    if "done" in values:
+    if "copies" in values:
+        lines.append(
+            f"{command}: {values['images']} images done, {values['skipped']} done "
+            f"before, {values['copies']} copies left out, {len(failed)} failed, "
+            f"{values['seconds']:.1f} s"
+        )
+    elif "images" in values:
+        lines.append(
+            f"{command}: {values['images']} images evaluated, {len(failed)} sheets "
+            f"failed"
+        )
+    elif "done" in values:
         lines.append(
             f"{command}: {values['done']} slides done, {values['skipped']} done "
             f"before, {len(failed)} failed, {values['seconds']:.1f} s"

@@ -1,12 +1,16 @@
 """Images in class folders: from files to a classifier's report."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
@@ -64,7 +68,7 @@ def dataset(cluster: None, cells: Path) -> str:
         patients=r"^(P\d+)_",
         fractions=(0.5, 0.25, 0.25),
     )
-    assert (summary.done, summary.failed) == (96, {})
+    assert (summary.images, summary.failed) == (96, {})
     return str(out)
 
 
@@ -96,12 +100,69 @@ def test_ingest_again_does_nothing_until_something_changes(
 ) -> None:
     cells = write_cells(tmp_path / "cells", patients=4, each=2)
     out = str(tmp_path / "dataset")
-    first = ingest_images(str(cells), out=out, side=32)
-    assert (first.done, first.skipped) == (16, 0)
-    again = ingest_images(str(cells), out=out, side=32)
-    assert (again.done, again.skipped, again.regions) == (0, 16, 0)
+
+    def again(**changed: object) -> tuple[int, int]:
+        done = ingest_images(str(cells), out=out, side=32, **changed)
+        return done.images, done.skipped
+
+    assert again() == (16, 0)
+    assert again() == (0, 16)
+    # What was said of the images counts as much as they do.
+    how = {"patients": r"^(P\d+)_"}
+    assert again(**how) == (16, 0)
+    assert again(**how) == (0, 16)
+    splits = tmp_path / "splits.csv"
+    names = [row["image"] for row in find_images(str(cells))]
+    lines = [f"{name},{'test' if n < 3 else 'train'}" for n, name in enumerate(names)]
+    splits.write_text("\n".join(["slide,split", *lines]) + "\n")
+    assert again(splits=str(splits)) == (16, 0)
+    assert {row["image"] for row in read_patches(out, "test")} == set(names[:3])
+    assert sorted(p.name for p in Path(out, "slides").iterdir()) == [
+        "test-0000.ome.zarr",
+        "train-0000.ome.zarr",
+    ]
     (cells / "sick" / "P0_cell_0.png").unlink()
-    assert ingest_images(str(cells), out=out, side=32).done == 15
+    assert again(splits=str(splits)) == (15, 0)
+
+
+def test_the_copy_that_tests_is_the_one_that_stays(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Also when a CSV says what tests."""
+    cells = write_cells(tmp_path / "cells", patients=3, each=1)
+    shutil.copy(cells / "sick" / "P0_cell_0.png", cells / "sick" / "P9_cell_0.png")
+    names = [row["image"] for row in find_images(str(cells))]
+    split_of = dict.fromkeys(names, "train") | {"sick/P9_cell_0.png": "test"}
+    splits = tmp_path / "splits.csv"
+    lines = [f"{name},{split}" for name, split in split_of.items()]
+    splits.write_text("\n".join(["slide,split", *lines]) + "\n")
+    out = str(tmp_path / "dataset")
+    done = ingest_images(str(cells), out=out, side=32, splits=str(splits))
+    assert (done.images, done.copies) == (6, 1)
+    assert [row["image"] for row in read_patches(out, "test")] == ["sick/P9_cell_0.png"]
+    trained = {row["image"] for row in read_patches(out, "train")}
+    assert trained == set(names) - {"sick/P0_cell_0.png", "sick/P9_cell_0.png"}
+
+
+@pytest.mark.slow
+def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> None:
+    """With the bugs of tests/faulty in the decoder."""
+    cells = write_cells(tmp_path / "cells", patients=4, each=3)
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    pixels[20, 20:23] = np.frombuffer(b"<CRASH>..", np.uint8).reshape(3, 3)
+    tifffile.imwrite(
+        cells / "sick" / "crashes.tif", pixels, tile=(64, 64), photometric="rgb"
+    )
+    command = [sys.executable, "-m", "medray.cli", "ingest", str(cells), "--json"]
+    command += ["--side", "32", "--out", str(tmp_path / "dataset")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent / "faulty")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found["failed"]) == ["sick/crashes.tif"]
+    assert "quarantined" in found["failed"]["sick/crashes.tif"]
+    assert found["images"] == 24
 
 
 def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
@@ -146,6 +207,8 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         ingest_images(str(cells), out=str(tmp_path / "d"), side=32, patients="^Q")
     with pytest.raises(ConfigError, match="no regular expression"):
         ingest_images(str(cells), out=str(tmp_path / "d"), side=32, patients="(")
+    with pytest.raises(ConfigError, match="sum to 1"):
+        ingest_images(str(cells), out=str(tmp_path / "d"), side=32, fractions=(1, 1, 1))
     with pytest.raises(ConfigError, match="a multiple of 32"):
         ingest_images(str(cells), out=str(tmp_path / "d"), side=50)
     shutil.copy(cells / "sick" / "P0_cell_0.png", cells / "beside.png")
@@ -237,7 +300,7 @@ def test_a_classifier_is_trained_and_evaluated(
     cells: Path, dataset: str, classifier: str, tmp_path: Path
 ) -> None:
     found = evaluate_images(classifier, data=dataset, out=str(tmp_path / "report"))
-    assert found.evaluated == 24
+    assert found.images == 24
     assert found.f1 > 0.9
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert np.trace(metrics["confusion"]) / 24 == metrics["accuracy"]
@@ -387,3 +450,32 @@ def test_a_frozen_encoder_stays_as_it_is_until_it_thaws(
     learner.do_step([batch])
     assert changed() == {"head", "encoder"}
     assert learner.rate < 0.2 * rate
+
+
+def test_it_does_not_stop_before_the_encoder_has_thawed(
+    dataset: str, tmp_path: Path
+) -> None:
+    from medray.models.learner import Learner, Team
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    recipe = read_recipe(str(path), ["schedule.patience=2", "schedule.epochs=20"])
+    contract = ModelConfig(
+        architecture=recipe.model,
+        classes=read_dataset(dataset).classes,
+        window=recipe.window,
+        mpp=None,
+    )
+
+    def epochs(frozen: int) -> int:
+        schedule = replace(recipe.schedule, frozen=frozen)
+        team = Team(0, 1, torch.device("cpu"))
+        learner = Learner(team, recipe, contract, 1, 1)
+        learner.recipe = replace(recipe, schedule=schedule, weights="as above")
+        while not learner.is_over():
+            learner.loss_sum = 1.0
+            learner.end_epoch({"f1": 0.5}, 1.0)
+        return learner.epoch
+
+    assert epochs(0) == 3
+    assert epochs(5) == 7

@@ -438,7 +438,9 @@ class Learner:
 
     def is_over(self) -> bool:
         """Tell whether all epochs are done, or nothing has improved for too long."""
-        since_best: int = self.epoch - 1 - self.best["epoch"]
+        # What the encoder can do better shows once it has thawed.
+        best = max(self.best["epoch"], self.recipe.schedule.frozen - 1)
+        since_best: int = self.epoch - 1 - best
         return (
             self.epoch >= self.recipe.schedule.epochs
             or since_best >= self.recipe.schedule.patience
