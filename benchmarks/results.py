@@ -4,7 +4,9 @@ K-fold: each field is a test image once. The other folds train, but for one that
 the epoch. Fields of one source stay in one fold. Masks come from `medray infer`; all
 test fields are pooled, intervals are 95 % bootstrap intervals over fields.
 
-Running it again goes on where it was killed.
+Running it again goes on where it was killed. With --records the folds that are there,
+of the same recipe and deal, are not run again, and those that are run are added: folds
+of half an hour each need not be one sitting.
 
     python benchmarks/results.py nuclei --data ../shared/data --out results
     python benchmarks/results.py regions --data ../shared/data --out results
@@ -16,6 +18,7 @@ Running it again goes on where it was killed.
 
 import argparse
 import csv
+import hashlib
 import json
 import logging
 import random
@@ -43,7 +46,9 @@ from medray.metrics import (
 )
 from medray.models.config import Prediction
 from medray.models.folder import load_model
+from medray.recipe import read_recipe
 from medray.run import Options, mask_uri
+from medray.settings import to_dict
 from medray.synth import Lesions, generate
 from medray.train import read_history, train
 
@@ -93,16 +98,25 @@ def one_fold(
     overrides: Sequence[str],
     ways: Mapping[str, Prediction],
     out: Path,
+    record: Path | None = None,
 ) -> dict[str, object]:
     """Train without fold `test`, and count what the model finds in it.
 
-    `ways` are those of inference, by a name; each is counted.
+    `ways` are those of inference, by a name; each is counted. `record` is a file of the
+    fold's result from an earlier sitting, or where to put it.
     """
     count = max(fold.values()) + 1
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    made_of = _digest(
+        [to_dict(read_recipe(str(path), overrides)), sorted(fold.items())]
+    )
     out.mkdir(parents=True, exist_ok=True)
     result = out / "result.json"
-    if result.exists():
-        return dict(json.loads(result.read_text()))
+    for file in (result, record):
+        if file is not None and file.exists():
+            values = dict(json.loads(file.read_text()))
+            if values.get("made_of") == made_of:
+                return values
     role = {test: "test", (test + 1) % count: "val"}
     with (out / "splits.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -117,7 +131,6 @@ def one_fold(
         mpp=0.5,  # of most it is not known; one value for all makes it not matter
         out=str(data),
     )
-    path = ROOT / "recipes" / f"{recipe}.yaml"
     start = time.perf_counter()
     train(str(path), data=str(data), out=str(out / "model"), overrides=overrides)
     seconds = sum(e["seconds"] for e in read_history(str(out / "model")))
@@ -139,13 +152,22 @@ def one_fold(
             for image in tests
         }
     values = {
+        "made_of": made_of,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "fields": found,
         "seconds": seconds,
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    result.write_text(json.dumps(values))
+    for file in (result, record):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values) + "\n")
     return values
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _count(truth: str, found: str, classes: int) -> dict[str, list]:
@@ -187,13 +209,23 @@ def run(
     out: Path,
     only: int | None = None,
     ways: Mapping[str, Prediction] | None = None,
+    records: Path | None = None,
 ) -> None:
     overrides = [*LIGHTER.get(recipe, []), *overrides]
     fold = folds_of(fields, folds)
     numbers = range(folds) if only is None else range(only)
     ways = {"": Prediction()} | dict(ways or {})
     results = [
-        one_fold(fields, fold, k, recipe, overrides, ways, out / title / f"fold{k}")
+        one_fold(
+            fields,
+            fold,
+            k,
+            recipe,
+            overrides,
+            ways,
+            out / title / f"fold{k}",
+            records / title / f"fold{k}.json" if records else None,
+        )
         for k in numbers
     ]
     for way in ways:
@@ -280,6 +312,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, help="so many of the folds")
+    parser.add_argument(
+        "--records", type=Path, metavar="DIR", help="results of earlier sittings"
+    )
     parser.add_argument("--slides", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
@@ -300,6 +335,7 @@ def main() -> None:
             out,
             args.only,
             {"-flips": Prediction(tta="flips")},
+            args.records,
         )
     elif args.what == "regions":
         for name, fields in regions(args.data).items():
