@@ -1,0 +1,443 @@
+"""k8s/: every overlay builds, is valid, and agrees with the rest of the project."""
+
+import ast
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from manifests import (
+    OVERLAYS,
+    ROOT,
+    SCHEMALESS,
+    Object,
+    broken_rules,
+    build,
+    dockerfile,
+    entrypoints,
+    find,
+    pods,
+    read_schemas,
+    with_components,
+)
+
+KUBERNETES = "1.37"
+EXTRAS = ["jobs", "raycronjob", "kueue", "monitoring"]
+COUNTERS = {
+    "ray_medray_slides_done_total",
+    "ray_medray_slides_failed_total",
+    "ray_medray_regions_done_total",
+    "ray_medray_region_wait_seconds",
+}
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def objects(overlay: str) -> list[Object]:
+    return build(ROOT / "k8s" / "overlays" / overlay)
+
+
+@pytest.fixture(scope="module")
+def all_objects(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The overlay with every optional component."""
+    folder = tmp_path_factory.mktemp("all")
+    return with_components(overlay, ["cronjob", *EXTRAS], folder)
+
+
+@pytest.fixture(scope="session")
+def schemas() -> dict[str, Object]:
+    folder = ROOT.parent / "shared" / "kuberay-crds"
+    if not folder.is_dir():
+        pytest.skip("KubeRay's schemas are not beside this checkout (../shared)")
+    return read_schemas(folder)
+
+
+def faults(thing: Object, schemas: dict[str, Object]) -> list[str]:
+    """What the API server would refuse of an object."""
+    if thing["apiVersion"].startswith("ray.io"):
+        found = Draft202012Validator(schemas[thing["kind"]]).iter_errors(thing)
+        return [f"{error.json_path}: {error.message}" for error in found]
+    try:
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [f"{error}"]
+    return []
+
+
+def test_every_object_is_valid_and_has_no_unknown_field(
+    all_objects: list[Object], schemas: dict[str, Object]
+) -> None:
+    known = [
+        one
+        for one in all_objects
+        if not one["apiVersion"].split("/")[0].endswith(SCHEMALESS)
+    ]
+    found = {
+        f"{one['kind']} {one['metadata']['name']}": faults(one, schemas)
+        for one in known
+    }
+    assert {name: said for name, said in found.items() if said} == {}
+    kinds = {one["kind"] for one in known}
+    assert {"RayCluster", "RayJob", "RayCronJob", "CronJob"} <= kinds
+    rays = [one for one in known if one["apiVersion"].startswith("ray.io")]
+    assert {one["metadata"]["name"]: broken_rules(one) for one in rays} == {
+        one["metadata"]["name"]: [] for one in rays
+    }
+
+
+def _typo(cluster: Object) -> None:
+    cluster["spec"]["workerGroupSpecs"][0]["minReplica"] = 0
+
+
+def _deep(cluster: Object) -> None:
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    head["containers"][0]["ressources"] = {}
+
+
+def _kind(cluster: Object) -> None:
+    cluster["spec"]["enableInTreeAutoscaling"] = "yes"
+
+
+@pytest.mark.parametrize("break_it", [_typo, _deep, _kind])
+def test_a_wrong_field_would_be_found(
+    break_it: Callable[[Object], None],
+    objects: list[Object],
+    schemas: dict[str, Object],
+) -> None:
+    cluster = json.loads(json.dumps(find(objects, "RayCluster")))
+    assert faults(cluster, schemas) == []
+    break_it(cluster)
+    assert faults(cluster, schemas) != []
+
+
+def test_the_operators_rules_would_find_what_it_refuses(objects: list[Object]) -> None:
+    cluster = json.loads(json.dumps(find(objects, "RayCluster")))
+    group = cluster["spec"]["workerGroupSpecs"][0]
+    group["template"]["spec"]["restartPolicy"] = "Always"
+    group["rayStartParams"]["labels"] = "a=b"
+    cluster["metadata"]["name"] = "m" * 54
+    assert len(broken_rules(cluster)) == 3
+
+
+def test_everything_is_in_the_namespace(all_objects: list[Object]) -> None:
+    everywhere = {"Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue"}
+    for one in all_objects:
+        if one["kind"] not in everywhere:
+            assert one["metadata"]["namespace"] == "medray", one["metadata"]["name"]
+    names = [(o["kind"], o["metadata"]["name"]) for o in all_objects]
+    assert len(names) == len(set(names))
+
+
+def test_names_that_objects_refer_to_exist(all_objects: list[Object]) -> None:
+    def names(kind: str) -> set[str]:
+        return {o["metadata"]["name"] for o in all_objects if o["kind"] == kind}
+
+    cluster = find(all_objects, "RayCluster")
+    for one in all_objects:
+        for _, pod in pods(one):
+            wanted = pod.get("serviceAccountName")
+            assert wanted is None or wanted in names("ServiceAccount")
+            wanted = pod.get("priorityClassName")
+            assert wanted is None or wanted in names("PriorityClass")
+            for volume in pod.get("volumes", []):
+                if "configMap" in volume:
+                    assert volume["configMap"]["name"] in names("ConfigMap")
+                if "persistentVolumeClaim" in volume:
+                    claim = volume["persistentVolumeClaim"]["claimName"]
+                    assert claim in names("PersistentVolumeClaim")
+            for source in pod["containers"][0].get("envFrom", []):
+                assert source["configMapRef"]["name"] in names("ConfigMap")
+        if one["kind"] in ("RayJob", "RayCronJob"):
+            spec = one["spec"].get("jobTemplate", one["spec"])
+            chosen = spec["clusterSelector"]["ray.io/cluster"]
+            assert chosen == cluster["metadata"]["name"]
+    night = find(all_objects, "CronJob")
+    (_, pod), *_ = pods(night)
+    environment = {one["name"]: one for one in pod["containers"][0]["env"]}
+    address = environment["RAY_API_SERVER_ADDRESS"]["value"]
+    # KubeRay's names: the head's service, and the Secret of a token that it made.
+    assert address == f"http://{cluster['metadata']['name']}-head-svc:8265"
+    secret = environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert secret == {"name": cluster["metadata"]["name"], "key": "auth_token"}
+    setting = environment["STORAGE"]["valueFrom"]["configMapKeyRef"]
+    assert setting["key"] in find(all_objects, "ConfigMap", "settings")["data"]
+    queue = find(all_objects, "LocalQueue")
+    labels = cluster["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    queues = find(all_objects, "ClusterQueue")
+    assert queue["spec"]["clusterQueue"] == queues["metadata"]["name"]
+    flavors = {f["name"] for f in queues["spec"]["resourceGroups"][0]["flavors"]}
+    assert flavors <= names("ResourceFlavor")
+
+
+def test_the_cluster_grows_from_nothing_and_its_head_does_no_work(
+    overlay: str, objects: list[Object]
+) -> None:
+    spec = find(objects, "RayCluster")["spec"]
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = {one["groupName"]: one for one in spec["workerGroupSpecs"]}
+    asked = int(spec["headGroupSpec"]["labels"]["medray/gpus"])
+    quota = find(objects, "ResourceQuota")["spec"]["hard"]
+    assert int(quota["requests.nvidia.com/gpu"]) == asked
+    with_gpu = {
+        name: group
+        for name, group in groups.items()
+        if "nvidia.com/gpu"
+        in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    }
+    if overlay == "cpu-kind":
+        assert (with_gpu, asked) == ({}, 0)
+        return
+    assert all(one["minReplicas"] == one["replicas"] == 0 for one in groups.values())
+    assert set(with_gpu) == {"gpu-spot", "gpu-on-demand"}
+    spot, other = with_gpu["gpu-spot"], with_gpu["gpu-on-demand"]
+    assert spot["priority"] > other["priority"]
+    for group in (spot, other):
+        assert group["maxReplicas"] == asked > 0
+        assert group["idleTimeoutSeconds"] > 0
+        pod = group["template"]["spec"]
+        assert "nvidia.com/gpu" in [one["key"] for one in pod["tolerations"]]
+        assert pod["nodeSelector"]
+    # Nothing tells spot from on-demand but where their pods may go.
+    assert (
+        spot["template"]["spec"]["nodeSelector"]
+        != other["template"]["spec"]["nodeSelector"]
+        or "affinity" in (other["template"]["spec"])
+    )
+
+
+def test_pods_keep_the_restricted_standard_and_say_what_they_take(
+    all_objects: list[Object],
+) -> None:
+    """The namespace enforces it: a pod that does not would never start."""
+    user = next(c.value[0] for c in dockerfile()[::-1] if c.cmd.upper() == "USER")
+    seen = [found for one in all_objects for found in pods(one)]
+    assert len(seen) >= 3
+    for name, pod in seen:
+        whole = pod["securityContext"]
+        assert whole["runAsNonRoot"] is True, name
+        assert whole["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert f"{whole['runAsUser']}:{whole['runAsGroup']}" == user
+        kinds = {key for v in pod.get("volumes", []) for key in v if key != "name"}
+        assert kinds <= {"configMap", "persistentVolumeClaim"}
+        for container in pod["containers"]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            there = container["resources"]
+            assert there["limits"]["memory"] == there["requests"]["memory"]
+            assert "cpu" in there["requests"]
+    scaler = find(all_objects, "RayCluster")["spec"]["autoscalerOptions"]
+    assert scaler["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_no_secret_is_written_down() -> None:
+    for path in sorted((ROOT / "k8s").rglob("*.yaml")):
+        for one in yaml.safe_load_all(path.read_text()):
+            assert not isinstance(one, dict) or one.get("kind") != "Secret", path
+    for path in sorted([*(ROOT / "k8s").rglob("*"), *(ROOT / "cluster").iterdir()]):
+        if path.is_file():
+            assert not re.search(
+                r"\b[0-9a-f]{32,}\b|AKIA[0-9A-Z]{16}", path.read_text()
+            )
+
+
+def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().split()
+    )
+    cluster = find(objects, "RayCluster")
+    assert cluster["spec"]["rayVersion"] == pins["ray"]
+    variant = "cpu" if overlay == "cpu-kind" else "gpu"
+    images = {
+        container["image"]
+        for one in objects
+        for _, pod in pods(one)
+        for container in pod["containers"]
+    }
+    assert len(images) == 1
+    name, tag = images.pop().rsplit(":", 1)
+    assert name.rsplit("/", 1)[-1] == project["name"]
+    assert tag == f"{project['version']}-{variant}"
+    args = [c.original.split()[1] for c in dockerfile() if c.cmd.upper() == "ARG"]
+    assert "VARIANT=cpu" in args
+
+
+def test_commands_are_those_of_the_jobs(
+    all_objects: list[Object], tmp_path: Path
+) -> None:
+    from medray.cli import build_parser
+
+    found = list(entrypoints(all_objects))
+    where = {one.where for one in found}
+    assert {"CronJob nightly", "RayCronJob nightly", "RayJob train"} <= where
+    mounted = find(all_objects, "RayCluster")["spec"]["headGroupSpec"]["template"]
+    mounts = mounted["spec"]["containers"][0]["volumeMounts"]
+    assert {"name": "recipes", "mountPath": "/recipes", "readOnly": True} in mounts
+    recipes = find(all_objects, "ConfigMap", "recipes")["data"]
+    for one in found:
+        path = ROOT / one.file
+        if one.file == "jobs/nightly.py" and not path.exists():
+            assert set(one.arguments[::2]) == {"--inbox", "--model", "--out"}
+            continue
+        assert path.is_file(), one.where
+        command = _command_of(path)
+        # Exits if there is no such command or option, or one is missing.
+        args = build_parser().parse_args([command, *one.arguments])
+        places = [args.out, *one.arguments]
+        for place in places:
+            if "/" in place and not place.startswith("/recipes/"):
+                assert place.startswith(("$STORAGE/", "$(STORAGE)/")), one.where
+        if command == "train":
+            assert Path(args.recipe).parent == Path("/recipes")
+            assert Path(args.recipe).name in recipes
+    # Masks of the slides that could be done are a success; nothing else is let pass.
+    lenient = {one.where for one in found if one.after}
+    assert lenient == {"CronJob nightly", "RayCronJob nightly", "RayJob infer"}
+    for one in found:
+        assert " ".join(one.after) in ("", "|| test $? -eq 3", "|| [ $? -eq 3 ]")
+
+
+def _command_of(path: Path) -> str:
+    """The command in a job's `script(["COMMAND", *sys.argv[1:]])`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "script":
+            (given,) = node.args
+            assert isinstance(given, ast.List)
+            first = given.elts[0]
+            assert isinstance(first, ast.Constant)
+            return str(first.value)
+    raise AssertionError(f"{path} calls no command")
+
+
+def test_failed_slides_restart_nothing(all_objects: list[Object]) -> None:
+    for one in all_objects:
+        if one["kind"] in ("RayJob", "RayCronJob"):
+            spec = one["spec"].get("jobTemplate", one["spec"])
+            assert spec["backoffLimit"] == 0
+            assert spec["submissionMode"] == "HTTPMode"  # no submitter that retries
+    night = find(all_objects, "CronJob")["spec"]
+    assert night["concurrencyPolicy"] == "Forbid"
+    job = night["jobTemplate"]["spec"]
+    assert job["backoffLimit"] == 0
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_the_recipes_are_those_of_the_folder(objects: list[Object]) -> None:
+    data = find(objects, "ConfigMap", "recipes")["data"]
+    there = {p.name: p.read_text() for p in (ROOT / "recipes").glob("*.yaml")}
+    missing = sorted(set(there) - set(data))
+    assert missing == [], f"add to recipes/Kustomization: {missing}"
+    assert data == there
+
+
+def test_only_who_is_named_reaches_the_cluster(all_objects: list[Object]) -> None:
+    policies = [o["spec"] for o in all_objects if o["kind"] == "NetworkPolicy"]
+    deny = find(all_objects, "NetworkPolicy", "default-deny")["spec"]
+    assert deny["podSelector"] == {}
+    assert "ingress" not in deny
+    assert set(deny["policyTypes"]) == {"Ingress", "Egress"}
+    for policy in policies:
+        for rule in policy.get("ingress", []):
+            assert rule.get("from"), "an empty `from` lets everybody in"
+    night = find(all_objects, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]
+    allowed = find(all_objects, "NetworkPolicy", "jobs-to-head")["spec"]["ingress"][0]
+    chosen = allowed["from"][0]["podSelector"]["matchLabels"]
+    assert chosen.items() <= night["metadata"]["labels"].items()
+    monitor = find(all_objects, "PodMonitor")["spec"]
+    cluster = find(all_objects, "RayCluster")
+    name = cluster["metadata"]["name"]
+    assert monitor["selector"]["matchLabels"] == {"ray.io/cluster": name}
+    ports = {
+        port["name"]: port["containerPort"]
+        for _, pod in pods(cluster)
+        for port in pod["containers"][0]["ports"]
+    }
+    scraped = {ports[one["port"]] for one in monitor["podMetricsEndpoints"]}
+    open_to = find(all_objects, "NetworkPolicy", "prometheus")["spec"]["ingress"][0]
+    assert scraped == {one["port"] for one in open_to["ports"]}
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(all_objects: list[Object]) -> None:
+    import ray
+    from ray.autoscaler._private.prom_metrics import AutoscalerPrometheusMetrics
+
+    text = find(all_objects, "ConfigMap", "medray-dashboard")["data"]["medray.json"]
+    dashboard = json.loads(text)
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:ray|autoscaler)_\w+", target["expr"])
+    }
+    assert {one for one in asked if one.startswith("ray_medray_")} == COUNTERS
+    autoscaler = {
+        sample.name
+        for metric in AutoscalerPrometheusMetrics(session_name="x").registry.collect()
+        for sample in metric.samples
+    } | {
+        f"{metric.name}{'_total' * (metric.type == 'counter')}"
+        for metric in AutoscalerPrometheusMetrics(session_name="x").registry.collect()
+    }
+    assert {one for one in asked if one.startswith("autoscaler_")} <= autoscaler
+    # Ray's own panels name what its nodes export.
+    panels = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards"
+    known = "".join(path.read_text() for path in panels.glob("*.py"))
+    for name in asked - COUNTERS - autoscaler:
+        assert re.search(rf"\b{name}\b", known), name
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(
+        dashboard["panels"]
+    )
+
+
+def test_overlays_have_few_values_to_change(overlay: str) -> None:
+    values = yaml.safe_load(
+        (ROOT / "k8s" / "overlays" / overlay / "values.yaml").read_text()
+    )["data"]
+    expected = {"image", "storage"}
+    if overlay != "cpu-kind":
+        expected |= {"identity", "gpus"}
+    assert set(values) == expected
+    built = build(ROOT / "k8s" / "overlays" / overlay)
+    said = json.dumps(built)
+    assert all(value in said for value in values.values())
+    assert all(one["metadata"]["name"] != "values" for one in built)
+
+
+def test_the_costs_follow_from_what_was_measured() -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    measured = {}
+    for windows, seconds in re.findall(r"(\d+) windows\s+in ([\d.]+) s", text):
+        # The row of RESULTS.md: windows, the bare model's seconds, the stage's.
+        row = rf"\| {windows} \| [\d.]+ \| {re.escape(seconds)} \|"
+        assert re.search(row, results), (windows, seconds)
+        measured[windows] = int(windows) / float(seconds)
+    flat, pyramid = measured["1200"], measured["2916"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("\n")
+        if re.match(r"\| \d cores", line)
+    ]
+    assert len(rows) == 4
+    for node, rate, price, of_flat, of_whole in rows:
+        speed = (flat if of_flat else pyramid) * int(node.split()[0]) / 2
+        assert float(rate) == pytest.approx(speed, abs=0.06)
+        windows = 25 if of_flat else 12_000
+        cost = 1000 * windows / (speed * 3600) * float(price)
+        assert float(of_flat or of_whole) == pytest.approx(cost, abs=0.006)
+    (needed,) = re.findall(r"for 1.00 an hour has to do more\s+than (\d+)", text)
+    assert int(needed) == round(pyramid * 1.00 / 0.10)
