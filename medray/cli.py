@@ -142,6 +142,18 @@ def _evaluate(args: argparse.Namespace) -> Any:
     return evaluate(args.run_folder, truth=args.truth, out=args.out, split=args.split)
 
 
+def _export(args: argparse.Namespace) -> Any:
+    from medray.export import export
+
+    return export(
+        args.model,
+        format=args.format,
+        out=args.out,
+        data=args.data,
+        agreement=args.agreement,
+    )
+
+
 def _verify(args: argparse.Namespace) -> Any:
     from medray.verify import verify
 
@@ -290,6 +302,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
+
+    sub = command("export", _export, "a model for another runtime")
+    sub.add_argument("model", metavar="MODEL", help="from train")
+    sub.add_argument(
+        "--format", required=True, help="pt2, onnx, int8, tensorrt or wsinfer"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--data", default="", help="dataset or slide to compare on (generated)"
+    )
+    sub.add_argument(
+        "--agreement",
+        type=_positive,
+        metavar="P",
+        help="least share of pixels with the same class (0.999, int8 0.98)",
+    )
 
     sub = command("verify", _verify, "read a run against the digests of its commits")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")

@@ -37,7 +37,12 @@ from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.faults import failure, too_large
 from medray.grid import region_side
 from medray.lane import start_lanes
-from medray.models.config import model_digest, read_config
+from medray.models.config import (
+    check_runtime,
+    model_digest,
+    read_config,
+    weights_uri,
+)
 from medray.plan import coarse_mask, plan_slide
 from medray.progress import Progress
 from medray.region import (
@@ -214,6 +219,11 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     if options.within:
         options = replace(options, within=files.absolute(options.within))
     side = options.region or region_side(config.window, omezarr.PATCH)
+    for folder in folders:
+        check_runtime(folder)
+    deciding = ["medray", "torch", "tifffile", "imagecodecs", "zarr"]
+    if any(weights_uri(folder).endswith(".onnx") for folder in folders):
+        deciding.append("onnxruntime")
     digests = [model_digest(folder) for folder in folders]
     whole = hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
     return RunSettings(
@@ -223,10 +233,7 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
         windows=config.window,
         model_mpp=config.mpp,
         options=replace(options, region=side),
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("medray", "torch", "tifffile", "imagecodecs", "zarr")
-        },
+        versions={name: importlib.metadata.version(name) for name in deciding},
     )
 
 

@@ -36,7 +36,7 @@ from medray.loop import (
     run_worker,
     teacher_uri,
 )
-from medray.models.config import ModelConfig, model_digest, read_config
+from medray.models.config import ModelConfig, is_exported, model_digest, read_config
 from medray.models.folder import save_model, write_seen
 from medray.models.learner import build_network
 from medray.models.weights import is_file
@@ -421,6 +421,12 @@ def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
             raise ConfigError(
                 f"{data}: holds no slides without annotation for `unlabelled`; ingest "
                 f"some, or remove `unlabelled` from the recipe"
+            )
+    for part in (settings.teacher, settings.prune):
+        if part is not None and is_exported(part.model):
+            raise ConfigError(
+                f"{part.model}: comes from `medray export`; give the model folder that "
+                f"it was made from"
             )
     if settings.teacher is not None:
         teacher = read_config(settings.teacher.model)

@@ -23,6 +23,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         lines = [f"{verb}  {path}" for path in values["removed"]]
         size = f"{values['bytes'] / 2**20:.1f} MiB"
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
+    if "speed_up" in values:
+        return _export_in_words(values)
     if "agreement" in values:
         return _difference_in_words(values)
     if "f1" in values:
@@ -79,6 +81,22 @@ def _verified_in_words(values: dict[str, Any]) -> str:
     if failed and values["noted"]:
         lines.append("run the same `medray infer` again to repair them")
     return "\n".join(lines)
+
+
+def _export_in_words(values: dict[str, Any]) -> str:
+    before, after = (values[name] / 2**20 for name in ("model_bytes", "file_bytes"))
+    lines = [
+        f"compared  on {values['compared']} windows of {values['source']}",
+        f"classes   the same in {values['agreement']:.3%}; probabilities differ by at "
+        f"most {values['largest_difference']:.4f}",
+        f"size      {after:.1f} MiB, the model's weights {before:.1f} MiB",
+        f"speed     {values['speed_up']:.2f} times the model's",
+    ]
+    if values["f1"] is not None and values["model_f1"] is not None:
+        lines.append(
+            f"F1        {values['f1']:.4f}, the model's {values['model_f1']:.4f}"
+        )
+    return "\n".join([*lines, f"out       {values['out']}"])
 
 
 def _difference_in_words(values: dict[str, Any]) -> str:

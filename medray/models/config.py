@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,11 @@ from medray.store import files
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]
 Stain = Literal["none", "macenko"]
+
+WEIGHTS = "weights.safetensors"
+EXPORTED = ("model.pt2", "model.onnx", "tensorrt.pt2")
+"""Files that stand for a model's weights: as it was trained, or as `medray export`
+made it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class ModelConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     made_from: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def classifies(self) -> bool:
+        """Tell whether a whole window has one class."""
+        return self.architecture.name == "classifier"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -127,9 +138,38 @@ def read_config(folder: str) -> ModelConfig:
     return from_dict(ModelConfig, read_yaml(uri), uri)
 
 
+def weights_uri(folder: str) -> str:
+    """Give the file with a model's weights, be it trained or exported."""
+    for name in (WEIGHTS, *EXPORTED):
+        uri = files.join(folder, name)
+        if files.exists(uri):
+            return uri
+    return files.join(folder, WEIGHTS)
+
+
+def is_exported(folder: str) -> bool:
+    """Tell whether a model folder comes from `medray export`."""
+    return weights_uri(folder).endswith(EXPORTED)
+
+
+def check_runtime(folder: str) -> None:
+    """Refuse a model whose file needs a package that is not here.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    uri = weights_uri(folder)
+    for end, module, package in (
+        (".onnx", "onnxruntime", "onnxruntime; install medray with the extra `export`"),
+        ("tensorrt.pt2", "torch_tensorrt", "torch-tensorrt; install it"),
+    ):
+        if uri.endswith(end) and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{uri}: needs {package}")
+
+
 def model_digest(folder: str) -> str:
     """Digest what decides a model's predictions: weights and configuration."""
     config = to_dict(read_config(folder)) | {"made_from": None}
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
-    digest.update(files.read_bytes(files.join(folder, "weights.safetensors")))
+    digest.update(files.read_bytes(weights_uri(folder)))
     return f"blake2b:{digest.hexdigest()}"

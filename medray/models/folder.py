@@ -2,7 +2,8 @@
 
 It holds model.yaml (what it is and how it must be fed: `ModelConfig`),
 weights.safetensors, metrics.json (how good it was on validation data) and README.md
-(the model card).
+(the model card). One that `medray export` made has the exported network in place of the
+weights, and export.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import safetensors.torch
 from torch import nn
 
 from medray.errors import FormatError
-from medray.models.config import Architecture, ModelConfig, read_config
+from medray.models.config import (
+    WEIGHTS,
+    Architecture,
+    ModelConfig,
+    is_exported,
+    read_config,
+)
 from medray.models.prune import fit
 from medray.settings import write_settings
 from medray.store import files
@@ -27,7 +34,7 @@ def save_model(
     """Write a model folder; `model.yaml` comes last, so a folder with it is whole."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     weights = safetensors.torch.save(state, {"format": "pt"})
-    files.write_bytes(files.join(folder, "weights.safetensors"), weights)
+    files.write_bytes(files.join(folder, WEIGHTS), weights)
     files.write_json(files.join(folder, "metrics.json"), metrics)
     card = _card(config, metrics)
     files.write_bytes(files.join(folder, "README.md"), card.encode())
@@ -79,11 +86,16 @@ def load_model(folder: str) -> tuple[nn.Module, ModelConfig]:
 
     Raises:
         ConfigError: The folder is no model folder.
-        FormatError: The weights are not safetensors or do not fit the architecture.
+        FormatError: The weights are not safetensors or do not fit the architecture;
+            the exported network is damaged or does not fit the configuration.
     """
     config = read_config(folder)
+    if is_exported(folder):
+        from medray.models.exported import load_exported
+
+        return load_exported(folder, config), config
     model = _build(config.architecture, len(config.classes))
-    uri = files.join(folder, "weights.safetensors")
+    uri = files.join(folder, WEIGHTS)
     try:
         state = safetensors.torch.load(files.read_bytes(uri))
         fit(model, state)

@@ -8,6 +8,7 @@ from torch.fx.experimental.optimization import fuse
 
 from medray.errors import ConfigError
 from medray.models.config import ModelConfig, Precision
+from medray.models.exported import Exported
 from medray.models.stain import macenko
 
 
@@ -80,7 +81,10 @@ class Network:
         dtype: torch.dtype,
     ) -> None:
         """Fold what can be folded, and move the model."""
-        model = _folded(model.eval()).to(device)
+        model = model.eval()
+        if not isinstance(model, Exported):
+            model = folded(model)
+        model = model.to(device)
         self._model = model.to(memory_format=torch.channels_last)
         self._device, self._dtype = device, dtype
         self._normalise = Normalise(config).to(device)
@@ -98,13 +102,13 @@ class Network:
         return logits
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def folded(model: nn.Module) -> nn.Module:
     """Fold batch normalisation into the convolutions before it, where it can be traced.
 
     In float32 that saves a sixth of a U-Net's time on a CPU.
     """
     try:
-        folded: nn.Module = fuse(model)
+        fused: nn.Module = fuse(model)
     except Exception:  # tracing stops at whatever the network's author wrote
         return model
-    return folded
+    return fused
