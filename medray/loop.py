@@ -56,6 +56,7 @@ Row = dict[str, Any]
 
 _STREAM_PARTS = 4096  # that one chain of Ray Data reads
 _MOST_READERS = 8  # a worker's processes that read
+_WEIGHED = 512  # validation images on which an encoder's stages are weighed
 _COMPARED = 64  # validation patches on which student and teacher are compared
 _EXAMPLES = 4  # validation patches that are shown
 _LEAST_DAMAGED = 3  # damaged patches that are endured in any case
@@ -136,6 +137,9 @@ def _train_epochs(
     last = _checkpoint_uri(out, name, "last")
     saved = time.monotonic()
     for epoch, stream in _epochs(learner, data):
+        if learner.must_decide():
+            _decide(learner, data)
+            _write(team, last, learner.state())
         start = time.perf_counter()
         for step in range(learner.step, steps):
             loss = _do_step(learner, stream, out)
@@ -279,6 +283,25 @@ def _raise_together(team: Team, trouble: str | None) -> None:
     said = dict.fromkeys(problem for problem in team.gather(trouble) if problem)
     if said:
         raise TroubleError("; ".join(said))
+
+
+def _decide(learner: Learner, data: str) -> None:
+    """Weigh the encoder's stages at the start of an adaptive phase, by rank 0."""
+    team, recipe = learner.team, learner.recipe
+    weighed: dict[str, float] = {}
+    trouble = None
+    if team.rank == 0:
+        at_once = val_batch(data)
+        batches = -(-len(usable_patches(data, "val", recipe)) // at_once)
+        most = max(1, _WEIGHED // at_once)
+        chosen = np.linspace(0, batches - 1, min(batches, most)).round().astype(int)
+        try:
+            crops = [read_val(data, recipe, at * at_once, at_once) for at in chosen]
+            weighed = learner.weigh_stages([(c.images, c.masks) for c in crops])
+        except MedrayError as error:
+            trouble = f"{error}"
+    _raise_together(team, trouble)
+    learner.decide(team.gather(weighed)[0])
 
 
 # --- check ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -118,6 +119,48 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Epochs in which a part of the network learns; the rest stays as it is.
+
+    What rests keeps the running statistics of its batch normalisation, too.
+
+    Attributes:
+        epochs: How many; None, for the last phase: those that are left.
+        train: head (what stands above the encoder); last (the head and the last
+            `stages` stages of the encoder); adaptive (the head and those stages that
+            matter most, see medray.models.freezing); or all.
+        stages: Of `last`: how many.
+        share: Of `adaptive`: how many of the stages learn (0 to 1).
+        lr: Factor of the learning rate.
+    """
+
+    epochs: int | None = None
+    train: Literal["head", "last", "adaptive", "all"] = "all"
+    stages: int = 0
+    share: float = 0.0
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that each key has its use."""
+        if (self.epochs is not None and self.epochs < 1) or not self.lr > 0:
+            raise ValueError(
+                f"schedule.phases: expected epochs of 1 or more and lr above 0, found "
+                f"{self.epochs} and {self.lr}"
+            )
+        if (self.stages >= 1) != (self.train == "last") or self.stages < 0:
+            raise ValueError(
+                f"schedule.phases: `train: last` goes with `stages` of 1 or more, the "
+                f"others with none, found train {self.train} and stages {self.stages}"
+            )
+        if (0 < self.share < 1) != (self.train == "adaptive") or self.share < 0:
+            raise ValueError(
+                f"schedule.phases: `train: adaptive` goes with a `share` of the stages "
+                f"above 0 and below 1, the others with none, found train {self.train} "
+                f"and share {self.share}"
+            )
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How long, how the learning rate goes after a linear warm-up, and what is saved.
 
@@ -130,9 +173,8 @@ class Schedule:
         every: Epochs between two drops of staircase and plateau.
         patience: Epochs without a better validation F1 before it stops early.
         save_minutes: Longest work that a crash can cost, beside an epoch.
-        frozen: Epochs at the start in which the encoder stays as it is, its running
-            statistics too.
-        thawed: Factor of the learning rate after them.
+        phases: What learns when, one after the other; none: all learn all the time.
+            A plateau is waited for in each of them anew.
     """
 
     name: Literal["cosine", "staircase", "plateau"] = "cosine"
@@ -142,8 +184,7 @@ class Schedule:
     every: int = 1
     patience: int = 10
     save_minutes: float = 10.0
-    frozen: int = 0
-    thawed: float = 1.0
+    phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -157,11 +198,41 @@ class Schedule:
                 f"schedule: expected warmup in 0..1, decay above 0 up to 1 and "
                 f"save_minutes above 0, found {self}"
             )
-        if self.frozen < 0 or not self.thawed > 0:
+        if self.phases:
+            self._check_phases()
+
+    def _check_phases(self) -> None:
+        *before, last = self.phases
+        if any(phase.epochs is None for phase in before):
             raise ValueError(
-                f"schedule: expected frozen of 0 or more and thawed above 0, found "
-                f"{self.frozen} and {self.thawed}"
+                "schedule.phases: only the last phase may do without epochs; say how "
+                "many the others take"
             )
+        taken = sum(phase.epochs or 0 for phase in self.phases)
+        covers = taken == self.epochs if last.epochs else taken < self.epochs
+        if not covers:
+            raise ValueError(
+                f"schedule.phases: the phases take {taken} epochs"
+                f"{'' if last.epochs else ' before the last one'}, schedule.epochs are "
+                f"{self.epochs}; make them the same, or leave the epochs of the last "
+                f"phase away, and it takes those that are left"
+            )
+        if self.phases[0].train == "adaptive":
+            raise ValueError(
+                "schedule.phases: the first cannot be adaptive, for a head that has "
+                "learned nothing cannot tell which stages matter; put "
+                "{epochs: 5, train: head} before it"
+            )
+
+    def phase_at(self, epoch: int) -> int:
+        """Give the index of the phase that an epoch is in; 0 where there are none."""
+        return max(0, sum(first <= epoch for first in self.first_epochs) - 1)
+
+    @property
+    def first_epochs(self) -> tuple[int, ...]:
+        """The first epoch of each phase; one phase where there are none."""
+        before = [phase.epochs or 0 for phase in self.phases[:-1]]
+        return tuple(itertools.accumulate(before, initial=0))
 
 
 @dataclass(frozen=True)
@@ -181,6 +252,9 @@ class Augment:
         hue: Largest shift, in turns of the colour circle (0 to 0.5).
         stain: Largest relative change of haematoxylin, eosin and residual (Tellez et
             al. 2018).
+        fill: What a crop that moves uncovers: white, as glass is, black, its border's
+            pixels, or its reflection. White and black are class 0; of the others mask
+            and image go on alike.
     """
 
     flips: bool = True
@@ -194,6 +268,7 @@ class Augment:
     saturation: float = 0.15
     hue: float = 0.03
     stain: float = 0.0
+    fill: Literal["white", "black", "border", "reflect"] = "white"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -275,6 +350,8 @@ class Recipe:
             file of them.
         window: How inference will look at slides with the model.
         stain: Bring crops and windows to one staining: none, or macenko.
+        scaling: Of pixels, in training and inference: imagenet (to 0..1, then by its
+            mean and deviation) or unit (to 0..1).
         data: Which pixels are seen.
         loss: What is minimised.
         optimizer: By what.
@@ -299,6 +376,7 @@ class Recipe:
     weights: str | None = None
     window: Windows = field(default_factory=Windows)
     stain: Literal["none", "macenko"] = "none"
+    scaling: Literal["imagenet", "unit"] = "imagenet"
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -339,10 +417,12 @@ class Recipe:
                 f"{self.parts} parts for {most} workers; set at_once to "
                 f"{max(1, self.batch // most)} or less, so that each has one"
             )
-        if self.schedule.frozen and self.weights is None and self.prune is None:
+        first = self.schedule.phases[0].train if self.schedule.phases else "all"
+        if first != "all" and self.weights is None and self.prune is None:
             raise ValueError(
-                "schedule.frozen: an encoder of random weights teaches nothing while "
-                "it stays as it is; set weights, or frozen to 0"
+                f"schedule.phases: the first trains {first}, but an encoder of random "
+                f"weights teaches nothing while it stays as it is; set weights, or "
+                f"schedule.phases=[] to train all from the start"
             )
         if self.classifies and (
             self.loss.dice or self.teacher or self.unlabelled or self.prune

@@ -117,6 +117,24 @@ def _refuse_unknown_keys(
             )
         options = typing.get_args(hints[key]) or (hints[key],)
         for option in options:
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                inner = typing.cast(type[Any], option)
+            if not dataclasses.is_dataclass(option):
+                continue
+            inner = typing.cast(type[Any], option)
+            if typing.get_origin(hints[key]) is tuple:
+                _refuse_wrong_items(inner, value, source, f"{prefix}{key}")
+            elif isinstance(value, dict):
                 _refuse_unknown_keys(inner, value, source, f"{prefix}{key}.")
+
+
+def _refuse_wrong_items(cls: type[Any], items: Any, source: str, name: str) -> None:
+    """Refuse what is no list of mappings with the keys of `cls`."""
+    if not isinstance(items, (list, tuple)) or not all(
+        item and isinstance(item, dict) for item in items
+    ):
+        keys = ", ".join(typing.get_type_hints(cls))
+        raise ConfigError(
+            f"{source}: {name}: expected a list, each item a mapping with some of "
+            f"{keys}; found {items}"
+        )
+    for index, item in enumerate(items):
+        _refuse_unknown_keys(cls, item, source, f"{name}[{index}].")

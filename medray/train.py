@@ -217,13 +217,16 @@ def train_with(
 
 def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
     """Give what inference must know; training itself uses it too."""
-    return ModelConfig(
+    contract = ModelConfig(
         architecture=settings.model,
         classes=read_dataset(data).classes,
         window=settings.window,
         mpp=_mpp(patches),
         stain=settings.stain,
     )
+    if settings.scaling == "unit":
+        contract = replace(contract, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return contract
 
 
 def _run(

@@ -56,6 +56,7 @@ def write_training_report(
             "Learning rate": _curves(history, {"learning_rate": ""}, best),
             "Crops per second": _curves(history, {"crops_per_second": ""}, best),
         },
+        phases=_phases(history),
         legend=AGREEMENT,
         examples=[data_uri(picture) for picture in examples],
         repeats=metrics.get("repeats"),
@@ -75,6 +76,17 @@ def _warnings(history: Sequence[Row]) -> list[str]:
     if damaged:
         warned.append(f"{damaged} damaged patches were left out")
     return warned
+
+
+def _phases(history: Sequence[Row]) -> list[Row]:
+    """Say of each phase that was reached which epochs it took and what learned."""
+    rows: dict[int, Row] = {}
+    for entry in history:
+        if "phase" not in entry:
+            continue
+        row = rows.setdefault(entry["phase"], {"first": entry["epoch"]} | entry)
+        row["last"] = entry["epoch"]
+    return list(rows.values())
 
 
 def _provenance(config: ModelConfig) -> dict[str, str]:

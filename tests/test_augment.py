@@ -68,6 +68,59 @@ def test_elastic_moves_pixels_as_far_as_it_says() -> None:
     assert 0.8 * wanted < float(shift.std()) < 1.2 * wanted
 
 
+@pytest.mark.parametrize(
+    ("fill", "padding"),
+    [
+        ("white", {"constant_values": 255}),
+        ("black", {"constant_values": 0}),
+        ("border", {"mode": "edge"}),
+        ("reflect", {"mode": "reflect"}),
+    ],
+)
+def test_what_lies_beyond_a_crop_is_as_asked(fill: str, padding: dict) -> None:
+    """A shifted crop is a cut of NumPy's continuation of it."""
+    side, most = 32, 8
+    rng = np.random.default_rng(2)
+    image = rng.integers(1, 255, (3, side, side), dtype=np.uint8)
+    labels = rng.integers(1, 5, (1, side, side), dtype=np.uint8)
+    padding = {"mode": "constant"} | padding
+    of_mask = padding | ({"constant_values": 0} if fill in ("white", "black") else {})
+    around = ((0, 0), (most, most), (most, most))
+    wide = np.pad(image, around, **padding)
+    wide_labels = np.pad(labels, around, **of_mask)
+    how = Augment(**(PLAIN | {"shift": most / side, "fill": fill}))
+    geometry = build_geometry(how)
+    shifts = set()
+    for seed in range(12):
+        moved, masks = augment_batch(
+            geometry, torch.from_numpy(image[None]), torch.from_numpy(labels), seed=seed
+        )
+        assert moved.dtype == masks.dtype == torch.uint8
+        found = [
+            (y, x)
+            for y in range(2 * most + 1)
+            for x in range(2 * most + 1)
+            if np.array_equal(moved[0], wide[:, y : y + side, x : x + side])
+            and np.array_equal(masks, wide_labels[:, y : y + side, x : x + side])
+        ]
+        assert len(found) == 1
+        shifts |= set(found)
+    assert len(shifts) > 6
+    assert max(abs(y - most) for y, _ in shifts) > most / 2
+
+
+def test_nothing_black_is_turned_into_a_crop_that_goes_on() -> None:
+    images = torch.full((4, 3, 32, 32), 90, dtype=torch.uint8)
+    masks = torch.ones(4, 32, 32, dtype=torch.uint8)
+    how = PLAIN | {"rotate": 45.0, "zoom": 0.3, "shear": 10.0, "elastic": 2.0}
+    for fill, holes in (("border", False), ("reflect", False), ("black", True)):
+        moved, labels = augment_batch(
+            build_geometry(Augment(**(how | {"fill": fill}))), images, masks, seed=1
+        )
+        assert bool((moved < 89).any()) == holes
+        assert bool((labels == 0).any()) == holes
+
+
 def test_colours_leave_masks_alone() -> None:
     images, labels = blobs()
     colours = build_colours(Augment(stain=0.3))

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.dataset import labels_uri, read_dataset, read_patches, slide_uri
+from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
 from medray.evaluate_images import evaluate_images, score
 from medray.metrics import confusion, of_images, summary
 from medray.models.classifiers import SelfAttention, build_classifier
-from medray.models.config import Architecture, ModelConfig
+from medray.models.config import Architecture
 from medray.models.folder import load_model
 from medray.models.network import Normalise
 from medray.recipe import read_recipe
@@ -400,82 +400,3 @@ def test_attention_stands_beside_the_features() -> None:
         torch.testing.assert_close(model(image), wanted)
     with pytest.raises(ConfigError, match="no feature map"):
         build_classifier(replace(how, encoder="vit_tiny_patch16_224"), 5)
-
-
-def test_a_frozen_encoder_stays_as_it_is_until_it_thaws(
-    dataset: str, tmp_path: Path
-) -> None:
-    from medray.models.learner import Batch, Learner, Team
-
-    how = Architecture("classifier", "resnet10t")
-    weights = tmp_path / "encoder.pth"
-    torch.manual_seed(4)
-    torch.save(build_classifier(how, 2).encoder.state_dict(), weights)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    with pytest.raises(ConfigError, match=r"schedule\.frozen: an encoder of random"):
-        read_recipe(str(path), ["schedule.frozen=1"])
-    recipe = read_recipe(
-        str(path), ["schedule.frozen=1", "schedule.thawed=0.1", f"weights={weights}"]
-    )
-    settings = read_dataset(dataset)
-    contract = ModelConfig(
-        architecture=recipe.model,
-        classes=settings.classes,
-        window=recipe.window,
-        mpp=None,
-    )
-    learner = Learner(Team(0, 1, torch.device("cpu")), recipe, contract, 1, 2)
-    start = {k: v.clone() for k, v in learner.network.state_dict().items()}
-    torch.testing.assert_close(
-        {k: v for k, v in start.items() if k.startswith("encoder.")},
-        {f"encoder.{k}": v for k, v in torch.load(weights).items()},
-    )
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (8, 3, 64, 64), dtype=np.uint8)
-    masks = (
-        np.repeat([0, 1], 4).astype(np.uint8)[:, None, None].repeat(64, 1).repeat(64, 2)
-    )
-    batch = Batch(images, masks, np.zeros(8, np.int64), images[:0])
-
-    def changed() -> set[str]:
-        now = learner.network.state_dict()
-        return {k.split(".")[0] for k, v in now.items() if not torch.equal(v, start[k])}
-
-    learner.do_step([batch])
-    learner.do_step([batch])
-    assert changed() == {"head"}
-    rate = learner.rate
-    learner.epoch, learner.step = 1, 0
-    learner.do_step([batch])
-    assert changed() == {"head", "encoder"}
-    assert learner.rate < 0.2 * rate
-
-
-def test_it_does_not_stop_before_the_encoder_has_thawed(
-    dataset: str, tmp_path: Path
-) -> None:
-    from medray.models.learner import Learner, Team
-
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    recipe = read_recipe(str(path), ["schedule.patience=2", "schedule.epochs=20"])
-    contract = ModelConfig(
-        architecture=recipe.model,
-        classes=read_dataset(dataset).classes,
-        window=recipe.window,
-        mpp=None,
-    )
-
-    def epochs(frozen: int) -> int:
-        schedule = replace(recipe.schedule, frozen=frozen)
-        team = Team(0, 1, torch.device("cpu"))
-        learner = Learner(team, recipe, contract, 1, 1)
-        learner.recipe = replace(recipe, schedule=schedule, weights="as above")
-        while not learner.is_over():
-            learner.loss_sum = 1.0
-            learner.end_epoch({"f1": 0.5}, 1.0)
-        return learner.epoch
-
-    assert epochs(0) == 3
-    assert epochs(5) == 7

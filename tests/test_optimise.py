@@ -13,7 +13,7 @@ from medray.models.optimise import (
     learning_rate,
     plateau_drops,
 )
-from medray.recipe import Optimizer, Schedule
+from medray.recipe import Optimizer, Phase, Schedule
 
 
 def rates(
@@ -45,6 +45,17 @@ def test_plateau_drops_when_nothing_gets_better() -> None:
     schedule = Schedule("plateau", epochs=8, warmup=0, decay=0.1, every=2)
     np.testing.assert_allclose(
         rates(schedule, 1, scores), [2, 2, 2, 2, 0.2, 0.2, 0.2, 0.02]
+    )
+
+
+def test_each_phase_has_its_rate_and_its_plateau() -> None:
+    phases = (Phase(3, "head"), Phase(2, "last", stages=1, lr=0.5), Phase(lr=0.1))
+    flat = Schedule("staircase", epochs=8, warmup=0, decay=1.0, phases=phases)
+    np.testing.assert_allclose(rates(flat, 1), [2, 2, 2, 1, 1, 0.2, 0.2, 0.2])
+    plateau = Schedule("plateau", 8, 0, 0.1, every=1, phases=phases)
+    scores = (0.5, 0.4, 0.6, 0.5, 0.5, 0.1, 0.1, 0.1)  # drops after the 2nd, 5th, 7th
+    np.testing.assert_allclose(
+        rates(plateau, 1, scores), [2, 2, 0.2, 1, 1, 0.2, 0.2, 0.02]
     )
 
 

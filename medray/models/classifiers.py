@@ -48,9 +48,10 @@ class Classifier(nn.Module):
         if how.attention:
             self.attention = SelfAttention(features, how.attention)
             features += how.attention
-        hidden = []
+        hidden: list[nn.Module] = []
         if how.hidden:
-            hidden = [nn.Linear(features, how.hidden), nn.ReLU()]
+            norm = [nn.BatchNorm1d(how.hidden)] if how.norm else []
+            hidden = [nn.Linear(features, how.hidden), *norm, nn.ReLU()]
         last = nn.Linear(how.hidden or features, classes)
         self.head = nn.Sequential(*hidden, nn.Dropout(how.dropout), last)
 

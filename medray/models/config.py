@@ -35,6 +35,7 @@ class Architecture:
         attention: Of a classifier: units of self-attention over the last features,
             which stands beside them; 0: none.
         hidden: Of a classifier: units of a layer (ReLU) before the last; 0: none.
+        norm: Of a classifier: batch normalisation of that layer, before its ReLU.
         dropout: Of a classifier: share of what reaches the last layer that is dropped
             in training.
     """
@@ -43,6 +44,7 @@ class Architecture:
     encoder: str = "resnet18"
     attention: int = 0
     hidden: int = 0
+    norm: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,10 +54,15 @@ class Architecture:
                 f"model: expected attention and hidden of 0 or more and dropout from 0 "
                 f"to 1, found {self.attention}, {self.hidden} and {self.dropout}"
             )
+        if self.norm and not self.hidden:
+            raise ValueError(
+                "model.norm: normalises the hidden layer; set model.hidden, to 256 say"
+            )
         head = self.attention or self.hidden or self.dropout
         if self.name != "classifier" and head:
             raise ValueError(
-                f"model: {self.name} has no attention, no hidden and no dropout"
+                f"model: {self.name} has no attention, no hidden, no norm and no "
+                f"dropout"
             )
 
 

@@ -18,6 +18,13 @@ from medray.models.classifiers import build_classifier
 from medray.models.config import ModelConfig
 from medray.models.distil import Hints, LastFeatures, consistency, divergence, rise
 from medray.models.folder import load_model
+from medray.models.freezing import (
+    check_phases,
+    find_stages,
+    importance,
+    let_learn,
+    most_important,
+)
 from medray.models.losses import SegmentationLoss
 from medray.models.network import Normalise, choose_precision
 from medray.models.optimise import (
@@ -28,7 +35,7 @@ from medray.models.optimise import (
 )
 from medray.models.prune import thinned
 from medray.models.segmenters import build_segmenter
-from medray.recipe import Recipe
+from medray.recipe import Phase, Recipe
 
 Row = dict[str, Any]
 UInt8 = npt.NDArray[np.uint8]
@@ -126,6 +133,7 @@ class Learner:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
                 self.network
             )
+        self.stages = find_stages(getattr(self.network, "encoder", None))
         self.model: nn.Module = self.network
         if recipe.compile:
             self.model = torch.compile(self.network)  # type: ignore[assignment]
@@ -152,6 +160,7 @@ class Learner:
         self.history: list[Row] = []
         self.best: Row = {"epoch": -1, "score": float("-inf")}
         self.damaged: dict[str, str] = {}
+        self.decided: dict[int, dict[str, float]] = {}
         self.losses = torch.full((patches,), torch.nan, dtype=torch.float64)
         self.order_losses = self.losses.clone()
 
@@ -203,7 +212,7 @@ class Learner:
             went wrong anywhere, the loss is not a number, and no weights are changed.
         """
         self.model.train()
-        self._rest_encoder()
+        self._let_learn()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.team.device)
         number = self.epoch * self.steps + self.step
@@ -228,13 +237,11 @@ class Learner:
             self.loss_sum += loss_of_all
         return loss_of_all, trouble
 
-    def _rest_encoder(self) -> None:
-        """Keep the encoder as it is in the first epochs, if so asked."""
-        if self.recipe.schedule.frozen:
+    def _let_learn(self) -> None:
+        """Have learn what the phase says."""
+        if self.phase is not None:
             encoder: Any = self.network.encoder
-            rests = self.epoch < self.recipe.schedule.frozen
-            encoder.requires_grad_(not rests)
-            encoder.train(not rests)
+            let_learn(encoder, self.phase, self.stages, self.learning)
 
     def _said_of(self, error: Exception, side: int) -> str:
         """Say what to do about an error of a forward or backward pass.
@@ -360,6 +367,61 @@ class Learner:
 
     # --- an epoch ---------------------------------------------------------------------
 
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that the epoch is in, if there are any."""
+        schedule = self.recipe.schedule
+        return schedule.phases[self._phase_number] if schedule.phases else None
+
+    @property
+    def _phase_number(self) -> int:
+        return self.recipe.schedule.phase_at(self.epoch)
+
+    @property
+    def learning(self) -> tuple[str, ...] | None:
+        """Names of the encoder's stages that learn; None of a phase not about stages.
+
+        A function of the epoch, and for adaptive phases of what was decided at their
+        start, which is part of the state.
+        """
+        if self.phase is None or self.phase.train in ("head", "all"):
+            return None
+        if self.phase.train == "adaptive":
+            return most_important(self.decided[self._phase_number], self.phase.share)
+        return tuple(stage.name for stage in self.stages[-self.phase.stages :])
+
+    def must_decide(self) -> bool:
+        """Tell whether an adaptive phase begins of which nothing is decided yet."""
+        adaptive = self.phase is not None and self.phase.train == "adaptive"
+        return adaptive and self._phase_number not in self.decided
+
+    def weigh_stages(self, crops: Sequence[tuple[UInt8, UInt8]]) -> dict[str, float]:
+        """Tell how much each stage of the encoder matters to the network that is kept.
+
+        Args:
+            crops: Batches of validation images (N, 3, S, S) and masks (N, S, S).
+
+        Raises:
+            ConfigError: They hold no image.
+        """
+        count = sum(len(images) for images, _ in crops)
+        if not count:
+            raise ConfigError(
+                "schedule.phases: train: adaptive weighs the stages on validation "
+                "images, and none could be read; ingest some, or train: last"
+            )
+
+        def loss() -> float:
+            losses = [self.predict(*pair)[1] * len(pair[0]) for pair in crops]
+            return sum(losses) / count
+
+        encoder: Any = self.kept.eval().encoder
+        return importance(encoder, self.stages, loss)
+
+    def decide(self, weighed: dict[str, float]) -> None:
+        """Note how much the stages matter; until the phase ends it stays so."""
+        self.decided[self._phase_number] = weighed
+
     @torch.inference_mode()
     def predict(self, images: UInt8, masks: UInt8) -> tuple[UInt8, float]:
         """Give the classes (N, H, W) of the network that is kept, and the mean loss.
@@ -419,7 +481,7 @@ class Learner:
             "waiting": self.waited / max(self.seconds, 1e-9),
             "damaged": len(self.damaged),
         }
-        entry |= scores
+        entry |= scores | self._told_of_phase()
         entry["score"] = scores["f1"] if scores["f1"] is not None else -entry["loss"]
         self.history.append(entry)
         weights = None
@@ -431,6 +493,17 @@ class Learner:
         self.order_losses = self.losses.clone()
         return entry, weights
 
+    def _told_of_phase(self) -> Row:
+        if self.phase is None:
+            return {}
+        number = self._phase_number
+        told: Row = {"phase": number, "train": self.phase.train}
+        if self.learning is not None:
+            told["learning"] = list(self.learning)
+        if number in self.decided:
+            told["importance"] = self.decided[number]
+        return told
+
     @property
     def total_steps(self) -> int:
         """Of the longest training."""
@@ -438,8 +511,9 @@ class Learner:
 
     def is_over(self) -> bool:
         """Tell whether all epochs are done, or nothing has improved for too long."""
-        # What the encoder can do better shows once it has thawed.
-        best = max(self.best["epoch"], self.recipe.schedule.frozen - 1)
+        # What all can do together shows in the last phase.
+        last = self.recipe.schedule.first_epochs[-1]
+        best = max(self.best["epoch"], last - 1)
         since_best: int = self.epoch - 1 - best
         return (
             self.epoch >= self.recipe.schedule.epochs
@@ -449,7 +523,7 @@ class Learner:
     # --- state ------------------------------------------------------------------------
 
     _VALUES = ("epoch", "step", "rate", "loss_sum", "seconds", "waited")
-    _MORE = ("history", "best", "damaged", "losses", "order_losses")
+    _MORE = ("history", "best", "damaged", "decided", "losses", "order_losses")
 
     def state(self) -> Row:
         """Give all that the next step depends on."""
@@ -480,8 +554,15 @@ def build_network(recipe: Recipe, classes: int) -> nn.Module:
     """Build the network that a recipe starts from.
 
     Raises:
-        ConfigError: It, its weights or the model to prune are not to be had.
+        ConfigError: It, its weights or the model to prune are not to be had, or it
+            cannot go through the phases.
     """
+    network = _build(recipe, classes)
+    check_phases(network, recipe)
+    return network
+
+
+def _build(recipe: Recipe, classes: int) -> nn.Module:
     if recipe.prune is not None:
         network, config = load_model(recipe.prune.model)
         if config.architecture != recipe.model or len(config.classes) != classes:

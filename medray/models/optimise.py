@@ -40,12 +40,15 @@ def learning_rate(
     Args:
         step: From 0.
         steps_per_epoch: Steps of an epoch.
-        scores: Of the epochs that are over, greater is better (plateau looks at them).
-        optimizer: Its `lr` is the highest, until the encoder thaws.
+        scores: Of the epochs that are over, greater is better (plateau looks at those
+            of the phase).
+        optimizer: Its `lr` is the highest, times the phase's factor.
         schedule: See `Schedule`.
     """
-    if schedule.frozen and step >= steps_per_epoch * schedule.frozen:
-        optimizer = replace(optimizer, lr=optimizer.lr * schedule.thawed)
+    if schedule.phases:
+        at = schedule.phase_at(step // steps_per_epoch)
+        optimizer = replace(optimizer, lr=optimizer.lr * schedule.phases[at].lr)
+        scores = scores[schedule.first_epochs[at] :]
     total = steps_per_epoch * schedule.epochs
     warmup = round(schedule.warmup * total)
     if step < warmup:
