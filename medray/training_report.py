@@ -84,7 +84,8 @@ def _phases(history: Sequence[Row]) -> list[Row]:
     for entry in history:
         if "phase" not in entry:
             continue
-        row = rows.setdefault(entry["phase"], {"first": entry["epoch"]} | entry)
+        start = {"first": entry["epoch"], "learning": [], "importance": {}} | entry
+        row = rows.setdefault(entry["phase"], start)
         row["last"] = entry["epoch"]
     return list(rows.values())
 
