@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+
+from medray.errors import ConfigError
+
+GPUS_LABEL = "medray/gpus"
 
 # Least time of a step of Ray Data's loop.
 _STEP_S = 0.02
@@ -120,23 +125,50 @@ def _cpus() -> list[int]:
 def memory_per_node() -> int:
     """Give the memory in bytes that Ray has on the smallest node, its store included.
 
-    Ray takes it from the container's limit where there is one.
+    Ray takes it from the container's limit where there is one. A head without CPUs does
+    no work and does not count, unless it waits for the first others.
     """
     names = ("memory", "object_store_memory")
-    return min(
-        int(sum(node["Resources"].get(name, 0) for name in names))
-        for node in ray.nodes()
-        if node["Alive"]
-    )
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    working = [there for there in alive if there.get("CPU")] or alive
+    return min(int(sum(there.get(name, 0) for name in names)) for there in working)
 
 
 def gpus_per_node() -> int:
-    """Give the most GPUs that a node has."""
+    """Give the most GPUs that a node has; one while those to come are awaited."""
     counts = (int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"])
-    return max(counts, default=0)
+    return max(counts, default=0) or min(1, gpus())
 
 
 def gpus() -> int:
-    """Give the number of GPUs that the cluster has now."""
-    resources = ray.cluster_resources()
-    return int(resources.get("GPU", 0))
+    """Give the number of GPUs that the cluster has, or may have on request.
+
+    Raises:
+        ConfigError: The label `medray/gpus` of a node is no number.
+    """
+    return gpus_of(ray.nodes())
+
+
+def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Give the number of GPUs that a cluster of these nodes has, or may have.
+
+    What an autoscaler may bring Ray does not tell. A cluster that starts without GPUs
+    says it by the label `medray/gpus` of its head; k8s/ and cluster/ set it.
+
+    Args:
+        nodes: As `ray.nodes` gives them.
+
+    Raises:
+        ConfigError: The label is no number.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    there = sum(int(node["Resources"].get("GPU", 0)) for node in alive)
+    for node in alive:
+        said = node.get("Labels", {}).get(GPUS_LABEL, "0")
+        if not said.isdecimal():
+            raise ConfigError(
+                f"the node label {GPUS_LABEL} is {said!r}: expected the number of GPUs "
+                f"that the cluster may have; mend it where the head is started"
+            )
+        there = max(there, int(said))
+    return there

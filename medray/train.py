@@ -452,10 +452,10 @@ def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
 
 def _check_workers(settings: Recipe) -> None:
     """Refuse what the cluster can never give, rather than wait for it."""
-    resources = ray.cluster_resources()
-    kind = "GPU" if cluster.gpus() else "CPU"
-    if settings.fewest > resources.get(kind, 0):
+    kind, there = "GPU", float(cluster.gpus())
+    if not there:
+        kind, there = "CPU", ray.cluster_resources().get("CPU", 0)
+    if settings.fewest > there:
         raise ConfigError(
-            f"workers: {settings.fewest} asked for, the cluster has "
-            f"{resources.get(kind, 0):g} {kind}s"
+            f"workers: {settings.fewest} asked for, the cluster has {there:g} {kind}s"
         )

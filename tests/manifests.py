@@ -198,8 +198,9 @@ def pods(thing: Object) -> Iterator[tuple[str, Object]]:
         yield "cronjob", spec["jobTemplate"]["spec"]["template"]["spec"]
 
 
-def dockerfile() -> list[Any]:
-    """The instructions of cluster/Dockerfile, by BuildKit's own parser."""
+def instructions(kind: str = "") -> list[Any]:
+    """The instructions of cluster/Dockerfile (of a kind), by BuildKit's own parser."""
     import dockerfile
 
-    return list(dockerfile.parse_file(str(ROOT / "cluster" / "Dockerfile")))
+    found = dockerfile.parse_file(str(ROOT / "cluster" / "Dockerfile"))
+    return [one for one in found if kind in ("", one.cmd.upper())]

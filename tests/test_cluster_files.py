@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import ROOT, dockerfile
+from manifests import ROOT, instructions
 
 CLUSTER = ROOT / "cluster"
 BIN = Path(sys.executable).parent
@@ -20,10 +20,6 @@ LAUNCHERS = ["aws", "gcp", "local", "onprem"]
 
 def read(name: str) -> Any:
     return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
-
-
-def instructions(kind: str) -> list[Any]:
-    return [one for one in dockerfile() if one.cmd.upper() == kind]
 
 
 # --- launcher files -------------------------------------------------------------------
@@ -80,7 +76,7 @@ def test_tokens_are_asked_for_and_travel_as_files(name: str) -> None:
         assert "0.0.0.0" not in start
 
 
-def test_images_are_those_of_the_dockerfile() -> None:
+def test_images_are_those_of_the_instructions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name in ("aws", "gcp"):
         image = read(name)["docker"]["image"]
@@ -102,6 +98,27 @@ def test_the_runtime_environment_is_one(tmp_path: Path) -> None:
     assert not kept & {name.strip("/") for name in config["excludes"]}
 
 
+def node(label: str | None = None, *, alive: bool = True, gpus: float = 0.0) -> Any:
+    """A row of `ray.nodes`, as Ray 2.60 gives it."""
+    labels = {"ray.io/node-id": "0"} | ({"medray/gpus": label} if label else {})
+    there = {"CPU": 2.0} | ({"GPU": gpus} if gpus else {})
+    return {"Alive": alive, "Resources": there, "Labels": labels}
+
+
+def test_gpus_that_may_come_are_counted_by_the_heads_label() -> None:
+    from medray.cluster import gpus_of
+    from medray.errors import ConfigError
+
+    assert gpus_of([]) == 0
+    assert gpus_of([node(), node(gpus=2.0), node(gpus=1.0)]) == 3
+    assert gpus_of([node("4"), node()]) == 4
+    assert gpus_of([node("2"), node(gpus=2.0), node(gpus=1.0)]) == 3
+    # One that went counts neither for what it had nor for what it said.
+    assert gpus_of([node("4", alive=False), node(gpus=1.0, alive=False)]) == 0
+    with pytest.raises(ConfigError, match="medray/gpus is 'many'"):
+        gpus_of([node("many")])
+
+
 # --- the image ------------------------------------------------------------------------
 
 
@@ -118,7 +135,7 @@ def test_the_dockerfile_is_pinned_and_without_root() -> None:
     assert bases
     assert set(bases) == {f"python:{python}-slim-bookworm"}
     assert instructions("USER")[-1].value[0] == "1000:1000"
-    assert dockerfile()[-1].cmd.upper() == "CMD"
+    assert instructions()[-1].cmd.upper() == "CMD"
     pairs = instructions("ENV")[-1].value
     environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
     assert environment["RAY_AUTH_MODE"] == "token"
@@ -182,7 +199,7 @@ def test_the_wheel_can_be_built_from_what_is_copied(tmp_path: Path) -> None:
     if not uv.exists():
         pytest.skip("needs uv in .uv, as `make setup` puts it there")
     stage: list[Any] = []
-    for one in dockerfile():
+    for one in instructions():
         if one.cmd.upper() == "FROM" and stage:
             break
         stage.append(one)

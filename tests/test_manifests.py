@@ -3,9 +3,11 @@
 import ast
 import json
 import re
+import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import list2cmdline
 
 import kubernetes_validate
 import pytest
@@ -18,9 +20,9 @@ from manifests import (
     Object,
     broken_rules,
     build,
-    dockerfile,
     entrypoints,
     find,
+    instructions,
     pods,
     read_schemas,
     with_components,
@@ -222,7 +224,7 @@ def test_pods_keep_the_restricted_standard_and_say_what_they_take(
     all_objects: list[Object],
 ) -> None:
     """The namespace enforces it: a pod that does not would never start."""
-    user = next(c.value[0] for c in dockerfile()[::-1] if c.cmd.upper() == "USER")
+    user = instructions("USER")[-1].value[0]
     seen = [found for one in all_objects for found in pods(one)]
     assert len(seen) >= 3
     for name, pod in seen:
@@ -272,7 +274,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
     name, tag = images.pop().rsplit(":", 1)
     assert name.rsplit("/", 1)[-1] == project["name"]
     assert tag == f"{project['version']}-{variant}"
-    args = [c.original.split()[1] for c in dockerfile() if c.cmd.upper() == "ARG"]
+    args = [one.value[0] for one in instructions("ARG")]
     assert "VARIANT=cpu" in args
 
 
@@ -309,6 +311,35 @@ def test_commands_are_those_of_the_jobs(
     assert lenient == {"CronJob nightly", "RayCronJob nightly", "RayJob infer"}
     for one in found:
         assert " ".join(one.after) in ("", "|| test $? -eq 3", "|| [ $? -eq 3 ]")
+
+
+@pytest.mark.parametrize(("code", "lenient"), [(0, 0), (1, 1), (2, 1), (3, 0)])
+def test_the_heads_shell_takes_the_commands_as_meant(
+    code: int, lenient: int, all_objects: list[Object], tmp_path: Path
+) -> None:
+    """`$STORAGE` is known there, and only exit code 3 is let pass, where it is."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\nexit {code}\n')
+    stand_in.chmod(0o755)
+    for one in all_objects:
+        if one["kind"] == "CronJob":
+            # As `ray job submit` puts words together, and Kubernetes fills in.
+            pod = one["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+            words = pod["containers"][0]["args"]
+            command = list2cmdline(words[words.index("--") + 1 :])
+            command = command.replace("$(STORAGE)", "s3://bucket/ab")
+        elif one["kind"] in ("RayJob", "RayCronJob"):
+            command = one["spec"].get("jobTemplate", one["spec"])["entrypoint"]
+        else:
+            continue
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STORAGE": "s3://bucket/ab"}
+        done = subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True
+        )
+        expected = lenient if "||" in command else code
+        assert done.returncode == expected, command
+        places = [line for line in done.stdout.split("\n") if "bucket" in line]
+        assert len(places) >= 2, command
 
 
 def _command_of(path: Path) -> str:
