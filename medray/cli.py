@@ -33,6 +33,8 @@ def _ingest(args: argparse.Namespace) -> Any:
         return _ingest_images(args)
     if args.patients:
         raise ConfigError("--patients goes with --side; slides take --groups CSV")
+    if args.contours:
+        raise ConfigError("--contours goes with --side; slides take --annotations DIR")
     from medray.ingest import ingest
 
     return ingest(
@@ -51,10 +53,9 @@ def _ingest(args: argparse.Namespace) -> Any:
 def _ingest_images(args: argparse.Namespace) -> Any:
     from medray.sheets import ingest_images
 
-    if len(args.slides) != 1 or args.annotations or args.mpp:
+    if len(args.slides) != 1 or args.annotations:
         raise ConfigError(
-            "--side: expected one folder of class folders, without --annotations and "
-            "--mpp"
+            "--side: expected one folder of class folders, without --annotations"
         )
     return ingest_images(
         args.slides[0],
@@ -66,6 +67,8 @@ def _ingest_images(args: argparse.Namespace) -> Any:
         splits=args.splits,
         fractions=args.fractions,
         seed=args.seed,
+        contours=args.contours,
+        mpp=args.mpp,
     )
 
 
@@ -250,6 +253,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="REGEX",
         help="finds the patient in the name of an image of class folders",
+    )
+    sub.add_argument(
+        "--contours",
+        action="store_true",
+        help="measure nucleus and cytoplasm by SIPaKMeD's .dat contours (with --side)",
     )
 
     sub = command("train", _train, "a recipe and a dataset into a model")

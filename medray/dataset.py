@@ -9,6 +9,7 @@ slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
 A dataset of images in class folders (medray.sheets) has sheets of them as slides, a
 patch an image (`image`, `patient` and `digest` besides), and
 images.parquet            a row an image: class, patient, split, status and why
+morphology.parquet        a row an image: what its contours measure, if asked for
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from medray.classes import Classes
@@ -89,6 +92,57 @@ def read_dataset(folder: str) -> DatasetSettings:
 def images_uri(folder: str) -> str:
     """Give the place of the table of images."""
     return files.join(folder, "images.parquet")
+
+
+def morphology_uri(folder: str) -> str:
+    """Give the place of the table of what contours measure."""
+    return files.join(folder, "morphology.parquet")
+
+
+def write_morphology(
+    folder: str, names: tuple[str, ...], images: list[dict[str, Any]]
+) -> None:
+    """Write morphology.parquet.
+
+    Args:
+        folder: The dataset.
+        names: Of the features.
+        images: With `image` and `features`, a number a name.
+    """
+    rows = [
+        {"image": row["image"]} | dict(zip(names, row["features"], strict=True))
+        for row in images
+    ]
+    files.write_table(morphology_uri(folder), pa.Table.from_pylist(rows))
+
+
+def read_morphology(
+    folder: str, patches: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+    """Give the features of the images of some patches.
+
+    Args:
+        folder: The dataset.
+        patches: N rows of `read_patches`.
+
+    Returns:
+        The names of the F features, and (N, F).
+
+    Raises:
+        ConfigError: The dataset has none.
+    """
+    uri = morphology_uri(folder)
+    if not files.exists(uri):
+        raise ConfigError(
+            f"{folder}: has no measures of nucleus and cytoplasm, which "
+            f"model.morphology takes; ingest images with contours by `medray ingest "
+            f"--side PX --contours`, or set model.morphology=false"
+        )
+    table = files.read_table(uri)
+    names = tuple(name for name in table.column_names if name != "image")
+    of_image = {row["image"]: row for row in table.to_pylist()}
+    found = [[of_image[row["image"]][name] for name in names] for row in patches]
+    return names, np.array(found, np.float64).reshape(-1, len(names))
 
 
 def holds_images(folder: str) -> bool:

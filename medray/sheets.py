@@ -34,6 +34,7 @@ import ray
 from PIL import Image
 
 from medray import cluster
+from medray.cells import look_at_cell, read_cell, with_contours, without_clusters
 from medray.classes import Classes
 from medray.dataset import (
     LABELS,
@@ -42,20 +43,22 @@ from medray.dataset import (
     check_fractions,
     images_uri,
     labels_uri,
+    morphology_uri,
     open_dataset,
     read_groups,
     read_splits,
     slide_uri,
     split_slides,
+    write_morphology,
     write_patches,
 )
 from medray.errors import ConfigError, MedrayError
 from medray.faults import bound_memory, too_large
 from medray.grid import Rectangle
 from medray.interrupt import StoppedError, stopping
+from medray.morphology import feature_names
 from medray.pool import LostError, Pool, poll
 from medray.progress import Progress
-from medray.slides import open_slide
 from medray.slides.digest import slide_digest, stamp_of
 from medray.slides.listing import find_files
 from medray.store import files, omezarr
@@ -103,6 +106,8 @@ def ingest_images(
     splits: str | None = None,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
+    contours: bool = False,
+    mpp: float | None = None,
 ) -> Images:
     """Turn images in class folders into a dataset to train a classifier on.
 
@@ -124,6 +129,9 @@ def ingest_images(
         fractions: Shares of train, val and test; where the folders say which images
             are test, the share of val is taken from train.
         seed: Decides the splits.
+        contours: Measure the cells by the contours beside them (see medray.cells), for
+            classifiers that take this beside the pixels (see medray.morphology).
+        mpp: Microns per pixel of the images, for those measures; None: in pixels.
 
     Raises:
         ConfigError: The request is wrong, a class has no image, OUT was made with
@@ -135,7 +143,11 @@ def ingest_images(
         raise ConfigError(
             f"side: expected a multiple of 32 up to {_SHEET_PX}, found {side}"
         )
-    images = find_images(folder, classes)
+    images = find_images(folder, classes, contours=contours)
+    if contours:
+        images = [row | {"mpp": mpp} for row in images]
+    elif mpp is not None:
+        raise ConfigError("--mpp: of images it is only for the measures of --contours")
     names = classes or tuple(sorted({row["class"] for row in images}))
     settings = DatasetSettings(
         classes=Classes(names), patch=side, region=side * (_SHEET_PX // side)
@@ -159,7 +171,8 @@ def ingest_images(
         open_dataset(out, settings)
         if (before := _ingested_before(out, request)) is not None:
             return before
-        return _ingest(images, settings, out, deal, request, check)
+        features = feature_names(mpp) if contours else ()
+        return _ingest(images, settings, out, deal, request, features, check)
 
 
 def _digest_of(values: Any) -> str:
@@ -188,13 +201,18 @@ def _ingest(
     out: str,
     deal: Callable[[list[Row]], None],
     request: str,
+    features: tuple[str, ...],
     check: Callable[[], None],
 ) -> Images:
     """Look at the images, deal them out and place them; the tables come last."""
     cluster.connect()
     start = time.perf_counter()
-    for place in ("images.parquet", "patches.parquet", "slides.parquet", "slides"):
-        files.remove(files.join(out, place))  # of other images
+    tables = (images_uri(out), morphology_uri(out))
+    others = [
+        files.join(out, n) for n in ("patches.parquet", "slides.parquet", "slides")
+    ]
+    for place in (*tables, *others):
+        files.remove(place)  # of other images
     columns = settings.region // settings.patch
     with stopping() as asked, _start_readers(settings, out) as readers:
 
@@ -217,6 +235,8 @@ def _ingest(
     write_patches(out, list(_patches(images, settings)))
     rows = [_sheet_row(sheet, settings, columns) for sheet in sheets]
     files.write_table(files.join(out, "slides.parquet"), pa.Table.from_pylist(rows))
+    if features:
+        write_morphology(out, features, [row for row in images if "sheet" in row])
     kept = ("image", "class", "patient", "split", "digest", "status", "message")
     table = pa.Table.from_pylist([{k: row[k] for k in kept} for row in images])
     table = table.replace_schema_metadata({"request": request})
@@ -227,11 +247,16 @@ def _ingest(
 # --- find -----------------------------------------------------------------------------
 
 
-def find_images(folder: str, classes: Sequence[str] = ()) -> list[Row]:
+def find_images(
+    folder: str, classes: Sequence[str] = (), *, contours: bool = False
+) -> list[Row]:
     """Give a row an image: `image` (its name), `uri`, `class`, `split` ("" if unsaid).
 
+    With `contours` it is a row a cell, and says what medray.cells.with_contours does.
+
     Raises:
-        ConfigError: There are no class folders, or one has no image.
+        ConfigError: There are no class folders, or one has no image; there are no
+            contours.
     """
     root = files.absolute(folder)
     rows = []
@@ -270,7 +295,10 @@ def find_images(folder: str, classes: Sequence[str] = ()) -> list[Row]:
             f"{folder}: holds the class {sorted(found - set(classes))[0]}, expected "
             f"{list(classes)}"
         )
-    return sorted(rows, key=lambda row: row["image"])
+    cells = without_clusters(rows)
+    if contours:
+        cells = with_contours(root, cells, rows)
+    return sorted(cells, key=lambda row: row["image"])
 
 
 def _folders(root: str) -> set[str]:
@@ -345,29 +373,33 @@ def _look(images: list[Row], readers: Pool, go_on: Callable[[], None]) -> None:
 
 def _look_at(row: Row, side: int) -> Row:
     try:
-        digest = slide_digest(row["uri"])
-        read_resized(row["uri"], side)
+        if "mpp" in row:  # its contours were asked for
+            seen = look_at_cell(row)
+        else:
+            seen = {"digest": slide_digest(row["uri"])}
+        read_resized(row | seen, side)
     except (MedrayError, OSError) as error:
         return _failed(f"{error}")
     except MemoryError as error:
         return _failed(too_large(row, error))
-    return {"digest": digest, "status": "done", "message": ""}
+    return seen | {"status": "done", "message": ""}
 
 
 def _failed(why: str) -> Row:
     return {"digest": "", "status": "failed", "message": why}
 
 
-def read_resized(uri: str, side: int) -> UInt8:
+def read_resized(row: Row, side: int) -> UInt8:
     """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
+
+    Args:
+        row: With `uri`; and `box`, if it is a cell within that image.
+        side: Pixels.
 
     Raises:
         SlideError: It is no image, or damaged.
     """
-    with open_slide(uri) as slide:
-        level = slide.levels[0]
-        pixels = slide.read(y=0, x=0, height=level.height, width=level.width)
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(read_cell(row))
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(image)
@@ -490,7 +522,7 @@ def _write_sheet(
     places = []
     for index, row in enumerate(sheet["images"]):
         y, x = index // columns * side, index % columns * side
-        pixels[y : y + side, x : x + side] = read_resized(row["uri"], side)
+        pixels[y : y + side, x : x + side] = read_resized(row, side)
         labels[y : y + side, x : x + side] = settings.classes.value(row["class"])
         places.append((y, x))
     _store(sheet, pixels, labels, settings, out)

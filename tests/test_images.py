@@ -315,7 +315,7 @@ def test_a_classifier_is_trained_and_evaluated(
     assert len(lines) == 25
     for line in lines[1:]:
         image, _, _, predicted, *shares = line.replace('"', "").split(",")
-        pixels = torch.from_numpy(read_resized(str(cells / image), 64).copy())
+        pixels = torch.from_numpy(read_resized({"uri": str(cells / image)}, 64).copy())
         with torch.inference_mode():
             logits = network(normalise(pixels.permute(2, 0, 1)[None]))
         wanted = logits.softmax(dim=1)[0].numpy()
