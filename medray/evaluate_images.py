@@ -30,11 +30,17 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from medray.dataset import holds_images, read_dataset, read_patches, slide_uri
+from medray.dataset import (
+    holds_images,
+    read_dataset,
+    read_morphology,
+    read_patches,
+    slide_uri,
+)
 from medray.errors import ConfigError, MedrayError
 from medray.infer import infer
 from medray.metrics import bootstrap, class_scores, confusion, of_images, summary
-from medray.models.config import Prediction, model_digest, read_config
+from medray.models.config import Morphology, Prediction, model_digest, read_config
 from medray.models.folder import read_seen
 from medray.pages import ACCENT, SOFT, as_png, as_svg, data_uri, finish_axes, render
 from medray.run import Options, mask_uri, probabilities_uri
@@ -103,18 +109,21 @@ def evaluate_images(
     if not rows:
         raise ConfigError(f"{data}: no images in split {split}")
     _check_unseen(model, rows, split)
-    sheets = sorted({row["slide"] for row in rows})
-    done = infer(
-        [slide_uri(data, sheet) for sheet in sheets],
-        model=model,
-        out=files.join(out, "run"),
-        options=Options(everywhere=True, prediction=Prediction(probabilities=True)),
-    )
-    rows = _predicted(rows, files.join(out, "run"))
+    if config.morphology is None:
+        sheets = sorted({row["slide"] for row in rows})
+        done = infer(
+            [slide_uri(data, sheet) for sheet in sheets],
+            model=model,
+            out=files.join(out, "run"),
+            options=Options(everywhere=True, prediction=Prediction(probabilities=True)),
+        )
+        rows, failed = _predicted(rows, files.join(out, "run")), done.failed
+    else:
+        rows, failed = _predicted_with_measures(rows, model, config.morphology, data)
     if not rows:
         raise MedrayError(
-            f"{out}/run: no image of split {split} could be classified: "
-            f"{next(iter(done.failed.values()), 'nothing is said why')}"
+            f"{out}: no image of split {split} could be classified: "
+            f"{next(iter(failed.values()), 'nothing is said why')}"
         )
     metrics = score(rows, classes.names)
     metrics |= {"split": split, "model_digest": model_digest(model)}
@@ -141,7 +150,7 @@ def evaluate_images(
     files.write_json(files.join(out, "metrics.json"), metrics)
     interval = metrics["intervals"]["f1"] if metrics["intervals"] else None
     f1 = metrics["f1"]
-    return ImageEvaluation(out, report, f1, interval, len(rows), done.failed)
+    return ImageEvaluation(out, report, f1, interval, len(rows), failed)
 
 
 def _check_unseen(model: str, rows: list[Row], split: str) -> None:
@@ -179,6 +188,48 @@ def _predicted(rows: list[Row], run: str) -> list[Row]:
                 | {"predicted": int(mask[y, x]), "probabilities": shares / 255}
             )
     return found
+
+
+def _predicted_with_measures(
+    rows: list[Row], model: str, how: Morphology, data: str
+) -> tuple[list[Row], dict[str, str]]:
+    """Add what `_predicted` adds; give why sheets could not be read, too.
+
+    The windows of a run are pixels only, so these images are classified here.
+    """
+    from medray.models.classify import load_classifier
+
+    names, measures = read_morphology(data, rows)
+    if names != how.names:
+        raise ConfigError(
+            f"{data}: measures {list(names)}, the model was trained with "
+            f"{list(how.names)}; ingest the images with contours and --mpp as those "
+            f"that it was trained with"
+        )
+    classify = load_classifier(model)
+    found: list[Row] = []
+    failed: dict[str, str] = {}
+    for row, values in zip(rows, measures, strict=True):
+        try:
+            pixels = _pixels(row, data)
+        except MedrayError as error:
+            failed[row["slide"]] = f"{error}"
+            continue
+        (shares,) = classify(pixels[None], values[None])
+        found.append(
+            row
+            | {"truth": int(np.argmax(row["class_px"]))}
+            | {"predicted": int(np.argmax(shares)), "probabilities": shares}
+        )
+    return found, failed
+
+
+def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
+    """Read an image (H, W, 3) from its sheet."""
+    sheet = omezarr.open_level(slide_uri(data, row["slide"]))
+    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
+    pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
+    return pixels
 
 
 # --- score ----------------------------------------------------------------------------
@@ -313,13 +364,10 @@ def _errors(rows: list[Row], data: str, names: Sequence[str]) -> list[Row]:
     wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
     shown = []
     for row in wrong[:_SHOWN]:
-        sheet = omezarr.open_level(slide_uri(data, row["slide"]))
-        y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
-        pixels = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
         shown.append(
             {
                 "image": row["image"],
-                "picture": data_uri(as_png(pixels)),
+                "picture": data_uri(as_png(_pixels(row, data))),
                 "truth": names[row["truth"]],
                 "predicted": names[row["predicted"]],
                 "confidence": float(row["probabilities"][row["predicted"]]),

@@ -203,6 +203,13 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     folders = tuple(files.absolute(model) for model in models)
     configs = [read_config(folder) for folder in folders]
     config = configs[0]
+    for folder, each in zip(folders, configs, strict=True):
+        if each.morphology is not None:
+            raise ConfigError(
+                f"{folder}: takes measures of nucleus and cytoplasm beside the pixels, "
+                f"which slides do not have; `medray evaluate` it with a dataset of "
+                f"images with contours, or train with model.morphology=false"
+            )
     for folder, other in zip(folders, configs, strict=True):
         for name in ("classes", "window", "mpp"):
             if getattr(other, name) != getattr(config, name):

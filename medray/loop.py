@@ -19,7 +19,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ import ray.train
 import torch
 from PIL import Image
 
-from medray.dataset import read_dataset
+from medray.dataset import read_dataset, read_morphology
 from medray.errors import FormatError, MedrayError
 from medray.feed import Part, Place, read_parts, val_batch
 from medray.metrics import (
@@ -113,7 +113,13 @@ def train_as(
     patches = len(usable_patches(data, "train", recipe))
     steps = steps_per_epoch(recipe, patches)
     last = _checkpoint_uri(out, name, "last")
-    learner = _start(team, recipe, contract, patches, steps, last)
+    measures = {}
+    if contract.morphology is not None:
+        measures = {
+            split: read_morphology(data, usable_patches(data, split, recipe))[1]
+            for split in ("train", "val")
+        }
+    learner = _start(team, recipe, contract, patches, steps, measures, last)
     begun = learner.epoch * steps + learner.step
     tracker = Tracker(
         out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
@@ -183,11 +189,12 @@ def _start(
     contract: ModelConfig,
     patches: int,
     steps: int,
+    measures: Mapping[str, npt.NDArray[np.float64]],
     last: str,
 ) -> Learner:
     """Build the model and what changes it, as the last checkpoint left them."""
     try:
-        learner = Learner(team, recipe, contract, patches, steps)
+        learner = Learner(team, recipe, contract, patches, steps, measures)
         if files.exists(last):
             learner.load_state(_load(last))
     except MedrayError as error:
@@ -347,7 +354,9 @@ def _validate(
             learner.damaged |= crops.damaged
             if not len(crops.images):
                 continue
-            predicted, part_loss = learner.predict(crops.images, crops.masks)
+            predicted, part_loss = learner.predict(
+                crops.images, crops.masks, crops.patches
+            )
             loss += part_loss * len(crops.images)
             seen += len(crops.images)
             rows = zip(crops.patches, crops.masks, predicted, crops.sizes, strict=True)

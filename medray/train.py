@@ -26,7 +26,12 @@ import ray.train
 import ray.train.torch
 
 from medray import cluster
-from medray.dataset import holds_images, read_dataset
+from medray.dataset import (
+    holds_images,
+    morphology_uri,
+    read_dataset,
+    read_morphology,
+)
 from medray.errors import ConfigError
 from medray.loop import (
     TroubleError,
@@ -36,7 +41,13 @@ from medray.loop import (
     run_worker,
     teacher_uri,
 )
-from medray.models.config import ModelConfig, is_exported, model_digest, read_config
+from medray.models.config import (
+    ModelConfig,
+    Morphology,
+    is_exported,
+    model_digest,
+    read_config,
+)
 from medray.models.folder import save_model, write_seen
 from medray.models.learner import build_network
 from medray.models.weights import is_file
@@ -223,10 +234,20 @@ def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
         window=settings.window,
         mpp=_mpp(patches),
         stain=settings.stain,
+        morphology=_morphology(patches, data) if settings.model.morphology else None,
     )
     if settings.scaling == "unit":
         contract = replace(contract, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return contract
+
+
+def _morphology(patches: list[Row], data: str) -> Morphology:
+    """Give how measures of cells are standardised: by those of the training images."""
+    names, values = read_morphology(data, patches)
+    std = values.std(axis=0)
+    std[std == 0] = 1  # the same for all
+    mean = values.mean(axis=0)
+    return Morphology(names, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def _run(
@@ -335,7 +356,10 @@ def _made_from(recipe: Recipe, data: str) -> Row:
     for other in (recipe.teacher, recipe.prune):
         if other is not None:
             digest.update(model_digest(other.model).encode())
-    for name in ("dataset.yaml", "patches.parquet"):
+    names = ["dataset.yaml", "patches.parquet"]
+    if recipe.model.morphology and files.exists(morphology_uri(data)):
+        names.append("morphology.parquet")
+    for name in names:
         uri = files.join(data, name)
         if not files.exists(uri):
             raise ConfigError(

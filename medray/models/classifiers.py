@@ -12,6 +12,7 @@ from torch.nn import functional
 from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.weights import is_file, load_encoder, where_from
+from medray.morphology import FEATURES
 
 
 class SelfAttention(nn.Module):
@@ -37,7 +38,10 @@ class SelfAttention(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder, attention over its last features beside them, pooling, a head."""
+    """An encoder, attention over its last features beside them, pooling, a head.
+
+    With `morphology`, standardised measures of the cell join what is pooled.
+    """
 
     def __init__(self, encoder: Any, how: Architecture, classes: int) -> None:
         """Put a head on timm's encoder, which must have none."""
@@ -48,6 +52,9 @@ class Classifier(nn.Module):
         if how.attention:
             self.attention = SelfAttention(features, how.attention)
             features += how.attention
+        self.morphology = how.morphology
+        if how.morphology:
+            features += FEATURES
         hidden: list[nn.Module] = []
         if how.hidden:
             norm = [nn.BatchNorm1d(how.hidden)] if how.norm else []
@@ -55,14 +62,18 @@ class Classifier(nn.Module):
         last = nn.Linear(how.hidden or features, classes)
         self.head = nn.Sequential(*hidden, nn.Dropout(how.dropout), last)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map (N, 3, H, W) to logits (N, classes)."""
+    def forward(
+        self, inputs: torch.Tensor, measures: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map (N, 3, H, W), and (N, FEATURES) if it takes them, to (N, classes)."""
         if self.attention is None:
             pooled = self.encoder(inputs)
         else:
             maps = self.encoder.forward_features(inputs)
             maps = torch.cat([maps, self.attention(maps)], dim=1)
             pooled = maps.mean(dim=(2, 3))
+        if self.morphology:
+            pooled = torch.cat([pooled, measures], dim=1)  # type: ignore[list-item]
         logits: torch.Tensor = self.head(pooled)
         return logits
 

@@ -38,6 +38,8 @@ class Architecture:
         norm: Of a classifier: batch normalisation of that layer, before its ReLU.
         dropout: Of a classifier: share of what reaches the last layer that is dropped
             in training.
+        morphology: A classifier takes what contours measure of a cell beside its
+            pixels (see medray.morphology).
     """
 
     name: str = "unet"
@@ -46,6 +48,7 @@ class Architecture:
     hidden: int = 0
     norm: bool = False
     dropout: float = 0.0
+    morphology: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -58,12 +61,27 @@ class Architecture:
             raise ValueError(
                 "model.norm: normalises the hidden layer; set model.hidden, to 256 say"
             )
-        head = self.attention or self.hidden or self.dropout
+        head = self.attention or self.hidden or self.dropout or self.morphology
         if self.name != "classifier" and head:
             raise ValueError(
-                f"model: {self.name} has no attention, no hidden, no norm and no "
-                f"dropout"
+                f"model: {self.name} has no attention, no hidden, no norm, no dropout "
+                f"and no morphology"
             )
+
+
+@dataclass(frozen=True)
+class Morphology:
+    """How measures of a cell become a model's second input.
+
+    Attributes:
+        names: Of the measures, with their units; those of a dataset must be the same.
+        mean: Of each over the training images; it is subtracted.
+        std: Standard deviation that they are then divided by.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +96,7 @@ class ModelConfig:
         stain: What the pixels' staining is brought to first, window by window.
         mean: RGB mean subtracted from pixels scaled to 0..1.
         std: RGB standard deviation they are then divided by.
+        morphology: Of a model that takes measures of cells too; else None.
         made_from: Digests, versions and settings of the training.
     """
 
@@ -88,6 +107,7 @@ class ModelConfig:
     stain: Stain = "none"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    morphology: Morphology | None = None
     made_from: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from medray.models.freezing import (
     most_important,
 )
 from medray.models.losses import SegmentationLoss
-from medray.models.network import Normalise, choose_precision
+from medray.models.network import Normalise, choose_precision, standardise
 from medray.models.optimise import (
     build_average,
     build_optimizer,
@@ -104,6 +104,7 @@ class Learner:
         contract: ModelConfig,
         patches: int,
         steps: int,
+        measures: Mapping[str, npt.NDArray[np.float64]] | None = None,
     ) -> None:
         """Start from the recipe's weights.
 
@@ -113,6 +114,8 @@ class Learner:
             contract: How pixels become inputs, and the classes.
             patches: To train on.
             steps: Of an epoch.
+            measures: (N, F) of the patches of `train` and `val`, for a model that takes
+                them (`contract.morphology`).
 
         Raises:
             ConfigError: The model, its weights or its teacher are not to be had.
@@ -138,6 +141,10 @@ class Learner:
         if recipe.compile:
             self.model = torch.compile(self.network)  # type: ignore[assignment]
         self.normalise = Normalise(contract).to(team.device)
+        self.measures = {
+            split: standardise(values, contract, team.device)
+            for split, values in (measures or {}).items()
+        }
         self.geometry = build_geometry(recipe.augment)
         self.colours = build_colours(recipe.augment)
         self.loss = SegmentationLoss(recipe.loss)
@@ -288,7 +295,8 @@ class Learner:
         )
         images, _ = augment_batch(self.colours, images, masks, seed=seed + 1)
         torch.manual_seed(seed)  # of dropout
-        logits = self._forward(self.model, self.normalise(images))
+        beside = self._beside("train", part.patches)
+        logits = self._forward(self.model, self.normalise(images), *beside)
         labels = self._labels(masks)
         loss: torch.Tensor = self.loss(logits, labels)
         loss = loss + self.loss.of_weights(self.network)
@@ -324,13 +332,24 @@ class Learner:
         weight = how.weight * rise(number, round(how.ramp * self.total_steps))
         return weight * consistency(ours, theirs, how.threshold)
 
-    def _forward(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    def _beside(
+        self, split: str, patches: npt.NDArray[np.int64] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Give what goes into the model beside the pixels of patches, if anything."""
+        if self.contract.morphology is None:
+            return ()
+        assert patches is not None
+        return (self.measures[split][torch.from_numpy(patches)],)
+
+    def _forward(
+        self, model: nn.Module, inputs: torch.Tensor, *beside: torch.Tensor
+    ) -> torch.Tensor:
         """Give float32 logits."""
         if not self.recipe.channels_last:
             inputs = inputs.contiguous()
         low = self.dtype != torch.float32
         with torch.autocast(self.team.device.type, self.dtype, enabled=low):
-            logits: torch.Tensor = model(inputs)
+            logits: torch.Tensor = model(inputs, *beside)
         if logits.ndim == 2:  # of a classifier: for the whole crop
             logits = logits[:, :, None, None]
         return logits.float()
@@ -423,14 +442,20 @@ class Learner:
         self.decided[self._phase_number] = weighed
 
     @torch.inference_mode()
-    def predict(self, images: UInt8, masks: UInt8) -> tuple[UInt8, float]:
+    def predict(
+        self,
+        images: UInt8,
+        masks: UInt8,
+        patches: npt.NDArray[np.int64] | None = None,
+    ) -> tuple[UInt8, float]:
         """Give the classes (N, H, W) of the network that is kept, and the mean loss.
 
-        Those of a classifier are (N, 1, 1).
+        Those of a classifier are (N, 1, 1). `patches` (N,), the indices of validation
+        patches, are for a model that takes their measures.
         """
         network = self.kept.eval()
         inputs = self.normalise(_to_device(images, self.team.device))
-        logits = self._forward(network, inputs)
+        logits = self._forward(network, inputs, *self._beside("val", patches))
         labels = self._labels(_to_device(masks, self.team.device))
         classes = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         return classes, float(self.loss(logits, labels))

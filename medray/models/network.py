@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
@@ -66,6 +68,24 @@ class Normalise(nn.Module):
         return inputs.mul_(self.scale).add_(self.shift)
 
 
+def standardise(
+    measures: npt.NDArray[np.float64], config: ModelConfig, device: torch.device
+) -> torch.Tensor:
+    """Make a model's second input; training and inference share it.
+
+    Args:
+        measures: (N, F) as a dataset has them.
+        config: Of a model that takes them.
+        device: Where the input is to be.
+
+    Returns:
+        (N, F) float32.
+    """
+    assert config.morphology is not None
+    mean, std = np.array(config.morphology.mean), np.array(config.morphology.std)
+    return torch.from_numpy(((measures - mean) / std).astype(np.float32)).to(device)
+
+
 class Network:
     """A model with its normalisation, on its device.
 
@@ -88,15 +108,21 @@ class Network:
         self._model = model.to(memory_format=torch.channels_last)
         self._device, self._dtype = device, dtype
         self._normalise = Normalise(config).to(device)
+        self._config = config
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Give the logits of windows."""
+    def __call__(
+        self, pixels: torch.Tensor, measures: npt.NDArray[np.float64] | None = None
+    ) -> torch.Tensor:
+        """Give the logits of windows; of cells (N, F) measures may go with them."""
         # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
         inputs = self._normalise(pixels.permute(0, 3, 1, 2))
+        beside: tuple[torch.Tensor, ...] = ()
+        if measures is not None:
+            beside = (standardise(measures, self._config, self._device),)
         with torch.autocast(
             self._device.type, self._dtype, enabled=self._dtype != torch.float32
         ):
-            logits: torch.Tensor = self._model(inputs)
+            logits: torch.Tensor = self._model(inputs, *beside)
         if logits.ndim == 2:
             logits = logits[:, :, None, None].expand(-1, -1, *inputs.shape[2:])
         return logits
