@@ -157,6 +157,11 @@ def _check(model: str, config: ModelConfig, format: str, out: str) -> None:
             f"{model}: comes from `medray export`; give the model folder that it was "
             f"made from"
         )
+    if config.morphology is not None:
+        raise ConfigError(
+            f"{model}: takes measures of nucleus and cytoplasm beside the pixels, which "
+            f"no export has an input for; train with model.morphology=false"
+        )
     for name in ("model.yaml", "config.json", *FORMATS.values()):
         if files.exists(files.join(out, name)):
             raise ConfigError(

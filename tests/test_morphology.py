@@ -14,6 +14,7 @@ from medray.classes import Classes
 from medray.dataset import read_morphology, read_patches
 from medray.errors import ConfigError
 from medray.evaluate_images import evaluate_images
+from medray.export import export
 from medray.grid import Windows
 from medray.infer import infer
 from medray.loop import read_best, train_as
@@ -35,7 +36,7 @@ window: {size: 64, stride: 64}
 data: {crop: 64}
 loss: {dice: 0.0, focal: 0.0, cross_entropy: 1.0}
 optimizer: {lr: 2.0e-3}
-schedule: {epochs: 3}
+schedule: {epochs: 3, phases: [{epochs: 2}, {train: adaptive, share: 0.5}]}
 augment: {flips: true, brightness: 0.0, contrast: 0.0, saturation: 0.0, hue: 0.0}
 batch: 12
 precision: float32
@@ -204,5 +205,7 @@ def test_what_does_not_fit_is_refused(
             call()
     with pytest.raises(ConfigError, match="which slides do not have"):
         infer([f"{dataset}/slides"], model=classifier, out=out)
+    with pytest.raises(ConfigError, match="no export has an input for"):
+        export(classifier, format="pt2", out=out)
     with pytest.raises(ConfigError, match="unet has no .* morphology"):
         read_recipe(str(path), ["model.name=unet"])

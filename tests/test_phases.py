@@ -502,7 +502,8 @@ def test_adaptive_needs_images_that_can_be_read(tmp_path: Path) -> None:
     learner = learner_of(recipe_of(tmp_path, phases))
     empty = some_crops()
     with pytest.raises(ConfigError, match="none could be read"):
-        learner.weigh_stages([(empty.images[:0], empty.masks[:0])])
+        nothing = empty.images[:0], empty.masks[:0], np.zeros(0, np.int64)
+        learner.weigh_stages([nothing])
 
 
 @pytest.mark.parametrize(

@@ -414,16 +414,19 @@ class Learner:
         adaptive = self.phase is not None and self.phase.train == "adaptive"
         return adaptive and self._phase_number not in self.decided
 
-    def weigh_stages(self, crops: Sequence[tuple[UInt8, UInt8]]) -> dict[str, float]:
+    def weigh_stages(
+        self, crops: Sequence[tuple[UInt8, UInt8, npt.NDArray[np.int64]]]
+    ) -> dict[str, float]:
         """Tell how much each stage of the encoder matters to the network that is kept.
 
         Args:
-            crops: Batches of validation images (N, 3, S, S) and masks (N, S, S).
+            crops: Batches of validation images (N, 3, S, S), masks (N, S, S) and the
+                indices (N,) of their patches.
 
         Raises:
             ConfigError: They hold no image.
         """
-        count = sum(len(images) for images, _ in crops)
+        count = sum(len(images) for images, _, _ in crops)
         if not count:
             raise ConfigError(
                 "schedule.phases: train: adaptive weighs the stages on validation "
@@ -431,7 +434,7 @@ class Learner:
             )
 
         def loss() -> float:
-            losses = [self.predict(*pair)[1] * len(pair[0]) for pair in crops]
+            losses = [self.predict(*batch)[1] * len(batch[0]) for batch in crops]
             return sum(losses) / count
 
         encoder: Any = self.kept.eval().encoder
