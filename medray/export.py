@@ -159,8 +159,8 @@ def _check(model: str, config: ModelConfig, format: str, out: str) -> None:
         )
     if config.morphology is not None:
         raise ConfigError(
-            f"{model}: takes measures of nucleus and cytoplasm beside the pixels, which "
-            f"no export has an input for; train with model.morphology=false"
+            f"{model}: takes measures of nucleus and cytoplasm beside the pixels, and "
+            f"no export has an input for them; train with model.morphology=false"
         )
     for name in ("model.yaml", "config.json", *FORMATS.values()):
         if files.exists(files.join(out, name)):

@@ -304,8 +304,8 @@ def _decide(learner: Learner, data: str) -> None:
         chosen = np.linspace(0, batches - 1, min(batches, most)).round().astype(int)
         try:
             crops = [read_val(data, recipe, at * at_once, at_once) for at in chosen]
-            batches = [(c.images, c.masks, c.patches) for c in crops]
-            weighed = learner.weigh_stages(batches)
+            given = [(c.images, c.masks, c.patches) for c in crops]
+            weighed = learner.weigh_stages(given)
         except MedrayError as error:
             trouble = f"{error}"
     _raise_together(team, trouble)

@@ -501,8 +501,8 @@ def test_adaptive_needs_images_that_can_be_read(tmp_path: Path) -> None:
     phases = "schedule.phases=[{epochs: 1}, {train: adaptive, share: 0.5}]"
     learner = learner_of(recipe_of(tmp_path, phases))
     empty = some_crops()
+    nothing = empty.images[:0], empty.masks[:0], np.zeros(0, np.int64)
     with pytest.raises(ConfigError, match="none could be read"):
-        nothing = empty.images[:0], empty.masks[:0], np.zeros(0, np.int64)
         learner.weigh_stages([nothing])
 
 
