@@ -221,3 +221,22 @@ def test_the_wheel_can_be_built_from_what_is_copied(tmp_path: Path) -> None:
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.startswith("medray-")
+
+
+@pytest.mark.slow
+def test_without_a_token_the_image_starts_no_ray(tmp_path: Path) -> None:
+    pairs = instructions("ENV")[-1].value
+    mode = dict(zip(pairs[::2], pairs[1::2], strict=True))["RAY_AUTH_MODE"]
+    environment = os.environ | {"HOME": str(tmp_path), "RAY_AUTH_MODE": mode}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*instructions("CMD")[-1].value, f"--temp-dir={tmp_path / 'ray'}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "no authentication token was found" in done.stderr
