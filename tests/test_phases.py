@@ -352,7 +352,7 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
     assert set(lines[1]["learning"]) == wanted
     page = (out / "training.html").read_text()
     assert "How much each stage mattered" in page
-    assert f"{resting[0]} {weighed[resting[0]]:+.4f}" in page
+    assert f"{resting[0]} {weighed[resting[0]]:+.3g}" in page
 
     # Inference scales pixels as training did.
     _, config = load_model(str(out))
