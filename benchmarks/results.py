@@ -107,16 +107,13 @@ def one_fold(
     """
     count = max(fold.values()) + 1
     path = ROOT / "recipes" / f"{recipe}.yaml"
-    made_of = _digest(
+    made_of = digest_of(
         [to_dict(read_recipe(str(path), overrides)), sorted(fold.items())]
     )
     out.mkdir(parents=True, exist_ok=True)
-    result = out / "result.json"
-    for file in (result, record):
-        if file is not None and file.exists():
-            values = dict(json.loads(file.read_text()))
-            if values.get("made_of") == made_of:
-                return values
+    places = [out / "result.json", *([record] if record else [])]
+    if (before := read_record(places, made_of)) is not None:
+        return before
     role = {test: "test", (test + 1) % count: "val"}
     with (out / "splits.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -159,15 +156,28 @@ def one_fold(
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    for file in (result, record):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(values) + "\n")
+    write_record(places, values)
     return values
 
 
-def _digest(value: object) -> str:
+def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(places: Sequence[Path], made_of: str) -> dict[str, object] | None:
+    """Take a fold's result that is made of the same, if it is in one of the places."""
+    for file in places:
+        if file.exists():
+            values = dict(json.loads(file.read_text()))
+            if values.get("made_of") == made_of:
+                return values
+    return None
+
+
+def write_record(places: Sequence[Path], values: Mapping[str, object]) -> None:
+    for file in places:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values) + "\n")
 
 
 def _count(truth: str, found: str, classes: int) -> dict[str, list]:
@@ -276,12 +286,12 @@ ABLATION = {
 }
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def table(out: Path) -> None:
     """Print what is there as Markdown."""
-
-    def number(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
     print("| training | fields | F1 (Dice) [95 %] | IoU | small: found, IoU | s | M |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in sorted(out.glob("*.json"), key=lambda p: p.stat().st_mtime):

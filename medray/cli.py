@@ -134,15 +134,25 @@ def _plan(args: argparse.Namespace) -> Any:
 def _evaluate(args: argparse.Namespace) -> Any:
     from medray.store import files
 
-    if files.exists(files.join(args.run_folder, "model.yaml")):
+    if files.exists(files.join(args.runs[0], "model.yaml")):
         from medray.evaluate_images import evaluate_images
 
         return evaluate_images(
-            args.run_folder, data=args.truth, out=args.out, split=args.split or "test"
+            args.runs,
+            data=args.truth,
+            out=args.out,
+            split=args.split or "test",
+            vote=args.vote,
+            compare=args.beside,
         )
     from medray.evaluate import evaluate
 
-    return evaluate(args.run_folder, truth=args.truth, out=args.out, split=args.split)
+    if len(args.runs) > 1 or args.vote or args.beside:
+        raise ConfigError(
+            f"{args.runs[0]}: is no model folder; several, --vote and --beside are for "
+            f"classifiers of images"
+        )
+    return evaluate(args.runs[0], truth=args.truth, out=args.out, split=args.split)
 
 
 def _export(args: argparse.Namespace) -> Any:
@@ -303,13 +313,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", _evaluate, "a run and the truth into a report")
     sub.add_argument(
-        "run_folder", metavar="RUN", help="from infer, or a classifier's MODEL"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="from infer, or a classifier's MODEL (several: ensemble)",
     )
     sub.add_argument(
         "--truth", required=True, help="dataset, or folder of annotations like slides"
     )
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
+    sub.add_argument(
+        "--vote", action="store_true", help="of several models, not their mean"
+    )
+    sub.add_argument(
+        "--beside", metavar="REPORT", help="of another classifier, to compare with"
+    )
 
     sub = command("export", _export, "a model for another runtime")
     sub.add_argument("model", metavar="MODEL", help="from train")

@@ -3,15 +3,14 @@
 The way of an image, top to bottom:
 
     check     no image of the split was there when the model was trained or chosen
-    infer     its sheet goes the way of any slide; classes and probabilities come out
+    classify  logits of each model; several become one prediction
+    calibrate a temperature, fitted on validation images
     score     confusion counts, curves, calibration; intervals over patients
     report    metrics.json, images.csv, report.html
 """
 
 from __future__ import annotations
 
-import io
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,17 +18,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from sklearn.metrics import (
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
+from scipy.special import log_softmax, logsumexp
+from sklearn.metrics import precision_recall_curve, roc_curve
 
+from medray.calibration import calibration_error, fit_temperature, reliability, scaled
+from medray.classify import classify
 from medray.dataset import (
     holds_images,
     read_dataset,
@@ -38,18 +33,21 @@ from medray.dataset import (
     slide_uri,
 )
 from medray.errors import ConfigError, MedrayError
-from medray.infer import infer
-from medray.metrics import bootstrap, class_scores, confusion, of_images, summary
-from medray.models.config import Morphology, Prediction, model_digest, read_config
+from medray.image_scores import score
+from medray.models.config import (
+    ModelConfig,
+    check_runtime,
+    model_digest,
+    read_config,
+)
 from medray.models.folder import read_seen
 from medray.pages import ACCENT, SOFT, as_png, as_svg, data_uri, finish_axes, render
-from medray.run import Options, mask_uri, probabilities_uri
+from medray.paired import beside, read_predictions, write_predictions
 from medray.store import files, omezarr
 
 Row = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
-_BINS = 10  # of the reliability picture
 _SHOWN = 12  # errors, the most confident ones
 
 
@@ -63,6 +61,9 @@ class ImageEvaluation:
         f1: Of the second of two classes, or the mean of all.
         interval: Its 95 % bootstrap interval over patients; None of one patient.
         images: That were counted.
+        calibration: `error` as it is; where a `temperature` could be fitted, it, the
+            `images` that it was fitted on and `error_scaled` with it; else `why` not.
+        beside: The comparison with another report, see `medray.paired`; None: unasked.
         failed: Reason of each sheet that could not be, by its name.
     """
 
@@ -71,86 +72,135 @@ class ImageEvaluation:
     f1: float | None
     interval: list[float] | None
     images: int
+    calibration: Row
+    beside: Row | None
     failed: dict[str, str]
 
 
 def evaluate_images(
-    model: str, *, data: str, out: str, split: str = "test"
+    model: str | Sequence[str],
+    *,
+    data: str,
+    out: str,
+    split: str = "test",
+    vote: bool = False,
+    compare: str | None = None,
 ) -> ImageEvaluation:
     """Classify the images of a split of a dataset, and write a report.
 
     Args:
-        model: Folder of a classifier, as `medray train` writes it.
+        model: Folder of a classifier, as `medray train` writes it, or several: an
+            ensemble, whose probabilities are the mean of theirs.
         data: Dataset of images, as `medray ingest --side` writes it.
-        out: Folder of the report; made if needed. OUT/run holds the masks.
+        out: Folder of the report; made if needed.
         split: Which images.
+        vote: Of several models the class that most of them name, of equally many votes
+            the one of higher mean probability; else that of the highest mean.
+        compare: Report of another evaluation of the same images, to stand beside.
 
     Raises:
-        ConfigError: The request is wrong, or the model was trained or chosen with
+        ConfigError: The request is wrong, or a model was trained or chosen with
             images of the split.
         MedrayError: None of them could be classified.
     """
-    model, data, out = (files.absolute(place) for place in (model, data, out))
-    config = read_config(model)
-    if not holds_images(data):
-        raise ConfigError(
-            f"{data}: holds slides; give `medray evaluate` a run of them instead of "
-            f"the model folder {model}"
-        )
-    if config.architecture.name != "classifier":
-        raise ConfigError(f"{model}: expected a classifier, found a segmenter")
-    classes = read_dataset(data).classes
-    if classes != config.classes:
-        raise ConfigError(
-            f"{data}: its classes {list(classes.names)} are not the model's "
-            f"{list(config.classes.names)}"
-        )
+    models = [model] if isinstance(model, str) else list(model)
+    models = [files.absolute(folder) for folder in models]
+    data, out = files.absolute(data), files.absolute(out)
+    configs = _common_configs(models, data, vote=vote)
+    config, classes = configs[0], configs[0].classes
+    others = read_predictions(compare, classes.names) if compare else None
     rows = read_patches(data, split)
     if not rows:
         raise ConfigError(f"{data}: no images in split {split}")
-    _check_unseen(model, rows, split)
-    if config.morphology is None:
-        sheets = sorted({row["slide"] for row in rows})
-        done = infer(
-            [slide_uri(data, sheet) for sheet in sheets],
-            model=model,
-            out=files.join(out, "run"),
-            options=Options(everywhere=True, prediction=Prediction(probabilities=True)),
-        )
-        rows, failed = _predicted(rows, files.join(out, "run")), done.failed
-    else:
-        rows, failed = _predicted_with_measures(rows, model, config.morphology, data)
+    for folder in models:
+        _check_unseen(folder, rows, split)
+    validation = _for_temperature(models, data, rows)
+    wanted = _with_measures([*rows, *validation], configs, data)
+    found, failed = classify(models, data, wanted)
+    found = [_predicted(row, vote=vote) for row in found]
+    rows = [row for row in found if row["split"] == split]
     if not rows:
         raise MedrayError(
             f"{out}: no image of split {split} could be classified: "
             f"{next(iter(failed.values()), 'nothing is said why')}"
         )
     metrics = score(rows, classes.names)
-    metrics |= {"split": split, "model_digest": model_digest(model)}
-    _write_table(rows, classes.names, files.join(out, "images.csv"))
+    calibration = _calibrate(rows, [row for row in found if row["split"] != split])
+    digests = ", ".join(model_digest(folder) for folder in models)
+    metrics |= {"split": split, "model_digest": digests}
+    metrics |= {"vote": vote, "calibration": calibration, "beside": None}
+    if others is not None and compare:
+        metrics["beside"] = beside(rows, others, classes.names, compare)
+    write_predictions(rows, classes.names, files.join(out, "images.csv"))
+    names = ", ".join(folder.rsplit("/", 1)[-1] for folder in models)
+    how = "majority vote" if vote else "mean probability"
     page = render(
         "images.html.jinja",
         title=f"{len(rows)} images of split {split}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=classes,
         metrics=metrics,
-        figures=_figures(rows, classes.names),
+        figures=_figures(rows, classes.names, calibration.get("temperature")),
         errors=_errors(rows, data, classes.names),
         provenance={
-            "model": model.rsplit("/", 1)[-1],
-            "model digest": metrics["model_digest"],
+            "model": names,
+            "model digest": digests,
             "data": data.rsplit("/", 1)[-1],
             "encoder": config.architecture.encoder,
             "input": f"{config.window.size} px",
-        },
+        }
+        | ({"ensemble": f"{len(models)} models, {how}"} if len(models) > 1 else {}),
     )
     report = files.join(out, "report.html")
     files.write_bytes(report, page.encode())
     # Last: a folder with metrics.json is a whole report.
     files.write_json(files.join(out, "metrics.json"), metrics)
     interval = metrics["intervals"]["f1"] if metrics["intervals"] else None
-    f1 = metrics["f1"]
-    return ImageEvaluation(out, report, f1, interval, len(rows), failed)
+    return ImageEvaluation(
+        out,
+        report,
+        metrics["f1"],
+        interval,
+        len(rows),
+        calibration,
+        metrics["beside"],
+        failed,
+    )
+
+
+# --- check ----------------------------------------------------------------------------
+
+
+def _common_configs(
+    models: Sequence[str], data: str, *, vote: bool
+) -> list[ModelConfig]:
+    """Check that models fit the dataset and each other; give what they say."""
+    configs = [read_config(folder) for folder in models]
+    if not holds_images(data):
+        raise ConfigError(
+            f"{data}: holds slides; give `medray evaluate` a run of them instead of "
+            f"the model folder {models[0]}"
+        )
+    if vote and len(models) < 2:
+        raise ConfigError("vote: expected several models, found one")
+    if len(set(models)) < len(models):
+        raise ConfigError(f"expected different models, found one twice in {models}")
+    settings = read_dataset(data)
+    for folder, config in zip(models, configs, strict=True):
+        check_runtime(folder)
+        if not config.classifies:
+            raise ConfigError(f"{folder}: expected a classifier, found a segmenter")
+        if config.classes != settings.classes:
+            raise ConfigError(
+                f"{data}: its classes {list(settings.classes.names)} are not the "
+                f"model's {list(config.classes.names)} ({folder})"
+            )
+        if config.window.size != settings.patch:
+            raise ConfigError(
+                f"{folder}: takes images of {config.window.size} px, those of {data} "
+                f"have {settings.patch}; ingest them with --side {config.window.size}"
+            )
+    return configs
 
 
 def _check_unseen(model: str, rows: list[Row], split: str) -> None:
@@ -165,165 +215,103 @@ def _check_unseen(model: str, rows: list[Row], split: str) -> None:
         )
 
 
-def _predicted(rows: list[Row], run: str) -> list[Row]:
-    """Add `truth` and `predicted` (label values) and `probabilities` (C,).
+def _for_temperature(models: Sequence[str], data: str, rows: list[Row]) -> list[Row]:
+    """Give validation images that no model was trained on and that are not scored.
 
-    Images of sheets that the run has not done are left out.
+    That they chose an epoch does little harm to one number.
     """
-    by_sheet: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_sheet[row["slide"]].append(row)
-    slides = files.read_table(files.join(run, "slides.parquet")).to_pylist()
-    found = []
-    for sheet in sorted(row["slide"] for row in slides if row["status"] == "done"):
-        mask = omezarr.open_level(mask_uri(run, sheet))[...]
-        layers = omezarr.open_level(probabilities_uri(run, sheet))[...]
-        for row in by_sheet[sheet]:
-            # A window is an image: all its pixels have one answer.
-            y, x = row["y"], row["x"]
-            shares = layers[:, y, x].astype(np.float64)
-            found.append(
-                row
-                | {"truth": int(np.argmax(row["class_px"]))}
-                | {"predicted": int(mask[y, x]), "probabilities": shares / 255}
-            )
-    return found
+    taken = {row["digest"] for row in rows}
+    for folder in models:
+        seen = read_seen(folder)
+        taken |= {digest for digest, how in seen.items() if how == "train"}
+    return [row for row in read_patches(data, "val") if row["digest"] not in taken]
 
 
-def _predicted_with_measures(
-    rows: list[Row], model: str, how: Morphology, data: str
-) -> tuple[list[Row], dict[str, str]]:
-    """Add what `_predicted` adds; give why sheets could not be read, too.
-
-    The windows of a run are pixels only, so these images are classified here.
-    """
-    from medray.models.classify import load_classifier
-
+def _with_measures(
+    rows: list[Row], configs: Sequence[ModelConfig], data: str
+) -> list[Row]:
+    """Add `measures` (F,) to images, where a model takes them beside the pixels."""
+    asked = [config.morphology for config in configs if config.morphology]
+    if not asked:
+        return rows
     names, measures = read_morphology(data, rows)
-    if names != how.names:
-        raise ConfigError(
-            f"{data}: measures {list(names)}, the model was trained with "
-            f"{list(how.names)}; ingest the images with contours and --mpp as those "
-            f"that it was trained with"
-        )
-    classify = load_classifier(model)
-    found: list[Row] = []
-    failed: dict[str, str] = {}
-    for row, values in zip(rows, measures, strict=True):
-        try:
-            pixels = _pixels(row, data)
-        except MedrayError as error:
-            failed[row["slide"]] = f"{error}"
-            continue
-        (shares,) = classify(pixels[None], values[None])
-        found.append(
-            row
-            | {"truth": int(np.argmax(row["class_px"]))}
-            | {"predicted": int(np.argmax(shares)), "probabilities": shares}
-        )
-    return found, failed
+    for morphology in asked:
+        if names != morphology.names:
+            raise ConfigError(
+                f"{data}: measures {list(names)}, the model was trained with "
+                f"{list(morphology.names)}; ingest the images with contours and --mpp "
+                f"as those that it was trained with"
+            )
+    return [
+        row | {"measures": values} for row, values in zip(rows, measures, strict=True)
+    ]
 
 
-def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
-    """Read an image (H, W, 3) from its sheet."""
-    sheet = omezarr.open_level(slide_uri(data, row["slide"]))
-    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
-    pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
-    return pixels
+# --- predict --------------------------------------------------------------------------
 
 
-# --- score ----------------------------------------------------------------------------
+def _predicted(row: Row, *, vote: bool) -> Row:
+    """Make one prediction of what each model says of an image.
 
-
-def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    """Score predictions of whole images.
-
-    Args:
-        rows: With `truth`, `predicted`, `probabilities` (C,) and `patient`.
-        names: Of the C classes.
-
-    Returns:
-        f1 (of the second of two classes, else the mean of all), precision, recall,
-        specificity, accuracy; `intervals` of them over patients; `per_class` with
-        `auc` (area under the ROC curve) and `average_precision`; `confusion`;
-        `calibration_error` (expected, Guo et al. 2017, 10 bins); `images`, `patients`.
+    Adds `predicted` (label value), `probabilities` (C,) and `log_probabilities`. Of
+    one model these are its logits but for a number that all have in common, so that a
+    temperature means the same for both.
     """
-    truth = np.array([row["truth"] for row in rows])
-    predicted = np.array([row["predicted"] for row in rows])
-    counts = confusion(truth, predicted, len(names))
-    patients = sorted({row["patient"] for row in rows})
-    place = {patient: i for i, patient in enumerate(patients)}
-    each = np.zeros((len(patients), len(names), len(names)), np.int64)
-    who = np.array([place[row["patient"]] for row in rows])
-    np.add.at(each, (who, truth, predicted), 1)
-    per_class = class_scores(counts, names)
-    for label, entry in enumerate(per_class):
-        shares = np.array([row["probabilities"][label] for row in rows])
-        some = 0 < (truth == label).sum() < len(truth)
-        entry["auc"] = float(roc_auc_score(truth == label, shares)) if some else None
-        entry["average_precision"] = (
-            float(average_precision_score(truth == label, shares)) if some else None
-        )
-        entry["support"] = entry.pop("support_px")
-    return {
-        **summary(*of_images(counts, names)),
-        "intervals": bootstrap(*of_images(each, names)),
-        "per_class": per_class,
-        "confusion": counts.tolist(),
-        "calibration_error": calibration_error(rows),
-        "images": len(rows),
-        "patients": len(patients),
+    logs = log_softmax(row["logits"], axis=1)
+    mean = logsumexp(logs, axis=0) - np.log(len(logs))
+    shares = np.exp(mean)
+    if vote:
+        votes = np.bincount(logs.argmax(axis=1), minlength=logs.shape[1])
+        chosen = int(np.argmax(votes + shares / 2))
+    else:
+        chosen = int(shares.argmax())
+    return row | {
+        "predicted": chosen,
+        "probabilities": shares,
+        "log_probabilities": mean,
     }
 
 
-def _bins(rows: Sequence[Row]) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
-    """Give mean confidence, accuracy and count of bins of equal width."""
-    sure = np.array([row["probabilities"][row["predicted"]] for row in rows])
-    right = np.array([row["truth"] == row["predicted"] for row in rows], np.float64)
-    place = np.minimum((sure * _BINS).astype(int), _BINS - 1)
-    count = np.bincount(place, minlength=_BINS)
-    used = np.maximum(count, 1).astype(np.float64)
-    confidence: Floats = np.bincount(place, sure, _BINS) / used
-    accuracy: Floats = np.bincount(place, right, _BINS) / used
-    return confidence, accuracy, count
+def _calibrate(rows: list[Row], validation: list[Row]) -> Row:
+    """Fit a temperature on validation images, and tell what it does for the others."""
+    truth, predicted, shares, logs = _columns(rows)
+    found: Row = {"error": calibration_error(shares, predicted, truth)}
+    if not validation:
+        return found | {
+            "why": "the dataset has no validation images that no model was trained on"
+        }
+    val_truth, _, _, val_logs = _columns(validation)
+    temperature = fit_temperature(val_logs, val_truth)
+    if temperature is None:
+        return found | {
+            "why": f"all {len(validation)} validation images are classified rightly, "
+            f"so they do not tell how sure is too sure"
+        }
+    error = calibration_error(scaled(logs, temperature), predicted, truth)
+    found |= {"temperature": temperature, "images": len(validation)}
+    return found | {"error_scaled": error}
 
 
-def calibration_error(rows: Sequence[Row]) -> float:
-    """Give the expected calibration error (Guo et al. 2017), 10 bins of equal width."""
-    confidence, accuracy, count = _bins(rows)
-    error = (np.abs(confidence - accuracy) * count).sum()
-    return float(error / max(1, int(count.sum())))
+def _columns(rows: list[Row]) -> tuple[Any, Any, Floats, Floats]:
+    """Give truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
+    names = ("truth", "predicted", "probabilities", "log_probabilities")
+    truth, predicted, shares, logs = (
+        np.array([row[name] for row in rows]) for name in names
+    )
+    return truth, predicted, shares, logs
 
 
 # --- report ---------------------------------------------------------------------------
 
 
-def _write_table(rows: list[Row], names: Sequence[str], uri: str) -> None:
-    table = [
-        {
-            "image": row["image"],
-            "patient": row["patient"],
-            "truth": names[row["truth"]],
-            "predicted": names[row["predicted"]],
-        }
-        | {
-            f"p_{name}": round(float(share), 4)
-            for name, share in zip(names, row["probabilities"], strict=True)
-        }
-        for row in rows
-    ]
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
-    files.write_bytes(uri, csv.getvalue())
-
-
-def _figures(rows: list[Row], names: Sequence[str]) -> dict[str, Markup]:
-    truth = np.array([row["truth"] for row in rows])
+def _figures(
+    rows: list[Row], names: Sequence[str], temperature: float | None
+) -> dict[str, Markup]:
+    truth, predicted, probabilities, logs = _columns(rows)
     shown = [1] if len(names) == 2 else range(len(names))
     roc, pr = Figure(figsize=(4, 3.6)), Figure(figsize=(4, 3.6))
     for label in shown:
-        shares = np.array([row["probabilities"][label] for row in rows])
-        is_label = truth == label
+        shares, is_label = probabilities[:, label], truth == label
         if not 0 < is_label.sum() < len(truth):
             continue
         fpr, tpr, _ = roc_curve(is_label, shares)
@@ -332,28 +320,31 @@ def _figures(rows: list[Row], names: Sequence[str]) -> dict[str, Markup]:
         roc.gca().plot(fpr, tpr, label=names[label], color=color)
         pr.gca().plot(recall, precision, label=names[label], color=color)
     roc.gca().plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
-    reliability = Figure(figsize=(4, 3.6))
-    confidence, accuracy, count = _bins(rows)
-    axes = reliability.gca()
+    sure = Figure(figsize=(4, 3.6))
+    axes = sure.gca()
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
-    axes.plot(confidence[count > 0], accuracy[count > 0], "o-", color=ACCENT)
+    curves = {"as it is": (probabilities, ACCENT)}
+    if temperature is not None:
+        words = f"at temperature {temperature:.2f}"
+        curves[words] = (scaled(logs, temperature), SOFT)
+    for words, (shares, color) in curves.items():
+        confidence, right, count = reliability(shares, predicted, truth)
+        used = count > 0
+        axes.plot(confidence[used], right[used], "o-", color=color, label=words)
     figures = {
         "ROC": (roc, "false positive rate", "recall (sensitivity)"),
         "Precision and recall": (pr, "recall", "precision"),
-        "Reliability": (reliability, "confidence", "share that is right"),
+        "Reliability": (sure, "confidence", "share that is right"),
     }
-    return {
-        name: _finished(figure, x, y, legend=name != "Reliability")
-        for name, (figure, x, y) in figures.items()
-    }
+    return {name: _finished(figure, x, y) for name, (figure, x, y) in figures.items()}
 
 
-def _finished(figure: Figure, x: str, y: str, *, legend: bool) -> Markup:
+def _finished(figure: Figure, x: str, y: str) -> Markup:
     axes = figure.gca()
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     finish_axes(axes, x, y)
-    if legend and axes.get_legend_handles_labels()[0]:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     return as_svg(figure)
 
@@ -374,3 +365,11 @@ def _errors(rows: list[Row], data: str, names: Sequence[str]) -> list[Row]:
             }
         )
     return shown
+
+
+def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
+    """Read an image (H, W, 3) from its sheet."""
+    sheet = omezarr.open_level(slide_uri(data, row["slide"]))
+    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
+    pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
+    return pixels

@@ -333,10 +333,24 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
         if looked_at and regions[0].get(f"{layer}_sum") is not None:
             total = sum(region[f"{layer}_sum"] for region in regions)
             row[layer] = total / most / looked_at
+    if looked_at and all("p_sum" in region for region in regions):
+        row |= _probabilities(regions, classes, looked_at)
     for part in ("read_s", "predict_s", "waited_s", "write_s", "windows"):
         row[part] = sum(region.get(part, 0) for region in regions)
     row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
     row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
+    return row
+
+
+def _probabilities(
+    regions: list[Row], classes: Sequence[str], looked_at: int
+) -> dict[str, float]:
+    """Give the mean and the highest probability of each class, where it was looked."""
+    sums = np.sum([region["p_sum"] for region in regions], axis=0) / 255 / looked_at
+    most = np.max([region["p_max"] for region in regions], axis=0) / 255
+    row: dict[str, float] = {}
+    for name, mean, highest in zip(classes, sums, most, strict=True):
+        row |= {f"mean_p_{name}": float(mean), f"max_p_{name}": float(highest)}
     return row
 
 

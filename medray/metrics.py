@@ -7,7 +7,7 @@ background. Definitions: F1 = Dice = 2 TP / (2 TP + FP + FN) (Dice 1945), IoU = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,28 @@ def small_scores(counts: Counts) -> dict[str, float | None]:
     }
 
 
+def draws(
+    units: int, *, seed: int = 0, rounds: int = 2000, step: int | None = None
+) -> Iterator[Counts]:
+    """Draw units with replacement, as many as there are, again and again.
+
+    Args:
+        units: Slides or patients.
+        seed: Decides the draws.
+        rounds: How often.
+        step: Rounds at a time; by default as many as memory should hold. It does not
+            change the draws.
+
+    Yields:
+        (step, units) int64: how often each unit was drawn in each round.
+    """
+    generator = np.random.default_rng(seed)
+    share = np.full(units, 1 / units)
+    step = step or max(1, _DRAWS // units)
+    for done in range(0, rounds, step):
+        yield generator.multinomial(units, share, size=min(step, rounds - done))
+
+
 def bootstrap(
     slide_counts: Counts,
     names: Sequence[str],
@@ -225,15 +247,9 @@ def bootstrap(
     slides = len(slide_counts)
     if slides < 2:
         return None
-    generator = np.random.default_rng(seed)
     # float64: exact up to 2**53 pixels, and a matrix product that BLAS does.
     flat = slide_counts.reshape(slides, -1).astype(np.float64)
-    share = np.full(slides, 1 / slides)
-    step = max(1, _DRAWS // slides)
-    blocks = [
-        generator.multinomial(slides, share, size=min(step, rounds - done)) @ flat
-        for done in range(0, rounds, step)
-    ]
+    blocks = [drawn @ flat for drawn in draws(slides, seed=seed, rounds=rounds)]
     pooled = np.concatenate(blocks).reshape(rounds, *slide_counts.shape[1:])
     ends = [(1 - level) / 2, (1 + level) / 2]
 

@@ -271,6 +271,11 @@ def _summed_up(
     counts = np.bincount(labels.ravel(), minlength=len(settings.classes))
     record["class_px"] = counts.tolist()
     record["predicted_px"] = int(inside.sum())
+    if settings.options.prediction.probabilities:
+        shares = layers.get("probabilities", np.zeros((len(counts), 0), np.uint8))
+        seen = shares[:, inside] if shares.size else shares
+        record["p_sum"] = seen.sum(axis=1, dtype=np.int64).tolist()
+        record["p_max"] = seen.max(axis=1, initial=0).tolist()
     if settings.options.prediction.quality:
         for layer in ("uncertainty", "disagreement"):
             values = layers.get(layer)

@@ -411,7 +411,8 @@ def read_resized(row: Row, side: int) -> UInt8:
 def _leave_out_copies(images: list[Row]) -> None:
     """Note which images are copies; those that test stay, that nothing of it leaks."""
     first: dict[str, Row] = {}
-    order = {"test": 0, "val": 1, "train": 2, "": 2}
+    across: dict[tuple[str, str], list[str]] = {}
+    order = {"test": 0, "val": 1, "train": 2, "": 3}
     for row in sorted(images, key=lambda row: order[row["split"]]):
         if row["status"] != "done":
             continue
@@ -419,6 +420,9 @@ def _leave_out_copies(images: list[Row]) -> None:
         if kept is row:
             continue
         row |= {"status": "copy", "message": f"the same bytes as {kept['image']}"}
+        if row["split"] and kept["split"] != row["split"]:
+            pair = f"{row['image']} and {kept['image']}"
+            across.setdefault((row["split"], kept["split"]), []).append(pair)
         if kept["class"] != row["class"]:
             log.warning(
                 "%s (%s) has the same bytes as %s (%s); the first is left out",
@@ -427,6 +431,16 @@ def _leave_out_copies(images: list[Row]) -> None:
                 kept["image"],
                 kept["class"],
             )
+    for (split, other), pairs in across.items():
+        log.warning(
+            "%d images of %s are copies of images of %s, such as %s; they are left "
+            "out of %s",
+            len(pairs),
+            split,
+            other,
+            pairs[0],
+            split,
+        )
 
 
 def _set_patients(images: list[Row], patients: str, known: dict[str, str]) -> None:

@@ -48,7 +48,7 @@ from medray.models.config import (
     model_digest,
     read_config,
 )
-from medray.models.folder import save_model, write_seen
+from medray.models.folder import read_seen, save_model, write_seen
 from medray.models.learner import build_network
 from medray.models.weights import is_file
 from medray.patches import usable_patches
@@ -219,11 +219,24 @@ def train_with(
     metrics["parameters"] = sum(p.numel() for p in network.parameters())
     _write_report(out, contract, metrics)
     if holds_images(data):
-        write_seen(out, [row["digest"] for rows in patches.values() for row in rows])
+        write_seen(out, _seen(settings, patches))
     save_model(out, contract, network, metrics)
     seconds = time.perf_counter() - start
     page = files.join(out, "training.html")
     return Training(out, True, len(history), metrics["f1"], page, seconds)
+
+
+def _seen(settings: Recipe, patches: dict[str, list[Row]]) -> dict[str, str]:
+    """Tell which images have a part in a classifier: "train" or "val" by digest.
+
+    What another model has learned from comes along with its weights.
+    """
+    seen = {row["digest"]: split for split in patches for row in patches[split]}
+    if settings.weights and is_file(settings.weights):
+        for digest, how in read_seen(settings.weights.rpartition("/")[0]).items():
+            if how == "train" or digest not in seen:
+                seen[digest] = how
+    return seen
 
 
 def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:

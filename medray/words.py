@@ -34,6 +34,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         interval = values.get("interval")
         span = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
         lines.append(f"F1      {score}{span}")
+    if "calibration" in values:
+        lines += _images_in_words(values)
     if "report" in values:
         lines.append(f"report  {values['report']}")
     lines.append(f"out     {values['out']}")
@@ -69,6 +71,23 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
     return "\n".join(lines)
+
+
+def _images_in_words(values: dict[str, Any]) -> list[str]:
+    found, beside = values["calibration"], values["beside"]
+    if "temperature" in found:
+        said = f"{found['error_scaled']:.4f} at temperature {found['temperature']:.2f}"
+    else:
+        said = f"no temperature: {found['why']}"
+    lines = [f"calibration error  {found['error']:.4f}; {said}"]
+    if beside:
+        lines.append(
+            f"beside {beside['report']}  accuracy {beside['accuracy']:.4f} and "
+            f"{beside['other_accuracy']:.4f} of {beside['images']} images; only this "
+            f"right {beside['only_this']}, only that {beside['only_other']}; McNemar "
+            f"p = {beside['p_value']:.3g}"
+        )
+    return lines
 
 
 def _verified_in_words(values: dict[str, Any]) -> str:

@@ -230,3 +230,6 @@ def test_a_classifier_gives_a_heat_map_and_a_label(
     assert (core == core[:, :1, :1]).all()
     share = np.bincount(mask.ravel(), minlength=2)
     assert row["label"] == config.classes.names[int(share.argmax())]
+    for channel, name in zip(heat, config.classes.names, strict=True):
+        assert row[f"mean_p_{name}"] == pytest.approx(channel.mean() / 255)
+        assert row[f"max_p_{name}"] == channel.max() / 255

@@ -1,10 +1,15 @@
 """Images in class folders: from files to a classifier's report."""
 
+import contextlib
+import csv
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +18,25 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from medray.cli import _evaluate, build_parser, main
 from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
-from medray.evaluate_images import evaluate_images, score
+from medray.evaluate_images import _for_temperature, evaluate_images
+from medray.evaluate_images import _predicted as predict_one
+from medray.image_scores import score
 from medray.metrics import confusion, of_images, summary
 from medray.models.classifiers import SelfAttention, build_classifier
 from medray.models.config import Architecture
-from medray.models.folder import load_model
+from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
-from medray.recipe import read_recipe
+from medray.recipe import Recipe, read_recipe
 from medray.sheets import find_images, ingest_images, read_resized
 from medray.store import files, omezarr
+from medray.train import _seen
 
 COLOURS = {"healthy": (220, 160, 190), "sick": (120, 80, 170)}
 
@@ -168,6 +179,7 @@ def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> No
 def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    logging.getLogger("medray").propagate = True
     folder = tmp_path / "xray"
     for split, patients in (("train", 6), ("test", 2)):
         write_cells(folder / split, patients=patients, each=2)
@@ -185,6 +197,8 @@ def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
         split: {row["digest"] for row in read_patches(out, split)}
         for split in ("train", "val", "test")
     }
+    words = "images of train are copies of images of test, such as train/"
+    assert f"{len(copies)} {words}" in caplog.text
     assert len(digests["test"]) == 8
     assert not digests["test"] & (digests["train"] | digests["val"])
     assert not digests["train"] & digests["val"]
@@ -297,30 +311,191 @@ def classifier(dataset: str) -> str:
 
 
 def test_a_classifier_is_trained_and_evaluated(
-    cells: Path, dataset: str, classifier: str, tmp_path: Path
+    cells: Path, classifier: str, reports: Path
 ) -> None:
-    found = evaluate_images(classifier, data=dataset, out=str(tmp_path / "report"))
-    assert found.images == 24
-    assert found.f1 > 0.9
-    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    report = reports / "first"
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["images"] == 24
+    assert metrics["f1"] > 0.9
     assert np.trace(metrics["confusion"]) / 24 == metrics["accuracy"]
-    page = (tmp_path / "report" / "report.html").read_text()
+    page = (report / "report.html").read_text()
     assert "F1 of sick" in page
     assert "images of 3 patients" in page
 
     # Inference sees what training saw: the same image gives the same class and share.
     network, config = load_model(classifier)
     normalise = Normalise(config)
-    lines = (tmp_path / "report" / "images.csv").read_text().splitlines()
+    lines = (report / "images.csv").read_text().splitlines()
     assert len(lines) == 25
     for line in lines[1:]:
-        image, _, _, predicted, *shares = line.replace('"', "").split(",")
+        image, _, _, _, predicted, *shares = line.replace('"', "").split(",")
         pixels = torch.from_numpy(read_resized({"uri": str(cells / image)}, 64).copy())
         with torch.inference_mode():
             logits = network(normalise(pixels.permute(2, 0, 1)[None]))
         wanted = logits.softmax(dim=1)[0].numpy()
         assert config.classes.names[int(wanted.argmax())] == predicted
         np.testing.assert_allclose([float(s) for s in shares], wanted, atol=0.02)
+
+
+def logits_of(folder: str, cells: Path, rows: list[dict]) -> np.ndarray:
+    """Run a model over image files, one by one, without medray's stages."""
+    network, config = load_model(folder)
+    normalise = Normalise(config)
+    found = []
+    for row in rows:
+        pixels = torch.from_numpy(
+            read_resized({"uri": str(cells / row["image"])}, 64).copy()
+        )
+        with torch.inference_mode():
+            found.append(network(normalise(pixels.permute(2, 0, 1)[None]))[0].numpy())
+    return np.array(found, np.float64)
+
+
+def altered(classifier: str, folder: Path, scale: float, shift: float) -> str:
+    """Copy a model; its logits are scaled, and class 1's then shifted."""
+    shutil.copytree(classifier, folder)
+    weights = load_file(folder / "weights.safetensors")
+    last = max(name for name in weights if name.startswith("head."))
+    last = last.rpartition(".")[0]
+    for part in ("weight", "bias"):
+        weights[f"{last}.{part}"] = weights[f"{last}.{part}"] * scale
+    weights[f"{last}.bias"] = weights[f"{last}.bias"] + torch.tensor([0.0, shift])
+    save_file(weights, folder / "weights.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(cells: Path, dataset: str, classifier: str) -> list[str]:
+    """The classifier, and two that are too sure and take some for the other class."""
+    rows = read_patches(dataset, "val")
+    logits = logits_of(classifier, cells, rows)
+    apart = logits[:, 1] - logits[:, 0]
+    is_sick = np.array([row["class_px"][1] > 0 for row in rows])
+    found = [classifier]
+    for name, label in (("bold", is_sick), ("rash", ~is_sick)):
+        # Half of the class's images are then wrong, by far.
+        scale = 5 / apart[label].std()
+        shift = -scale * np.median(apart[label])
+        folder = Path(classifier).parent / name
+        found.append(altered(classifier, folder, float(scale), float(shift)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reports(dataset: str, models: list[str]) -> Path:
+    """Reports `first` of the classifier and `second` of a bold one, beside it."""
+    folder = Path(dataset).parent
+    first, second = str(folder / "first"), str(folder / "second")
+    assert main(["evaluate", models[0], "--truth", dataset, "--out", first]) == 0
+    command = ["evaluate", models[1], "--truth", dataset, "--out", second]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main([*command, "--beside", first]) == 0
+    assert "McNemar p = " in said.getvalue()
+    return folder
+
+
+def test_the_temperature_is_fitted_on_validation_images(
+    cells: Path, dataset: str, models: list[str], reports: Path
+) -> None:
+    metrics = json.loads((reports / "second" / "metrics.json").read_text())
+    calibration = metrics["calibration"]
+    assert calibration["images"] == 24
+    rows = read_patches(dataset, "val")
+    logits = torch.from_numpy(logits_of(models[1], cells, rows))
+    truth = torch.tensor([int(np.argmax(row["class_px"])) for row in rows])
+
+    def loss(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits / temperature, truth))
+
+    best = min(map(loss, np.exp(np.linspace(np.log(0.02), np.log(50), 300))))
+    assert loss(calibration["temperature"]) < best + 0.02
+    assert best < loss(1.0) - 0.05  # it was too sure
+    page = (reports / "second" / "report.html").read_text()
+    assert f"a temperature of {calibration['temperature']:.2f}, fitted on 24" in page
+
+
+def test_images_that_trained_a_model_do_not_calibrate_it(
+    dataset: str, models: list[str], tmp_path: Path
+) -> None:
+    tests, validation = read_patches(dataset, "test"), read_patches(dataset, "val")
+    assert _for_temperature(models, dataset, tests) == validation
+    # Scored images neither.
+    assert _for_temperature(models, dataset, validation[5:]) == validation[:5]
+    learned = altered(models[0], tmp_path / "learned", 1, 0)
+    seen = read_seen(learned) | {row["digest"]: "train" for row in validation[:3]}
+    write_seen(learned, seen)
+    assert _for_temperature([models[1], learned], dataset, tests) == validation[3:]
+
+
+def test_an_ensemble_votes_and_has_the_mean_probability(
+    cells: Path, dataset: str, models: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    evaluate_images(models, data=dataset, out=str(out), vote=True)
+    rows = read_patches(dataset, "test")
+    by_name = {row["image"]: k for k, row in enumerate(rows)}
+    each = np.array([softmax(logits_of(m, cells, rows), axis=1) for m in models])
+    for line in csv.DictReader((out / "images.csv").read_text().splitlines()):
+        shares = each[:, by_name[line["image"]]]
+        found = [float(line[f"p_{name}"]) for name in COLOURS]
+        np.testing.assert_allclose(found, shares.mean(axis=0), atol=0.02)
+        if np.abs(shares[:, 0] - 0.5).min() > 0.05:  # else rounding may decide
+            label = Counter(shares.argmax(axis=1).tolist()).most_common(1)[0][0]
+            assert line["predicted"] == list(COLOURS)[label]
+    assert "3 models, majority vote" in (out / "report.html").read_text()
+
+
+def test_equal_votes_are_decided_by_the_mean() -> None:
+    logits = np.log([[0.9, 0.1], [0.4, 0.6]])
+    assert predict_one({"logits": logits}, vote=True)["predicted"] == 0
+    logits = np.log([[0.6, 0.4], [0.1, 0.9]])
+    assert predict_one({"logits": logits}, vote=True)["predicted"] == 1
+    logits = np.log([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
+    assert predict_one({"logits": logits}, vote=True)["predicted"] == 0
+    assert predict_one({"logits": logits}, vote=False)["predicted"] == 1
+
+
+def test_a_report_stands_beside_another(reports: Path) -> None:
+    first, second = reports / "first", reports / "second"
+    texts = [Path(out, "images.csv").read_text() for out in (first, second)]
+    tables = [
+        {row["image"]: row for row in csv.DictReader(text.splitlines())}
+        for text in texts
+    ]
+    right = np.array(
+        [
+            [t[name]["truth"] == t[name]["predicted"] for t in tables]
+            for name in tables[0]
+        ]
+    )
+    beside = json.loads(Path(second, "metrics.json").read_text())["beside"]
+    assert beside["images"] == 24
+    assert beside["only_this"] == (right[:, 1] & ~right[:, 0]).sum()
+    assert beside["only_other"] == (right[:, 0] & ~right[:, 1]).sum()
+    assert "Beside first" in (second / "report.html").read_text()
+
+
+def test_images_that_any_model_has_seen_are_refused(
+    dataset: str, models: list[str], tmp_path: Path
+) -> None:
+    test = read_patches(dataset, "test")[0]
+    for how in (" train", " val", ""):  # the last as it was written before
+        leaky = altered(models[0], tmp_path / f"leaky{how}", 1, 0)
+        with Path(leaky, "seen.txt").open("a") as file:
+            file.write(f"{test['digest']}{how}\n")
+        with pytest.raises(ConfigError, match=f"leaky{how}: was .* with 1 of the 24"):
+            evaluate_images([models[1], leaky], data=dataset, out=str(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_weights_have_learned_from_comes_with_them(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_seen(str(other), {"a": "train", "b": "val", "c": "train"})
+    recipe = Recipe(weights=str(other / "weights.safetensors"))
+    patches = {"train": [{"digest": "b"}], "val": [{"digest": "c"}, {"digest": "d"}]}
+    wanted = {"a": "train", "b": "train", "c": "train", "d": "val"}
+    assert _seen(recipe, patches) == wanted
 
 
 def test_images_that_trained_the_model_are_no_test(
@@ -358,6 +533,26 @@ def test_what_does_not_fit_is_refused(
         evaluate_images(classifier, data=training_data, out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="expected a classifier"):
         evaluate_images(str(model), data=dataset, out=str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match="expected several models"):
+        evaluate_images(classifier, data=dataset, out=str(tmp_path / "r"), vote=True)
+    with pytest.raises(ConfigError, match="one twice"):
+        evaluate_images([classifier] * 2, data=dataset, out=str(tmp_path / "r"))
+    for change, match in (
+        (("size: 64", "size: 96"), "takes images of 96 px, those of .* have 64"),
+        (("- healthy", "- well"), r"not the model's \['well', 'sick'\]"),
+    ):
+        other = altered(classifier, tmp_path / change[1][-2:], 1, 0)
+        path = Path(other, "model.yaml")
+        assert change[0] in path.read_text()
+        path.write_text(path.read_text().replace(*change))
+        with pytest.raises(ConfigError, match=match):
+            evaluate_images([classifier, other], data=dataset, out=str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match="is no model folder; several, --vote"):
+        _evaluate(
+            build_parser().parse_args(
+                ["evaluate", "run", "--vote", "--truth", "t", "--out", "r"]
+            )
+        )
 
 
 # --- parts ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ weights, and export.json.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -41,18 +41,29 @@ def save_model(
     write_settings(files.join(folder, "model.yaml"), config)
 
 
-def write_seen(folder: str, digests: Sequence[str]) -> None:
-    """Note the digests of the images that trained or chose a model."""
-    text = "".join(f"{digest}\n" for digest in sorted(digests))
+def write_seen(folder: str, seen: Mapping[str, str]) -> None:
+    """Note the images that have a part in a model.
+
+    Args:
+        folder: Of the model.
+        seen: By digest "train", if the weights have learned from it (also those that
+            the training started with), or "val", if it only chose the epoch.
+    """
+    text = "".join(f"{digest} {how}\n" for digest, how in sorted(seen.items()))
     files.write_bytes(files.join(folder, "seen.txt"), text.encode())
 
 
-def read_seen(folder: str) -> set[str]:
-    """Read what `write_seen` wrote; nothing of a model that was trained on slides."""
+def read_seen(folder: str) -> dict[str, str]:
+    """Read what `write_seen` wrote; nothing of a model that was trained on slides.
+
+    Where an older medray wrote no more than the digests, they count as "train".
+    """
     uri = files.join(folder, "seen.txt")
     if not files.exists(uri):
-        return set()
-    return set(files.read_bytes(uri).decode().split())
+        return {}
+    lines = files.read_bytes(uri).decode().splitlines()
+    parts = (line.partition(" ") for line in lines if line)
+    return {digest: how or "train" for digest, _, how in parts}
 
 
 def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:
