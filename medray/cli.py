@@ -167,6 +167,29 @@ def _export(args: argparse.Namespace) -> Any:
     )
 
 
+def _nightly(args: argparse.Namespace) -> Any:
+    from medray.nightly import nightly
+
+    return nightly(
+        args.inbox,
+        model=args.model,
+        out=args.out,
+        truth=args.truth,
+        reference=args.reference,
+        webhook=args.webhook,
+        settle=args.settle,
+        night=args.night,
+        tries=args.tries,
+        options=_options(args),
+    )
+
+
+def _doctor(args: argparse.Namespace) -> Any:
+    from medray.doctor import doctor
+
+    return doctor(model=args.model, out=args.out, address=args.address)
+
+
 def _verify(args: argparse.Namespace) -> Any:
     from medray.verify import verify
 
@@ -345,6 +368,25 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="least share of pixels with the same class (0.999, int8 0.98)",
     )
+    sub = command("nightly", _nightly, "what is new in an inbox into masks, a summary")
+    sub.add_argument("--inbox", required=True, metavar="URI", help="slides arrive here")
+    sub.add_argument("--out", required=True, metavar="URI", help="where nights go")
+    sub.add_argument("--truth", metavar="URI", help="dataset, or folder of annotations")
+    sub.add_argument("--reference", metavar="DATASET", help="trained on: watch drift")
+    sub.add_argument("--webhook", metavar="URL", help="gets the summary as JSON")
+    sub.add_argument(
+        "--settle", type=float, default=60.0, metavar="S", help="unchanged for (60 s)"
+    )
+    sub.add_argument("--night", metavar="YYYY-MM-DD", help="its date (today, UTC)")
+    sub.add_argument(
+        "--tries", type=int, default=3, metavar="N", help="nights for a failure (3)"
+    )
+    _add_run_options(sub)
+
+    sub = command("doctor", _doctor, "what is wrong with packages, GPUs, Ray, storage")
+    sub.add_argument("--model", metavar="MODEL", help="look at this one too")
+    sub.add_argument("--out", metavar="URI", help="look whether it can be written")
+    sub.add_argument("--address", help="of Ray: HOST:PORT or http://HOST:8265")
 
     sub = command("verify", _verify, "read a run against the digests of its commits")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")
@@ -471,7 +513,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(args, 1, {"error": f"{error}"}, f"medray {args.command}: {error}")
     failed = getattr(result, "failed", {})
     values = dataclasses.asdict(result)
-    return _say(args, 3 if failed else 0, values, in_words(args.command, values))
+    code = getattr(result, "code", 3 if failed else 0)
+    return _say(args, code, values, in_words(args.command, values))
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
@@ -491,7 +534,7 @@ def _say(
     if args.json:
         print(json.dumps(values | {"exit_code": code}, sort_keys=True))
     else:
-        print(words, file=sys.stdout if code in (0, 3) else sys.stderr)
+        print(words, file=sys.stderr if "error" in values else sys.stdout)
     return code
 
 

@@ -69,7 +69,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def infer(
-    slides: Sequence[str],
+    slides: Sequence[str | SlideFile],
     *,
     model: str | Sequence[str],
     out: str,
@@ -80,7 +80,8 @@ def infer(
     Running the same command again finishes what is missing and does nothing twice.
 
     Args:
-        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset; or the
+            very files, with their ids.
         model: Model folder, as `medray train` writes it, or several: an ensemble.
         out: Folder of the run; made if needed.
         options: How; by default the model's way.
@@ -99,7 +100,7 @@ def infer(
 
 
 def _infer(
-    slides: Sequence[str],
+    slides: Sequence[str | SlideFile],
     settings: RunSettings,
     out: str,
     check: Callable[[], None],
@@ -107,7 +108,10 @@ def _infer(
     options = settings.options
     open_run(out, settings)
     ledger = Ledger(out)
-    wanted, areas = slides_within(find_slides(slides), options.within)
+    ready = [slide for slide in slides if isinstance(slide, SlideFile)]
+    named = [slide for slide in slides if isinstance(slide, str)]
+    wanted = ready + (find_slides(named) if named or not ready else [])
+    wanted, areas = slides_within(wanted, options.within)
     todo = changed_slides(wanted, ledger, areas)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     skipped = len(wanted) - len(todo)

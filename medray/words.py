@@ -25,6 +25,10 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
     if "speed_up" in values:
         return _export_in_words(values)
+    if "findings" in values:
+        return _diagnosis_in_words(values)
+    if "handed_on" in values:
+        return _night_in_words(values)
     if "agreement" in values:
         return _difference_in_words(values)
     if "f1" in values:
@@ -116,6 +120,35 @@ def _export_in_words(values: dict[str, Any]) -> str:
             f"F1        {values['f1']:.4f}, the model's {values['model_f1']:.4f}"
         )
     return "\n".join([*lines, f"out       {values['out']}"])
+
+
+def _diagnosis_in_words(values: dict[str, Any]) -> str:
+    findings = values["findings"]
+    lines = []
+    for one in findings:
+        lines.append(f"{one['status']:4}  {one['name']}: {one['found']}")
+        lines += [f"      {one['mend']}"] if one["mend"] else []
+    failed = sum(one["status"] == "FAIL" for one in findings)
+    warned = sum(one["status"] == "WARN" for one in findings)
+    lines.append(f"doctor: {len(findings)} checks, {failed} failed, {warned} warnings")
+    return "\n".join(lines)
+
+
+def _night_in_words(values: dict[str, Any]) -> str:
+    handed_on, given_up = values["handed_on"], values["given_up"]
+    lines = [f"left out  {name}: {why}" for name, why in values["left_out"].items()]
+    lines += [f"failed    {name}: {why}" for name, why in handed_on.items()]
+    lines += [f"given up  {name}: {why}" for name, why in given_up.items()]
+    lines += [f"drift     {words}" for words in values["flagged"]]
+    lines.append(f"summary   {values['summary']}")
+    before = ", committed before" if values["committed_before"] else ""
+    lines.append(
+        f"nightly: night {values['night']}{before}: {values['done']} slides done, "
+        f"{len(handed_on)} failed and handed on, {len(given_up)} given up, "
+        f"{len(values['left_out'])} left out, {values['copies']} copies, "
+        f"{values['replaced']} replaced"
+    )
+    return "\n".join(lines)
 
 
 def _difference_in_words(values: dict[str, Any]) -> str:

@@ -174,21 +174,28 @@ def find_files(
 def find_slides(items: Iterable[str]) -> list[SlideFile]:
     """Give the slides that `items` name, each with an id of its own.
 
-    Ids that would be equal (also but for case) get a hash of their address appended.
-
     Raises:
         ConfigError: Nothing is found, or a folder cannot be read.
     """
     items = list(items)
-    found = [(uri, slide_id(path)) for uri, path in find_files(items, SLIDE_SUFFIXES)]
-    if not found:
+    slides = as_slides(find_files(items, SLIDE_SUFFIXES))
+    if not slides:
         raise ConfigError(
             f"no slides in {items}: expected files that end in "
             f"{', '.join(SLIDE_SUFFIXES)}"
         )
-    count = Counter(name.casefold() for _, name in found)
+    return slides
+
+
+def as_slides(found: Iterable[tuple[str, str]]) -> list[SlideFile]:
+    """Give each (address, relative path) an id of its own.
+
+    Ids that would be equal (also but for case) get a hash of their address appended.
+    """
+    named = [(uri, slide_id(path)) for uri, path in found]
+    count = Counter(name.casefold() for _, name in named)
     slides = []
-    for uri, name in found:
+    for uri, name in named:
         unique = count[name.casefold()] == 1
         slide = name if unique else f"{name}-{_short_hash(uri)}"
         slides.append(SlideFile(slide, uri, name))

@@ -1,0 +1,286 @@
+"""A simulated week of nights, beside a plain loop over everything that ever came.
+
+Inference, evaluation and Ray have tests of their own: here a night infers by the plain loop
+of tests/serial.py, which dies in night 3.
+"""
+
+import json
+import os
+import threading
+import time
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import serial
+
+import medray.nightly
+from medray.classes import Classes
+from medray.dataset import DatasetSettings, open_dataset
+from medray.drift import stain_values
+from medray.errors import ConfigError
+from medray.models.config import Prediction
+from medray.models.predict import Predictor
+from medray.nightly import Night, nightly
+from medray.run import Options, mask_uri
+from medray.store import omezarr
+from medray.synth import generate
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+OPTIONS = Options(region=512, prediction=Prediction(precision="float32"))
+# As `digest` of test_nightly.py: what slide_digest is documented to be.
+
+
+def digest(data: bytes) -> str:
+    return (
+        f"blake2b:{blake2b(data + str(len(data)).encode(), digest_size=16).hexdigest()}"
+    )
+
+
+def date(day: int) -> str:
+    return f"2026-03-{day:02d}"
+
+
+@pytest.fixture(scope="module")
+def arriving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Slides by letter, and the annotation of the first as `a.svg`."""
+    folder = tmp_path_factory.mktemp("arriving")
+    paths = generate(folder, slides=8, seed=70, height=512, width=640)
+    found = {
+        letter: path.read_bytes()
+        for letter, path in zip("abcdefgh", paths, strict=True)
+    }
+    annotation = sorted((folder / "annotations").iterdir())[0]
+    return found | {"a.svg": annotation.read_bytes(), "broken": b"II*\0" + bytes(500)}
+
+
+PREDICTORS: list[Predictor] = []
+CRASH_AFTER: list[int] = []
+
+
+def plain_infer(slides: list, *, model: tuple, out: str, options: Options) -> None:
+    """A plain loop in this process; dies once, if CRASH_AFTER says when."""
+    found = serial.find_slides
+    serial.find_slides = lambda _: slides
+    try:
+        how = (Path(), PREDICTORS[0], Path(model[0]), Path(out), options)
+        if CRASH_AFTER:
+            serial.infer(*how, crash_after=CRASH_AFTER.pop())
+        serial.infer(*how)
+    finally:
+        serial.find_slides = found
+
+
+def plain_evaluate(run: str, *, truth: str, out: str) -> Any:
+    """Stands for an evaluation: how many slides are named like the annotation."""
+    rows = pq.read_table(run + "/slides.parquet").to_pylist()
+    evaluated = sum(row["slide"] == "a" for row in rows)
+    if not evaluated:
+        raise ConfigError("none of the slides has a truth")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "report.html").write_text("x")
+    return SimpleNamespace(f1=0.5, interval=None, evaluated=evaluated, failed={})
+
+
+@pytest.fixture
+def training_data(
+    model: Path, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What nights read of a dataset; and all that they do, without Ray."""
+    PREDICTORS[:] = [Predictor.from_folders([str(model)], OPTIONS.prediction)]
+    monkeypatch.setattr(medray.nightly, "infer", plain_infer)
+    monkeypatch.setattr(medray.nightly, "evaluate", plain_evaluate)
+    measure = medray.nightly._measure
+    monkeypatch.setattr(
+        medray.nightly,
+        "_measured",
+        lambda todo: {s["slide"]: measure(s["uri"]) for s in todo},
+    )
+    data = tmp_path / "data"
+    open_dataset(str(data), DatasetSettings(classes=Classes()))
+    common = {"status": "done", "split": "train"}
+    rows = [
+        {"slide": path.stem, "uri": str(path)} | common
+        for path in sorted((slides / "slides").iterdir())
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), data / "slides.parquet")
+    place = str(slides / "slides")
+    monkeypatch.setattr(
+        medray.nightly, "slide_uri", lambda _, slide: f"{place}/{slide}.tif"
+    )
+    return str(data)
+
+
+def test_a_week(
+    model: Path,
+    arriving: dict[str, bytes],
+    training_data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("medray.drift.LEAST", 2)  # the slides of a week are few
+    inbox, truth, out = (tmp_path / name for name in ("inbox", "truth", "out"))
+    (inbox / "sub").mkdir(parents=True)
+    truth.mkdir()
+    (truth / "a.svg").write_bytes(arriving["a.svg"])
+
+    def put(name: str, content: str) -> None:
+        (inbox / name).write_bytes(arriving[content])
+
+    def night(day: int, **how: Any) -> Night:
+        how = {"settle": 0.0, "truth": str(truth), "options": OPTIONS} | how
+        how |= {"reference": training_data}
+        places = {"model": str(model), "out": str(out)}
+        return nightly(str(inbox), night=date(day), **places, **how)
+
+    def summary(day: int) -> dict:
+        text = (out / "nights" / date(day) / "summary.json").read_text()
+        return json.loads(text)
+
+    # Night 1: two slides, one of them twice; a broken file; one that still grows.
+    put("a.tif", "a")
+    put("b.tif", "b")
+    put("z of a.tif", "a")
+    put("broken.tif", "broken")
+    stop = threading.Event()
+
+    def grow() -> None:
+        with open(inbox / "growing.tif", "wb", buffering=0) as file:
+            while not stop.wait(0.02):
+                file.write(arriving["c"][:1000])
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    time.sleep(0.2)
+    try:
+        first = night(1, settle=1.0)
+    finally:
+        stop.set()
+        writer.join()
+    assert (first.done, list(first.handed_on), list(first.left_out)) == (
+        2,
+        ["broken.tif"],
+        ["growing.tif"],
+    )
+    # Once more: nothing happens, not even to a file.
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert night(1).committed_before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+
+    # Night 2: what grew is whole; a slide comes late, with an old date, in a folder.
+    put("growing.tif", "c")
+    put("sub/late.tif", "d")
+    os.utime(inbox / "sub" / "late.tif", (1e9, 1e9))
+    assert night(2).done == 2
+
+    # Night 3: two new ones, one of them under an old name; killed, then run again.
+    # What comes in between is for the next night.
+    put("e.tif", "e")
+    put("a.tif", "f")
+    CRASH_AFTER.append(2)
+    with pytest.raises(serial.CrashError):
+        night(3)
+    assert not (out / "nights" / date(3) / "summary.json").exists()
+    put("g.tif", "g")
+    third = night(3)
+    assert (third.done, list(third.given_up)) == (2, ["broken.tif"])
+
+    # Night 4: one slide; dies between the catalog and the summary.
+    assert night(4).done == 1
+    catalog = pq.read_table(out / "catalog.parquet")
+    (out / "nights" / date(4) / "summary.json").unlink()
+    assert night(4).done == 1
+    assert pq.read_table(out / "catalog.parquet") == catalog
+
+    # Night 5: nothing. Night 6: a copy; the broken file comes whole. It was given up.
+    assert night(5).done == 0
+    put("copy of e.tif", "e")
+    put("broken.tif", "h")
+    assert night(6).done == 1
+    assert summary(6)["copies"] == [{"name": "copy of e.tif", "same_as": "e.tif"}]
+    # Night 7: the old bytes are back: known.
+    put("a.tif", "a")
+    seventh = night(7)
+    assert (seventh.done, seventh.replaced) == (0, 1)
+
+    # The catalog, from the story alone.
+    whose = {letter: digest(data) for letter, data in arriving.items()}
+    expected = {
+        "a": ("done", ["a.tif", "z of a.tif"], 1, [1], ""),
+        "b": ("done", ["b.tif"], 1, [1], ""),
+        "broken": ("given up", ["broken.tif"], 1, [1, 2, 3], whose["h"]),
+        "c": ("done", ["growing.tif"], 2, [2], ""),
+        "d": ("done", ["sub/late.tif"], 2, [2], ""),
+        "e": ("done", ["copy of e.tif", "e.tif"], 3, [3], ""),
+        "f": ("done", ["a.tif"], 3, [3], whose["a"]),
+        "g": ("done", ["g.tif"], 4, [4], ""),
+        "h": ("done", ["broken.tif"], 6, [6], ""),
+    }
+    rows = {r["digest"]: r for r in pq.read_table(out / "catalog.parquet").to_pylist()}
+    assert rows.keys() == {whose[letter] for letter in expected}
+    for letter, (status, names, seen, tried, replaced) in expected.items():
+        row = rows[whose[letter]]
+        found = (row["status"], sorted(row["names"]), row["replaced_by"])
+        assert found == (status, names, replaced), letter
+        assert row["first_seen"] == date(seen), letter
+        assert row["tried"] == [date(day) for day in tried], letter
+
+    # The masks: each content once, and what a plain loop makes of it.
+    everything = tmp_path / "everything"
+    everything.mkdir()
+    done = [letter for letter in expected if letter != "broken"]
+    for letter in done:
+        (everything / f"{letter}.tif").write_bytes(arriving[letter])
+    predictor = Predictor.from_folders([str(model)], OPTIONS.prediction)
+    plain = tmp_path / "plain"
+    assert serial.infer(everything, predictor, model, plain, OPTIONS).done == len(done)
+    for letter in done:
+        row = rows[whose[letter]]
+        mask = omezarr.open_level(str(out / row["mask"]))[:]
+        alone = omezarr.open_level(mask_uri(str(plain), letter))[:]
+        assert np.array_equal(mask, alone), letter
+        seen = (alone == 1).sum() / row_of(plain, letter)["predicted_px"]
+        assert row["share_tumour"] == pytest.approx(seen)
+        stain = stain_values(str(everything / f"{letter}.tif"))
+        assert {name: row[name] for name in stain} == pytest.approx(stain)
+    masks = {str(p.relative_to(out)) for p in out.glob("nights/*/run/masks/*.ome.zarr")}
+    assert masks == {rows[whose[letter]]["mask"] for letter in done}
+
+    # Drift: against the slides that were trained on, and the nights before.
+    slides = pq.read_table(f"{training_data}/slides.parquet").to_pylist()
+    trained = [
+        stain_values(row["uri"])["eosin_mean"]
+        for row in slides
+        if row["split"] == "train"
+    ]
+    drift = {(d["value"], d["against"]): d for d in summary(3)["drift"]}
+    against = drift["eosin_mean", "the training slides"]
+    assert against["reference_median"] == pytest.approx(np.median(trained))
+    assert against["reference_slides"] == len(trained)
+    against = drift["eosin_mean", "the last 30 nights"]
+    earlier = [rows[whose[letter]]["eosin_mean"] for letter in "abcd"]
+    assert against["reference_median"] == pytest.approx(np.median(earlier))
+    tonight = [rows[whose[letter]]["eosin_mean"] for letter in "ef"]
+    assert against["median"] == pytest.approx(np.median(tonight))
+
+    # The summaries: what was evaluated, and links that lead somewhere.
+    evaluated = [
+        (summary(day)["evaluation"] or {}).get("evaluated", 0) for day in range(1, 8)
+    ]
+    assert evaluated == [1, 0, 1, 0, 0, 0, 0]
+    page = (out / "nights" / date(3) / "summary.html").read_text()
+    assert 'href="report/report.html"' in page
+    assert (out / "nights" / date(3) / "report" / "report.html").exists()
+    assert 'href="run/masks/e.ome.zarr"' in page
+    assert "broken.tif" in page
+
+
+def row_of(run: Path, slide: str) -> dict:
+    rows = pq.read_table(run / "slides.parquet").to_pylist()
+    (row,) = [row for row in rows if row["slide"] == slide]
+    return row
