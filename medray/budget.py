@@ -19,10 +19,12 @@ UNWRITTEN = 12
 PACKETS = 2
 """Packets of a lane that are under way at once."""
 
+LANE_BYTES = 1500 * _MIB
+"""Memory of a lane whose model was not measured."""
+
 # Memory of processes that were measured idle: Ray's own and the driver, a process that
-# reads and writes, a planner; and a lane whose model was not measured.
+# reads and writes, a planner.
 _BASE_BYTES, _HAND_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _MIB
-_LANE_BYTES = 1500 * _MIB
 
 
 def hands_of(gpu: bool) -> int:
@@ -40,7 +42,7 @@ def kept_layers(settings: RunSettings) -> int:
     return 1 + channels + len(settings.layers)
 
 
-def bounds(settings: RunSettings, lane_bytes: int = _LANE_BYTES) -> tuple[int, int]:
+def bounds(settings: RunSettings, lane_bytes: int = LANE_BYTES) -> tuple[int, int]:
     """Bound a node's memory.
 
     Args:
@@ -50,22 +52,38 @@ def bounds(settings: RunSettings, lane_bytes: int = _LANE_BYTES) -> tuple[int, i
     Returns:
         Bytes of all processes with the object store, and of the object store alone.
     """
-    gpus = cluster.gpus_per_node()
-    lanes = max(1, gpus)
-    hands = lanes * hands_of(gpus > 0)
     pixels = settings.options.region**2
     how = settings.options.prediction
-    kept = kept_layers(settings)
     # Scores are float32 on the device; on a CPU that is the host.
     scored = how.probabilities or how.quality or how.stitch == "blend"
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
     halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
+    return bounds_of(halo, kept_layers(settings) * pixels, canvas, lane_bytes)
+
+
+def bounds_of(
+    halo: int, written: int, canvas: int, lane_bytes: int = LANE_BYTES
+) -> tuple[int, int]:
+    """Bound a node's memory, whatever its lanes make of regions.
+
+    Args:
+        halo: Bytes that are read of a region.
+        written: Bytes that are written of it.
+        canvas: Bytes that a lane has of it while it is predicted.
+        lane_bytes: Memory of a lane's process with its models loaded and warm.
+
+    Returns:
+        Bytes of all processes with the object store, and of the object store alone.
+    """
+    gpus = cluster.gpus_per_node()
+    lanes = max(1, gpus)
+    hands = lanes * hands_of(gpus > 0)
     store = lanes * (
-        PACKETS * (AHEAD_BYTES[gpus > 0] + halo) + UNWRITTEN * kept * pixels + halo
+        PACKETS * (AHEAD_BYTES[gpus > 0] + halo) + UNWRITTEN * written + halo
     )
     host = _BASE_BYTES + _PLANNER_BYTES + store
-    host += hands * (_HAND_BYTES + 3 * halo + 3 * kept * pixels)
-    host += lanes * (lane_bytes + 3 * canvas + UNWRITTEN * kept * pixels)
+    host += hands * (_HAND_BYTES + 3 * halo + 3 * written)
+    host += lanes * (lane_bytes + 3 * canvas + UNWRITTEN * written)
     return host, store
 
 

@@ -118,6 +118,21 @@ def _options(args: argparse.Namespace) -> Any:
     return Options(**chosen(Options), prediction=prediction, clean=clean)
 
 
+def _embed(args: argparse.Namespace) -> Any:
+    from medray.embed import embed
+
+    return embed(
+        args.slides,
+        encoder=args.encoder,
+        weights=args.weights,
+        out=args.out,
+        mpp=args.mpp,
+        tile=args.tile,
+        tissue=args.tissue,
+        precision=args.precision,
+    )
+
+
 def _plan(args: argparse.Namespace) -> Any:
     from medray.estimate import estimate
 
@@ -327,6 +342,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
     _add_run_options(sub)
 
+    sub = command("embed", _embed, "slides and a frozen encoder into features of tiles")
+    sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
+    sub.add_argument("--out", required=True, metavar="FEATURES", help="folder to make")
+    sub.add_argument(
+        "--encoder", required=True, metavar="NAME", help="a network's name in timm"
+    )
+    sub.add_argument(
+        "--weights", required=True, metavar="FILE", help="its weights; see docs"
+    )
+    sub.add_argument("--mpp", type=_positive, default=0.5, help="um per pixel (0.5)")
+    sub.add_argument(
+        "--tile", type=int, default=224, metavar="PX", help="side of a tile (224)"
+    )
+    sub.add_argument(
+        "--tissue",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="least share of tissue of a tile (0.25)",
+    )
+    _add_precision(sub)
+
     sub = command("plan", _plan, "what infer would take: windows, memory, time, cost")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", default="", metavar="RUN", help="keep it there")
@@ -423,13 +460,7 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         help="from train; several: ensemble",
     )
     sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
-    sub.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        metavar="P",
-        help="auto, float32, bfloat16 or float16 (auto)",
-    )
+    _add_precision(sub)
     choice("--stitch", ("crop", "blend"), "windows' middles, or their mean")
     choice("--tta", ("none", "flips", "all"), "mirrored, turned windows too")
     flag("--vote", "of several models the commonest class, not the mean")
@@ -467,6 +498,16 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         default=300.0,
         metavar="S",
         help="a region's reading may take (300 s)",
+    )
+
+
+def _add_precision(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        metavar="P",
+        help="auto, float32, bfloat16 or float16 (auto)",
     )
 
 

@@ -107,14 +107,20 @@ def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list
     if committed["digest"] != digest:
         return regions
     shards: dict[int, list[str]] = committed["shards"]
-    stores = {p.split(".zarr/")[0] for paths in shards.values() for p in paths}
+    folders = {_folder_of(path) for paths in shards.values() for path in paths}
     stored = {
-        f"{store}.zarr/{name}"
-        for store in stores
-        for name in files.list_files(files.join(out, f"{store}.zarr"))
+        f"{folder}/{name}"
+        for folder in folders
+        for name in files.list_files(files.join(out, folder))
     }
     done = {index for index, paths in shards.items() if stored.issuperset(paths)}
     return [region for region in regions if region["index"] not in done]
+
+
+def _folder_of(path: str) -> str:
+    """Give the store that a file is part of, or else its folder."""
+    store, inside, _ = path.partition(".zarr/")
+    return f"{store}.zarr" if inside else path.rpartition("/")[0]
 
 
 @dataclass

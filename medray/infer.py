@@ -25,6 +25,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,20 +36,22 @@ from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_
 from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.faults import failure, too_large
-from medray.grid import region_side
-from medray.lane import start_lanes
+from medray.grid import Rectangle, region_side, region_windows
+from medray.lane import Layers, Work, start_lanes
 from medray.models.config import (
     check_runtime,
     model_digest,
     read_config,
     weights_uri,
 )
-from medray.plan import coarse_mask, plan_slide
+from medray.plan import coarse_mask, plan_slide, wanted_windows
 from medray.progress import Progress
 from medray.region import (
     finish_slide,
     opened,
+    read_region,
     working_of,
+    write_region,
 )
 from medray.run import (
     Options,
@@ -182,7 +185,7 @@ def _work_off(
         Progress(stage, len(todo)) as progress,
         keeping(ledger),
         start_workers(plan, finish, len(todo), patience) as workers,
-        start_lanes(settings, out) as lanes,
+        start_lanes(_work(settings, out)) as lanes,
     ):
         packet = 16 if cluster.gpus() else 8
         drive(todo, workers, lanes, commit, progress, packet, check)
@@ -299,6 +302,55 @@ def _plan_one(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]
     except MemoryError as error:
         return header | {"error": too_large(row, error)}, []
     return header, regions
+
+
+# --- predict --------------------------------------------------------------------------
+
+
+def _work(settings: RunSettings, out: str) -> Work:
+    """Say what the run's lanes do with a region."""
+    return Work(
+        load=functools.partial(_load, settings),
+        read=functools.partial(read_region, settings=settings),
+        source=functools.partial(_region_pixels, settings),
+        layers=_layers,
+        write=functools.partial(write_region, settings=settings, out=out),
+        read_bytes=functools.partial(_halo_bytes, settings),
+        patience=settings.options.patience,
+    )
+
+
+def _load(settings: RunSettings, threads: int) -> Any:
+    from medray.models.predict import Predictor
+
+    how = settings.options.prediction
+    return Predictor.from_folders(settings.models, how, threads=threads)
+
+
+def _region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
+    from medray.models.canvas import RegionPixels
+
+    size = (row["height"], row["width"])
+    windows, how = settings.windows, settings.options.prediction
+    plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
+    wanted = wanted_windows(row, settings)
+    row["windows"] = int(wanted.sum())
+    return RegionPixels(pixels, plan, *size, wanted)
+
+
+def _layers(result: Any) -> Layers:
+    """Give what of a `RegionClasses` is written."""
+    names = ("labels", "probabilities", "uncertainty", "disagreement")
+    layers = {name: getattr(result, name) for name in names}
+    return {name: layer for name, layer in layers.items() if layer is not None}
+
+
+def _halo_bytes(settings: RunSettings, row: Row) -> int:
+    size = (row["height"], row["width"])
+    stitch = settings.options.prediction.stitch
+    region = Rectangle(*row["region"])
+    halo = region_windows(region, *size, settings.windows, stitch).halo
+    return 3 * halo.height * halo.width
 
 
 # --- commit ---------------------------------------------------------------------------

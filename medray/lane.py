@@ -14,8 +14,9 @@ import itertools
 import queue
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,38 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medray import budget, cluster
 from medray.commit import Row
-from medray.grid import Rectangle, region_windows
-from medray.plan import wanted_windows
 from medray.pool import Pool, why_lost
 from medray.region import RegionIO
-from medray.run import RunSettings
 
 UInt8 = npt.NDArray[np.uint8]
+Layers = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What lanes do with regions; they are sent it, so it is functions of modules.
+
+    Attributes:
+        load: Gives, of a number of threads, what predicts: it has `warm_up()`, and
+            `predict` gives a result with `finite` for each of a stream of sources, in
+            their order.
+        read: Gives a region's row and its pixels, None where there is nothing to
+            predict; runs in a process without torch.
+        source: Gives of a row and its pixels what is predicted, and may add to the row.
+        layers: Gives the arrays of a result that are written, by name.
+        write: Writes them; gives the row with a `record` or an `error`. It runs where
+            `read` runs.
+        read_bytes: How many bytes of pixels a region has.
+        patience: Seconds that reading or writing a region may take.
+    """
+
+    load: Callable[[int], Any]
+    read: Callable[[Row], tuple[Row, UInt8 | None]]
+    source: Callable[[Row, UInt8], Any]
+    layers: Callable[[Any], Layers]
+    write: Callable[[Row, Layers], Row]
+    read_bytes: Callable[[Row], int]
+    patience: float
 
 
 def lane_resources() -> dict[str, float]:
@@ -49,13 +75,13 @@ def lane_resources() -> dict[str, float]:
     return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + hands}
 
 
-def start_lanes(settings: RunSettings, out: str) -> Pool:
+def start_lanes(work: Work) -> Pool:
     """Start a lane for each device."""
     # While one packet's last regions are written the next is predicted.
     actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=budget.PACKETS)
-    start = functools.partial(actor.remote, settings, out)
+    start = functools.partial(actor.remote, work)
     # A lane answers for each region of a packet, or ends itself what hangs.
-    patience = 2 * 16 * settings.options.patience
+    patience = 2 * 16 * work.patience
     return Pool(
         start,
         "work",
@@ -76,9 +102,9 @@ class Lane:
     first are written.
     """
 
-    def __init__(self, settings: RunSettings, out: str) -> None:
+    def __init__(self, work: Work) -> None:
         """Start to load the models onto the device, and the processes that read."""
-        self._settings, self._out = settings, out
+        self._do = work
         gpu = bool(ray.get_gpu_ids())
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loading = self._device.submit(self._load)
@@ -94,13 +120,7 @@ class Lane:
         )
 
     def _load(self) -> Any:
-        from medray.models.predict import Predictor
-
-        predictor = Predictor.from_folders(
-            self._settings.models,
-            self._settings.options.prediction,
-            threads=cluster.cpus_per_node(),
-        )
+        predictor = self._do.load(cluster.cpus_per_node())
         predictor.warm_up()
         return predictor
 
@@ -121,9 +141,7 @@ class Lane:
             yield outcomes
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
-        ahead = _ReadAhead(
-            self._hands, rows, self._settings, self._ahead_bytes, self._lost
-        )
+        ahead = _ReadAhead(self._hands, rows, self._do, self._ahead_bytes, self._lost)
         predicted: queue.Queue[Any] = queue.Queue(budget.UNWRITTEN // 3)
         predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
@@ -154,7 +172,7 @@ class Lane:
         finally:
             predicted.put(None)
 
-    def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, dict[str, UInt8]]]:
+    def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, Layers]]:
         """Give the rows in their order, with what the models make of their pixels."""
         waiting: deque[tuple[Row, bool]] = deque()
 
@@ -164,9 +182,9 @@ class Lane:
                 if pixels is not None:
                     self._waited.inc(waited)
                     row["waited_s"] = waited
-                    yield self._region_pixels(row, pixels)
+                    yield self._do.source(row, pixels)
 
-        def passed_through() -> Iterator[tuple[Row, dict[str, UInt8]]]:
+        def passed_through() -> Iterator[tuple[Row, Layers]]:
             while waiting and not waiting[0][1]:
                 yield waiting.popleft()[0], {}
 
@@ -177,35 +195,17 @@ class Lane:
             row["predict_s"] = time.perf_counter() - start
             self._regions.inc()
             self._pixels.inc(row["region"][2] * row["region"][3])
-            layers = {
-                "labels": result.labels,
-                "probabilities": result.probabilities,
-                "uncertainty": result.uncertainty,
-                "disagreement": result.disagreement,
-            }
             if not result.finite:
                 row = row | {"error": _not_finite(row), "lost": True}
-            yield row, {k: v for k, v in layers.items() if v is not None}
+            yield row, self._do.layers(result)
             start = time.perf_counter()
         yield from passed_through()
 
-    def _region_pixels(self, row: Row, pixels: UInt8) -> Any:
-        from medray.models.canvas import RegionPixels
-
-        size = (row["height"], row["width"])
-        windows, how = self._settings.windows, self._settings.options.prediction
-        plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
-        wanted = wanted_windows(row, self._settings)
-        row["windows"] = int(wanted.sum())
-        return RegionPixels(pixels, plan, *size, wanted)
-
-    def _start_writing(self, row: Row, layers: dict[str, UInt8]) -> Any:
+    def _start_writing(self, row: Row, layers: Layers) -> Any:
         if "error" in row:
             return None
-        patience = self._settings.options.patience
-        return self._hands.start(
-            "write", patience, row, layers, self._settings, self._out
-        )
+        do = self._do
+        return self._hands.start("write", do.patience, do.write, row, layers)
 
     def _outcome(self, row: Row, write: Any) -> Row:
         if write is not None:
@@ -312,11 +312,11 @@ class _ReadAhead:
         self,
         hands: _Hands,
         rows: list[Row],
-        settings: RunSettings,
+        work: Work,
         ahead_bytes: int,
         lost: dict[str, str],
     ) -> None:
-        self._hands, self._settings, self._lost = hands, settings, lost
+        self._hands, self._do, self._lost = hands, work, lost
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
         self._free = ahead_bytes
@@ -325,11 +325,11 @@ class _ReadAhead:
     def _fill(self) -> None:
         while self._todo and (self._free > 0 or not self._under_way):
             row = self._todo.popleft()
-            self._free -= _halo_bytes(row, self._settings)
-            patience = self._settings.options.patience
+            do = self._do
+            self._free -= do.read_bytes(row)
             reading = None
             if row["slide"] not in self._lost:
-                reading = self._hands.start("read", patience, row, self._settings)
+                reading = self._hands.start("read", do.patience, do.read, row)
             self._under_way.append((row, reading))
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
@@ -338,7 +338,7 @@ class _ReadAhead:
             row, reading = self._under_way.popleft()
             start = time.perf_counter()
             pixels: UInt8 | None = None
-            self._free += _halo_bytes(row, self._settings)
+            self._free += self._do.read_bytes(row)
             slide = row["slide"]
             try:
                 if reading is not None and slide not in self._lost:
@@ -353,11 +353,3 @@ class _ReadAhead:
                 row = row | {"error": self._lost[slide], "lost": True}
             self._fill()
             yield row, pixels, time.perf_counter() - start
-
-
-def _halo_bytes(row: Row, settings: RunSettings) -> int:
-    size = (row["height"], row["width"])
-    stitch = settings.options.prediction.stitch
-    region = Rectangle(*row["region"])
-    halo = region_windows(region, *size, settings.windows, stitch).halo
-    return 3 * halo.height * halo.width

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,15 +93,14 @@ class RegionIO:
         """Bound what a hostile file can make a decoder allocate."""
         bound_memory()
 
-    def read(self, row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
-        """See `read_region`."""
-        return read_region(row, settings)
+    def read(self, read: Callable[..., Any], row: Row) -> tuple[Row, UInt8 | None]:
+        """Read a region as, for example, `read_region` does."""
+        result: tuple[Row, UInt8 | None] = read(row)
+        return result
 
-    def write(
-        self, row: Row, layers: dict[str, UInt8], settings: RunSettings, out: str
-    ) -> Row:
-        """See `write_region`."""
-        return write_region(row, layers, settings, out)
+    def write(self, write: Callable[..., Row], row: Row, layers: Row) -> Row:
+        """Write a region's arrays as, for example, `write_region` does."""
+        return write(row, layers)
 
 
 def _read_halo(

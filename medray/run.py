@@ -26,7 +26,7 @@ from medray.clean import Cleaning
 from medray.errors import ConfigError
 from medray.grid import Windows
 from medray.models.config import Prediction
-from medray.settings import from_dict, read_yaml, to_dict, write_settings
+from medray.settings import from_dict, keep_settings, read_yaml, to_dict
 from medray.slides.levels import Working
 from medray.store import files, omezarr
 
@@ -124,32 +124,8 @@ class RunSettings:
 
 
 def open_run(out: str, settings: RunSettings) -> None:
-    """Make the run's folder, or check that it is a run of the same digest."""
-    uri = files.join(out, "run.yaml")
-    if not files.exists(uri):
-        write_settings(uri, settings)
-        return
-    before = from_dict(RunSettings, read_yaml(uri), uri)
-    if before.digest() == settings.digest():
-        return
-    old, new = _flat(before.decisive()), _flat(settings.decisive())
-    changed = ", ".join(
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    )
-    raise ConfigError(
-        f"{out}: holds a run with other settings ({changed}); choose another --out, "
-        f"or delete this run"
-    )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Bring nested settings to one level, by their own names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value) if isinstance(value, dict) else {key: value}
-    return flat
+    """Make the run's folder, or check that it is a run of the same settings."""
+    keep_settings(files.join(out, "run.yaml"), settings)
 
 
 def read_run(out: str) -> RunSettings:

@@ -32,6 +32,45 @@ def write_settings(uri: str, settings: Any) -> None:
     files.write_bytes(uri, text.encode())
 
 
+class Decisive(typing.Protocol):
+    """Settings of which some decide what is made."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Give those, as plain values."""
+
+
+def keep_settings(uri: str, settings: Decisive) -> None:
+    """Write a folder's settings, or check that those it has make the same.
+
+    Raises:
+        ConfigError: They make something else.
+    """
+    if not files.exists(uri):
+        write_settings(uri, settings)
+        return
+    before = from_dict(type(settings), read_yaml(uri), uri)
+    old, new = _flat(before.decisive()), _flat(settings.decisive())
+    changed = ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    )
+    if changed:
+        out = uri.rpartition("/")[0]
+        raise ConfigError(
+            f"{out}: holds a run with other settings ({changed}); choose another "
+            f"--out, or delete this run"
+        )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Bring nested settings to one level, by their own names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def read_yaml(uri: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; nothing in it is executed.
 

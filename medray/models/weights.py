@@ -28,7 +28,7 @@ def is_file(weights: str | None) -> bool:
     return weights is not None and ("/" in weights or "." in weights)
 
 
-def load_encoder(encoder: nn.Module, uri: str) -> None:
+def load_encoder(encoder: nn.Module, uri: str) -> list[str]:
     """Load the weights of an encoder from a file.
 
     Args:
@@ -37,6 +37,9 @@ def load_encoder(encoder: nn.Module, uri: str) -> None:
         uri: .safetensors, or what torch.save made of a state dict (read without
             executing anything).
 
+    Returns:
+        Names of the tensors beside them that the encoder has no use for.
+
     Raises:
         ConfigError: There is no such file, or it does not hold those weights.
     """
@@ -44,6 +47,7 @@ def load_encoder(encoder: nn.Module, uri: str) -> None:
     wanted = encoder.state_dict()
     needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
     best: dict[str, torch.Tensor] = {}
+    unused: list[str] = []
     for prefix in _PREFIXES:
         for own in ("", "model.", "features."):
             found = {
@@ -57,7 +61,7 @@ def load_encoder(encoder: nn.Module, uri: str) -> None:
                 if key in wanted and value.shape == wanted[key].shape
             }
             if len(needed & fitting.keys()) > len(needed & best.keys()):
-                best = fitting
+                best, unused = fitting, sorted(found.keys() - wanted.keys())
     missing = sorted(needed - best.keys())
     if missing:
         raise ConfigError(
@@ -66,6 +70,7 @@ def load_encoder(encoder: nn.Module, uri: str) -> None:
             f"{tuple(wanted[missing[0]].shape)}; the file is of another encoder"
         )
     encoder.load_state_dict({**wanted, **best})
+    return unused
 
 
 def _read_state(uri: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,208 @@
+"""Slides and a frozen encoder -> a vector for each tile of tissue.
+
+The way of a region is that of `medray.infer`, with other hands at the ends:
+
+    plan     slides become regions of tiles, numbers only: which hold tissue
+    lane     an actor a GPU: reads regions ahead, encodes their tiles, writes behind
+    commit   the driver notes the region; with its last region a slide is put together
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray import budget, cluster
+from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
+from medray.drive import drive, keeping, start_workers
+from medray.errors import ConfigError, MedrayError, StoreError
+from medray.faults import failure, too_large
+from medray.features import FeatureSettings, parts_uri
+from medray.lane import Layers, Work, start_lanes
+from medray.models.config import Precision
+from medray.progress import Progress
+from medray.region import opened
+from medray.settings import keep_settings
+from medray.slides.digest import slide_digest
+from medray.slides.listing import find_slides
+from medray.store import files
+from medray.store.ledger import Ledger
+from medray.store.lock import locked
+from medray.tiles import (
+    cut_tiles,
+    finish_tiles,
+    plan_tiles,
+    read_tiles,
+    sum_up,
+    tile_bytes,
+    write_tiles,
+)
+
+log = logging.getLogger(__name__)
+
+# Side of a region in pixels, about.
+_REGION = 3584
+
+
+def embed(
+    slides: Sequence[str],
+    *,
+    encoder: str,
+    weights: str,
+    out: str,
+    mpp: float = 0.5,
+    tile: int = 224,
+    tissue: float = 0.25,
+    precision: Precision = "auto",
+    region: int = 0,
+) -> Summary:
+    """Make features of slides: one zarr a slide in OUT/features.
+
+    Running the same command again finishes what is missing and does nothing twice.
+
+    Args:
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        encoder: A network of timm, by its name there.
+        weights: File of its weights: safetensors, or a state dict by torch.save.
+        out: Folder to make.
+        mpp: Microns per pixel of the tiles.
+        tile: Their side, pixels.
+        tissue: Least share of tissue of a tile.
+        precision: Of the encoder's arithmetic; with float32 features are stored as
+            float32, else as float16.
+        region: Side of a region in tiles; 0: about 3584 pixels.
+
+    Raises:
+        ConfigError: The request is wrong, or OUT holds features of another encoder or
+            of other settings, or another process works there.
+        StoreError: OUT cannot be written, or the slides' store does not answer.
+        StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
+    """
+    from medray.models.encoders import settle_encoder
+
+    if not 32 <= tile <= 2048:
+        raise ConfigError(f"tile: expected 32 to 2048 px, found {tile}")
+    weights, out = files.absolute(weights), files.absolute(out)
+    names = ("medray", "torch", "timm", "tifffile", "imagecodecs")
+    settings = FeatureSettings(
+        encoder=settle_encoder(encoder, weights, tile=tile, mpp=mpp),
+        weights=weights,
+        tissue=tissue,
+        precision=precision,
+        region=region or max(1, round(_REGION / tile)),
+        versions={name: importlib.metadata.version(name) for name in names},
+    )
+    with locked(out, "embed") as check:
+        return _embed(slides, settings, out, check)
+
+
+def _embed(
+    slides: Sequence[str],
+    settings: FeatureSettings,
+    out: str,
+    check: Callable[[], None],
+) -> Summary:
+    keep_settings(files.join(out, "features.yaml"), settings)
+    ledger = Ledger(out)
+    wanted = find_slides(slides)
+    todo = changed_slides(wanted, ledger)
+    log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
+    skipped = len(wanted) - len(todo)
+    if not todo:
+        return Summary(out, 0, skipped, {}, 0, 0.0)
+    cluster.connect()
+    budget.check_budget(_bound(settings), cluster.memory_per_node())
+    start = time.perf_counter()
+    commit = Commit(ledger, sum_up)
+    plan = functools.partial(_plan_one, settings=settings, out=out)
+    finish = functools.partial(finish_tiles, settings, out)
+    with (
+        Progress("embed", len(todo)) as progress,
+        keeping(ledger),
+        start_workers(plan, finish, len(todo), settings.patience) as workers,
+        start_lanes(_work(settings, out)) as lanes,
+    ):
+        packet = 16 if cluster.gpus() else 8
+        drive(todo, workers, lanes, commit, progress, packet, check)
+    ledger.close()
+    for slide, row in ledger.slides.items():
+        if row["status"] == "done":
+            files.remove(parts_uri(out, slide))
+    return commit.summary(out, skipped, time.perf_counter() - start)
+
+
+def _bound(settings: FeatureSettings) -> int:
+    """Bound a node's memory, bytes."""
+    side, encoder = settings.region, settings.encoder
+    pixels = 3 * (side * encoder.tile) ** 2
+    written = 4 * side**2 * encoder.dimensions
+    lane = budget.LANE_BYTES + 2 * files.size(settings.weights)
+    # The tiles are a copy of the region's pixels; batches add little.
+    return budget.bounds_of(pixels, written, pixels, lane)[0]
+
+
+def _plan_one(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
+    """Give a slide's header and the regions to do."""
+    names = ("slide", "uri", "annotation", "stamp")
+    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
+    try:
+        header["digest"] = slide_digest(row["uri"])
+        before = json.loads(row["before"])
+        if before and before["digest"] == header["digest"]:
+            # Touched, not changed: its features stand, its row comes back.
+            return header | {"unchanged": before | {"stamp": row["stamp"]}}, []
+        slide = opened(row["uri"], row["stamp"])
+        facts, regions = plan_tiles(slide, settings)
+        try:
+            regions = missing_regions(row, header["digest"], regions, out)
+        except StoreError as error:
+            return header | failure(error, "run"), []
+        header |= facts | {"todo": len(regions)}
+    except (MedrayError, OSError) as error:
+        return header | failure(error, "slides"), []
+    except MemoryError as error:
+        return header | {"error": too_large(row, error)}, []
+    return header, regions
+
+
+def _work(settings: FeatureSettings, out: str) -> Work:
+    """Say what lanes do with a region."""
+    return Work(
+        load=functools.partial(_load, settings),
+        read=functools.partial(read_tiles, settings=settings),
+        source=_source,
+        layers=_layers,
+        write=functools.partial(write_tiles, settings=settings, out=out),
+        read_bytes=tile_bytes,
+        patience=settings.patience,
+    )
+
+
+def _load(settings: FeatureSettings, threads: int) -> Any:
+    from medray.models.encoders import Embedder
+
+    return Embedder.from_file(
+        settings.encoder,
+        settings.weights,
+        settings.precision,
+        settings.dtype,
+        threads=threads,
+    )
+
+
+def _source(row: Row, pixels: npt.NDArray[np.uint8]) -> Any:
+    from medray.models.encoders import TilePixels
+
+    return TilePixels(cut_tiles(pixels, np.asarray(row["tiles"], dtype=bool)))
+
+
+def _layers(result: Any) -> Layers:
+    return {"features": result.features}
