@@ -73,6 +73,18 @@ def _ingest_images(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> Any:
+    if args.labels is not None:
+        from medray.train_slides import train_slides
+
+        if args.repeats != 1:
+            raise ConfigError("--repeats does not go with --labels; train other seeds")
+        return train_slides(
+            args.recipe,
+            data=args.data,
+            labels=args.labels,
+            out=args.out,
+            overrides=args.overrides,
+        )
     from medray.train import train
 
     return train(
@@ -98,6 +110,17 @@ def _tune(args: argparse.Namespace) -> Any:
 
 
 def _infer(args: argparse.Namespace) -> Any:
+    from medray.slide_model import holds_slide_model
+
+    if holds_slide_model(args.model[0]):
+        from medray.infer_slides import infer_slides
+
+        if len(args.slides) != 1 or len(args.model) != 1:
+            raise ConfigError(
+                f"{args.model[0]}: a model of slides takes one folder of features, as "
+                f"`medray embed` writes it"
+            )
+        return infer_slides(args.slides[0], model=args.model[0], out=args.out)
     from medray.infer import infer
 
     return infer(args.slides, model=args.model, out=args.out, options=_options(args))
@@ -147,8 +170,23 @@ def _plan(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
+    from medray.slide_model import holds_slide_model
     from medray.store import files
 
+    if holds_slide_model(args.runs[0]):
+        raise ConfigError(
+            f"{args.runs[0]}: a model of slides; give `medray evaluate` the RUN of "
+            f"`medray infer FEATURES --model {args.runs[0]} --out RUN`"
+        )
+    if files.exists(files.join(args.runs[0], "predictions.yaml")):
+        from medray.evaluate_slides import evaluate_slides
+
+        if args.split or len(args.runs) > 1 or args.vote or args.beside:
+            raise ConfigError(
+                f"{args.runs[0]}: predictions of slides are evaluated alone, without "
+                f"--split, --vote and --beside: slides seen in training never count"
+            )
+        return evaluate_slides(args.runs[0], truth=args.truth, out=args.out)
     if files.exists(files.join(args.runs[0], "model.yaml")):
         from medray.evaluate_images import evaluate_images
 
@@ -314,6 +352,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="MODEL", help="folder to make")
     sub.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="slide,label[,patient]: a model of slides; --data is from embed",
+    )
+    sub.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="seeds: mean, spread (1)"
     )
 
@@ -379,7 +422,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="from infer, or a classifier's MODEL (several: ensemble)",
     )
     sub.add_argument(
-        "--truth", required=True, help="dataset, or folder of annotations like slides"
+        "--truth",
+        required=True,
+        help="dataset, folder of annotations like slides, or CSV of slides' labels",
     )
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")

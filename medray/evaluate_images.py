@@ -140,7 +140,7 @@ def evaluate_images(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=classes,
         metrics=metrics,
-        figures=_figures(rows, classes.names, calibration.get("temperature")),
+        figures=draw_curves(rows, classes.names, calibration.get("temperature")),
         errors=_errors(rows, data, classes.names),
         provenance={
             "model": names,
@@ -304,9 +304,10 @@ def _columns(rows: list[Row]) -> tuple[Any, Any, Floats, Floats]:
 # --- report ---------------------------------------------------------------------------
 
 
-def _figures(
-    rows: list[Row], names: Sequence[str], temperature: float | None
+def draw_curves(
+    rows: list[Row], names: Sequence[str], temperature: float | None = None
 ) -> dict[str, Markup]:
+    """Draw ROC, precision over recall, and reliability, of predicted rows."""
     truth, predicted, probabilities, logs = _columns(rows)
     shown = [1] if len(names) == 2 else range(len(names))
     roc, pr = Figure(figsize=(4, 3.6)), Figure(figsize=(4, 3.6))

@@ -60,6 +60,11 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"before, {values['copies']} copies left out, {len(failed)} failed, "
             f"{values['seconds']:.1f} s"
         )
+    elif "unseen" in values:
+        lines.append(
+            f"{command}: {values['unseen']} slides evaluated, {values['seen']} left "
+            f"out that the model has seen, {len(failed)} failed"
+        )
     elif "images" in values:
         lines.append(
             f"{command}: {values['images']} images evaluated, {len(failed)} sheets "
