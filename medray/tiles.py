@@ -168,7 +168,9 @@ def write_tiles(
     level0 = np.rint((places + row["region"][:2]) * row["downsample"])
     nothing = np.zeros((0, settings.encoder.dimensions), settings.dtype)
     features = np.ascontiguousarray(layers.get("features", nothing))
-    arrays = {"features": features, "coords": level0.astype(np.int32)}
+    # Their order in memory must be that of their rows, or safetensors mixes them up.
+    coords = np.ascontiguousarray(level0, np.int32)
+    arrays = {"features": features, "coords": coords}
     kept = ("read_at", "read_s", "predict_s", "waited_s", "unreadable", "why")
     record: Row = {key: row[key] for key in kept if key in row}
     try:

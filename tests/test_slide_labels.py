@@ -241,7 +241,11 @@ def test_wrong_labels_are_answered(data: Path, labels: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"classes: the recipe has \['a', 'b'\]"):
         train(text, "classes=[a,b]")
     with pytest.raises(ConfigError, match="too few for a validation split"):
-        train("slide,label\ns00,normal\ns01,tumour\n", "fractions=[0.9,0.1,0]")
+        train("slide,label,patient\ns00,normal,p\ns01,tumour,p\n")
+    with pytest.raises(
+        ConfigError, match=r"no slide of \['tumour'\] is in split train"
+    ):
+        train("slide,label\ns00,normal\ns01,tumour\n", "seed=1")
     with pytest.raises(ConfigError, match="did you mean epochs"):
         train(text, "epoch=3")
     with pytest.raises(ConfigError, match="expected a folder of features"):

@@ -103,7 +103,7 @@ def fit(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         network = SlideNetwork(model.head, model.encoder.dimensions, classes)
-        mean, std = _moments([bags(number) for number in train])
+        mean, std = _moments(bags, train)
         network.mean.copy_(torch.from_numpy(mean))
         network.scale.copy_(torch.from_numpy(1 / np.maximum(std, 1e-6)))
         network.to(device)
@@ -166,13 +166,20 @@ def fit(
     return network.cpu().eval(), history, best["predicted"]
 
 
-def _moments(bags: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Give mean and deviation of each dimension over all tiles."""
-    count = sum(len(bag) for bag in bags)
-    mean = sum(bag.sum(axis=0, dtype=np.float64) for bag in bags) / count
-    squares = sum(((bag - mean) ** 2).sum(axis=0) for bag in bags)
+def _moments(
+    bags: Callable[[int], Floats], numbers: Sequence[int]
+) -> tuple[Floats, Floats]:
+    """Give mean and deviation of each dimension over all tiles, bag by bag."""
+    total: Any = 0
+    count, squares = 0, total
+    for number in numbers:
+        bag = bags(number)
+        total, count = total + bag.sum(axis=0, dtype=np.float64), count + len(bag)
+    mean = total / count
+    for number in numbers:
+        squares = squares + ((bags(number) - mean) ** 2).sum(axis=0)
     std = np.sqrt(squares / count)
-    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return mean.astype(np.float32), std.astype(np.float32)
 
 
 def save_slide_model(
