@@ -49,18 +49,18 @@ def keep_settings(uri: str, settings: Decisive) -> None:
         write_settings(uri, settings)
         return
     before = from_dict(type(settings), read_yaml(uri), uri)
+    if before.decisive() == settings.decisive():
+        return
     old, new = _flat(before.decisive()), _flat(settings.decisive())
     changed = ", ".join(
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     )
-    if changed:
-        out = uri.rpartition("/")[0]
-        raise ConfigError(
-            f"{out}: holds a run with other settings ({changed}); choose another "
-            f"--out, or delete this run"
-        )
+    raise ConfigError(
+        f"{uri.rpartition('/')[0]}: holds a run with other settings ({changed}); "
+        f"choose another --out, or delete this run"
+    )
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
