@@ -15,14 +15,19 @@ import zarr
 
 from medray import embed as stage
 from medray.cli import main
-from medray.commit import Summary
+from medray.commit import Commit, changed_slides
 from medray.embed import embed
 from medray.errors import ConfigError
-from medray.features import read_slide
+from medray.features import FeatureSettings, read_slide
 from medray.models.encoders import settle_encoder
+from medray.progress import Progress
+from medray.settings import keep_settings
 from medray.slides import open_slide
+from medray.slides.listing import find_slides
 from medray.slides.tissue import tissue_share
+from medray.store.ledger import Ledger
 from medray.synth import draw_scene, write_slide
+from medray.tiles import finish_tiles, sum_up
 
 ENCODER, TILE = "test_resnet", 96
 
@@ -64,13 +69,62 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class CrashError(Exception):
+    """The process is gone; what it had not written is lost."""
+
+
+def in_one_process(
+    slides: Path, weights: str, out: Path, region: int = 37, crash_after: int = -1
+) -> Commit:
+    """Do what is missing, without Ray; die after so many regions if not below 0."""
+    encoder = settle_encoder(ENCODER, weights, tile=TILE, mpp=0.5)
+    settings = FeatureSettings(
+        encoder=encoder,
+        weights=weights,
+        tissue=0.25,
+        precision="float32",
+        region=region,
+        versions={},
+    )
+    keep_settings(str(out / "features.yaml"), settings)
+    ledger = Ledger(str(out))
+    commit = Commit(ledger, sum_up)
+    work = stage._work(settings, str(out))
+    embedder = work.load(1)
+
+    def note(row: dict) -> None:
+        header = commit.take(row, progress)
+        if header is not None:
+            header |= {"records": commit.records(header)}
+            result = finish_tiles(settings, str(out), header)
+            commit.finished(header, result, progress)
+        if commit.regions == crash_after:
+            ledger.flush()
+            raise CrashError
+
+    progress = Progress("serial", 0)
+    for row in changed_slides(find_slides([str(slides)]), ledger):
+        header, regions = stage._plan_one(row, settings, str(out))
+        if not regions:
+            note(header)
+        for region_row in regions:
+            todo, pixels = work.read(header | region_row)
+            layers = {}
+            if pixels is not None:
+                (found,) = embedder.predict([work.source(todo, pixels)])
+                layers = work.layers(found)
+            note(work.write(todo, layers))
+    commit.close(progress)
+    ledger.close()
+    return commit
+
+
 @pytest.fixture(scope="module")
 def made(
-    cluster: None, inputs: Path, weights: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Summary]:
+    inputs: Path, weights: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Commit]:
     out = tmp_path_factory.mktemp("features")
-    how = {"encoder": ENCODER, "weights": weights, "tile": TILE, "mpp": 0.5}
-    return out, embed([str(inputs)], out=str(out), precision="float32", **how)
+    return out, in_one_process(inputs, weights, out)
 
 
 def plain_loop(
@@ -96,7 +150,7 @@ def plain_loop(
 
 @pytest.mark.parametrize(("name", "level"), [("plain", 0), ("fine", 1)])
 def test_features_are_those_of_a_plain_loop(
-    made: tuple[Path, Summary],
+    made: tuple[Path, Commit],
     inputs: Path,
     network: torch.nn.Module,
     name: str,
@@ -109,7 +163,7 @@ def test_features_are_those_of_a_plain_loop(
     np.testing.assert_allclose(found.features, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_another_reader_understands_them(made: tuple[Path, Summary]) -> None:
+def test_another_reader_understands_them(made: tuple[Path, Commit]) -> None:
     group = zarr.open_group(made[0] / "features" / "fine.zarr", mode="r")
     row = table(made[0])["fine"]
     assert group["features"].dtype == np.float32
@@ -122,77 +176,60 @@ def test_another_reader_understands_them(made: tuple[Path, Summary]) -> None:
     assert (told["level0_tile"], told["downsample"]) == (2 * TILE, 2)
 
 
-def test_each_slide_has_a_row(made: tuple[Path, Summary]) -> None:
-    out, summary = made
-    assert summary.done == 4
-    assert set(summary.failed) == {"wreck"}
+def test_each_slide_has_a_row(made: tuple[Path, Commit]) -> None:
+    out, commit = made
+    assert commit.done == 4
+    assert set(commit.failed) == {"wreck"}
     rows = table(out)
     assert "wreck.tif" in rows["wreck"]["message"]
     assert (rows["glass"]["status"], rows["glass"]["tiles"]) == ("done", 0)
     assert "no tissue" in rows["glass"]["note"]
     assert read_slide(str(out), "glass").features.shape == (0, 96)
     assert rows["small"]["tiles"] == 1
-    assert not (out / "parts").exists() or not list((out / "parts").iterdir())
 
 
 def test_regions_and_crashes_do_not_show(
-    made: tuple[Path, Summary],
+    made: tuple[Path, Commit], inputs: Path, weights: str, tmp_path: Path
+) -> None:
+    """Regions of 3 tiles; the process dies after 4, and is started again."""
+    crashed, whole = tmp_path / "crashed", tmp_path / "whole"
+    with pytest.raises(CrashError):
+        in_one_process(inputs, weights, crashed, region=3, crash_after=4)
+    again = in_one_process(inputs, weights, crashed, region=3)
+    once = in_one_process(inputs, weights, whole, region=3)
+    assert again.regions == once.regions - 4 > 4
+    for name in ("plain", "fine", "small"):
+        ours, at_once = read_slide(str(crashed), name), read_slide(str(made[0]), name)
+        np.testing.assert_array_equal(ours.coords, at_once.coords)
+        np.testing.assert_allclose(
+            ours.features, at_once.features, rtol=1e-3, atol=1e-4
+        )
+        # The same regions give the same bytes, whatever died.
+        place = Path("features") / f"{name}.zarr"
+        assert contents(crashed / place) == contents(whole / place)
+
+
+def test_lanes_make_the_same(
+    cluster: None,
+    made: tuple[Path, Commit],
     inputs: Path,
     weights: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Regions of 3 tiles; the driver dies after 4, and the command is run again."""
-
-    class CrashError(Exception):
-        pass
-
-    class Dying(stage.Commit):
-        def take(self, row, progress):
-            result = super().take(row, progress)
-            if self.regions == 4:
-                self.ledger.flush()
-                raise CrashError
-            return result
-
-    out = str(tmp_path / "out")
     how = {"encoder": ENCODER, "weights": weights, "tile": TILE, "mpp": 0.5}
-    how |= {"precision": "float32", "region": 3, "out": out}
-    slides = [str(inputs / f"{name}.tif") for name in ("plain", "fine")]
-    with monkeypatch.context() as patched:
-        patched.setattr(stage, "Commit", Dying)
-        with pytest.raises(CrashError):
-            embed(slides, **how)
-    again = embed(slides, **how)
-    whole = embed(slides, **how | {"out": str(tmp_path / "whole")})
-    assert again.done + again.skipped == whole.done == 2
-    assert 0 < again.regions <= whole.regions - 4
-    for name in ("plain", "fine"):
-        ours = read_slide(out, name)
-        by_one = read_slide(str(made[0]), name)
-        np.testing.assert_array_equal(ours.coords, by_one.coords)
-        np.testing.assert_allclose(ours.features, by_one.features, rtol=1e-3, atol=1e-4)
-        # The same regions give the same bytes, whatever died.
-        place = Path("features") / f"{name}.zarr"
-        assert contents(tmp_path / "out" / place) == contents(
-            tmp_path / "whole" / place
-        )
-    assert embed(slides, **how).skipped == 2
-
-
-def test_other_settings_are_refused(
-    made: tuple[Path, Summary], inputs: Path, weights: str
-) -> None:
+    how |= {"precision": "float32", "out": str(tmp_path), "region": 3}
+    found = embed([str(inputs)], **how)
+    assert (found.done, found.regions > 4, set(found.failed)) == (4, True, {"wreck"})
+    for name in ("plain", "fine", "small", "glass"):
+        ours, serial = read_slide(str(tmp_path), name), read_slide(str(made[0]), name)
+        np.testing.assert_array_equal(ours.coords, serial.coords)
+        np.testing.assert_allclose(ours.features, serial.features, rtol=1e-3, atol=1e-4)
+        assert (tmp_path / "thumbnails" / f"{name}.jpg").exists()
+        assert not (tmp_path / "parts" / name).exists()
+    again = embed([str(inputs)], **how)
+    assert (again.done, again.skipped, again.regions) == (0, 4, 0)
     with pytest.raises(ConfigError, match=r"other settings \(.*mpp: 0.5 -> 1.0"):
-        embed(
-            [str(inputs)],
-            encoder=ENCODER,
-            weights=weights,
-            tile=TILE,
-            mpp=1.0,
-            precision="float32",
-            out=str(made[0]),
-        )
+        embed([str(inputs)], **how | {"mpp": 1.0})
 
 
 def test_wrong_encoders_are_answered(
