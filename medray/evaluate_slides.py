@@ -20,6 +20,7 @@ from medray.classes import Classes
 from medray.errors import ConfigError, MedrayError
 from medray.evaluate_images import draw_curves
 from medray.features import read_features, read_slide
+from medray.image_scores import score
 from medray.infer_slides import (
     Predictions,
     attention_uri,
@@ -146,6 +147,7 @@ def _rows(
                 row
                 | {"truth": what.classes.index(known.label), "patient": known.patient}
                 | {"predicted": int(shares.argmax()), "probabilities": shares}
+                | {"log_probabilities": np.log(np.maximum(shares, 1e-12))}
             )
     return rows, failed, left_out
 
