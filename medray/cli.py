@@ -243,6 +243,12 @@ def _doctor(args: argparse.Namespace) -> Any:
     return doctor(model=args.model, out=args.out, address=args.address)
 
 
+def _explain(args: argparse.Namespace) -> Any:
+    from medray.explain import explain
+
+    return explain(args.model, args.images, out=args.out, name=args.name)
+
+
 def _verify(args: argparse.Namespace) -> Any:
     from medray.verify import verify
 
@@ -469,6 +475,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="MODEL", help="look at this one too")
     sub.add_argument("--out", metavar="URI", help="look whether it can be written")
     sub.add_argument("--address", help="of Ray: HOST:PORT or http://HOST:8265")
+
+    sub = command("explain", _explain, "what in images speaks for a class")
+    sub.add_argument("model", metavar="MODEL", help="from train")
+    sub.add_argument("images", nargs="+", metavar="IMAGES", help=_SLIDES)
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--class", dest="name", default="", help="to explain (the predicted one)"
+    )
 
     sub = command("verify", _verify, "read a run against the digests of its commits")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")

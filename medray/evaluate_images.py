@@ -141,7 +141,10 @@ def evaluate_images(
         classes=classes,
         metrics=metrics,
         figures=draw_curves(rows, classes.names, calibration.get("temperature")),
-        errors=_errors(rows, data, classes.names),
+        # What spoke for a class is a question to one model.
+        errors=_errors(
+            rows, data, classes.names, models[0] if len(models) == 1 else None
+        ),
         provenance={
             "model": names,
             "model digest": digests,
@@ -350,21 +353,29 @@ def _finished(figure: Figure, x: str, y: str) -> Markup:
     return as_svg(figure)
 
 
-def _errors(rows: list[Row], data: str, names: Sequence[str]) -> list[Row]:
+def _errors(
+    rows: list[Row], data: str, names: Sequence[str], model: str | None
+) -> list[Row]:
     """Give the most confident errors, with their pictures."""
     wrong = [row for row in rows if row["truth"] != row["predicted"]]
     wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
-    shown = []
+    shown: list[Row] = []
+    seen = []
     for row in wrong[:_SHOWN]:
+        pixels = _pixels(row, data)
+        seen.append((pixels, row["predicted"]))
         shown.append(
             {
                 "image": row["image"],
-                "picture": data_uri(as_png(_pixels(row, data))),
+                "picture": data_uri(as_png(pixels)),
                 "truth": names[row["truth"]],
                 "predicted": names[row["predicted"]],
                 "confidence": float(row["probabilities"][row["predicted"]]),
             }
         )
+    drawn = overlays(model, seen) if model else [None] * len(seen)
+    for error, overlay in zip(shown, drawn, strict=True):
+        error["overlay"] = overlay
     return shown
 
 
@@ -374,3 +385,29 @@ def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
     y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
     pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
     return pixels
+
+
+def overlays(
+    model: str, seen: Sequence[tuple[npt.NDArray[np.uint8], int]]
+) -> list[str | None]:
+    """Draw what spoke for the classes that images were taken for, as data URIs.
+
+    Args:
+        model: Folder of the classifier.
+        seen: (S, S, 3) uint8 and the predicted label of each image.
+
+    Returns:
+        None for each where it cannot be told: without grad-cam, of an exported model,
+        of one that takes measures too, of an encoder without a feature map.
+    """
+    from medray.explain import Explainer
+
+    try:
+        explainer = Explainer(model) if seen else None
+        return [
+            data_uri(as_png(explainer.explain(pixels, label).overlay))
+            for pixels, label in seen
+            if explainer
+        ]
+    except ConfigError:
+        return [None] * len(seen)

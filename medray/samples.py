@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.dataset import SPLITS, read_dataset, read_patches
-from medray.errors import ConfigError
+from medray.errors import ConfigError, SlideError
 from medray.models.config import ModelConfig
 from medray.patches import read_crop
 from medray.slides import ArraySlide, Slide, open_slide
-from medray.slides.levels import choose_level, read_working
+from medray.slides.levels import Working, choose_level, read_working
 from medray.slides.tissue import tissue_share
 from medray.store import files
 from medray.synth import draw_scene
@@ -112,14 +112,34 @@ def _of_slide(slide: Slide, config: ModelConfig, count: int) -> UInt8:
     size = config.window.size
     working = choose_level(slide, config.mpp, None)
     share = tissue_share(slide, working.height, working.width, size)
-    windows = []
-    for row, column in _spread(np.argwhere(share > 0).tolist(), count):
-        y, x = row * size, column * size
-        height, width = min(size, working.height - y), min(size, working.width - x)
-        pixels, _, _ = read_working(slide, working, y, x, height, width)
-        pad = ((0, size - height), (0, size - width), (0, 0))
-        windows.append(np.pad(pixels, pad, mode="symmetric"))
+    places = _spread(np.argwhere(share > 0).tolist(), count)
+    windows = [_window(slide, working, size, *place) for place in places]
     return np.array(windows, np.uint8).reshape(-1, size, size, 3)
+
+
+def fullest_window(slide: Slide, config: ModelConfig) -> UInt8:
+    """Give the window of a slide with the most tissue, (S, S, 3) uint8.
+
+    A slide smaller than a window is continued by its mirror image.
+
+    Raises:
+        SlideError: The slide does not suit the model, or is damaged there.
+    """
+    size = config.window.size
+    working = choose_level(slide, config.mpp, None)
+    share = tissue_share(slide, working.height, working.width, size)
+    row, column = np.unravel_index(int(share.argmax()), share.shape)
+    return _window(slide, working, size, int(row), int(column))
+
+
+def _window(slide: Slide, working: Working, size: int, row: int, column: int) -> UInt8:
+    y, x = row * size, column * size
+    height, width = min(size, working.height - y), min(size, working.width - x)
+    pixels, damaged, why = read_working(slide, working, y, x, height, width)
+    if damaged:
+        raise SlideError(f"{slide.uri}: {why}")
+    pad = ((0, size - height), (0, size - width), (0, 0))
+    return np.pad(pixels, pad, mode="symmetric")
 
 
 def _spread[T](items: Sequence[T], count: int) -> list[T]:

@@ -75,6 +75,11 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['done']} slides done, {values['skipped']} done "
             f"before, {len(failed)} failed, {values['seconds']:.1f} s"
         )
+    elif "explained" in values:
+        lines += [f"failed  {name}: {why}" for name, why in failed.items()]
+        lines.append(
+            f"{command}: {values['explained']} images explained, {len(failed)} failed"
+        )
     elif "evaluated" in values:
         lines.append(
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"

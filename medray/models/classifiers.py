@@ -28,6 +28,12 @@ class SelfAttention(nn.Module):
         self.key = nn.Conv2d(channels, units, 1)
         self.value = nn.Conv2d(channels, units, 1)
 
+    def weights(self, maps: torch.Tensor) -> torch.Tensor:
+        """Give how much each place (row) attends to each: (N, H * W, H * W)."""
+        query, key = (part(maps).flatten(2) for part in (self.query, self.key))
+        scores = query.transpose(1, 2) @ key / query.shape[1] ** 0.5
+        return torch.softmax(scores, dim=2)
+
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Map (N, channels, H, W) to (N, units, H, W)."""
         parts = (self.query(maps), self.key(maps), self.value(maps))
