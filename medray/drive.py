@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+from ray.util.metrics import Counter
 
 from medray.commit import HEADER, Commit, Row
 from medray.errors import StoreError
@@ -84,6 +85,25 @@ def keeping(ledger: Ledger) -> Iterator[None]:
         raise
 
 
+class _Told:
+    """What Prometheus has been told of a run; Ray adds `ray_` to the names."""
+
+    def __init__(self) -> None:
+        self.slides = Counter("medray_slides_done_total", "Slides finished.")
+        self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
+        self.regions = Counter("medray_regions_done_total", "Regions committed.")
+        self.before = (0, 0, 0)
+
+    def tell(self, commit: Commit) -> None:
+        """Add what has been committed since the last time."""
+        now = (commit.done, len(commit.failed), commit.regions)
+        counters = (self.slides, self.failures, self.regions)
+        for counter, value, before in zip(counters, now, self.before, strict=True):
+            if value > before:
+                counter.inc(value - before)
+        self.before = now
+
+
 def drive(
     todo: list[Row],
     workers: Pool,
@@ -113,6 +133,7 @@ def drive(
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
     planned: deque[Row] = deque()  # regions
     planning = 0
+    told = _Told()
 
     def note(row: Row) -> None:
         header = commit.take(row, progress)
@@ -132,6 +153,7 @@ def drive(
                 planned.extend(header | region for region in regions)
                 if not regions:
                     note(header)
+        told.tell(commit)
 
     with stopping() as asked:
         while slides or planned or workers.busy or hands.busy:
@@ -158,6 +180,7 @@ def drive(
             if workers.awaited or hands.awaited:
                 take()
     commit.close(progress)
+    told.tell(commit)
 
 
 def _outcome_of(row: Row, result: Any) -> Row:

@@ -116,7 +116,7 @@ class Lane:
         self._pixels = Counter("medray_pixels", "Pixels predicted.")
         self._failures = Counter("medray_region_failures", "Regions that failed.")
         self._waited = Counter(
-            "medray_lane_waited_seconds", "How long a device waited for pixels."
+            "medray_region_wait_seconds", "How long a device waited for pixels."
         )
 
     def _load(self) -> Any:

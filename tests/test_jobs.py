@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from medray.recipe import Data, Recipe, Schedule
 from medray.settings import write_settings
@@ -54,6 +55,24 @@ def cluster_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     head.terminate()
     head.wait(60)
     short.unlink()
+
+
+def test_doctor_tells_a_wrong_token(cluster_environment: dict, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("f" * 64)
+    head = f"{get_node_ip_address()}:6390"
+    for address in (head, "http://127.0.0.1:8277"):
+        for token, code in ((None, 0), (wrong, 1)):
+            environment = dict(cluster_environment)
+            if token:
+                environment["RAY_AUTH_TOKEN_PATH"] = str(token)
+            command = [str(BIN / "medray"), "doctor", "--json", "--address", address]
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=150
+            )
+            found = {f["name"]: f for f in json.loads(done.stdout)["findings"]}["Ray"]
+            assert found["status"] == ("FAIL" if code else "ok"), found
+            assert ("RAY_AUTH_TOKEN" in found["mend"]) == bool(code), found
 
 
 def submit(

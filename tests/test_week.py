@@ -1,29 +1,25 @@
-"""A simulated week of nights, beside a plain loop over everything that ever came.
-
-Inference, evaluation and Ray have tests of their own: here a night infers by the plain loop
-of tests/serial.py, which dies in night 3.
-"""
+"""A simulated week of nights, beside a plain loop over everything that ever came."""
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import serial
 
-import medray.nightly
-from medray.classes import Classes
-from medray.dataset import DatasetSettings, open_dataset
 from medray.drift import stain_values
-from medray.errors import ConfigError
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.nightly import Night, nightly
@@ -59,64 +55,26 @@ def arriving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found | {"a.svg": annotation.read_bytes(), "broken": b"II*\0" + bytes(500)}
 
 
-PREDICTORS: list[Predictor] = []
-CRASH_AFTER: list[int] = []
-
-
-def plain_infer(slides: list, *, model: tuple, out: str, options: Options) -> None:
-    """A plain loop in this process; dies once, if CRASH_AFTER says when."""
-    found = serial.find_slides
-    serial.find_slides = lambda _: slides
-    try:
-        how = (Path(), PREDICTORS[0], Path(model[0]), Path(out), options)
-        if CRASH_AFTER:
-            serial.infer(*how, crash_after=CRASH_AFTER.pop())
-        serial.infer(*how)
-    finally:
-        serial.find_slides = found
-
-
-def plain_evaluate(run: str, *, truth: str, out: str) -> Any:
-    """Stands for an evaluation: how many slides are named like the annotation."""
-    rows = pq.read_table(run + "/slides.parquet").to_pylist()
-    evaluated = sum(row["slide"] == "a" for row in rows)
-    if not evaluated:
-        raise ConfigError("none of the slides has a truth")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out) / "report.html").write_text("x")
-    return SimpleNamespace(f1=0.5, interval=None, evaluated=evaluated, failed={})
-
-
-@pytest.fixture
-def training_data(
-    model: Path, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """What nights read of a dataset; and all that they do, without Ray."""
-    PREDICTORS[:] = [Predictor.from_folders([str(model)], OPTIONS.prediction)]
-    monkeypatch.setattr(medray.nightly, "infer", plain_infer)
-    monkeypatch.setattr(medray.nightly, "evaluate", plain_evaluate)
-    measure = medray.nightly._measure
-    monkeypatch.setattr(
-        medray.nightly,
-        "_measured",
-        lambda todo: {s["slide"]: measure(s["uri"]) for s in todo},
+def killed_in_the_night(arguments: list[str], out: Path) -> None:
+    """Start a night with a Ray of its own; SIGKILL when something is committed."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "jobs/nightly.py", *arguments],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    data = tmp_path / "data"
-    open_dataset(str(data), DatasetSettings(classes=Classes()))
-    common = {"status": "done", "split": "train"}
-    rows = [
-        {"slide": path.stem, "uri": str(path)} | common
-        for path in sorted((slides / "slides").iterdir())
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), data / "slides.parquet")
-    place = str(slides / "slides")
-    monkeypatch.setattr(
-        medray.nightly, "slide_uri", lambda _, slide: f"{place}/{slide}.tif"
-    )
-    return str(data)
+    run = out / "nights" / date(3) / "run"
+    while not [*run.glob("journal/*.jsonl"), *run.glob("slides.parquet")]:
+        assert process.poll() is None, "it ended before anything was committed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_a_week(
+    cluster: None,
     model: Path,
     arriving: dict[str, bytes],
     training_data: str,
@@ -182,9 +140,10 @@ def test_a_week(
     # What comes in between is for the next night.
     put("e.tif", "e")
     put("a.tif", "f")
-    CRASH_AFTER.append(2)
-    with pytest.raises(serial.CrashError):
-        night(3)
+    arguments = ["--inbox", str(inbox), "--out", str(out), "--model", str(model)]
+    arguments += ["--settle", "0", "--region", "512", "--precision", "float32"]
+    arguments += ["--night", date(3), "--truth", str(truth)]
+    killed_in_the_night(arguments, out)
     assert not (out / "nights" / date(3) / "summary.json").exists()
     put("g.tif", "g")
     third = night(3)
@@ -278,6 +237,30 @@ def test_a_week(
     assert (out / "nights" / date(3) / "report" / "report.html").exists()
     assert 'href="run/masks/e.ome.zarr"' in page
     assert "broken.tif" in page
+
+    # What Prometheus gets of the nights in this process. Sums: there are many workers.
+    deadline = time.monotonic() + 60
+    while len(exported()) < 4 and time.monotonic() < deadline:
+        time.sleep(1)
+    told = exported()
+    assert told["ray_medray_slides_done_total"] >= 6
+    assert told["ray_medray_slides_failed_total"] >= 2
+    assert told["ray_medray_regions_done_total"] >= 6
+    assert told["ray_medray_region_wait_seconds_total"] > 0
+
+
+def exported() -> dict[str, float]:
+    """The values that k8s/'s dashboard asks for, from the node's own endpoint."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, float] = {}
+    for line in lines:
+        name = re.split(r"[{ ]", line)[0]
+        if re.match(r"ray_medray_(slides|regions_done|region_wait)", name):
+            found[name] = found.get(name, 0) + float(line.rpartition(" ")[2])
+    return found
 
 
 def row_of(run: Path, slide: str) -> dict:
