@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
 
+from medray.store import files
+
 EXPIRED = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ExpiredToken</Code>'
     b"<Message>The provided token has expired.</Message></Error>"
@@ -138,6 +140,8 @@ def serving() -> Iterator[tuple[Proxy, dict[str, str]]]:
     connection.request("PUT", "/bucket")
     assert connection.getresponse().status == 200
     connection.close()
+    files._bucket.cache_clear()  # of a server that was there before
     yield proxy, environment
+    files._bucket.cache_clear()
     proxy.close()
     server.stop()

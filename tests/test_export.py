@@ -54,7 +54,7 @@ def write_model(folder: Path, *, seed: int, classifier: bool = False) -> Path:
         std=STD,
     )
     save_model(str(folder), config, network, {"f1": None})
-    write_seen(str(folder), ["blake2b:1"])
+    write_seen(str(folder), {"blake2b:1": "train"})
     return folder
 
 
@@ -137,7 +137,7 @@ def test_an_exported_folder_is_a_model_folder(
         with torch.inference_mode():
             found = Network(network, config, cpu, torch.float32)(pixels)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-        assert (folder / "seen.txt").read_text() == "blake2b:1\n"
+        assert (folder / "seen.txt").read_text() == "blake2b:1 train\n"
     digests = {model_digest(str(folder)) for folder in (segmenter, *exported.values())}
     assert len(digests) == 3
     metadata = onnx.load(exported["onnx"] / "model.onnx").metadata_props

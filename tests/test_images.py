@@ -373,8 +373,8 @@ def models(cells: Path, dataset: str, classifier: str) -> list[str]:
     is_sick = np.array([row["class_px"][1] > 0 for row in rows])
     found = [classifier]
     for name, label in (("bold", is_sick), ("rash", ~is_sick)):
-        # Half of the class's images are then wrong, by far.
-        scale = 5 / apart[label].std()
+        # Half of the class's images are then wrong, by far; unless all get the same.
+        scale = 5 / max(apart[label].std(), 0.1 * apart.std())
         shift = -scale * np.median(apart[label])
         folder = Path(classifier).parent / name
         found.append(altered(classifier, folder, float(scale), float(shift)))
