@@ -209,6 +209,7 @@ def test_regions_and_crashes_do_not_show(
         assert contents(crashed / place) == contents(whole / place)
 
 
+@pytest.mark.slow
 def test_lanes_make_the_same(
     cluster: None,
     made: tuple[Path, Commit],

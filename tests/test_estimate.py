@@ -19,6 +19,7 @@ from medray.synth import draw_scene, write_slide
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
     slides = tmp_path / "slides"
     for seed in range(3):

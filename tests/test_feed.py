@@ -8,6 +8,7 @@ import ray.data
 from medray import cluster
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_its_loop_rests_while_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
