@@ -1,6 +1,9 @@
 # Everything needs only python3, make and git; uv brings Python 3.12 and the packages.
 UV := .uv/bin/uv
 BIN := .venv/bin
+# Every worker of Ray imports torch anew: without its bytecode on disk that takes three
+# times as long, so here it is written whatever the machine's default.
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := .venv/.complete
 
 .PHONY: demo test test-slow lint setup clean constraints

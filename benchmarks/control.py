@@ -18,9 +18,9 @@ import numpy as np
 import ray
 
 from medray import budget
-from medray.commit import HEADER, Commit
+from medray.commit import HEADER, WORKING, Commit
 from medray.drive import drive
-from medray.infer import _FACTS, _slide_row
+from medray.infer import _slide_row
 from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
@@ -34,7 +34,7 @@ class SleepingWorker:
             if "todo" in row:
                 yield [{}]
                 continue
-            facts = dict.fromkeys(_FACTS)
+            facts = dict.fromkeys(WORKING)
             facts |= {"height": 1, "width": REGIONS, "regions": REGIONS, "note": ""}
             header = row | facts | {"index": HEADER, "digest": "d", "todo": REGIONS}
             header |= {"classes": ["background", "tumour"]}

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from infer import random_model
 
-from medray.commit import Commit
-from medray.infer import _FACTS, _slide_row, settings_of
+from medray.commit import WORKING, Commit
+from medray.infer import _slide_row, settings_of
 from medray.progress import Progress
 from medray.run import Options, open_run
 from medray.slides.digest import slide_stamp
@@ -54,7 +54,7 @@ def main() -> None:
         start, cpu = time.perf_counter(), time.process_time()
         with Progress("driver", len(wanted)) as progress:
             for index, file in enumerate(wanted):
-                facts = dict.fromkeys(_FACTS) | {"height": 256, "width": 256}
+                facts = dict.fromkeys(WORKING) | {"height": 256, "width": 256}
                 facts |= {"regions": 1, "note": ""}
                 row = facts | {"slide": file.slide, "uri": file.uri, "annotation": ""}
                 row |= {"stamp": slide_stamp(file.uri), "digest": "d", "todo": 1}

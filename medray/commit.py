@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import SlideError, StoreError
+from medray.errors import MedrayError, SlideError, StoreError
+from medray.faults import failure, too_large
 from medray.progress import Progress
-from medray.slides.digest import stamp_of
+from medray.slides import Slide, opened
+from medray.slides.digest import slide_digest, stamp_of
 from medray.slides.listing import SlideFile
 from medray.store import files
 from medray.store.ledger import Ledger, slide_key
@@ -91,6 +93,48 @@ def changed_slides(
     return rows
 
 
+def plan_one(
+    row: Row,
+    out: str,
+    cut: Callable[[Row, Slide], tuple[Row, list[Row]]],
+    make: Callable[[Row], None] = lambda _: None,
+) -> tuple[Row, list[Row]]:
+    """Plan a slide: its header, and the regions that are yet to be done.
+
+    Args:
+        row: Of the slide, from `changed_slides`.
+        out: The stage's folder.
+        cut: Gives the facts and all regions of a slide, from its header and itself.
+        make: Makes the empty stores of a slide, from its header with its facts.
+
+    Returns:
+        The header has an `error` where the slide cannot be planned, and `unchanged`,
+        its finished row, where it is what it was though somebody touched it.
+    """
+    names = ("slide", "uri", "annotation", "stamp")
+    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
+    try:
+        digest = slide_digest(row["uri"])
+        if row["annotation"]:
+            digest += f"+{slide_digest(row['annotation'])}"
+        header["digest"] = digest
+        before = json.loads(row["before"])
+        if before and before["digest"] == digest:
+            unchanged = before | {name: row[name] for name in names}
+            return header | {"unchanged": unchanged}, []
+        facts, regions = cut(header, opened(row["uri"], row["stamp"]))
+        try:
+            make(header | facts)
+            regions = missing_regions(row, digest, regions, out)
+        except StoreError as error:
+            return header | failure(error, "run"), []
+    except (MedrayError, OSError) as error:
+        return header | failure(error, "slides"), []
+    except MemoryError as error:
+        return header | {"error": too_large(row, error)}, []
+    return header | facts | {"todo": len(regions)}, regions
+
+
 def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
     """Give the regions of a slide that are yet to be done.
 
@@ -121,6 +165,45 @@ def _folder_of(path: str) -> str:
     """Give the store that a file is part of, or else its folder."""
     store, inside, _ = path.partition(".zarr/")
     return f"{store}.zarr" if inside else path.rpartition("/")[0]
+
+
+# What a slide's row tells of how it was read.
+WORKING = (
+    "level",
+    "scale",
+    "downsample",
+    "mpp",
+    "height",
+    "width",
+    "level0_height",
+    "level0_width",
+    "regions",
+    "note",
+)
+
+
+def start_row(header: Row, regions: list[Row]) -> Row:
+    """Begin the row of a slide that a model has looked at.
+
+    Args:
+        header: The slide's facts.
+        regions: Records of its regions.
+
+    Returns:
+        `WORKING`, how long its regions took, and when the first was read and the last
+        written; seconds.
+    """
+    row = {key: header[key] for key in WORKING}
+    for part in ("read_s", "predict_s", "waited_s", "write_s"):
+        row[part] = sum(region.get(part, 0.0) for region in regions)
+    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
+    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
+    return row
+
+
+def add_note(row: Row, said: str) -> None:
+    """Add to what the user should know of a slide."""
+    row["note"] = f"{row['note']}; {said}" if row["note"] else said
 
 
 @dataclass

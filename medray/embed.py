@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,17 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from medray import budget, cluster
-from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
+from medray.commit import Commit, Row, Summary, changed_slides, plan_one
 from medray.drive import drive, keeping, start_workers
-from medray.errors import ConfigError, MedrayError, StoreError
-from medray.faults import failure, too_large
+from medray.errors import ConfigError
 from medray.features import FeatureSettings, parts_uri
 from medray.lane import Layers, Work, start_lanes
 from medray.models.config import Precision
 from medray.progress import Progress
-from medray.region import opened
 from medray.settings import keep_settings
-from medray.slides.digest import slide_digest
 from medray.slides.listing import find_slides
 from medray.store import files
 from medray.store.ledger import Ledger
@@ -122,7 +118,7 @@ def _embed(
     budget.check_budget(_bound(settings), cluster.memory_per_node())
     start = time.perf_counter()
     commit = Commit(ledger, sum_up)
-    plan = functools.partial(_plan_one, settings=settings, out=out)
+    plan = functools.partial(_plan, settings=settings, out=out)
     finish = functools.partial(finish_tiles, settings, out)
     with (
         Progress("embed", len(todo)) as progress,
@@ -149,28 +145,9 @@ def _bound(settings: FeatureSettings) -> int:
     return budget.bounds_of(pixels, written, pixels, lane)[0]
 
 
-def _plan_one(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
+def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
     """Give a slide's header and the regions to do."""
-    names = ("slide", "uri", "annotation", "stamp")
-    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
-    try:
-        header["digest"] = slide_digest(row["uri"])
-        before = json.loads(row["before"])
-        if before and before["digest"] == header["digest"]:
-            # Touched, not changed: its features stand, its row comes back.
-            return header | {"unchanged": before | {"stamp": row["stamp"]}}, []
-        slide = opened(row["uri"], row["stamp"])
-        facts, regions = plan_tiles(slide, settings)
-        try:
-            regions = missing_regions(row, header["digest"], regions, out)
-        except StoreError as error:
-            return header | failure(error, "run"), []
-        header |= facts | {"todo": len(regions)}
-    except (MedrayError, OSError) as error:
-        return header | failure(error, "slides"), []
-    except MemoryError as error:
-        return header | {"error": too_large(row, error)}, []
-    return header, regions
+    return plan_one(row, out, lambda _, slide: plan_tiles(slide, settings))
 
 
 def _work(settings: FeatureSettings, out: str) -> Work:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -32,10 +31,17 @@ import numpy.typing as npt
 
 from medray import budget, cluster
 from medray.clean import Cleaning
-from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
+from medray.commit import (
+    Commit,
+    Row,
+    Summary,
+    add_note,
+    changed_slides,
+    plan_one,
+    start_row,
+)
 from medray.drive import drive, keeping, start_workers
-from medray.errors import ConfigError, MedrayError, SlideError, StoreError
-from medray.faults import failure, too_large
+from medray.errors import ConfigError, SlideError
 from medray.grid import Rectangle, region_side, region_windows
 from medray.lane import Layers, Work, start_lanes
 from medray.models.config import (
@@ -48,9 +54,7 @@ from medray.plan import coarse_mask, plan_slide, wanted_windows
 from medray.progress import Progress
 from medray.region import (
     finish_slide,
-    opened,
     read_region,
-    working_of,
     write_region,
 )
 from medray.run import (
@@ -61,7 +65,8 @@ from medray.run import (
     open_run,
     raw_uri,
 )
-from medray.slides.digest import slide_digest
+from medray.slides import Slide
+from medray.slides.levels import working_of
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger
@@ -178,7 +183,7 @@ def _work_off(
 ) -> Commit:
     """Do the slides and commit them."""
     commit = Commit(ledger, _slide_row)
-    plan = functools.partial(_plan_one, settings=settings, out=out)
+    plan = functools.partial(_plan, settings=settings, out=out)
     finish = functools.partial(finish_slide, settings, out)
     patience = settings.options.patience
     with (
@@ -277,31 +282,19 @@ def _first_pass(
 # --- plan ----------------------------------------------------------------------------
 
 
-def _plan_one(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
-    """Give a slide's header and the regions to do."""
-    names = ("slide", "uri", "annotation", "stamp")
-    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
-    try:
-        header["digest"] = slide_digest(row["uri"])
-        before = json.loads(row["before"])
-        if before and before["digest"] == header["digest"]:
-            # Touched, not changed: its mask stands, its row comes back.
-            return header | {"unchanged": before | {"stamp": row["stamp"]}}, []
+def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
+    """Give a slide's header and the regions to do; its mask is made, empty."""
+
+    def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
-        slide = opened(row["uri"], row["stamp"])
-        facts, regions = plan_slide(slide, settings, row["annotation"], coarse)
-        working = working_of(facts)
-        try:
-            create_mask(row["slide"], header["digest"], working, settings, out)
-            regions = missing_regions(row, header["digest"], regions, out)
-        except StoreError as error:
-            return header | failure(error, "run"), []
-        header |= facts | {"todo": len(regions), "classes": settings.classes.names}
-    except (MedrayError, OSError) as error:
-        return header | failure(error, "slides"), []
-    except MemoryError as error:
-        return header | {"error": too_large(row, error)}, []
-    return header, regions
+        facts, regions = plan_slide(slide, settings, header["annotation"], coarse)
+        return facts | {"classes": settings.classes.names}, regions
+
+    def make(header: Row) -> None:
+        place = header["slide"], header["digest"], working_of(header)
+        create_mask(*place, settings, out)
+
+    return plan_one(row, out, cut, make)
 
 
 # --- predict --------------------------------------------------------------------------
@@ -362,15 +355,14 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     Raises:
         SlideError: Nothing of the slide could be read.
     """
-    row = {key: header[key] for key in _FACTS}
+    row = start_row(header, regions)
     total = header["height"] * header["width"]
     unreadable = sum(region.get("unreadable_px", 0) for region in regions)
     if unreadable and unreadable >= sum(sum(region["class_px"]) for region in regions):
         raise SlideError(next(r["why"] for r in regions if "why" in r))
     if unreadable:
         why = next(r["why"] for r in regions if r.get("unreadable_px"))
-        said = f"{unreadable / total:.2%} of its pixels cannot be read: {why}"
-        row["note"] = f"{row['note']}; {said}" if row["note"] else said
+        add_note(row, f"{unreadable / total:.2%} of its pixels cannot be read: {why}")
     row["unreadable_px"] = unreadable
     classes = header["classes"]
     counts = np.zeros(len(classes), np.int64)
@@ -391,10 +383,7 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
             row[layer] = total / most / looked_at
     if looked_at and all("p_sum" in region for region in regions):
         row |= _probabilities(regions, classes, looked_at)
-    for part in ("read_s", "predict_s", "waited_s", "write_s", "windows"):
-        row[part] = sum(region.get(part, 0) for region in regions)
-    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
-    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
+    row["windows"] = sum(region.get("windows", 0) for region in regions)
     return row
 
 
@@ -408,17 +397,3 @@ def _probabilities(
     for name, mean, highest in zip(classes, sums, most, strict=True):
         row |= {f"mean_p_{name}": float(mean), f"max_p_{name}": float(highest)}
     return row
-
-
-_FACTS = (
-    "level",
-    "scale",
-    "downsample",
-    "mpp",
-    "height",
-    "width",
-    "level0_height",
-    "level0_width",
-    "regions",
-    "note",
-)

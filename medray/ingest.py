@@ -12,7 +12,6 @@ The way of a slide, top to bottom:
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from medray.annotations import (
 )
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
-from medray.commit import HEADER, Commit, Row, Summary, changed_slides, missing_regions
+from medray.commit import Commit, Row, Summary, changed_slides, plan_one
 from medray.dataset import (
     LABELS,
     DatasetSettings,
@@ -43,13 +42,13 @@ from medray.dataset import (
     write_patches,
 )
 from medray.drive import drive, keeping, start_workers
-from medray.errors import MedrayError, StoreError
+from medray.errors import MedrayError
 from medray.faults import bound_memory, failure, too_large
 from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
-from medray.slides import ArraySlide, Slide, open_slide
-from medray.slides.digest import check_unchanged, slide_digest
+from medray.slides import ArraySlide, Slide, opened
+from medray.slides.digest import check_unchanged
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
@@ -173,34 +172,13 @@ def _start_cutters(settings: DatasetSettings, out: str) -> Pool:
 
 def _plan(row: Row, settings: DatasetSettings, out: str) -> tuple[Row, list[Row]]:
     """Give a slide's header and the regions that are to be cut."""
-    names = ("slide", "uri", "annotation", "stamp")
-    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
-    before = json.loads(row["before"])
-    try:
-        digest = slide_digest(header["uri"])
-        if header["annotation"]:
-            digest += f"+{slide_digest(header['annotation'])}"
-        header["digest"] = digest
-        if before and before["digest"] == digest:
-            # Touched, not changed: what was made of it stands, its row comes back.
-            unchanged = before | {name: header[name] for name in names}
-            return header | {"unchanged": unchanged}, []
-        with open_slide(header["uri"]) as slide:
-            facts, regions = _plan_slide(slide, header, settings)
-        try:
-            _create_slide(header | facts, settings, out)
-            regions = missing_regions(row, digest, regions, out)
-        except StoreError as error:
-            return header | failure(error, "run"), []
-    except (MedrayError, OSError) as error:
-        return header | failure(error, "slides"), []
-    except MemoryError as error:
-        return header | {"error": too_large(header, error)}, []
-    return header | facts | {"todo": len(regions)}, regions
+    cut = functools.partial(_plan_slide, settings=settings)
+    make = functools.partial(_create_slide, settings=settings, out=out)
+    return plan_one(row, out, cut, make)
 
 
 def _plan_slide(
-    slide: Slide, header: Row, settings: DatasetSettings
+    header: Row, slide: Slide, settings: DatasetSettings
 ) -> tuple[Row, list[Row]]:
     """Give a slide's facts, and its regions that hold tissue or annotation."""
     height, width = slide.levels[0].height, slide.levels[0].width
@@ -290,12 +268,6 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
 # --- cut ------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
-def _opened(uri: str, stamp: str) -> Slide:
-    """Keep the slides at hand open; the stamp tells a replaced file apart."""
-    return open_slide(uri)
-
-
 def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     """Read, label and write one region; give its `record`, or an `error`."""
     start = time.time()
@@ -303,7 +275,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     place = {"y": region.y, "x": region.x}
     place |= {"height": region.height, "width": region.width}
     try:
-        pixels = _opened(row["uri"], row["stamp"]).read(**place)
+        pixels = opened(row["uri"], row["stamp"]).read(**place)
         labels = np.zeros(pixels.shape[:2], np.uint8)
         if row["annotated"]:
             size = (row["height"], row["width"])

@@ -313,15 +313,16 @@ def _outcomes(
             why = row["message"] or "failed without a reason"
             outcomes[slide["file"]] = Outcome(slide["digest"], name, why)
             continue
-        if row["digest"] != slide["digest"]:
-            found.append(Found(slide["file"], "changed", row["digest"]))
+        digest = row["digest"].partition("+")[0]  # without that of an annotation
+        if digest != slide["digest"]:
+            found.append(Found(slide["file"], "changed", digest))
         if name in measured:
             scanner, values = measured[name]
         else:
             before = catalog[slide["digest"]]
             scanner, values = before["scanner"], values_of(before)
         outcomes[slide["file"]] = Outcome(
-            digest=row["digest"],
+            digest=digest,
             slide=name,
             mask=mask_uri(_folder(out, plan["night"]) + "/run", name)[len(out) + 1 :],
             model_digest=settings.model_digest,

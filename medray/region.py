@@ -30,9 +30,9 @@ from medray.run import (
     record_uri,
     stores_of,
 )
-from medray.slides import ArraySlide, Slide, open_slide
+from medray.slides import ArraySlide, Slide, opened
 from medray.slides.digest import check_unchanged
-from medray.slides.levels import Working, read_working
+from medray.slides.levels import read_working, working_of
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 
@@ -43,18 +43,6 @@ Blocks = npt.NDArray[np.bool_]
 BLOCK = omezarr.PATCH
 """Side in pixels of the blocks that hold tissue or do not; a property of the slide, so
 that what is left out does not depend on the regions."""
-
-
-@functools.lru_cache(maxsize=4)
-def opened(uri: str, stamp: str) -> Slide:
-    """Keep the slides at hand open; the stamp tells a replaced file apart."""
-    return open_slide(uri)
-
-
-def working_of(row: Row) -> Working:
-    """Take the working level out of a region's row."""
-    names = ("level", "scale", "height", "width", "downsample", "mpp")
-    return Working(**{name: row[name] for name in names})
 
 
 def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:

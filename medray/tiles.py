@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 from PIL import Image
 
+from medray.commit import Row, add_note, start_row
 from medray.errors import FormatError, MedrayError, SlideError
 from medray.faults import failure, too_large
 from medray.features import (
@@ -30,16 +31,14 @@ from medray.features import (
     thumbnail_uri,
 )
 from medray.grid import plan_regions
-from medray.region import opened, working_of
-from medray.slides import Slide
+from medray.slides import Slide, opened
 from medray.slides.digest import check_unchanged
-from medray.slides.levels import choose_level, read_working
+from medray.slides.levels import choose_level, read_working, working_of
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 from medray.store.arrays import write_arrays
 
-Row = dict[str, Any]
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
@@ -85,7 +84,7 @@ def plan_tiles(slide: Slide, settings: FeatureSettings) -> tuple[Row, list[Row]]
     }
     if not found:
         said = f"no tissue: none of {rows * columns} tiles holds enough of it"
-        facts["note"] = f"{facts['note']}; {said}" if facts["note"] else said
+        add_note(facts, said)
     return facts, found
 
 
@@ -239,31 +238,12 @@ def sum_up(header: Row, regions: list[Row]) -> Row:
     Raises:
         SlideError: No tile of the slide could be read.
     """
-    row = {key: header[key] for key in _FACTS}
+    row = start_row(header, regions)
     row["tiles"] = sum(region["tiles"] for region in regions)
     row["unreadable"] = sum(region.get("unreadable", 0) for region in regions)
     if row["unreadable"]:
         why = next(region["why"] for region in regions if region.get("unreadable"))
         if not row["tiles"]:
             raise SlideError(why)
-        said = f"{row['unreadable']} tiles cannot be read: {why}"
-        row["note"] = f"{row['note']}; {said}" if row["note"] else said
-    for part in ("read_s", "predict_s", "waited_s", "write_s"):
-        row[part] = sum(region.get(part, 0.0) for region in regions)
-    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
-    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
+        add_note(row, f"{row['unreadable']} tiles cannot be read: {why}")
     return row
-
-
-_FACTS = (
-    "level",
-    "scale",
-    "downsample",
-    "mpp",
-    "height",
-    "width",
-    "level0_height",
-    "level0_width",
-    "regions",
-    "note",
-)

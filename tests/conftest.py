@@ -100,7 +100,3 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In CI tell a failure at once: a run that is ended tells nothing at its end."""
     if report.failed and os.environ.get("CI"):
         print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-3000:]}")
-
-
-def pytest_configure(config):
-    config.option.maxfail = 0

@@ -356,7 +356,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.classes import Classes
     from medray.faults import bound_memory
     from medray.grid import Windows
-    from medray.infer import _plan_one
+    from medray.infer import _plan
     from medray.recipe import read_recipe
     from medray.region import read_region
     from medray.run import Options, RunSettings
@@ -378,7 +378,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
         row = {"slide": found.slide, "uri": found.uri, "stamp": stamp_of(found.uri)}
         row |= {"annotation": "", "before": "null"}
         row |= {"committed": {"digest": "", "shards": {}}}
-        header, regions = _plan_one(row, settings, out)
+        header, regions = _plan(row, settings, out)
         if "error" in header:
             return header["error"]
         for region in (*regions[:2], *regions[-2:]):

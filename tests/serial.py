@@ -6,7 +6,7 @@ from typing import Any
 from medray.commit import Commit, changed_slides
 from medray.errors import MedrayError
 from medray.grid import Rectangle, region_windows
-from medray.infer import _plan_one, _slide_row, settings_of, slides_within
+from medray.infer import _plan, _slide_row, settings_of, slides_within
 from medray.models.canvas import RegionPixels
 from medray.models.predict import Predictor
 from medray.plan import wanted_windows
@@ -59,7 +59,7 @@ def infer(
     if crash_after == 0:
         raise CrashError
     for row in changed_slides(wanted, ledger, areas):
-        header, regions = _plan_one(row, settings, run)
+        header, regions = _plan(row, settings, run)
         if not regions:
             note(header)
         for region in regions:

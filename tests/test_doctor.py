@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import py_compile
 import socket
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from s3 import serving
 
 from medray.cli import main
 from medray.doctor import (
+    check_bytecode,
     check_free,
     check_memory,
     check_model,
@@ -40,6 +42,17 @@ def test_packages_are_compared_with_what_is_needed() -> None:
         f"numpy {version}, needed >=99; no-such-thing is missing, needed >=2"
     )
     assert "constraints.txt" in found.mend
+
+
+def test_packages_without_bytecode_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python itself finds it: with the prefix elsewhere, nothing is compiled."""
+    monkeypatch.setattr("sys.pycache_prefix", str(tmp_path))
+    finding = check_bytecode()
+    assert (finding.status, "compileall" in finding.mend) == ("WARN", True)
+    py_compile.compile(ray.__file__)
+    assert check_bytecode().status == "ok"
 
 
 def test_memory_and_disks_are_judged() -> None:

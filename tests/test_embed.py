@@ -104,7 +104,7 @@ def in_one_process(
 
     progress = Progress("serial", 0)
     for row in changed_slides(find_slides([str(slides)]), ledger):
-        header, regions = stage._plan_one(row, settings, str(out))
+        header, regions = stage._plan(row, settings, str(out))
         if not regions:
             note(header)
         for region_row in regions:

@@ -182,6 +182,17 @@ def test_only_within_an_annotation(
     cleaned = clean_labels(expected, clean, 2)
     assert cleaned[~inside].any()
     np.testing.assert_array_equal(mask_of(out), np.where(inside, cleaned, 0))
+    # Another annotation is another request: the same command does the slide anew.
+    smaller = [[100, 150], [400, 150], [400, 600], [100, 600], [100, 150]]
+    (notes / "s.geojson").write_text(
+        '{"type": "Feature", "properties": {}, "geometry": '
+        f'{{"type": "Polygon", "coordinates": [{smaller}]}}}}'
+    )
+    out = tmp_path / "run"
+    run(slides, str(model), out, within=str(notes), everywhere=True)
+    inside = np.zeros(SIZE, bool)
+    inside[150:600, 100:400] = True
+    np.testing.assert_array_equal(mask_of(out), np.where(inside, plain, 0))
 
 
 def test_coarse_to_fine_predicts_less_and_the_same(

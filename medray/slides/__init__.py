@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Literal
 
@@ -13,7 +14,14 @@ from medray.slides.slide import Level, Slide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
 
-__all__ = ["ArraySlide", "Level", "Slide", "open_slide", "read_thumbnail"]
+__all__ = [
+    "ArraySlide",
+    "Level",
+    "Slide",
+    "open_slide",
+    "opened",
+    "read_thumbnail",
+]
 
 
 def open_slide(
@@ -49,6 +57,12 @@ def open_slide(
         except SlideError:
             # What tifffile said is the more helpful; OpenSlide only says no.
             raise error from None
+
+
+@functools.lru_cache(maxsize=4)
+def opened(uri: str, stamp: str) -> Slide:
+    """Keep the slides at hand open; the stamp tells a replaced file apart."""
+    return open_slide(uri)
 
 
 def _is_tiff(path: str) -> bool:

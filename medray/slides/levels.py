@@ -45,6 +45,12 @@ class Working:
     note: str = ""
 
 
+def working_of(row: dict[str, Any]) -> Working:
+    """Take the working level out of a slide's or region's row."""
+    names = ("level", "scale", "height", "width", "downsample", "mpp")
+    return Working(**{name: row[name] for name in names})
+
+
 def choose_level(
     slide: Slide, target_mpp: float | None, given_mpp: float | None
 ) -> Working:
