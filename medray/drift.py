@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from medray.dataset import read_dataset, read_patches
 from medray.slides import open_slide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tissue import find_tissue
@@ -53,6 +55,29 @@ def run_values(row: dict[str, Any], classes: Sequence[str]) -> dict[str, float]:
     shares = {f"share_{name}": row[f"px_{name}"] / looked_at for name in classes[1:]}
     layers = ("uncertainty", "disagreement")
     return shares | {name: row[name] for name in layers if row.get(name) is not None}
+
+
+def class_shares(dataset: str) -> dict[str, dict[str, float]]:
+    """Give `share_CLASS` of what is annotated in training slides, by slide.
+
+    As of a run's slides: of the pixels of patches with tissue; but by people.
+
+    Raises:
+        ConfigError: It is no dataset, or not complete.
+    """
+    names = read_dataset(dataset).classes.names[1:]
+    counts: dict[str, npt.NDArray[np.int64]] = {}
+    for patch in read_patches(dataset, "train"):
+        if patch["tissue"] > 0:
+            of_classes = np.asarray(patch["class_px"], np.int64)
+            counts[patch["slide"]] = counts.get(patch["slide"], 0) + of_classes
+    return {
+        slide: {
+            f"share_{name}": float(share)
+            for name, share in zip(names, count[1:] / count.sum(), strict=True)
+        }
+        for slide, count in counts.items()
+    }
 
 
 def stain_values(uri: str) -> dict[str, float]:

@@ -168,6 +168,8 @@ def drive(
             while slides and workers.room > 0 and len(planned) < most:
                 planning += len(slides[0])
                 workers.give(slides.popleft())
+            if len(planned) > packet * hands.size:
+                hands.grow()
             # Full packets; but a hand with nothing to do gets what there is.
             enough = packet if planning and hands.busy else 1
             while len(planned) >= enough and hands.room > 0:

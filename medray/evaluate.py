@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,14 @@ class Evaluation:
     failed: dict[str, str]
 
 
-def evaluate(run: str, *, truth: str, out: str, split: str | None = None) -> Evaluation:
+def evaluate(
+    run: str,
+    *,
+    truth: str,
+    out: str,
+    split: str | None = None,
+    slides: Collection[str] | None = None,
+) -> Evaluation:
     """Compare the masks of a run with the truth, and write a report.
 
     Args:
@@ -81,6 +88,7 @@ def evaluate(run: str, *, truth: str, out: str, split: str | None = None) -> Eva
         truth: Dataset, or folder of annotations named like the slides.
         out: Folder of the report; made if needed.
         split: With a dataset: only its slides of this split (train, val or test).
+        slides: Only these of the run, by their ids.
 
     Raises:
         ConfigError: The request is wrong, or nothing in RUN has a truth.
@@ -91,6 +99,8 @@ def evaluate(run: str, *, truth: str, out: str, split: str | None = None) -> Eva
     if not files.exists(table):
         raise ConfigError(f"{table} is missing; run `medray infer` to its end")
     rows: list[Row] = files.read_table(table).to_pylist()
+    if slides is not None:
+        rows = [row for row in rows if row["slide"] in slides]
     matched = _match(rows, truth, settings.classes, split)
     inputs = _digest(matched, settings.digest())
     report = files.join(out, "report.html")
@@ -139,15 +149,7 @@ def _match(
     rows: list[Row], truth: str, classes: Classes, split: str | None
 ) -> list[Row]:
     """Give the run's rows that have a truth, with `truth` and `kind` added."""
-    dataset = files.exists(files.join(truth, "dataset.yaml"))
-    if dataset:
-        places = _dataset_truth(truth, classes, split)
-    elif split is not None:
-        raise ConfigError(f"{truth}: --split needs a dataset, this is none")
-    else:
-        found = find_files([truth], ANNOTATION_SUFFIXES)
-        places = {slide_id(path, ANNOTATION_SUFFIXES): uri for uri, path in found}
-    kind = "labels" if dataset else "annotation"
+    places, kind = _truths(truth, classes, split)
     matched = [
         row | {"truth": places[name], "kind": kind}
         for row in rows
@@ -163,6 +165,42 @@ def _match(
     if len(matched) < len(rows):
         log.warning("%d slides have no truth", len(rows) - len(matched))
     return matched
+
+
+def _truths(
+    truth: str, classes: Classes, split: str | None
+) -> tuple[dict[str, str], str]:
+    """Give addresses of truths by slide, and what they are: labels or annotation."""
+    if files.exists(files.join(truth, "dataset.yaml")):
+        return _dataset_truth(truth, classes, split), "labels"
+    if split is not None:
+        raise ConfigError(f"{truth}: --split needs a dataset, this is none")
+    found = find_files([truth], ANNOTATION_SUFFIXES)
+    places = {slide_id(path, ANNOTATION_SUFFIXES): uri for uri, path in found}
+    return places, "annotation"
+
+
+def with_truth(slides: Iterable[str], truth: str, classes: Classes) -> set[str]:
+    """Tell which slides have a truth.
+
+    Args:
+        slides: Ids, as in a run.
+        truth: Dataset, or folder of annotations named like the slides.
+        classes: Of the model.
+
+    Raises:
+        ConfigError: The dataset has other classes.
+    """
+    places, _ = _truths(truth, classes, None)
+    return {slide for slide in slides if _name_in(slide, places)}
+
+
+def evaluated_slides(out: str) -> set[str]:
+    """Give the slides of a report, as `evaluate` wrote it; none where there is none."""
+    uri = files.join(out, "per_slide.parquet")
+    if not files.exists(uri):
+        return set()
+    return set(files.read_table(uri)["slide"].to_pylist())
 
 
 def _name_in(slide: str, places: dict[str, str]) -> str | None:

@@ -190,7 +190,7 @@ def _work_off(
         Progress(stage, len(todo)) as progress,
         keeping(ledger),
         start_workers(plan, finish, len(todo), patience) as workers,
-        start_lanes(_work(settings, out)) as lanes,
+        start_lanes(_work(settings, out), len(todo)) as lanes,
     ):
         packet = 16 if cluster.gpus() else 8
         drive(todo, workers, lanes, commit, progress, packet, check)

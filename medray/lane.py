@@ -75,8 +75,11 @@ def lane_resources() -> dict[str, float]:
     return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + hands}
 
 
-def start_lanes(work: Work) -> Pool:
-    """Start a lane for each device."""
+def start_lanes(work: Work, slides: int) -> Pool:
+    """Start a lane for each device, but no more than slides; it may grow.
+
+    Where GPUs come on request, a night of one small slide asks for one.
+    """
     # While one packet's last regions are written the next is predicted.
     actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=budget.PACKETS)
     start = functools.partial(actor.remote, work)
@@ -85,7 +88,8 @@ def start_lanes(work: Work) -> Pool:
     return Pool(
         start,
         "work",
-        cluster.lanes(),
+        min(cluster.lanes(), slides),
+        most=cluster.lanes(),
         calls=budget.PACKETS,
         patience=lambda _: patience,
     )

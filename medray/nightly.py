@@ -27,7 +27,7 @@ import datetime
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,18 +49,19 @@ from medray.drift import (
     NIGHTS,
     Drift,
     Slide,
+    class_shares,
     in_words,
     run_values,
     stain_values,
 )
 from medray.drift import watch as watch_drift
 from medray.errors import ConfigError, FormatError, MedrayError, SlideError
-from medray.evaluate import evaluate
+from medray.evaluate import evaluate, evaluated_slides, with_truth
 from medray.inbox import Watch, plan_night
 from medray.infer import infer, settings_of
 from medray.run import Options, RunSettings, mask_uri
 from medray.slides.digest import slide_digest
-from medray.slides.listing import SlideFile
+from medray.slides.listing import SlideFile, slide_id
 from medray.slides.scanner import UNKNOWN, scanner_of
 from medray.store import files
 from medray.store.lock import locked
@@ -237,6 +238,7 @@ def _finish(
             evaluation = _evaluated(run, watch.truth, files.join(folder, "report"))
     check()
     catalog = read_catalog(watch.out)
+    late = _evaluated_late(watch, settings, catalog, night)
     found = [Found(**file) for file in plan["files"]]
     outcomes = _outcomes(plan, rows, settings, watch.out, catalog, found)
     training = _training(watch) if outcomes else []
@@ -273,6 +275,7 @@ def _finish(
         "replaced": plan["replaced"],
         "left_out": plan["left_out"],
         "evaluation": evaluation,
+        "late": late,
         "drift": [asdict(one) for one in drift],
         "in_catalog": len(catalog),
     }
@@ -280,15 +283,66 @@ def _finish(
     return summary
 
 
-def _evaluated(run: str, truth: str, out: str) -> Row:
-    """Evaluate the night's run; why not, where that cannot be."""
+def _evaluated(
+    run: str, truth: str, out: str, slides: Collection[str] | None = None
+) -> Row:
+    """Evaluate a night's run; why not, where that cannot be."""
     try:
-        result = evaluate(run, truth=truth, out=out)
+        result = evaluate(run, truth=truth, out=out, slides=slides)
     except (ConfigError, FormatError, SlideError) as error:
         log.warning("no evaluation: %s", error)
         return {"message": f"{error}"}
     names = ("f1", "interval", "evaluated", "failed")
     return {name: getattr(result, name) for name in names}
+
+
+def _evaluated_late(
+    watch: Watch, settings: RunSettings, catalog: Catalog, night: str
+) -> list[Row]:
+    """Evaluate earlier nights of whose slides some have got a truth since."""
+    if not watch.truth:
+        return []
+    # Written first: a night that is finished again evaluates, and tells of, the same.
+    plan = files.join(_folder(watch.out, night), "late.json")
+    if not files.exists(plan):
+        try:
+            late = _late(watch, settings, catalog, night)
+        except (ConfigError, FormatError) as error:
+            log.warning("no evaluation of earlier nights: %s", error)
+            return []
+        files.write_json(plan, late)
+    found = []
+    for earlier, slides in files.read_json(plan).items():
+        folder = _folder(watch.out, earlier)
+        out = files.join(folder, "report")
+        wanted = evaluated_slides(out) | set(slides)
+        result = _evaluated(files.join(folder, "run"), watch.truth, out, wanted)
+        found.append({"night": earlier, "slides": slides} | result)
+    return found
+
+
+def _late(
+    watch: Watch, settings: RunSettings, catalog: Catalog, night: str
+) -> dict[str, list[str]]:
+    """Give by earlier night the slides that have a truth and are not in its report.
+
+    What stands under its name no more is left out: the truth may be of its successor.
+    """
+    done: dict[str, set[str]] = {}
+    for row in catalog.values():
+        names = zip(row["names"], row["stamps"], strict=True)
+        stands = any(stamp and slide_id(name) == row["slide"] for name, stamp in names)
+        if row["status"] == "done" and row["night"] < night and stands:
+            done.setdefault(row["night"], set()).add(row["slide"])
+    found = {}
+    for earlier in sorted(done)[-NIGHTS:]:
+        report = files.join(_folder(watch.out, earlier), "report")
+        slides = done[earlier] - evaluated_slides(report)
+        assert watch.truth is not None
+        if late := with_truth(slides, watch.truth, settings.classes):
+            log.info("night %s: the truth of %d slides has come", earlier, len(late))
+            found[earlier] = sorted(late)
+    return found
 
 
 def _outcomes(
@@ -365,7 +419,7 @@ def _measure(uri: str) -> tuple[str, dict[str, float]]:
 
 
 def _training(watch: Watch) -> list[dict[str, float]]:
-    """Give the staining of each slide that was trained on; kept in OUT/reference.json.
+    """Give staining and classes of what was trained on; kept in OUT/reference.json.
 
     Raises:
         ConfigError: The reference is no dataset.
@@ -384,7 +438,11 @@ def _training(watch: Watch) -> list[dict[str, float]]:
         for row in files.read_table(table).to_pylist()
         if row["status"] == "done" and row["split"] == "train"
     ]
-    values = {slide: values for slide, (_, values) in _measured(slides).items()}
+    shares = class_shares(watch.reference)
+    values = {
+        slide: values | shares.get(slide, {})
+        for slide, (_, values) in _measured(slides).items()
+    }
     files.write_json(kept, {"slides": digest, "values": values})
     return list(values.values())
 

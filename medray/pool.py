@@ -61,6 +61,7 @@ class Pool:
         method: str,
         actors: int,
         *,
+        most: int = 0,
         calls: int = 1,
         patience: Callable[[Row], float] | None = None,
     ) -> None:
@@ -70,12 +71,14 @@ class Pool:
             start: Starts one actor and gives its handle.
             method: What to call of it.
             actors: How many.
+            most: How many it may grow to, if that is more.
             calls: How many calls each has at once.
             patience: Seconds that a row may take; then its actor is taken to hang and
                 ended. None: any time.
         """
         self._start, self._method, self._limit = start, method, calls
         self._patience = patience
+        self._most = max(actors, most)
         self._starting: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
         self._queue: deque[list[Row]] = deque()
@@ -118,6 +121,11 @@ class Pool:
     def awaited(self) -> list[Any]:
         """What `ray.wait` can wait for: calls, and actors that start."""
         return [*self._calls, *self._starting]
+
+    def grow(self) -> None:
+        """Start one more actor, if there may be more."""
+        if self.size < self._most:
+            self._start_actor()
 
     def give(self, rows: list[Row]) -> None:
         """Give rows to the next actor that can take them."""

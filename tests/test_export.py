@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from sklearn.metrics import f1_score
+from test_images import write_cells
 from wsinfer_zoo.client import validate_config_json
 
 from medray.classes import Classes
@@ -22,6 +24,7 @@ from medray.errors import ConfigError, FormatError, MedrayError
 from medray.export import compare, export, keep
 from medray.grid import Rectangle, region_windows
 from medray.grid import Windows as Grid
+from medray.infer import infer
 from medray.models.canvas import RegionPixels
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig, Prediction, model_digest
@@ -29,7 +32,9 @@ from medray.models.folder import load_model, save_model, write_seen
 from medray.models.network import Network
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
+from medray.run import Options, mask_uri
 from medray.samples import Windows
+from medray.store import omezarr
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -318,3 +323,73 @@ def test_damaged_and_ill_fitting_files_are_named(
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(FormatError, match=rf"model\.{name}: expected a network"):
         load_model(str(folder))
+
+
+@pytest.mark.slow
+def test_lanes_take_exports(
+    cluster: None,
+    segmenter: Path,
+    exported: dict[str, Path],
+    slides: Path,
+    tmp_path: Path,
+) -> None:
+    """Each in a process of Ray, as every run has it."""
+    options = Options(everywhere=True, prediction=Prediction(precision="float32"))
+    masks = {}
+    for name, folder in {"model": segmenter, **exported}.items():
+        out = tmp_path / name
+        found = [str(slides / "slides")]
+        done = infer(found, model=str(folder), out=str(out), options=options)
+        assert (done.done, done.failed) == (4, {})
+        rows = pq.read_table(out / "slides.parquet").to_pylist()
+        masks[name] = [
+            np.asarray(omezarr.open_level(mask_uri(str(out), row["slide"]))[:])
+            for row in sorted(rows, key=lambda row: row["slide"])
+        ]
+    for name in exported:
+        for mask, plain in zip(masks[name], masks["model"], strict=True):
+            assert (mask == plain).mean() > 0.999
+    assert all(0 < mask.mean() < 1 for mask in masks["model"])
+
+
+@pytest.mark.slow
+def test_inference_and_evaluation_take_exports(
+    cluster: None, classifier: Path, tmp_path: Path
+) -> None:
+    """Images through the model, and through int8 and pt2 exports of it."""
+    from medray.dataset import read_patches, slide_uri
+    from medray.evaluate_images import evaluate_images
+    from medray.sheets import ingest_images
+
+    cells = write_cells(tmp_path / "cells", patients=20, each=6)
+    data = str(tmp_path / "data")
+    ingest_images(str(cells), out=data, side=64, fractions=(0.4, 0.1, 0.5))
+    found = {}
+    for name in ("int8", "pt2"):
+        out = str(tmp_path / name)
+        done = export(str(classifier), format=name, out=out, data=data, agreement=0.5)
+        found[name] = evaluate_images(out, data=data, out=str(tmp_path / f"r-{name}"))
+        rows = read_patches(data, "test")
+        assert done.source == "split test of dataset data"
+        assert done.compared == (len(rows) if name == "pt2" else len(rows) * 2 // 3)
+    assert done.file_bytes > 0
+    before = evaluate_images(str(classifier), data=data, out=str(tmp_path / "before"))
+    assert found["pt2"].f1 == pytest.approx(before.f1, abs=0.02)
+    assert found["pt2"].images == found["int8"].images == before.images
+    # The same images by hand, against what the export said of the model.
+    pixels, truth = [], []
+    for row in rows:
+        sheet = omezarr.open_level(slide_uri(data, row["slide"]))
+        y, x = row["y"], row["x"]
+        pixels.append(np.moveaxis(sheet[:, y : y + 64, x : x + 64], 0, 2))
+        truth.append(int(np.argmax(row["class_px"])))
+    labels = by_hand(classifier, np.stack(pixels)).argmax(1).numpy()
+    assert done.model_f1 == pytest.approx(f1_score(truth, labels), abs=0.02)
+    other = tmp_path / "other"
+    shutil.copytree(classifier, other)
+    contract = yaml.safe_load((other / "model.yaml").read_text())
+    contract["classes"]["names"] = ["sick", "healthy"]
+    (other / "model.yaml").write_text(yaml.safe_dump(contract))
+    with pytest.raises(ConfigError, match="its classes"):
+        export(str(other), format="pt2", out=str(tmp_path / "no"), data=data)
+    assert not (tmp_path / "no").exists()

@@ -131,3 +131,16 @@ def test_a_cluster_without_a_node_is_not_waited_for(
 def wait_for_ever(pool: Pool) -> None:
     while True:
         list(poll(pool))
+
+
+def test_a_pool_grows_as_far_as_it_may(tmp_path: Path) -> None:
+    actor = ray.remote(Worker).options(num_cpus=0)
+    begin = functools.partial(actor.remote, str(tmp_path))
+    with Pool(begin, "work", 1, most=2) as pool:
+        pool.grow()
+        pool.grow()
+        assert pool.size == 2
+        while len(pool.awaited) and pool.room < 2:
+            poll(pool)
+        assert sorted(run(pool, packets(6, 1))) == [(i, 2 * i) for i in range(6)]
+    assert len({p.read_text() for p in tmp_path.iterdir()}) == 2

@@ -156,8 +156,15 @@ def test_a_week(
     assert night(4).done == 1
     assert pq.read_table(out / "catalog.parquet") == catalog
 
-    # Night 5: nothing. Night 6: a copy; the broken file comes whole. It was given up.
+    # Night 5: no slide, but the truth of one of night 1 and of one of night 2 comes.
+    # Night 6: a copy; the broken file comes whole. It was given up.
+    for name in ("b", "late"):
+        (truth / f"{name}.svg").write_bytes(arriving["a.svg"])
     assert night(5).done == 0
+    told = summary(5)["late"]
+    (out / "nights" / date(5) / "summary.json").unlink()  # killed before it committed
+    assert night(5).done == 0
+    assert summary(5)["late"] == told
     put("copy of e.tif", "e")
     put("broken.tif", "h")
     assert night(6).done == 1
@@ -221,6 +228,14 @@ def test_a_week(
     against = drift["eosin_mean", "the training slides"]
     assert against["reference_median"] == pytest.approx(np.median(trained))
     assert against["reference_slides"] == len(trained)
+    against = drift["share_tumour", "the training slides"]
+    marked = [
+        row["px_tumour"] / (row["px_tumour"] + row["px_background"])
+        for row in slides
+        if row["split"] == "train"
+    ]
+    # Of patches with tissue, which are not the whole slide.
+    assert against["reference_median"] >= np.median(marked) > 0
     against = drift["eosin_mean", "the last 30 nights"]
     earlier = [rows[whose[letter]]["eosin_mean"] for letter in "abcd"]
     assert against["reference_median"] == pytest.approx(np.median(earlier))
@@ -232,6 +247,11 @@ def test_a_week(
         (summary(day)["evaluation"] or {}).get("evaluated", 0) for day in range(1, 8)
     ]
     assert evaluated == [1, 0, 1, 0, 0, 0, 0]
+    late = {day: summary(day)["late"] for day in range(1, 8)}
+    told = [(one["night"], one["slides"], one["evaluated"]) for one in late.pop(5)]
+    assert told == [(date(1), ["b"], 2), (date(2), ["sub__late"], 1)]
+    assert not any(late.values())
+    assert (out / "nights" / date(2) / "report" / "report.html").exists()
     page = (out / "nights" / date(3) / "summary.html").read_text()
     assert 'href="report/report.html"' in page
     assert (out / "nights" / date(3) / "report" / "report.html").exists()
