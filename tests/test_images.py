@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.cli import _evaluate, build_parser, main
+from medray.arguments import build_parser
+from medray.cli import _evaluate, main
 from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
 from medray.evaluate_images import _for_temperature, evaluate_images

@@ -281,7 +281,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
 def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
-    from medray.cli import build_parser
+    from medray.arguments import build_parser
 
     found = list(entrypoints(all_objects))
     where = {one.where for one in found}
