@@ -596,3 +596,14 @@ def test_attention_stands_beside_the_features() -> None:
         torch.testing.assert_close(model(image), wanted)
     with pytest.raises(ConfigError, match="no feature map"):
         build_classifier(replace(how, encoder="vit_tiny_patch16_224"), 5)
+
+
+@pytest.mark.parametrize("attention", [0, 8])
+@pytest.mark.parametrize("encoder", ["test_resnet", "mobilenetv3_small_050"])
+def test_encoders_with_and_without_layers_before_their_classes(
+    encoder: str, attention: int
+) -> None:
+    architecture = Architecture("classifier", encoder, attention=attention)
+    model = build_classifier(architecture, 3).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)

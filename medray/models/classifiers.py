@@ -52,10 +52,12 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Any, how: Architecture, classes: int) -> None:
         """Put a head on timm's encoder, which must have none."""
         super().__init__()
-        features = int(encoder.num_features)
+        # Some (MobileNetV3, VGG) have layers between their features and their classes.
+        features = int(encoder.head_hidden_size)
         self.encoder = encoder
         self.attention = None
         if how.attention:
+            features = int(encoder.num_features)
             self.attention = SelfAttention(features, how.attention)
             features += how.attention
         self.morphology = how.morphology
