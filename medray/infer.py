@@ -287,7 +287,8 @@ def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
 
     def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
-        facts, regions = plan_slide(slide, settings, header["annotation"], coarse)
+        within, stamp = header["annotation"], header["stamp"]
+        facts, regions = plan_slide(slide, settings, within, coarse, stamp)
         return facts | {"classes": settings.classes.names}, regions
 
     def make(header: Row) -> None:

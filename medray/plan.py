@@ -24,7 +24,11 @@ Blocks = npt.NDArray[np.bool_]
 
 
 def plan_slide(
-    slide: Slide, settings: RunSettings, within: str = "", coarse: str = ""
+    slide: Slide,
+    settings: RunSettings,
+    within: str = "",
+    coarse: str = "",
+    stamp: str = "",
 ) -> tuple[Row, list[Row]]:
     """Plan the regions of a slide.
 
@@ -33,6 +37,7 @@ def plan_slide(
         settings: Of the run.
         within: Annotation inside whose areas to predict; "" for everywhere.
         coarse: Mask of the first pass; "" when there is none.
+        stamp: Of slide and annotation: sizes and times.
 
     Returns:
         The slide's facts, and a row for each region with something to predict: its
@@ -55,7 +60,7 @@ def plan_slide(
         blocks &= tissue_share(slide, height, width, BLOCK) > 0
     level0 = slide.levels[0]
     if within:
-        areas = areas_within(within, level0.height, level0.width)
+        areas = areas_within(within, stamp, level0.height, level0.width)
         blocks &= _touched(areas, working, blocks.shape)
     if coarse:
         blocks &= _found(coarse, blocks.shape)

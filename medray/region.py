@@ -285,8 +285,9 @@ def _within(row: Row, region: Rectangle) -> Blocks:
     # Imported here: few runs need them, and they take a second to load.
     from medray.annotations import rasterise
 
+    size = (row["level0_height"], row["level0_width"])
     drawn: UInt8 = rasterise(
-        areas_within(row["within"], row["level0_height"], row["level0_width"]),
+        areas_within(row["within"], row["stamp"], *size),
         AnyClass(),
         y=region.y,
         x=region.x,
@@ -298,8 +299,12 @@ def _within(row: Row, region: Rectangle) -> Blocks:
 
 
 @functools.lru_cache(maxsize=4)
-def areas_within(uri: str, height: int, width: int) -> list[Any]:
-    """Read the areas to stay within; their classes do not matter."""
+def areas_within(uri: str, stamp: str, height: int, width: int) -> list[Any]:
+    """Read the areas to stay within; their classes do not matter.
+
+    They are kept at hand; the stamp, that of slide and annotation, tells a replaced
+    file apart.
+    """
     from medray.annotations import read_annotation
 
     return read_annotation(uri, height=height, width=width, classes=AnyClass())

@@ -21,7 +21,16 @@ def test_whatever_is_killed_the_masks_are_the_same_bytes(tmp_path: Path) -> None
     record = tmp_path / "record.json"
     seed = str(int(time.time()))
     command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py")]
-    command += ["--rounds", "2", "--seed", seed, "--record", str(record)]
+    command += [
+        "--rounds",
+        "2",
+        "--slides",
+        "3",
+        "--seed",
+        seed,
+        "--record",
+        str(record),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     certificate = json.loads(record.read_text())["certificate"]

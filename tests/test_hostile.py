@@ -208,7 +208,7 @@ def test_hostile_zarrs(tmp_path: Path, share: float) -> None:
 @pytest.mark.parametrize("share", SIZES)
 def test_hostile_weights(tmp_path: Path, share: float) -> None:
     good = tmp_path / "in" / "good"
-    architecture = Architecture("unet", "resnet18")
+    architecture = Architecture("unet", "tu-test_resnet")
     config = ModelConfig(
         architecture=architecture,
         classes=Classes(),
