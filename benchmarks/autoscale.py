@@ -34,7 +34,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAY = ROOT / "k8s" / "overlays" / "gke-gpu"
-HEAD = "ray.head.default"  # as the provider of fake nodes calls it
+HEAD = "ray.head.default"  # as the provider of fake nodes calls its type
+HEAD_ID = "head"
 PORT, AGENT_PORT = 6393, 52410
 
 
@@ -79,6 +80,7 @@ def autoscaling(cluster: dict[str, Any], *, idle_s: float) -> dict[str, Any]:
             "module": "ray.autoscaler._private.fake_multi_node.node_provider."
             "FakeMultiNodeProvider",
             "gcs_address": f"127.0.0.1:{PORT}",
+            "head_node_id": HEAD_ID,
             "launch_multiple": True,
             "disable_node_updaters": True,
         },
@@ -110,6 +112,7 @@ def scaled(gpus: int = 2, idle_s: float = 10.0) -> Iterator[dict[str, str]]:
     labels = cluster["spec"]["headGroupSpec"]["labels"]
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
