@@ -338,7 +338,7 @@ def _one_round(
 
 def _write_model(folder: Path) -> None:
     """A model of random weights: noise, but always the same noise."""
-    torch.manual_seed(1)
+    torch.manual_seed(18)
     architecture = Architecture("unet", "tu-test_resnet")
     config = ModelConfig(
         architecture=architecture,
