@@ -228,7 +228,9 @@ def watching(environment: dict[str, str], run: Path) -> Iterator[Watched]:
     def read() -> None:
         for line in lines:
             at, there = json.loads(line)
-            watched.samples.append((at - start, there, committed(run)))
+            before = watched.samples[-1][2] if watched.samples else 0
+            regions = max(before, committed(run))  # the journal goes at the end
+            watched.samples.append((at - start, there, regions))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -240,7 +242,11 @@ def watching(environment: dict[str, str], run: Path) -> Iterator[Watched]:
 
 
 def committed(run: Path) -> int:
-    return sum(path.read_text().count("\n") for path in run.glob("journal/*.jsonl"))
+    count = 0
+    for path in run.glob("journal/*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            count += path.read_text().count("\n")
+    return count
 
 
 def infer(

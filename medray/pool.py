@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import (
+    ActorUnschedulableError,
     GetTimeoutError,
     OutOfMemoryError,
     RayError,
@@ -158,6 +159,12 @@ class Pool:
             self._end(ready)
         except RayTaskError as error:
             raise error.cause from error
+        except ActorUnschedulableError as error:
+            raise MedrayError(
+                f"{self._method}: no node of the cluster, nor any that its autoscaler "
+                f"may start, can run its processes ({_one_line(error)}); compare what "
+                f"its nodes have with what is asked for"
+            ) from error
         except RayError as error:
             if ready in self._starting:
                 self._replace(self._starting.pop(ready), why_lost(error))
@@ -245,6 +252,10 @@ class Pool:
 
 class LostError(Exception):
     """So many processes were lost with a row at hand that it is given up."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:300]
 
 
 def why_lost(error: RayError) -> str:
