@@ -166,8 +166,9 @@ WATCH = """
 import json, sys, time
 import ray
 
+out, sys.stdout = sys.stdout, sys.stderr  # Ray prints what becomes of nodes
 ray.init(log_to_driver=False, logging_level="ERROR")
-print("there", flush=True)
+print("there", file=out, flush=True)
 while True:
     alive = [node for node in ray.nodes() if node["Alive"]]
     free = ray._private.state.available_resources_per_node()
@@ -177,7 +178,7 @@ while True:
             used = gpus - free.get(node["NodeID"], {}).get("GPU", 0)
             market = node["Labels"].get("medray/market", "")
             found[node["NodeID"]] = [gpus, used, market]
-    print(json.dumps([time.time(), found]), flush=True)
+    print(json.dumps([time.time(), found]), file=out, flush=True)
     time.sleep(0.5)
 """
 
@@ -303,7 +304,12 @@ def write_inputs(out: Path, slides: int) -> tuple[Path, Path]:
         write_slide(out / "slides", f"s{seed:02d}", scene, layout="pyramid")
     torch.manual_seed(7)
     architecture = Architecture("unet", "resnet18")
-    config = ModelConfig(architecture, Classes(), window=Windows(256, 192), mpp=0.5)
+    config = ModelConfig(
+        architecture=architecture,
+        classes=Classes(),
+        window=Windows(256, 192),
+        mpp=0.5,
+    )
     save_model(str(out / "model"), config, build_segmenter(architecture, 2), {})
     return out / "slides", out / "model"
 
