@@ -52,8 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medray.models.folder import save_model
     from medray.models.segmenters import build_segmenter
 
-    torch.manual_seed(18)  # its masks are neither empty nor full nor all specks
-    architecture = Architecture("unet", "tu-test_resnet")
+    torch.manual_seed(8)  # its masks are neither empty nor full nor all specks
+    architecture = Architecture("segformer", "tu-test_resnet")
     network = build_segmenter(architecture, 2)
     config = ModelConfig(
         architecture=architecture,

@@ -74,7 +74,7 @@ def test_nuclei_are_found_on_fields_never_seen(
     assert (summary.done, summary.failed) == (86, {})
     recipe = Recipe(
         window=Windows(256, 192),
-        data=Data(crop=256, min_tissue=0.0),
+        data=Data(crop=192, min_tissue=0.0),
         schedule=Schedule(epochs=10),
     )
     write_settings(str(tmp_path / "recipe.yaml"), recipe)
