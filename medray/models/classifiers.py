@@ -38,7 +38,9 @@ class SelfAttention(nn.Module):
         """Map (N, channels, H, W) to (N, units, H, W)."""
         parts = (self.query(maps), self.key(maps), self.value(maps))
         query, key, value = (part.flatten(2).transpose(1, 2) for part in parts)
-        found = functional.scaled_dot_product_attention(query, key, value)
+        # With one head as a dimension: ONNX knows it in no other form.
+        heads = (query[:, None], key[:, None], value[:, None])
+        found = functional.scaled_dot_product_attention(*heads)[:, 0]
         attended: torch.Tensor = found.transpose(1, 2)
         return attended.reshape(*attended.shape[:2], *maps.shape[2:])
 
