@@ -306,7 +306,7 @@ def _evaluated_late(
     plan = files.join(_folder(watch.out, night), "late.json")
     if not files.exists(plan):
         try:
-            late = _late(watch, settings, catalog, night)
+            late = _late(watch, watch.truth, settings, catalog, night)
         except (ConfigError, FormatError) as error:
             log.warning("no evaluation of earlier nights: %s", error)
             return []
@@ -322,7 +322,7 @@ def _evaluated_late(
 
 
 def _late(
-    watch: Watch, settings: RunSettings, catalog: Catalog, night: str
+    watch: Watch, truth: str, settings: RunSettings, catalog: Catalog, night: str
 ) -> dict[str, list[str]]:
     """Give by earlier night the slides that have a truth and are not in its report.
 
@@ -334,15 +334,18 @@ def _late(
         stands = any(stamp and slide_id(name) == row["slide"] for name, stamp in names)
         if row["status"] == "done" and row["night"] < night and stands:
             done.setdefault(row["night"], set()).add(row["slide"])
-    found = {}
-    for earlier in sorted(done)[-NIGHTS:]:
-        report = files.join(_folder(watch.out, earlier), "report")
-        slides = done[earlier] - evaluated_slides(report)
-        assert watch.truth is not None
-        if late := with_truth(slides, watch.truth, settings.classes):
-            log.info("night %s: the truth of %d slides has come", earlier, len(late))
-            found[earlier] = sorted(late)
-    return found
+    missing = {
+        earlier: done[earlier]
+        - evaluated_slides(files.join(_folder(watch.out, earlier), "report"))
+        for earlier in sorted(done)[-NIGHTS:]
+    }
+    # Looked for once: it may be a bucket with many.
+    known = with_truth(set().union(*missing.values()), truth, settings.classes)
+    return {
+        earlier: sorted(slides & known)
+        for earlier, slides in missing.items()
+        if slides & known
+    }
 
 
 def _outcomes(
