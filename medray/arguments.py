@@ -215,6 +215,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run_folder", metavar="RUN_A", help="from infer")
     sub.add_argument("other", metavar="RUN_B", help="from infer, of the same classes")
 
+    sub = command("compare", "which of two runs is better, and is it chance")
+    sub.add_argument("run_folder", metavar="RUN_A", help="from infer")
+    sub.add_argument("other", metavar="RUN_B", help="from infer, of the same classes")
+    sub.add_argument("--truth", help="dataset, or folder of annotations like slides")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+
     command("conformance", "check that stitching can be trusted here")
     return parser
 

@@ -264,6 +264,12 @@ def _diff(args: argparse.Namespace) -> Any:
     return diff(args.run_folder, args.other)
 
 
+def _compare(args: argparse.Namespace) -> Any:
+    from medray.compare import compare
+
+    return compare(args.run_folder, args.other, out=args.out, truth=args.truth)
+
+
 def _demo(args: argparse.Namespace) -> Any:
     from medray.demo import demo
 
@@ -300,6 +306,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "verify": _verify,
     "gc": _gc,
     "diff": _diff,
+    "compare": _compare,
     "demo": _demo,
     "conformance": _conformance,
 }

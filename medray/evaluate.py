@@ -101,7 +101,7 @@ def evaluate(
     rows: list[Row] = files.read_table(table).to_pylist()
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
-    matched = _match(rows, truth, settings.classes, split)
+    matched = match_truths(rows, truth, settings.classes, split)
     inputs = _digest(matched, settings.digest())
     report = files.join(out, "report.html")
     if (before := _reported_before(out, inputs)) is not None:
@@ -145,10 +145,20 @@ def evaluate(
 # --- match ----------------------------------------------------------------------------
 
 
-def _match(
-    rows: list[Row], truth: str, classes: Classes, split: str | None
+def match_truths(
+    rows: list[Row], truth: str, classes: Classes, split: str | None = None
 ) -> list[Row]:
-    """Give the run's rows that have a truth, with `truth` and `kind` added."""
+    """Give the run's rows that have a truth, with `truth` and `kind` added.
+
+    Args:
+        rows: Of the run's slides.parquet.
+        truth: Dataset, or folder of annotations named like the slides.
+        classes: Of the run.
+        split: With a dataset: only its slides of this split.
+
+    Raises:
+        ConfigError: The request is wrong, or no row has a truth.
+    """
     places, kind = _truths(truth, classes, split)
     matched = [
         row | {"truth": places[name], "kind": kind}
@@ -318,16 +328,14 @@ def _count_region(batch: Row, *, run: str, classes: Classes) -> Row:
     try:
         mask = omezarr.open_level(mask_uri(run, row["slide"]))
         predicted = np.asarray(mask[region.slices()])
-        truth = _read_truth(row, region, classes)
+        truth = read_truth(row, region, classes)
         result["counts"] = confusion(truth, predicted, len(classes)).tolist()
     except (MedrayError, OSError, ValueError) as error:
         result["error"] = f"{error}"
     return {"json": [json.dumps(result)]}
 
 
-def _read_truth(
-    row: Row, region: Rectangle, classes: Classes, factor: int = 1
-) -> UInt8:
+def read_truth(row: Row, region: Rectangle, classes: Classes, factor: int = 1) -> UInt8:
     """Give the true labels of a region.
 
     Args:
@@ -402,7 +410,7 @@ def _overlay(row: Row, run: str, classes: Classes) -> bytes:
     level = fitting[0]
     predicted = np.asarray(omezarr.open_level(mask_uri(run, row["slide"]), level)[:])
     height, width = predicted.shape
-    truth = _read_truth(row, Rectangle(0, 0, height, width), classes, 2**level)
+    truth = read_truth(row, Rectangle(0, 0, height, width), classes, 2**level)
     with open_slide(row["uri"]) as slide:
         thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
     picture = Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX)

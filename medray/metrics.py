@@ -264,3 +264,53 @@ def bootstrap(
         for i, name in enumerate(names)
     }
     return result
+
+
+def difference(
+    before: Counts, after: Counts, *, seed: int = 0, rounds: int = 2000
+) -> dict[str, Any]:
+    """Give how much better one prediction is than another of the same slides.
+
+    Paired percentile bootstrap: the same slides are drawn for both (Efron and
+    Tibshirani 1993, chapter 13), so what makes a slide hard for both cancels out.
+
+    Args:
+        before: (N, C, C), one slide each.
+        after: (N, C, C), the same slides in the same order.
+        seed: Decides the samples.
+        rounds: Number of samples.
+
+    Returns:
+        f1, other_f1 (pooled, of `before` and `after`), difference (after minus
+        before), interval (95 %, of the difference; None with fewer than two slides),
+        p_value (two-sided, the share of samples in which the difference is not on the
+        side where it was found, doubled; None likewise); None where undefined.
+
+    Raises:
+        ValueError: The two do not have the same shape.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"counts of shape {before.shape} beside {after.shape}")
+    ours, theirs = (_macro(counts.sum(axis=0))["f1"] for counts in (before, after))
+    found = {
+        "f1": _plain(ours),
+        "other_f1": _plain(theirs),
+        "difference": _plain(theirs - ours),
+        "interval": None,
+        "p_value": None,
+    }
+    slides = len(before)
+    if slides < 2 or found["difference"] is None:
+        return found
+    pairs = np.stack([before, after]).reshape(2, slides, -1).astype(np.float64)
+    pooled = np.concatenate(
+        [drawn @ pairs for drawn in draws(slides, seed=seed, rounds=rounds)], axis=1
+    ).reshape(2, rounds, *before.shape[1:])
+    f1 = _macro(pooled)["f1"]
+    moved = f1[1] - f1[0]
+    moved = moved[~np.isnan(moved)]
+    sides = min((moved <= 0).mean(), (moved >= 0).mean())
+    return found | {
+        "interval": np.quantile(moved, [0.025, 0.975]).tolist(),
+        "p_value": float(min(1.0, 2 * sides)),
+    }

@@ -18,11 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from medray.classes import Classes
+from medray.errors import ConfigError
 from medray.metrics import SCORES, bootstrap, class_scores, summary
 from medray.pages import ACCENT, INK, LINE, SOFT, as_svg, data_uri, render
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
 
 _SHOWN = 4  # overlays of the worst slides, and as many of the best
 _MAX_ROWS = 500  # slides in a table of the page; per_slide.csv has them all
@@ -33,6 +35,11 @@ AGREEMENT = {
     "wrongly marked": "#d55e00",
     "missed": "#0072b2",
     "another class": "#cc79a7",
+}
+CHANGE = {
+    "right now": "#009e73",
+    "wrong now": "#d55e00",
+    "wrong otherwise": "#cc79a7",
 }
 
 
@@ -51,8 +58,39 @@ class SlideReport:
     slide: str
     status: str
     message: str
-    counts: npt.NDArray[np.int64] | None
+    counts: Counts | None
     overlay: bytes | None
+
+
+def read_counts(out: str) -> dict[str, Counts | None]:
+    """Read the counts of each slide of a report.
+
+    Args:
+        out: Folder of a report of `medray evaluate`.
+
+    Returns:
+        By slide (C, C) int64, see medray.metrics; None of those that failed.
+
+    Raises:
+        ConfigError: There is no such report, or an older medray wrote it.
+    """
+    uri = files.join(out, "per_slide.parquet")
+    if not files.exists(uri):
+        raise ConfigError(f"{out}: expected a report; `medray evaluate` writes one")
+    table = files.read_table(uri)
+    if "confusion" not in table.column_names:
+        raise ConfigError(
+            f"{uri}: has no column confusion, so an older medray wrote it; evaluate "
+            f"that run again, into another folder"
+        )
+    rows = table.select(["slide", "confusion"]).to_pylist()
+    side = next((math.isqrt(len(r["confusion"])) for r in rows if r["confusion"]), 0)
+    return {
+        row["slide"]: np.array(row["confusion"], np.int64).reshape(side, side)
+        if row["confusion"] is not None
+        else None
+        for row in rows
+    }
 
 
 def slides_to_show(slides: Sequence[SlideReport], n: int = _SHOWN) -> list[str]:
@@ -76,7 +114,13 @@ def slides_to_show(slides: Sequence[SlideReport], n: int = _SHOWN) -> list[str]:
 # --- pictures -------------------------------------------------------------------------
 
 
-def draw_overlay(rgb: UInt8, truth: UInt8, predicted: UInt8, classes: Classes) -> bytes:
+def draw_overlay(
+    rgb: UInt8,
+    truth: UInt8,
+    predicted: UInt8,
+    classes: Classes,
+    titles: tuple[str, str, str] = ("truth", "prediction", "agreement"),
+) -> bytes:
     """Draw a slide with the truth, with the prediction, and with their agreement.
 
     Args:
@@ -84,6 +128,7 @@ def draw_overlay(rgb: UInt8, truth: UInt8, predicted: UInt8, classes: Classes) -
         truth: (h, w) uint8 label values.
         predicted: (h, w) uint8 label values.
         classes: Gives the colours.
+        titles: Of the three panels.
 
     Returns:
         A JPEG of the panels side by side, at most 900 pixels wide.
@@ -91,25 +136,71 @@ def draw_overlay(rgb: UInt8, truth: UInt8, predicted: UInt8, classes: Classes) -
     Raises:
         ValueError: The three do not have the same height and width.
     """
-    if not rgb.shape[:2] == truth.shape == predicted.shape:
-        raise ValueError(
-            f"slide is {rgb.shape}, truth {truth.shape}, prediction {predicted.shape}"
-        )
-    height, width = truth.shape
+    size, pixels, (true, found) = _enlarged(rgb, truth, predicted)
+    panels = (
+        _outlined(pixels, true, classes),
+        _outlined(pixels, found, classes),
+        _agreement(pixels, true, found),
+    )
+    return _sheet(dict(zip(titles, panels, strict=True)), size)
+
+
+def draw_change(rgb: UInt8, truth: UInt8, before: UInt8, after: UInt8) -> bytes:
+    """Draw how two predictions agree with the truth, and what became of their errors.
+
+    Args:
+        rgb: (h, w, 3) uint8, the slide at any coarse level.
+        truth: (h, w) uint8 label values.
+        before: (h, w) uint8 label values of prediction A.
+        after: (h, w) uint8 label values of prediction B.
+
+    Returns:
+        A JPEG of the panels side by side, at most 900 pixels wide.
+
+    Raises:
+        ValueError: The four do not have the same height and width.
+    """
+    size, pixels, (true, old, new) = _enlarged(rgb, truth, before, after)
+    panels = {
+        "A": _agreement(pixels, true, old),
+        "B": _agreement(pixels, true, new),
+        "what changed": _painted(
+            pixels,
+            {
+                CHANGE["right now"]: (old != true) & (new == true),
+                CHANGE["wrong now"]: (old == true) & (new != true),
+                CHANGE["wrong otherwise"]: (old != new) & (old != true) & (new != true),
+            },
+        ),
+    }
+    return _sheet(panels, size)
+
+
+def _enlarged(
+    rgb: UInt8, *labels: UInt8
+) -> tuple[tuple[int, int], UInt8, tuple[UInt8, ...]]:
+    """Give a panel's (height, width), and what to draw in it at twice that size.
+
+    Drawn large and then reduced, outlines become smooth.
+    """
+    shapes = [rgb.shape[:2], *(label.shape for label in labels)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"slide and labels are of different sizes: {shapes}")
+    height, width = shapes[0]
     scale = min(_PANEL[0] / height, _PANEL[1] / width, 4.0)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    # Drawn at twice the size and then reduced, which smooths the outlines.
     drawn = (2 * size[0], 2 * size[1])
     pixels = _resized(rgb, drawn, Image.Resampling.BICUBIC)
-    true = _resized(truth, drawn, Image.Resampling.NEAREST)
-    found = _resized(predicted, drawn, Image.Resampling.NEAREST)
-    panels = {
-        "truth": _outlined(pixels, true, classes),
-        "prediction": _outlined(pixels, found, classes),
-        "agreement": _agreement(pixels, true, found),
-    }
+    nearest = (_resized(label, drawn, Image.Resampling.NEAREST) for label in labels)
+    return size, pixels, tuple(nearest)
+
+
+def _sheet(panels: Mapping[str, UInt8], size: tuple[int, int]) -> bytes:
+    """Put panels side by side under their titles, reduced to (height, width)."""
     gap, band = 8, 22
-    sheet = Image.new("RGB", (3 * size[1] + 2 * gap, size[0] + band), "white")
+    count = len(panels)
+    sheet_width = count * size[1] + (count - 1) * gap
+    sheet = Image.new("RGB", (sheet_width, size[0] + band), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
     for i, (title, panel) in enumerate(panels.items()):
@@ -145,15 +236,20 @@ def _outlined(rgb: UInt8, labels: UInt8, classes: Classes) -> UInt8:
 
 def _agreement(rgb: UInt8, truth: UInt8, predicted: UInt8) -> UInt8:
     """Colour each pixel by whether truth and prediction agree, on a pale slide."""
-    shown = np.repeat(rgb.mean(axis=2, keepdims=True) * 0.5 + 127, 3, axis=2)
     places = {
         "correct": (truth == predicted) & (truth > 0),
         "wrongly marked": (truth == 0) & (predicted > 0),
         "missed": (truth > 0) & (predicted == 0),
         "another class": (truth != predicted) & (truth > 0) & (predicted > 0),
     }
-    for name, where in places.items():
-        shown[where] = 0.35 * shown[where] + 0.65 * _color(AGREEMENT[name])
+    return _painted(rgb, {AGREEMENT[name]: where for name, where in places.items()})
+
+
+def _painted(rgb: UInt8, places: Mapping[str, npt.NDArray[np.bool_]]) -> UInt8:
+    """Paint places in their colours on a pale slide."""
+    shown = np.repeat(rgb.mean(axis=2, keepdims=True) * 0.5 + 127, 3, axis=2)
+    for color, where in places.items():
+        shown[where] = 0.35 * shown[where] + 0.65 * _color(color)
     return shown.astype(np.uint8)
 
 
@@ -199,13 +295,17 @@ def _distribution_figure(values: Sequence[float]) -> Markup:
 
 
 def _schema(names: Sequence[str]) -> pa.Schema:
-    """Give the columns of per_slide; with types, so that all-blank columns keep one."""
+    """Give the columns of per_slide; with types, so that all-blank columns keep one.
+
+    `confusion` has the (C, C) counts, row by row; per_slide.csv goes without it.
+    """
     fields = [(name, pa.string()) for name in ("slide", "status", "message")]
     fields += [(score, pa.float64()) for score in (*SCORES, "accuracy")]
     for name in names:
         fields.append((f"f1_{name}", pa.float64()))
         fields.append((f"truth_px_{name}", pa.int64()))
         fields.append((f"predicted_px_{name}", pa.int64()))
+    fields.append(("confusion", pa.list_(pa.int64())))
     return pa.schema(fields)
 
 
@@ -216,6 +316,7 @@ def _slide_row(slide: SlideReport, names: Sequence[str]) -> dict[str, Any]:
     if counts is None:
         return row
     row |= summary(counts, names)
+    row["confusion"] = counts.ravel().tolist()
     for i, scores in enumerate(class_scores(counts, names)):
         row[f"f1_{names[i]}"] = scores["f1"]
         row[f"truth_px_{names[i]}"] = int(counts[i].sum())
@@ -267,7 +368,7 @@ def write_report(
     page = _page(title, classes, slides, rows, metrics)
     table = pa.Table.from_pylist(rows, _schema(names))
     csv = io.BytesIO()
-    pyarrow.csv.write_csv(table, csv)
+    pyarrow.csv.write_csv(table.drop_columns("confusion"), csv)
     files.write_table(files.join(out, "per_slide.parquet"), table)
     files.write_bytes(files.join(out, "per_slide.csv"), csv.getvalue())
     files.write_bytes(files.join(out, "report.html"), page.encode())
@@ -336,7 +437,7 @@ def _shown(
     }
 
 
-def _confusion_cells(counts: npt.NDArray[np.int64]) -> list[list[dict[str, Any]]]:
+def _confusion_cells(counts: Counts) -> list[list[dict[str, Any]]]:
     """Give share of the row, pixels and colours of each cell of the matrix."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     white, full = _color("#ffffff"), _color(ACCENT)

@@ -29,6 +29,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         return _diagnosis_in_words(values)
     if "handed_on" in values:
         return _night_in_words(values)
+    if "worse" in values:
+        return _comparison_in_words(values)
     if "agreement" in values:
         return _difference_in_words(values)
     if "f1" in values:
@@ -176,6 +178,26 @@ def _difference_in_words(values: dict[str, Any]) -> str:
     lines.append(
         f"diff: {values['compared']} slides compared, {len(values['changed'])} differ"
     )
+    return "\n".join(lines)
+
+
+def _comparison_in_words(values: dict[str, Any]) -> str:
+    lines = [f"cannot      {slide}: {why}" for slide, why in values["failed"].items()]
+    if values["difference"] is not None:
+        interval = values["interval"]
+        span = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
+        p_value = f", p = {values['p_value']:.3g}" if interval else ""
+        lines += [
+            f"F1          {values['f1']:.4f} and {values['other_f1']:.4f}",
+            f"difference  {values['difference']:+.4f}{span}{p_value}",
+        ]
+    lines += [f"worse       {slide}" for slide in values["worse"][:10]]
+    lines += [
+        f"report      {values['report']}",
+        f"compare: {values['compared']} slides compared, {values['changed']} differ, "
+        f"{values['scored']} have a truth: {len(values['better'])} better, "
+        f"{len(values['worse'])} worse; {len(values['failed'])} could not be compared",
+    ]
     return "\n".join(lines)
 
 

@@ -291,7 +291,8 @@ def test_a_report_of_thousands_of_slides_stays_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "ingest", "train", "tune", "infer", "evaluate"]
+    "command",
+    ["demo", "ingest", "train", "tune", "infer", "evaluate", "compare"],
 )
 def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
