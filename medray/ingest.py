@@ -3,7 +3,8 @@
 The way of a slide, top to bottom:
 
     plan     its size, tissue and annotation; the empty OME-Zarr; a row a region
-    cut      a region is read, labelled and written: one shard of pixels, one of labels
+    cut      a region is read, labelled and written: one shard of pixels, one of labels;
+             of a slide annotated in part only patches that lie within are listed
     commit   the driver notes the region and its patches; with the last one the
              pyramids are built and the slide is done
     split    slides go to train, val and test, never two of one patient apart
@@ -25,9 +26,10 @@ from medray.annotations import (
     Area,
     rasterise,
     read_annotation,
+    read_extent,
 )
 from medray.annotations.matching import match_annotations
-from medray.classes import Classes
+from medray.classes import AnyClass, Classes
 from medray.commit import Commit, Row, Summary, changed_slides, plan_one
 from medray.dataset import (
     LABELS,
@@ -183,10 +185,10 @@ def _plan_slide(
     """Give a slide's facts, and its regions that hold tissue or annotation."""
     height, width = slide.levels[0].height, slide.levels[0].width
     areas: list[Area] = []
+    extent: list[Area] = []
     if header["annotation"]:
-        areas = _areas(header["annotation"], header["digest"], height, width, settings)
-        for area in areas:
-            settings.classes.value(area.class_name)
+        made_of = (header["annotation"], header["digest"], height, width, settings)
+        areas, extent = _areas(*made_of)
     regions = list(plan_regions(height, width, settings.region))
     # A flat slide of one region is decoded once: its tissue is found when it is read.
     at_cutting = len(regions) == 1 and len(slide.levels) == 1
@@ -212,6 +214,7 @@ def _plan_slide(
         "magnification": slide.magnification,
         "format": slide.format,
         "annotated": bool(header["annotation"]),
+        "partly": bool(extent),
         "areas": len(areas),
         "regions": len(rows),
         "classes": settings.classes.names,
@@ -234,9 +237,10 @@ def _patches_of(
 @functools.lru_cache(maxsize=4)
 def _areas(
     uri: str, digest: str, height: int, width: int, settings: DatasetSettings
-) -> list[Area]:
-    """Keep the annotations at hand; the digest tells a replaced file apart."""
-    return read_annotation(uri, height=height, width=width, classes=settings.classes)
+) -> tuple[list[Area], list[Area]]:
+    """Give what is annotated and where; the digest tells a replaced file apart."""
+    how = {"height": height, "width": width, "classes": settings.classes}
+    return read_annotation(uri, **how), read_extent(uri, **how)
 
 
 def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
@@ -277,10 +281,13 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     try:
         pixels = opened(row["uri"], row["stamp"]).read(**place)
         labels = np.zeros(pixels.shape[:2], np.uint8)
+        known = np.ones(pixels.shape[:2], np.uint8)
         if row["annotated"]:
             size = (row["height"], row["width"])
-            areas = _areas(row["annotation"], row["digest"], *size, settings)
+            areas, extent = _areas(row["annotation"], row["digest"], *size, settings)
             labels = rasterise(areas, settings.classes, **place)
+            if row["partly"]:
+                known = rasterise(extent, AnyClass(), **place)
         tissue = row["tissue"]
         if tissue is None:
             size = (region.height, region.width)
@@ -299,7 +306,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
             _finish(row, out)
     except (MedrayError, OSError) as error:
         return failure(error, "run")
-    patches = list(_count_patches(region, labels, tissue, settings))
+    patches = list(_count_patches(region, labels, known, tissue, settings))
     times = {"cut_at": start, "cut_s": time.time() - start}
     shards = omezarr.digests_below(out, written)
     return {"record": {"patches": patches, "files": shards} | times}
@@ -308,12 +315,15 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
 def _count_patches(
     region: Rectangle,
     labels: npt.NDArray[np.uint8],
+    known: npt.NDArray[np.uint8],
     tissue: list[list[float]],
     settings: DatasetSettings,
 ) -> Iterator[Row]:
-    """Describe each patch of a region; pixels of level 0."""
+    """Describe each patch whose labels are all known; pixels of level 0."""
     side, count = settings.patch, len(settings.classes)
     for part in plan_regions(region.height, region.width, side):
+        if not known[part.slices()].all():
+            continue
         share = tissue[part.y // side][part.x // side]
         pixels = np.bincount(labels[part.slices()].ravel(), minlength=count)
         yield {
@@ -345,6 +355,7 @@ _FACTS = (
     "magnification",
     "format",
     "annotated",
+    "partly",
     "areas",
     "regions",
     "note",
@@ -358,7 +369,8 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
     counts = np.zeros(len(header["classes"]), np.int64)
     for patch in patches:
         counts += np.asarray(patch["class_px"])
-    counts[0] += header["height"] * header["width"] - counts.sum()
+    if not header["partly"]:
+        counts[0] += header["height"] * header["width"] - counts.sum()
     if header["annotated"]:
         names = zip(header["classes"], counts.tolist(), strict=True)
         row |= {f"px_{name}": count for name, count in names}

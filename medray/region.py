@@ -305,9 +305,9 @@ def areas_within(uri: str, stamp: str, height: int, width: int) -> list[Any]:
     They are kept at hand; the stamp, that of slide and annotation, tells a replaced
     file apart.
     """
-    from medray.annotations import read_annotation
+    from medray.annotations import read_areas
 
-    return read_annotation(uri, height=height, width=width, classes=AnyClass())
+    return read_areas(uri, height=height, width=width, classes=AnyClass())
 
 
 def _unreadable(row: Row, region: Rectangle) -> UInt8:

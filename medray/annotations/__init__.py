@@ -24,6 +24,8 @@ __all__ = [
     "geojson_features",
     "rasterise",
     "read_annotation",
+    "read_areas",
+    "read_extent",
 ]
 
 ANNOTATION_SUFFIXES = (
@@ -45,9 +47,35 @@ _EXPECTED = "SVG, GeoJSON, ASAP or ImageScope XML, or a PNG or TIFF mask"
 _REMEDY = "export the annotation again, or remove this file"
 
 
+EXTENT = "Region*"
+"""QuPath's own class for where a slide is annotated, if it is so only in part."""
+
+
 def read_annotation(
     uri: str, *, height: int, width: int, classes: Classes
 ) -> list[Area]:
+    """Read what an annotation file marks, without its areas of class `Region*`.
+
+    Args, result and errors are those of `read_areas`.
+    """
+    areas = read_areas(uri, height=height, width=width, classes=classes)
+    return [area for area in areas if not _is_extent(area)]
+
+
+def read_extent(uri: str, *, height: int, width: int, classes: Classes) -> list[Area]:
+    """Read where a slide is annotated: the areas of class `Region*`.
+
+    If there are none, it is so all over. Args and errors are those of `read_areas`.
+    """
+    areas = read_areas(uri, height=height, width=width, classes=classes)
+    return [area for area in areas if _is_extent(area)]
+
+
+def _is_extent(area: Area) -> bool:
+    return (area.class_name or "").strip().casefold() == EXTENT.casefold()
+
+
+def read_areas(uri: str, *, height: int, width: int, classes: Classes) -> list[Area]:
     """Read an annotation file as areas, cut off at the slide's border.
 
     Args:
@@ -57,7 +85,7 @@ def read_annotation(
         classes: Names by label value.
 
     Returns:
-        Areas with known classes, in the order of drawing.
+        Areas with known classes or `Region*`, in the order of drawing.
 
     Raises:
         SlideError: The file is damaged, of another slide, or names an unknown class.
@@ -69,7 +97,8 @@ def read_annotation(
                 data = file.read(_MAX_BYTES + 1)
         areas = _parse(uri, data, height, width, classes)
         for area in areas:
-            classes.value(area.class_name)
+            if not _is_extent(area):
+                classes.value(area.class_name)
     except SlideError as error:
         message = f"{error}"
         named = message if uri in message else f"{uri}: {message}"
