@@ -24,7 +24,7 @@ from PIL import Image
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.evaluate import evaluate, match_truths, read_truth
+from medray.evaluate import evaluate, match_truths
 from medray.grid import Rectangle
 from medray.metrics import class_scores, difference, summary
 from medray.pages import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
@@ -39,6 +39,7 @@ from medray.run import RunSettings, mask_uri, read_run
 from medray.settings import to_dict
 from medray.slides import open_slide, read_thumbnail
 from medray.store import files, omezarr
+from medray.truths import read_truth
 from medray.verify import Difference, diff
 
 log = logging.getLogger(__name__)

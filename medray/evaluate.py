@@ -11,7 +11,6 @@ The way of a mask, top to bottom:
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import json
 import logging
@@ -20,21 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import ray.data
 from PIL import Image
 
 from medray import cluster
-from medray.annotations import (
-    ANNOTATION_SUFFIXES,
-    Area,
-    rasterise,
-    read_annotation,
-)
 from medray.classes import Classes
-from medray.dataset import labels_uri, read_dataset
-from medray.errors import ConfigError, MedrayError, SlideError
+from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
 from medray.metrics import confusion
 from medray.progress import Progress
@@ -42,12 +33,11 @@ from medray.report import SlideReport, draw_overlay, slides_to_show, write_repor
 from medray.run import against_plan, mask_uri, read_run
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
-from medray.slides.listing import find_files, slide_id
 from medray.store import files, omezarr
+from medray.truths import find_truths, name_in, read_truth
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 
 _OVERLAY_PX = 600
 
@@ -135,6 +125,7 @@ def evaluate(
         | against_plan(run, rows)
         | {f"version of {name}": v for name, v in settings.versions.items()},
         date=date,
+        truth=truth,
     )
     failed = {r.slide: r.message for r in results if r.status != "done"}
     evaluated = sum(r.status == "done" for r in results)
@@ -159,11 +150,11 @@ def match_truths(
     Raises:
         ConfigError: The request is wrong, or no row has a truth.
     """
-    places, kind = _truths(truth, classes, split)
+    places, kind = find_truths(truth, classes, split)
     matched = [
         row | {"truth": places[name], "kind": kind}
         for row in rows
-        if (name := _name_in(row["slide"], places))
+        if (name := name_in(row["slide"], places))
     ]
     if not matched:
         raise ConfigError(
@@ -177,19 +168,6 @@ def match_truths(
     return matched
 
 
-def _truths(
-    truth: str, classes: Classes, split: str | None
-) -> tuple[dict[str, str], str]:
-    """Give addresses of truths by slide, and what they are: labels or annotation."""
-    if files.exists(files.join(truth, "dataset.yaml")):
-        return _dataset_truth(truth, classes, split), "labels"
-    if split is not None:
-        raise ConfigError(f"{truth}: --split needs a dataset, this is none")
-    found = find_files([truth], ANNOTATION_SUFFIXES)
-    places = {slide_id(path, ANNOTATION_SUFFIXES): uri for uri, path in found}
-    return places, "annotation"
-
-
 def with_truth(slides: Iterable[str], truth: str, classes: Classes) -> set[str]:
     """Tell which slides have a truth.
 
@@ -201,8 +179,8 @@ def with_truth(slides: Iterable[str], truth: str, classes: Classes) -> set[str]:
     Raises:
         ConfigError: The dataset has other classes.
     """
-    places, _ = _truths(truth, classes, None)
-    return {slide for slide in slides if _name_in(slide, places)}
+    places, _ = find_truths(truth, classes)
+    return {slide for slide in slides if name_in(slide, places)}
 
 
 def evaluated_slides(out: str) -> set[str]:
@@ -211,27 +189,6 @@ def evaluated_slides(out: str) -> set[str]:
     if not files.exists(uri):
         return set()
     return set(files.read_table(uri)["slide"].to_pylist())
-
-
-def _name_in(slide: str, places: dict[str, str]) -> str | None:
-    names = (slide, slide.rpartition("__")[2])
-    return next((name for name in names if name in places), None)
-
-
-def _dataset_truth(truth: str, classes: Classes, split: str | None) -> dict[str, str]:
-    settings = read_dataset(truth)
-    if settings.classes != classes:
-        raise ConfigError(
-            f"{truth}: its classes {list(settings.classes.names)} are not the model's "
-            f"{list(classes.names)}"
-        )
-    rows = files.read_table(files.join(truth, "slides.parquet")).to_pylist()
-    return {
-        row["slide"]: labels_uri(truth, row["slide"])
-        for row in rows
-        if row["status"] == "done" and row["annotated"]
-        if split is None or row["split"] == split
-    }
 
 
 def _digest(matched: list[Row], run_digest: str) -> str:
@@ -333,58 +290,6 @@ def _count_region(batch: Row, *, run: str, classes: Classes) -> Row:
     except (MedrayError, OSError, ValueError) as error:
         result["error"] = f"{error}"
     return {"json": [json.dumps(result)]}
-
-
-def read_truth(row: Row, region: Rectangle, classes: Classes, factor: int = 1) -> UInt8:
-    """Give the true labels of a region.
-
-    Args:
-        row: The slide's row in the run, with `truth` and `kind`.
-        region: Pixels of the mask's level 0, divided by `factor`.
-        classes: Names by label value.
-        factor: Power of two by which the mask's level 0 is reduced.
-    """
-    downsample = row["downsample"] * factor
-    if row["kind"] == "annotation":
-        size = (row["level0_height"], row["level0_width"])
-        areas = _areas(row["truth"], *size, classes)
-        return rasterise(
-            areas,
-            classes,
-            y=region.y,
-            x=region.x,
-            height=region.height,
-            width=region.width,
-            downsample=downsample,
-        )
-    full = omezarr.open_level(row["truth"])
-    if full.shape != (row["level0_height"], row["level0_width"]):
-        raise SlideError(
-            f"{row['truth']}: labels of {full.shape} pixels do not fit the slide of "
-            f"{(row['level0_height'], row['level0_width'])}"
-        )
-    # The nearest label of the next finer level, where none fits the mask.
-    last = len(omezarr.level_shapes(*full.shape)) - 1
-    level = int(np.clip(np.floor(np.log2(downsample) + 0.01), 0, last))
-    labels = omezarr.open_level(row["truth"], level)
-    rows, columns = (
-        np.minimum((np.arange(first, end) + 0.5) * downsample / 2**level, length - 1)
-        for first, end, length in zip(
-            (region.y, region.x),
-            (region.bottom, region.right),
-            labels.shape,
-            strict=True,
-        )
-    )
-    y, x = rows.astype(int), columns.astype(int)
-    part = np.asarray(labels[y[0] : y[-1] + 1, x[0] : x[-1] + 1])
-    found: UInt8 = part[np.ix_(y - y[0], x - x[0])]
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _areas(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
-    return read_annotation(uri, height=height, width=width, classes=classes)
 
 
 # --- show -----------------------------------------------------------------------------

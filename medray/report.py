@@ -334,6 +334,7 @@ def write_report(
     slides: Sequence[SlideReport],
     provenance: Mapping[str, str],
     date: str,
+    truth: str = "",
 ) -> dict[str, Any]:
     """Write metrics.json, per_slide.parquet, per_slide.csv and report.html.
 
@@ -344,10 +345,11 @@ def write_report(
         slides: The slides, in the order of the tables.
         provenance: What made the masks and the truth, for the page and metrics.json.
         date: When, ISO 8601.
+        truth: Where the truth lies, for `medray view`; the page does not tell.
 
     Returns:
         What metrics.json holds: the pooled scores (f1 first of all), `interval`,
-        `per_class`, `confusion`, `classes`, `slides`, `provenance`, `date`.
+        `per_class`, `confusion`, `classes`, `slides`, `provenance`, `date`, `truth`.
     """
     names = classes.names
     counted = [slide.counts for slide in slides if slide.counts is not None]
@@ -363,6 +365,7 @@ def write_report(
         "slides": {"evaluated": len(counted), "failed": failed},
         "provenance": dict(provenance),
         "date": date,
+        "truth": truth,
     }
     rows = [_slide_row(slide, names) for slide in slides]
     page = _page(title, classes, slides, rows, metrics)

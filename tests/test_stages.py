@@ -14,7 +14,7 @@ from medray.classes import Classes
 from medray.commit import Summary
 from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
-from medray.evaluate import _read_truth, evaluate
+from medray.evaluate import evaluate
 from medray.grid import Rectangle, Windows, plan_regions, region_windows
 from medray.infer import infer
 from medray.ingest import ingest
@@ -25,6 +25,7 @@ from medray.run import Options, mask_uri
 from medray.slides import open_slide
 from medray.store import omezarr
 from medray.synth import draw_scene, write_slide, write_svg
+from medray.truths import read_truth
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -405,7 +406,7 @@ def test_a_dataset_is_the_truth_at_any_resolution(
     row |= {"level0_height": height, "level0_width": width}
     size = [round(n / downsample) for n in (height, width)]
     region = Rectangle(10, 20, size[0] - 10, size[1] - 20)
-    found = _read_truth(row, region, classes)
+    found = read_truth(row, region, classes)
     centres = [
         np.clip(((np.arange(a, b) + 0.5) * downsample).astype(int), 0, n - 1)
         for a, b, n in ((10, size[0], height), (20, size[1], width))

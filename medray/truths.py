@@ -1,0 +1,146 @@
+"""The truth of a slide: where it lies, and its labels in any rectangle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.annotations import (
+    ANNOTATION_SUFFIXES,
+    Area,
+    rasterise,
+    read_annotation,
+)
+from medray.classes import Classes
+from medray.dataset import labels_uri, read_dataset
+from medray.errors import ConfigError, SlideError
+from medray.grid import Rectangle
+from medray.slides.listing import find_files, slide_id
+from medray.store import files, omezarr
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def find_truths(
+    truth: str, classes: Classes, split: str | None = None
+) -> tuple[dict[str, str], str]:
+    """Give addresses of truths by slide, and what they are: labels or annotation.
+
+    Args:
+        truth: Dataset, or folder of annotations named like the slides.
+        classes: Of the model.
+        split: With a dataset: only its slides of this split.
+
+    Raises:
+        ConfigError: The dataset has other classes, or there is a split but no dataset.
+    """
+    if files.exists(files.join(truth, "dataset.yaml")):
+        return _dataset_truth(truth, classes, split), "labels"
+    if split is not None:
+        raise ConfigError(f"{truth}: --split needs a dataset, this is none")
+    found = find_files([truth], ANNOTATION_SUFFIXES)
+    places = {slide_id(path, ANNOTATION_SUFFIXES): uri for uri, path in found}
+    return places, "annotation"
+
+
+def name_in(slide: str, places: Mapping[str, str]) -> str | None:
+    """Give the name by which `places` has a slide, with or without its folder."""
+    names = (slide, slide.rpartition("__")[2])
+    return next((name for name in names if name in places), None)
+
+
+def _dataset_truth(truth: str, classes: Classes, split: str | None) -> dict[str, str]:
+    settings = read_dataset(truth)
+    if settings.classes != classes:
+        raise ConfigError(
+            f"{truth}: its classes {list(settings.classes.names)} are not the model's "
+            f"{list(classes.names)}"
+        )
+    rows = files.read_table(files.join(truth, "slides.parquet")).to_pylist()
+    return {
+        row["slide"]: labels_uri(truth, row["slide"])
+        for row in rows
+        if row["status"] == "done" and row["annotated"]
+        if split is None or row["split"] == split
+    }
+
+
+def read_truth(
+    row: Mapping[str, Any], region: Rectangle, classes: Classes, factor: int = 1
+) -> UInt8:
+    """Give the true labels of a region.
+
+    Args:
+        row: The slide's row in the run, with `truth` and `kind`.
+        region: Pixels of the mask's level 0, divided by `factor`.
+        classes: Names by label value.
+        factor: Power of two by which the mask's level 0 is reduced.
+
+    Raises:
+        SlideError: The truth is damaged, or of another slide.
+    """
+    downsample = row["downsample"] * factor
+    size = (row["level0_height"], row["level0_width"])
+    if row["kind"] == "annotation":
+        areas = _areas(row["truth"], *size, classes)
+        return rasterise(
+            areas,
+            classes,
+            y=region.y,
+            x=region.x,
+            height=region.height,
+            width=region.width,
+            downsample=downsample,
+        )
+    full = omezarr.open_level(row["truth"])
+    if full.shape != size:
+        raise SlideError(
+            f"{row['truth']}: labels of {full.shape} pixels do not fit the slide of "
+            f"{size}"
+        )
+    return nearest_labels(row["truth"], region, downsample, full.shape)
+
+
+def nearest_labels(
+    uri: str, region: Rectangle, step: float, shape: tuple[int, ...], coarsest: int = 99
+) -> UInt8:
+    """Give the nearest pixel of the next finer level, where no level fits.
+
+    Args:
+        uri: OME-Zarr of labels, or of any layers of one pixel each.
+        region: In pixels that span `step` pixels of level 0, a side.
+        step: As said; less than 1 enlarges.
+        shape: (height, width) of level 0.
+        coarsest: The coarsest level that is filled.
+
+    Returns:
+        (..., height, width) uint8; beyond the image its last row and column.
+
+    Raises:
+        FormatError: What is stored is damaged.
+    """
+    last = min(coarsest, len(omezarr.level_shapes(shape[0], shape[1])) - 1)
+    level = int(np.clip(np.floor(np.log2(step) + 0.01), 0, last))
+    labels = omezarr.open_level(uri, level)
+    rows, columns = (
+        np.minimum((np.arange(first, end) + 0.5) * step / 2**level, length - 1)
+        for first, end, length in zip(
+            (region.y, region.x),
+            (region.bottom, region.right),
+            labels.shape[-2:],
+            strict=True,
+        )
+    )
+    y, x = rows.astype(int), columns.astype(int)
+    part = np.asarray(labels[..., y[0] : y[-1] + 1, x[0] : x[-1] + 1])
+    found: UInt8 = part[..., (y - y[0])[:, None], x - x[0]]
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _areas(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
+    return read_annotation(uri, height=height, width=width, classes=classes)
