@@ -330,8 +330,8 @@ def draw_timeline(watched: Watched, picture: Path) -> None:
     )
     above.fill_between(seconds, there, step="post", color="#c9d8e8", label="there")
     above.step(seconds, used, where="post", color="#1f4e79", label="in use")
-    above.set(ylabel="GPUs", yticks=range(max(there) + 1))
-    above.legend(loc="upper right", frameon=False)
+    above.set(ylabel="GPUs", yticks=range(max(there) + 1), ylim=(0, max(there) + 0.2))
+    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     below.plot(seconds, regions, color="#1f4e79")
     below.set(xlabel="seconds since the job was submitted", ylabel="regions committed")
     for axes in (above, below):

@@ -221,6 +221,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--truth", help="dataset, or folder of annotations like slides")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
 
+    sub = command("review", "the most uncertain places, to correct in QuPath")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer with --quality")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--count", type=int, default=20, metavar="K", help="squares of 1024 px (20)"
+    )
+
     command("conformance", "check that stitching can be trusted here")
     return parser
 

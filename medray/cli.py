@@ -270,6 +270,12 @@ def _compare(args: argparse.Namespace) -> Any:
     return compare(args.run_folder, args.other, out=args.out, truth=args.truth)
 
 
+def _review(args: argparse.Namespace) -> Any:
+    from medray.review import review
+
+    return review(args.run_folder, out=args.out, count=args.count)
+
+
 def _demo(args: argparse.Namespace) -> Any:
     from medray.demo import demo
 
@@ -307,6 +313,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "gc": _gc,
     "diff": _diff,
     "compare": _compare,
+    "review": _review,
     "demo": _demo,
     "conformance": _conformance,
 }

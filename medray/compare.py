@@ -39,7 +39,7 @@ from medray.run import RunSettings, mask_uri, read_run
 from medray.settings import to_dict
 from medray.slides import open_slide, read_thumbnail
 from medray.store import files, omezarr
-from medray.truths import read_truth
+from medray.truths import read_known, read_truth
 from medray.verify import Difference, diff
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,11 @@ def _picture(
     rgb = np.asarray(Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX))
     if truth is None:
         return draw_overlay(rgb, before, after, classes, ("A", "B", "what differs"))
-    true = read_truth(row, Rectangle(0, 0, height, width), classes, 2**level)
+    whole = Rectangle(0, 0, height, width)
+    true = read_truth(row, whole, classes, 2**level)
+    known = read_known(row, whole, classes, 2**level)
+    if known is not None:
+        before, after = (np.where(known, mask, true) for mask in (before, after))
     return draw_change(rgb, true, before, after)
 
 

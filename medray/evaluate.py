@@ -34,7 +34,7 @@ from medray.run import against_plan, mask_uri, read_run
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
 from medray.store import files, omezarr
-from medray.truths import find_truths, name_in, read_truth
+from medray.truths import find_truths, name_in, read_known, read_truth
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -286,6 +286,9 @@ def _count_region(batch: Row, *, run: str, classes: Classes) -> Row:
         mask = omezarr.open_level(mask_uri(run, row["slide"]))
         predicted = np.asarray(mask[region.slices()])
         truth = read_truth(row, region, classes)
+        known = read_known(row, region, classes)
+        if known is not None:
+            truth, predicted = truth[known], predicted[known]
         result["counts"] = confusion(truth, predicted, len(classes)).tolist()
     except (MedrayError, OSError, ValueError) as error:
         result["error"] = f"{error}"
@@ -315,7 +318,11 @@ def _overlay(row: Row, run: str, classes: Classes) -> bytes:
     level = fitting[0]
     predicted = np.asarray(omezarr.open_level(mask_uri(run, row["slide"]), level)[:])
     height, width = predicted.shape
-    truth = read_truth(row, Rectangle(0, 0, height, width), classes, 2**level)
+    whole = Rectangle(0, 0, height, width)
+    truth = read_truth(row, whole, classes, 2**level)
+    known = read_known(row, whole, classes, 2**level)
+    if known is not None:
+        predicted = np.where(known, predicted, truth)
     with open_slide(row["uri"]) as slide:
         thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
     picture = Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX)

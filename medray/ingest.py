@@ -239,8 +239,11 @@ def _areas(
     uri: str, digest: str, height: int, width: int, settings: DatasetSettings
 ) -> tuple[list[Area], list[Area]]:
     """Give what is annotated and where; the digest tells a replaced file apart."""
-    how = {"height": height, "width": width, "classes": settings.classes}
-    return read_annotation(uri, **how), read_extent(uri, **how)
+    classes = settings.classes
+    return (
+        read_annotation(uri, height=height, width=width, classes=classes),
+        read_extent(uri, height=height, width=width, classes=classes),
+    )
 
 
 def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:

@@ -450,6 +450,15 @@ def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
             f"{settings.data.crop}, {settings.window.size} and "
             f"{settings.window.stride}"
         )
+    if max(settings.data.crops) > side:
+        slides = files.read_table(files.join(data, "slides.parquet")).to_pylist()
+        partly = [row["slide"] for row in slides if row.get("partly")]
+        if partly:
+            raise ConfigError(
+                f"{data}: {len(partly)} slides, such as {partly[0]}, are annotated "
+                f"only in part: crops must lie within patches of {side} px, found "
+                f"data.crop={settings.data.crop}"
+            )
     how = settings.unlabelled
     if how is not None:
         if not settings.optimizer.average:

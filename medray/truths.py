@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,16 @@ from medray.annotations import (
     Area,
     rasterise,
     read_annotation,
+    read_extent,
 )
-from medray.classes import Classes
+from medray.classes import AnyClass, Classes
 from medray.dataset import labels_uri, read_dataset
 from medray.errors import ConfigError, SlideError
 from medray.grid import Rectangle
 from medray.slides.listing import find_files, slide_id
 from medray.store import files, omezarr
 
+log = logging.getLogger(__name__)
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -60,12 +63,25 @@ def _dataset_truth(truth: str, classes: Classes, split: str | None) -> dict[str,
             f"{truth}: its classes {list(settings.classes.names)} are not the model's "
             f"{list(classes.names)}"
         )
-    rows = files.read_table(files.join(truth, "slides.parquet")).to_pylist()
+    rows = [
+        row
+        for row in files.read_table(files.join(truth, "slides.parquet")).to_pylist()
+        if row["status"] == "done" and row["annotated"]
+        if split is None or row["split"] == split
+    ]
+    partly = [row["slide"] for row in rows if row.get("partly")]
+    if partly:
+        log.warning(
+            "%s: %d slides are annotated only in part (%s ...); as the truth give "
+            "their annotations instead of the dataset",
+            truth,
+            len(partly),
+            partly[0],
+        )
     return {
         row["slide"]: labels_uri(truth, row["slide"])
         for row in rows
-        if row["status"] == "done" and row["annotated"]
-        if split is None or row["split"] == split
+        if not row.get("partly")
     }
 
 
@@ -103,6 +119,32 @@ def read_truth(
             f"{size}"
         )
     return nearest_labels(row["truth"], region, downsample, full.shape)
+
+
+def read_known(
+    row: Mapping[str, Any], region: Rectangle, classes: Classes, factor: int = 1
+) -> npt.NDArray[np.bool_] | None:
+    """Give where in a region there is a truth; None: everywhere.
+
+    Args and errors are those of `read_truth`.
+    """
+    if row["kind"] != "annotation":
+        return None
+    size = (row["level0_height"], row["level0_width"])
+    extent = _extent(row["truth"], *size, classes)
+    if not extent:
+        return None
+    drawn = rasterise(
+        extent,
+        AnyClass(),
+        y=region.y,
+        x=region.x,
+        height=region.height,
+        width=region.width,
+        downsample=row["downsample"] * factor,
+    )
+    known: npt.NDArray[np.bool_] = drawn > 0
+    return known
 
 
 def nearest_labels(
@@ -144,3 +186,8 @@ def nearest_labels(
 @functools.lru_cache(maxsize=4)
 def _areas(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
     return read_annotation(uri, height=height, width=width, classes=classes)
+
+
+@functools.lru_cache(maxsize=4)
+def _extent(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
+    return read_extent(uri, height=height, width=width, classes=classes)

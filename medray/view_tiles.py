@@ -373,7 +373,7 @@ def as_overlay(values: UInt8, colors: Sequence[str], shown: Collection[int]) -> 
 
 
 def as_heat(shares: UInt8, colors: Sequence[str], shown: Collection[int]) -> bytes:
-    """Write probabilities as a PNG tile: the likeliest class, as opaque as it is likely.
+    """Write probabilities as PNG: the likeliest class, as opaque as it is likely.
 
     Args:
         shares: (class, h, w) uint8, 255 is certain; at most 256 x 256.

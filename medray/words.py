@@ -29,6 +29,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         return _diagnosis_in_words(values)
     if "handed_on" in values:
         return _night_in_words(values)
+    if "squares" in values:
+        return _review_in_words(values)
     if "worse" in values:
         return _comparison_in_words(values)
     if "agreement" in values:
@@ -177,6 +179,19 @@ def _difference_in_words(values: dict[str, Any]) -> str:
         lines.append(f"class    {row['class']}: F1 {f1}, {pixels}")
     lines.append(
         f"diff: {values['compared']} slides compared, {len(values['changed'])} differ"
+    )
+    return "\n".join(lines)
+
+
+def _review_in_words(values: dict[str, Any]) -> str:
+    lines = [f"cannot  {slide}: {why}" for slide, why in values["failed"].items()]
+    lines += [
+        f"{count:6}  {values['out']}/{slide}.geojson"
+        for slide, count in values["slides"].items()
+    ]
+    lines.append(
+        f"review: {values['squares']} squares of {len(values['slides'])} slides, "
+        f"{len(values['failed'])} could not be looked at"
     )
     return "\n".join(lines)
 

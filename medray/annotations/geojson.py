@@ -100,3 +100,29 @@ def geojson_features(areas: Sequence[Area], classes: Classes) -> dict[str, Any]:
             }
         )
     return {"type": "FeatureCollection", "features": features}
+
+
+def extent_features(
+    extent: Sequence[Any], names: Sequence[str], class_name: str
+) -> list[dict[str, Any]]:
+    """Give where a slide is annotated as locked annotations that QuPath imports.
+
+    Args:
+        extent: Polygons in level-0 pixels.
+        names: What each is called.
+        class_name: QuPath ignores a class whose name ends with `*` in measurements.
+    """
+    return [
+        {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {polygon.wkt}")),
+            "geometry": json.loads(shapely.to_geojson(polygon)),
+            "properties": {
+                "objectType": "annotation",
+                "name": name,
+                "classification": {"name": class_name, "color": [0, 114, 178]},
+                "isLocked": True,
+            },
+        }
+        for polygon, name in zip(extent, names, strict=True)
+    ]
