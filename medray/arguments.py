@@ -228,6 +228,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--count", type=int, default=20, metavar="K", help="squares of 1024 px (20)"
     )
 
+    sub = command("view", "a run as pages in a browser")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer")
+    sub.add_argument("--report", help="from evaluate (`report` beside RUN)")
+    sub.add_argument("--truth", help="dataset, or annotations (those of the report)")
+    sub.add_argument("--slides", metavar="DIR", help="where the slides were moved to")
+    sub.add_argument("--host", default="127.0.0.1", help="to listen on (127.0.0.1)")
+    sub.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
+    sub.add_argument(
+        "--token", action="store_true", help="ask for one on 127.0.0.1 too"
+    )
+
     command("conformance", "check that stitching can be trusted here")
     return parser
 

@@ -276,6 +276,29 @@ def _review(args: argparse.Namespace) -> Any:
     return review(args.run_folder, out=args.out, count=args.count)
 
 
+def _view(args: argparse.Namespace) -> Any:
+    from medray.view import Viewing, view
+
+    def announce(viewing: Viewing) -> None:
+        values = dataclasses.asdict(viewing)
+        if args.json:
+            said = json.dumps(values, sort_keys=True)
+        else:
+            said = in_words("view", values)
+        print(said, file=args.stdout, flush=True)
+
+    view(
+        args.run_folder,
+        report=args.report,
+        truth=args.truth,
+        slides=args.slides,
+        host=args.host,
+        port=args.port,
+        token=args.token,
+        announce=announce,
+    )
+
+
 def _demo(args: argparse.Namespace) -> Any:
     from medray.demo import demo
 
@@ -314,6 +337,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "diff": _diff,
     "compare": _compare,
     "review": _review,
+    "view": _view,
     "demo": _demo,
     "conformance": _conformance,
 }
@@ -323,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code."""
     args = build_parser().parse_args(argv)
     _set_up_logging(args.verbose)
+    args.stdout = sys.stdout
     try:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):

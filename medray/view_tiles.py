@@ -15,8 +15,10 @@ from __future__ import annotations
 import functools
 import io
 import math
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,7 @@ STRIDES = 5
 # seen as a whole, and then tiles are cut from one small picture of it.
 _MOST_READ = 4096**2
 _OVERVIEW = 2048
+_ONE_AT_A_TIME = threading.Lock()  # a page asks for many of its tiles at once
 _DAMAGED = (214, 204, 204)
 _LINE = 2  # half the width of an outline, pixels
 
@@ -177,7 +180,8 @@ def slide_tile(slide: Slide, region: Rectangle, step: int) -> UInt8:
     index = max(i for i, one in enumerate(steps) if one <= step * 1.01 or i == 0)
     scale = step / steps[index]
     if region.height * region.width * scale**2 > _MOST_READ:
-        pixels, factor, _ = _overview(slide)
+        with _ONE_AT_A_TIME:
+            pixels, factor, _ = _overview(slide)
         return _reduced(pixels, region, step / factor, Rectangle(0, 0, 0, 0))
     level = slide.levels[index]
     top, left = math.floor(region.y * scale), math.floor(region.x * scale)
@@ -197,7 +201,7 @@ def slide_tile(slide: Slide, region: Rectangle, step: int) -> UInt8:
 
 
 @functools.lru_cache(maxsize=4)
-def _overview(slide: Slide) -> tuple[UInt8, float, npt.NDArray[np.bool_]]:
+def _overview(slide: Any) -> tuple[UInt8, float, npt.NDArray[np.bool_]]:
     return read_thumbnail(slide, _OVERVIEW)
 
 
@@ -373,7 +377,7 @@ def as_overlay(values: UInt8, colors: Sequence[str], shown: Collection[int]) -> 
 
 
 def as_heat(shares: UInt8, colors: Sequence[str], shown: Collection[int]) -> bytes:
-    """Write probabilities as PNG: the likeliest class, as opaque as it is likely.
+    """Write probabilities as a PNG tile: the likeliest class, opaque where certain.
 
     Args:
         shares: (class, h, w) uint8, 255 is certain; at most 256 x 256.

@@ -23,6 +23,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         lines = [f"{verb}  {path}" for path in values["removed"]]
         size = f"{values['bytes'] / 2**20:.1f} MiB"
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
+    if command == "view":
+        return _viewing_in_words(values)
     if "speed_up" in values:
         return _export_in_words(values)
     if "findings" in values:
@@ -89,6 +91,14 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
     return "\n".join(lines)
+
+
+def _viewing_in_words(values: dict[str, Any]) -> str:
+    lines = [f"run     {values['run']} ({values['slides']} slides)"]
+    for name in ("report", "truth"):
+        said = values[name] or f"none; give --{name} to see it"
+        lines.append(f"{name:8}{said}")
+    return "\n".join([*lines, f"open    {values['url']}", "view: Ctrl-C ends it"])
 
 
 def _images_in_words(values: dict[str, Any]) -> list[str]:
