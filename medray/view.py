@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from medray.errors import ConfigError, MedrayError
 from medray.interrupt import StoppedError, stopping
+from medray.pages import INK
 from medray.slides import read_thumbnail
 from medray.store import files
 from medray.view_run import (
@@ -391,7 +392,9 @@ def _tile(viewed: ViewedRun, request: Request) -> Response:
         data = as_heat(shares, classes.colors, shown)
     elif layer == "truth":
         lines = truth_outlines(place, region, step, classes)
-        data = as_overlay(lines, classes.colors, shown)
+        # In the differences the colours of classes have other meanings.
+        dark = [INK] * len(classes) if _asked(request, "dark") else classes.colors
+        data = as_overlay(lines, dark, shown)
     else:
         values, colors = mask_tile(place, region, step), classes.colors
         if layer == "difference":

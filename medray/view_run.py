@@ -292,8 +292,8 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
         "kinds": _legend(("", *AGREEMENT), COLORS)[: 4 if len(classes) > 2 else 3],
         "facts": {
             "Model": viewed.settings.names,
-            "Mask": f"{row['mpp']:.3g} um per pixel" if done and row["mpp"] else "",
-            "Pixels": f"{place.width} x {place.height}",
+            "Mask": f"{row['mpp']:.3g} µm per pixel" if done and row["mpp"] else "",
+            "Pixels": f"{place.width} \N{MULTIPLICATION SIGN} {place.height}",
         }
         | {
             name: f"{score[key]:.3f}"

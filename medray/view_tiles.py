@@ -47,6 +47,7 @@ STRIDES = 5
 _MOST_READ = 4096**2
 _OVERVIEW = 2048
 _ONE_AT_A_TIME = threading.Lock()  # a page asks for many of its tiles at once
+_BESIDE = (238, 241, 243)  # the background of the page
 _DAMAGED = (214, 204, 204)
 _LINE = 2  # half the width of an outline, pixels
 
@@ -181,7 +182,8 @@ def slide_tile(slide: Slide, region: Rectangle, step: int) -> UInt8:
     scale = step / steps[index]
     if region.height * region.width * scale**2 > _MOST_READ:
         with _ONE_AT_A_TIME:
-            pixels, factor, _ = _overview(slide)
+            # A slide is one by what it is, not by what it holds.
+            pixels, factor, _ = _overview(slide)  # type: ignore[arg-type]
         return _reduced(pixels, region, step / factor, Rectangle(0, 0, 0, 0))
     level = slide.levels[index]
     top, left = math.floor(region.y * scale), math.floor(region.x * scale)
@@ -349,9 +351,10 @@ def worst_regions(
 
 
 def as_jpeg(pixels: UInt8, *, side: int = 0) -> bytes:
-    """Write (h, w, 3) uint8 RGB as JPEG, filled up with white to `side` pixels."""
-    gap = [(0, max(0, side - n)) for n in pixels.shape[:2]]
-    whole = np.pad(pixels, (*gap, (0, 0)), constant_values=255)
+    """Write (h, w, 3) uint8 RGB as JPEG, filled up to `side` pixels like the page."""
+    height, width = (max(side, n) for n in pixels.shape[:2])
+    whole = np.full((height, width, 3), _BESIDE, np.uint8)
+    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
     buffer = io.BytesIO()
     # Without chroma subsampling: it washes out the edges of nuclei.
     Image.fromarray(whole).save(buffer, "JPEG", quality=85, subsampling=0)

@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const name = new URLSearchParams(location.search).get("slide") || "";
 const asked = "slide=" + encodeURIComponent(name);
 const hiddenValues = { classes: new Set(), kinds: new Set() };
-let slide, map, unit, base, overlay, truth, worst, worstAt = -1;
+let slide, map, unit, base, overlay, truth, worst, frame, worstAt = -1;
 
 async function fetched(url) {
   const answer = await fetch(url), told = await answer.json();
@@ -42,7 +42,7 @@ function draw() {
   overlay = truth = null;
   const opacity = $("opacity").value / 100, kind = current();
   if (kind && values(group())) overlay = layer(kind, values(group()), { opacity, className: "overlay", zIndex: 2 }).addTo(map);
-  if ($("truth").checked && values("classes")) truth = layer("truth", values("classes"), { className: "overlay", zIndex: 3 }).addTo(map);
+  if ($("truth").checked && values("classes")) truth = layer("truth", values("classes") + (kind === "difference" ? "&dark=1" : ""), { className: "overlay", zIndex: 3 }).addTo(map);
 }
 
 function legend() {
@@ -89,7 +89,10 @@ async function goWorst(step) {
   }
   worstAt = (worstAt + step + worst.length) % worst.length;
   const one = worst[worstAt];
-  map.fitBounds(L.latLngBounds(point(one.y, one.x), point(one.y + one.height, one.x + one.width)), { maxZoom: slide.last_zoom, animate: false });
+  const bounds = L.latLngBounds(point(one.y, one.x), point(one.y + one.height, one.x + one.width));
+  if (frame) map.removeLayer(frame);
+  frame = L.rectangle(bounds, { color: "#0b5c8a", weight: 2, fill: false, interactive: false }).addTo(map);
+  map.fitBounds(bounds, { maxZoom: slide.last_zoom, animate: false });
   $("said").textContent = `Region ${worstAt + 1} of the ${worst.length} worst: ${(100 * one.wrong).toFixed(0)} % of its pixels are wrong.`;
 }
 
@@ -158,7 +161,7 @@ async function start() {
   slide = await fetched("/api/slide?" + asked);
   describe();
   unit = 2 ** slide.last_zoom;
-  map = L.map("map", { crs: L.CRS.Simple, attributionControl: false, minZoom: 0, maxZoom: slide.last_zoom + 4, zoomControl: true, maxBoundsViscosity: .8, fadeAnimation: false });
+  map = L.map("map", { crs: L.CRS.Simple, attributionControl: false, minZoom: 0, maxZoom: slide.last_zoom + 4, zoomSnap: .25, maxBoundsViscosity: .8, fadeAnimation: false });
   map.setMaxBounds(whole().pad(.6));
   fromAddress();
   if (slide.layers.slide) base = layer("slide", "", { zIndex: 1 }).addTo(map);
