@@ -50,7 +50,7 @@ def main() -> None:
             page.keyboard.press("3")
             page.keyboard.press("w")
             page.keyboard.press("t")
-            page.wait_for_function("document.querySelector('#said').textContent")
+            page.wait_for_function("() => document.querySelector('#said').textContent")
             page.wait_for_function(LOADED)
             page.screenshot(path=args.out / f"worst-{name}.jpg", quality=82)
             page.keyboard.press("?")

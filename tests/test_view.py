@@ -119,12 +119,15 @@ def test_tiles_of_a_slide_hold_its_pixels(
     browser_of: TestClient, one: dict[str, Any]
 ) -> None:
     last = last_zoom(*one["pixels"].shape[:2])
-    slide = ArraySlide("made", one["pixels"], "made")
+    slide = ArraySlide(one["pixels"])
     for step in (1, 2):
         whole = one["pixels"].reshape(768 // step, step, 640 // step, step, 3)
         whole = whole.mean(axis=(1, 3))
         for y, x in ((0, 0), (1, 1)):
-            size = [min(256, n - 256 * k) for n, k in zip(whole.shape, (y, x))]
+            size = [
+                min(256, n - 256 * k)
+                for n, k in zip(whole.shape[:2], (y, x), strict=True)
+            ]
             region = Rectangle(256 * y, 256 * x, *size)
             exact = slide_tile(slide, region, step)
             wanted = whole[region.slices()]
@@ -140,7 +143,7 @@ def test_a_slide_without_coarse_levels_is_cut_from_one_small_picture() -> None:
     """A tile that would read more than 4096 x 4096 pixels is cut from an overview."""
     pixels = np.zeros((6000, 6000, 3), np.uint8)
     pixels[:, 3000:] = 200
-    slide = ArraySlide("made", pixels, "made")
+    slide = ArraySlide(pixels)
     seen = slide_tile(slide, Rectangle(0, 0, 188, 188), 32)
     assert seen.shape == (188, 188, 3)
     assert seen[:, :93].max() == 0
@@ -505,7 +508,9 @@ def test_in_a_browser(served: str, viewed: Path, one: dict[str, Any]) -> None:
         wanted = np.where(mask[..., None] == 1, (bare + orange) / 2, bare)
         assert np.abs(seen() - wanted).max() <= 3
         page.click("#toggles input")  # the class is switched off
-        page.wait_for_function("!document.querySelector('img[src*=\"/tile/mask\"]')")
+        page.wait_for_function(
+            "() => !document.querySelector('img[src*=\"/tile/mask\"]')"
+        )
         assert np.abs(seen() - bare).max() <= 2
         page.keyboard.press("3")
         for _ in range(5):
@@ -520,7 +525,7 @@ def test_in_a_browser(served: str, viewed: Path, one: dict[str, Any]) -> None:
         assert np.abs(shown[kinds == 0] - bare[kinds == 0]).max() <= 2
         page.keyboard.press("w")
         page.wait_for_function(
-            "/worst/.test(document.querySelector('#said').innerText)"
+            "() => /worst/.test(document.querySelector('#said').innerText)"
         )
         assert re.search(r"#[\d.]+/\d+/\d+$", page.url)
         page.keyboard.press("?")

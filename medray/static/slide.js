@@ -162,6 +162,7 @@ async function start() {
   describe();
   unit = 2 ** slide.last_zoom;
   map = L.map("map", { crs: L.CRS.Simple, attributionControl: false, minZoom: 0, maxZoom: slide.last_zoom + 4, zoomSnap: .25, maxBoundsViscosity: .8, fadeAnimation: false });
+  map.on("zoomend", () => $("map").classList.toggle("between", !Number.isInteger(map.getZoom())));
   map.setMaxBounds(whole().pad(.6));
   fromAddress();
   if (slide.layers.slide) base = layer("slide", "", { zIndex: 1 }).addTo(map);
