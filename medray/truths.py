@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -148,7 +148,12 @@ def read_known(
 
 
 def nearest_labels(
-    uri: str, region: Rectangle, step: float, shape: tuple[int, ...], coarsest: int = 99
+    uri: str,
+    region: Rectangle,
+    step: float,
+    shape: tuple[int, ...],
+    coarsest: int = 99,
+    opened: Callable[[str, int], omezarr.Pixels] = omezarr.open_level,
 ) -> UInt8:
     """Give the nearest pixel of the next finer level, where no level fits.
 
@@ -158,6 +163,7 @@ def nearest_labels(
         step: As said; less than 1 enlarges.
         shape: (height, width) of level 0.
         coarsest: The coarsest level that is filled.
+        opened: Opens a level.
 
     Returns:
         (..., height, width) uint8; beyond the image its last row and column.
@@ -167,7 +173,7 @@ def nearest_labels(
     """
     last = min(coarsest, len(omezarr.level_shapes(shape[0], shape[1])) - 1)
     level = int(np.clip(np.floor(np.log2(step) + 0.01), 0, last))
-    labels = omezarr.open_level(uri, level)
+    labels = opened(uri, level)
     rows, columns = (
         np.minimum((np.arange(first, end) + 0.5) * step / 2**level, length - 1)
         for first, end, length in zip(

@@ -175,7 +175,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     truth = viewed.truths.get(name_in(slide, viewed.truths) or "", "")
     common: Row = {"slide": slide, "uri": uri, "truth": truth}
     common |= {"kind": viewed.kind, "stamp": row["stamp"] or ""}
-    common["digest"] = row["digest"] or ""
+    common |= {"digest": row["digest"] or "", "version": version_of(row)}
     probabilities = ""
     if settings.options.prediction.probabilities:
         probabilities = probabilities_uri(viewed.uri, slide)

@@ -31,6 +31,7 @@ from medray.grid import Rectangle
 from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.readable import read_readable
+from medray.store import omezarr
 from medray.truths import nearest_labels, read_truth
 
 UInt8 = npt.NDArray[np.uint8]
@@ -71,6 +72,7 @@ class Place:
         probabilities: OME-Zarr of the class probabilities.
         truth: Annotation file, or OME-Zarr of labels.
         kind: Which of the two: annotation or labels.
+        version: Another one, other pixels.
     """
 
     slide: str
@@ -87,6 +89,7 @@ class Place:
     probabilities: str = ""
     truth: str = ""
     kind: str = ""
+    version: str = ""
 
 
 # --- geometry -------------------------------------------------------------------------
@@ -211,6 +214,10 @@ def _reduced(pixels: UInt8, region: Rectangle, scale: float, read: Rectangle) ->
     """Average pixels, the first of which is that of `read`, to those of a region."""
     if scale == 1 and pixels.shape[:2] == (region.height, region.width):
         return pixels
+    if scale == round(scale) and read.height:  # exact, where resizing rounds twice
+        whole = np.asarray(Image.fromarray(pixels).reduce(round(scale)))
+        if whole.shape[:2] == (region.height, region.width):
+            return whole
     y0, x0 = region.y * scale - read.y, region.x * scale - read.x
     # A level may lack the last row or column, which rounding took.
     y1 = min(region.bottom * scale - read.y, pixels.shape[0])
@@ -246,7 +253,16 @@ def _layer_tile(place: Place, uri: str, region: Rectangle, step: int) -> UInt8:
     if math.log2(ratio) > place.coarsest + STRIDES:
         shape = (region.height, region.width)  # it would take too much to read
         return np.zeros(shape, np.uint8)
-    return nearest_labels(uri, region, ratio, place.mask_shape, place.coarsest)
+    opened = functools.partial(_level, version=place.version)
+    return nearest_labels(
+        uri, region, ratio, place.mask_shape, place.coarsest, opened=opened
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _level(uri: str, level: int, version: str) -> omezarr.Pixels:
+    """Keep levels open: to read their metadata takes longer than to read a tile."""
+    return omezarr.open_level(uri, level)
 
 
 def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> UInt8:
