@@ -2,7 +2,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["text", "status", "from", "to", "sort"];
-let run = { slides: [] };
+let run = { slides: [] }, before = "";
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -64,8 +64,12 @@ function show() {
 }
 
 async function read() {
-  const answer = await fetch("/api/run"), told = await answer.json();
+  const answer = await fetch("/api/run"), text = await answer.text(), told = JSON.parse(text);
   if (!answer.ok) throw new Error(told.error);
+  // A run that goes on is looked at again; what did not change is left as it stands.
+  if (told.slides.some((slide) => slide.status === "under way")) setTimeout(() => read().catch(fail), 10000);
+  if (text === before) return;
+  before = text;
   run = told;
   document.title = run.run + " – medray view";
   $("title").textContent = run.run;

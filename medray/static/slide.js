@@ -144,8 +144,8 @@ function describe() {
   $("status").classList.add(slide.status);
   $("f1").textContent = slide.f1 === null ? "" : "F1 " + slide.f1.toFixed(3);
   if (slide.problem) fail(slide.problem);
-  else if (slide.message) fail(slide.message);
-  $("said").textContent = slide.note;
+  else if (slide.status === "failed") fail(slide.message);
+  $("said").textContent = slide.note || (slide.status === "failed" ? "" : slide.message);
   for (const radio of document.querySelectorAll("input[name=layer]")) radio.disabled = Boolean(radio.value) && !slide.layers[radio.value];
   $("truth").disabled = !slide.layers.truth;
   $("worst").disabled = !slide.layers.difference;
