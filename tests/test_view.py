@@ -28,11 +28,22 @@ from medray.errors import ConfigError
 from medray.grid import Rectangle
 from medray.pages import INK
 from medray.report import AGREEMENT
+from medray.slides import open_slide
 from medray.slides.image import ArraySlide
+from medray.store import omezarr
+from medray.synth import draw_scene, write_slide
 from medray.truths import read_truth
 from medray.view import build_app
 from medray.view_run import open_viewed
-from medray.view_tiles import differences, last_zoom, outlines, slide_tile
+from medray.view_tiles import (
+    Place,
+    differences,
+    last_zoom,
+    mask_tile,
+    outlines,
+    slide_tile,
+    tile_region,
+)
 
 HERE = {"base_url": "http://127.0.0.1:8000"}
 
@@ -197,6 +208,41 @@ def test_probabilities_are_as_opaque_as_they_are_high(
     assert np.array_equal(np.asarray(got)[..., 3], part(shares, 1, 0))
     none = picture(tile(browser_of, "probability", one["slide"], "2/1/0"))
     assert not np.asarray(none).any()
+
+
+@pytest.mark.parametrize("mask_step", [2.0, 1.6, 0.5])
+def test_a_mask_of_another_resolution_lies_where_its_slide_does(
+    mask_step: float, tmp_path: Path
+) -> None:
+    uri = str(tmp_path / "mask.ome.zarr")
+    shape = (round(400 / mask_step), round(320 / mask_step))
+    labels = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
+    omezarr.create_labels(
+        uri, *shape, mpp=1.0, name="", classes=Classes(), attributes={}
+    )
+    omezarr.write_region(uri, Rectangle(0, 0, *shape), labels)
+    place = Place("a", "", "", "", 400, 320, None, uri, mask_step, shape)
+    region, step = tile_region(place, last_zoom(400, 320), 1, 1)
+    assert (region, step) == (Rectangle(256, 256, 144, 64), 1)
+    if mask_step < 1:  # a finer mask is seen at the level that fits
+        mask_step, labels = 1.0, omezarr.open_level(uri, 1)[:]
+    y, x = (
+        np.minimum((np.arange(256, 256 + n) + 0.5) / mask_step, m - 1).astype(int)
+        for n, m in zip((144, 64), labels.shape, strict=True)
+    )
+    assert np.array_equal(mask_tile(place, region, step), labels[np.ix_(y, x)])
+
+
+def test_a_level_that_fits_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = write_slide(
+        tmp_path, "a", draw_scene(3, height=700, width=600), layout="pyramid"
+    )
+    with open_slide(path) as slide:
+        for level in range(3):
+            whole = tifffile.imread(path, series=0, level=level)
+            region = Rectangle(32, 16, 100, 90)
+            wanted = whole[region.slices()]
+            assert np.array_equal(slide_tile(slide, region, 2**level), wanted)
 
 
 def test_differences_between_several_classes() -> None:
