@@ -20,7 +20,7 @@ import logging
 import re
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -40,19 +40,17 @@ from medray.view_run import (
     version_of,
 )
 from medray.view_tiles import (
-    KINDS,
     TILE,
     as_heat,
     as_jpeg,
     as_overlay,
-    differences,
+    difference_tile,
     mask_tile,
     open_unchanged,
     probability_tile,
     slide_tile,
     tile_region,
     truth_outlines,
-    truth_tile,
     worst_regions,
 )
 
@@ -402,10 +400,11 @@ def _tile(viewed: ViewedRun, request: Request) -> Response:
         dark = [INK] * len(classes) if _asked(request, "dark") else classes.colors
         data = as_overlay(lines, dark, shown)
     else:
-        values, colors = mask_tile(place, region, step), classes.colors
         if layer == "difference":
-            values = differences(values, truth_tile(place, region, step, classes))
-            colors = COLORS[: len(KINDS)]
+            values = difference_tile(place, region, step, classes)
+            colors: Sequence[str] = COLORS
+        else:
+            values, colors = mask_tile(place, region, step), classes.colors
         data = as_overlay(values, colors, shown)
     return _picture(request, row, data, "image/png")
 

@@ -32,7 +32,7 @@ from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.readable import read_readable
 from medray.store import omezarr
-from medray.truths import nearest_labels, read_truth
+from medray.truths import nearest_labels, read_known, read_truth
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -271,9 +271,29 @@ def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> 
     Raises:
         MedrayError: The truth is damaged, or of another slide.
     """
+    return read_truth(_truth_row(place, step), region, classes)
+
+
+def _truth_row(place: Place, step: float) -> dict[str, Any]:
+    """Give what `read_truth` wants to know of a slide."""
     row = {"truth": place.truth, "kind": place.kind, "downsample": step}
-    row |= {"level0_height": place.height, "level0_width": place.width}
-    return read_truth(row, region, classes)
+    return row | {"level0_height": place.height, "level0_width": place.width}
+
+
+def difference_tile(
+    place: Place, region: Rectangle, step: int, classes: Classes
+) -> UInt8:
+    """Compare mask and truth: (height, width) uint8, see `KINDS`.
+
+    Where nobody annotated there is no difference.
+
+    Raises:
+        MedrayError: One of them is damaged, or of another slide.
+    """
+    row = _truth_row(place, step)
+    mask, truth = mask_tile(place, region, step), read_truth(row, region, classes)
+    kinds, known = differences(mask, truth), read_known(row, region, classes)
+    return kinds if known is None else kinds * known
 
 
 def truth_outlines(
@@ -340,9 +360,11 @@ def worst_regions(
     mask = nearest_labels(
         place.mask, whole, 2**coarse, place.mask_shape, place.coarsest
     )
-    row = {"truth": place.truth, "kind": place.kind, "downsample": step}
-    row |= {"level0_height": place.height, "level0_width": place.width}
+    row = _truth_row(place, step)
     wrong = (mask != read_truth(row, whole, classes)).astype(np.int64)
+    known = read_known(row, whole, classes)
+    if known is not None:
+        wrong *= known
     block = max(8, side >> coarse)
     counts = np.add.reduceat(wrong, np.arange(0, height, block), axis=0)
     counts = np.add.reduceat(counts, np.arange(0, width, block), axis=1)
