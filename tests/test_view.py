@@ -1,5 +1,6 @@
 """The viewer: what its tiles hold, whom it answers, and how it looks in a browser."""
 
+import dataclasses
 import io
 import json
 import os
@@ -37,12 +38,14 @@ from medray.view import build_app
 from medray.view_run import open_viewed
 from medray.view_tiles import (
     Place,
+    difference_tile,
     differences,
     last_zoom,
     mask_tile,
     outlines,
     slide_tile,
     tile_region,
+    worst_regions,
 )
 
 HERE = {"base_url": "http://127.0.0.1:8000"}
@@ -243,6 +246,36 @@ def test_a_level_that_fits_is_taken_as_it_is(tmp_path: Path) -> None:
             region = Rectangle(32, 16, 100, 90)
             wanted = whole[region.slices()]
             assert np.array_equal(slide_tile(slide, region, 2**level), wanted)
+
+
+def test_where_nobody_annotated_nothing_is_different(tmp_path: Path) -> None:
+    """Areas of class Region* say where a slide is annotated; elsewhere nobody knows."""
+
+    def square(name: str, start: int, end: int) -> dict[str, Any]:
+        ring = [[start, start], [end, start], [end, end], [start, end], [start, start]]
+        return {
+            "type": "Feature",
+            "properties": {"classification": {"name": name}},
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+        }
+
+    features = [square("Region*", 0, 100), square("tumour", 10, 50)]
+    truth = tmp_path / "a.geojson"
+    truth.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    uri = str(tmp_path / "mask.ome.zarr")
+    omezarr.create_labels(
+        uri, 200, 200, mpp=1.0, name="", classes=Classes(), attributes={}
+    )
+    whole = Rectangle(0, 0, 200, 200)
+    omezarr.write_region(uri, whole, np.ones((200, 200), np.uint8))
+    place = Place("a", "", "", "", 200, 200, None, uri, 1.0, (200, 200))
+    place = dataclasses.replace(place, truth=str(truth), kind="annotation")
+    wanted = np.zeros((200, 200), np.uint8)
+    wanted[:100, :100] = 2
+    wanted[10:50, 10:50] = 1
+    assert np.array_equal(difference_tile(place, whole, 1, Classes()), wanted)
+    worst = worst_regions(place, Classes(), side=100)
+    assert [(one["y"], one["x"], one["wrong"]) for one in worst] == [(0, 0, 0.84)]
 
 
 def test_differences_between_several_classes() -> None:
