@@ -142,8 +142,9 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     """Build the application of a Serve config file, as Kubernetes has one.
 
     Args:
-        args: Of `ServeSettings`, those of `Bounds` beside them. The token must be in
-            the environment: a cluster's address is reached by others.
+        args: Of `ServeSettings`, those of `Bounds` beside them; `$NAME` in the places
+            is taken from the environment. The token must be there: a cluster's address
+            is reached by others.
 
     Raises:
         ConfigError: They are wrong, or there is no token.
@@ -152,6 +153,8 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     try:
         bounds = Bounds(**{key: args[key] for key in names if key in args})
         others = {key: value for key, value in args.items() if key not in names}
+        for key in {"model", "report", "token_file"} & set(others):
+            others[key] = os.path.expandvars(others[key])
         settings = ServeSettings(**others, bounds=bounds)
     except TypeError as error:
         raise ConfigError(f"args of the Serve config: {error}") from error

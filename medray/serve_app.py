@@ -29,6 +29,8 @@ from starlette.requests import ClientDisconnect
 
 from medray.errors import SlideError
 from medray.served import SUFFIXES, Answer, Format, Kind, TooLargeError, image_format
+from medray.slides.levels import MOST_ENLARGED
+from medray.slides.slide import SANE_MPP
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,6 @@ _TYPES = {
     "application/octet-stream": "",
 }
 _BEARER = HTTPBearer(auto_error=False, description="the token of `medray serve`")
-_Mpp = Annotated[
-    float | None,
-    Query(ge=0.01, le=100, description="microns per pixel, if the image is silent"),
-]
 
 
 class Model(Protocol):
@@ -224,6 +222,14 @@ def build_api(
         request.state.pixels = found.pixels
         return Response(found.body, media_type=found.media_type, headers=found.headers)
 
+    works_at = model.describe()["mpp"]
+    asked_mpp: Any = Query(
+        None,
+        ge=SANE_MPP[0],
+        # Coarser ones cannot be brought to the model's.
+        le=MOST_ENLARGED * works_at if works_at else SANE_MPP[1],
+        description="microns per pixel, if the image does not say",
+    )
     posted: dict[str, Any] = {
         "openapi_extra": {"requestBody": _body()},
         "responses": refusals | _problems(400, 409, 413, 415, 422, 503, 504),
@@ -236,7 +242,7 @@ def build_api(
         **closed,
         **posted,
     )
-    async def classify(request: Request, mpp: _Mpp = None) -> Response:
+    async def classify(request: Request, mpp: float | None = asked_mpp) -> Response:
         return await answer("classify", request, mpp)
 
     masks = {
@@ -264,7 +270,7 @@ def build_api(
         **(posted | {"responses": posted["responses"] | {200: masks}}),
     )
     async def segment(
-        request: Request, mpp: _Mpp = None, format: Format = "png"
+        request: Request, mpp: float | None = asked_mpp, format: Format = "png"
     ) -> Response:
         return await answer("segment", request, mpp, format)
 
