@@ -30,7 +30,7 @@ from ray.util.metrics import Counter, Histogram
 
 from medray import cluster
 from medray.errors import ConfigError, MedrayError, StoreError
-from medray.interrupt import StoppedError, stopping
+from medray.interrupt import StoppedError, Stopping, stopping
 from medray.models.config import Precision
 from medray.serve_app import Bounds, build_api, token_digest
 from medray.served import Answer, Format, Kind, Prepared, Served, check_model
@@ -116,26 +116,42 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     _check_free(host, port)
     # What is wrong with the model is said before anything starts.
     kind = check_model(settings.model, settings.report, settings.precision)
-    with stopping() as asked:
-        cluster.connect()
-        app = _deploy(settings, digest)
-        ray_serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    cluster.connect()
+    target = ray_serve.RunTarget(_deploy(settings, digest), APP, "/")
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    with stopping() as asked:  # Ray has handlers of its own, which these replace
         try:
-            ray_serve.run(app, name=APP, route_prefix="/")
-            _say_ready(settings.model, kind, host, port, token=bool(digest))
+            ray_serve.run_many([target], wait_for_applications_running=False)
+            if _started(asked):
+                _say_ready(settings.model, kind, host, port, token=bool(digest))
             while not asked.signal:
                 time.sleep(0.2)
-        except RuntimeError as error:
-            raise MedrayError(f"the service did not start: {error}") from error
         finally:
             # Replicas finish what they have; the proxy takes nothing more.
             ray_serve.delete(APP)
             ray_serve.shutdown()
     raise StoppedError(asked.signal, "the requests under way were answered")
+
+
+def _started(asked: Stopping) -> bool:
+    """Wait until requests are taken, or a signal comes.
+
+    Raises:
+        MedrayError: The replicas do not start.
+    """
+    while not asked.signal:
+        app = ray_serve.status().applications[APP]
+        if app.status == "RUNNING":
+            return True
+        if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise MedrayError(f"the service did not start: {app.message}")
+        time.sleep(0.2)
+    return False
 
 
 def build_app(args: dict[str, Any]) -> ray_serve.Application:

@@ -375,7 +375,7 @@ def _too_long(found: str, most: int) -> HTTPException:
         413,
         f"the body has {found} bytes, at most {most} are taken; send a smaller image, "
         f"or give it to `medray infer`",
-        {"Connection": "close"},
+        # The connection stays: what still comes is thrown away, and the answer is read.
     )
 
 
