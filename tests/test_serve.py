@@ -417,25 +417,38 @@ def truth(
 
 
 @pytest.fixture(scope="module")
-def url(cluster: None, model: Path, truth: Truth, classifier: str) -> Iterator[str]:
-    """Both models behind one address: /segmenter and /classifier."""
+def address(cluster: None) -> Iterator[str]:
     from ray import serve as ray_serve
 
     port = free_port()
-    bounds = Bounds(timeout_s=120.0, max_mbyte=5.0)
-    how = ServeSettings(model=str(model), precision="float32", cpus=1, bounds=bounds)
     ray_serve.start(
         proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}
     )
-    digest = token_digest(TOKEN)
-    other = replace(how, model=classifier, report=truth.report)
-    names = {"segmenter": how, "classifier": other}
-    for name, chosen in names.items():
-        app = serve._deploy(chosen, digest)
-        unique = f"{name}-{os.getpid()}"
-        ray_serve.run(app, name=unique, route_prefix=f"/{name}")
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
+
+
+def deploy(address: str, name: str, model: str, report: str = "") -> str:
+    """Serve a model under a prefix of its own; the application's name is unique here."""
+    from ray import serve as ray_serve
+
+    bounds = Bounds(timeout_s=120.0, max_mbyte=5.0)
+    how = ServeSettings(
+        model=model, report=report, precision="float32", cpus=1, bounds=bounds
+    )
+    app = serve._deploy(how, token_digest(TOKEN))
+    ray_serve.run(app, name=f"{name}-{os.getpid()}", route_prefix=f"/{name}")
+    return f"{address}/{name}"
+
+
+@pytest.fixture(scope="module")
+def segmenter_url(address: str, model: Path) -> str:
+    return deploy(address, "segmenter", str(model))
+
+
+@pytest.fixture(scope="module")
+def classifier_url(address: str, classifier: str, truth: Truth) -> str:
+    return deploy(address, "classifier", classifier, truth.report)
 
 
 def post(url: str, body: bytes, stated: str = "image/png", **query: Any) -> Any:
@@ -444,14 +457,14 @@ def post(url: str, body: bytes, stated: str = "image/png", **query: Any) -> Any:
 
 
 def test_a_served_mask_is_a_runs_to_the_byte(
-    url: str, slides: Path, truth: Truth
+    truth: Truth, segmenter_url: str, slides: Path
 ) -> None:
     paths = sorted((slides / "slides").iterdir())
     with ThreadPoolExecutor(8) as pool:
         answers = list(
             pool.map(
                 lambda path: post(
-                    f"{url}/segmenter/segment", path.read_bytes(), "image/tiff"
+                    f"{segmenter_url}/segment", path.read_bytes(), "image/tiff"
                 ),
                 paths * 3,
             )
@@ -467,13 +480,13 @@ def test_a_served_mask_is_a_runs_to_the_byte(
         assert 0 < expected.mean() < 1
     assert len(seen) == len(paths)  # so each got its own
     body = paths[0].read_bytes()
-    answer = post(f"{url}/segmenter/segment", body, "image/tiff", format="geojson")
+    answer = post(f"{segmenter_url}/segment", body, "image/tiff", format="geojson")
     outlines = truth.run / "outlines" / f"{paths[0].stem}.geojson"
     assert answer.headers["content-type"] == "application/geo+json"
     assert answer.content == outlines.read_bytes()
 
 
-def test_a_served_class_is_the_reports(url: str, truth: Truth) -> None:
+def test_a_served_class_is_the_reports(classifier_url: str, truth: Truth) -> None:
     temperature = read_json(f"{truth.report}/metrics.json")["calibration"][
         "temperature"
     ]
@@ -481,7 +494,7 @@ def test_a_served_class_is_the_reports(url: str, truth: Truth) -> None:
 
     def ask(row: dict[str, str]) -> Any:
         body = (truth.cells / row["image"]).read_bytes()
-        return post(f"{url}/classifier/classify", body)
+        return post(f"{classifier_url}/classify", body)
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, truth.said * 4))
@@ -499,17 +512,19 @@ def test_a_served_class_is_the_reports(url: str, truth: Truth) -> None:
         )
 
 
-def test_bad_requests_get_help_through_the_proxy_too(url: str) -> None:
-    found = post(f"{url}/segmenter/segment", PNG[:300])
+def test_bad_requests_get_help_through_the_proxy_too(segmenter_url: str) -> None:
+    found = post(f"{segmenter_url}/segment", PNG[:300])
     assert (found.status_code, "expected a PNG" in found.json()["detail"]) == (
         422,
         True,
     )
-    assert post(f"{url}/segmenter/classify", PNG).status_code == 409
-    found = httpx2.post(f"{url}/segmenter/segment", content=PNG)
+    assert post(f"{segmenter_url}/classify", PNG).status_code == 409
+    found = httpx2.post(f"{segmenter_url}/segment", content=PNG)
     assert (found.status_code, found.headers["www-authenticate"]) == (401, "Bearer")
     start = time.monotonic()
-    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as line:
+    with socket.create_connection(
+        ("127.0.0.1", int(segmenter_url.split(":")[2].split("/")[0]))
+    ) as line:
         line.sendall(
             b"POST /segmenter/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
             b"Authorization: Bearer " + TOKEN.encode() + b"\r\n"
@@ -518,15 +533,15 @@ def test_bad_requests_get_help_through_the_proxy_too(url: str) -> None:
         line.settimeout(30)
         assert line.recv(100).startswith(b"HTTP/1.1 413")  # without the body
     assert time.monotonic() - start < 20
-    assert httpx2.get(f"{url}/segmenter/healthz", timeout=60).json() == {"status": "ok"}
+    assert httpx2.get(f"{segmenter_url}/healthz", timeout=60).json() == {"status": "ok"}
 
 
 @pytest.mark.slow
 def test_when_a_replica_is_killed_the_next_requests_are_answered(
-    url: str, slides: Path
+    segmenter_url: str, slides: Path
 ) -> None:
     body = next((slides / "slides").iterdir()).read_bytes()
-    before = post(f"{url}/segmenter/segment", body, "image/tiff")
+    before = post(f"{segmenter_url}/segment", body, "image/tiff")
     name = f"ServeReplica:segmenter-{os.getpid()}"
     processes = [
         int(path.parent.name)
@@ -537,7 +552,7 @@ def test_when_a_replica_is_killed_the_next_requests_are_answered(
     os.kill(processes[0], signal.SIGKILL)
     deadline = time.monotonic() + 240
     while True:  # while it starts anew requests wait or get 5xx, and none hangs
-        answer = post(f"{url}/segmenter/segment", body, "image/tiff")
+        answer = post(f"{segmenter_url}/segment", body, "image/tiff")
         if answer.status_code == 200:
             break
         assert answer.status_code >= 500
