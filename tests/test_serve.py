@@ -311,7 +311,7 @@ def test_resolution_is_asked_for_or_assumed_and_the_mask_fits(
         assert (mask.size, mask.mode) == ((200, 150), "L")
     data = tiff_of(picture(), resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
     found = client.post(
-        "/segment?mpp=3", content=data, headers={"Content-Type": "image/tiff"}
+        "/segment?mpp=0.9", content=data, headers={"Content-Type": "image/tiff"}
     )
     assert (found.headers["medray-mpp"], found.headers["medray-mpp-from"]) == (
         "0.5",
