@@ -30,7 +30,7 @@ $(UV):
 
 $(STAMP): $(UV) pyproject.toml constraints.txt
 	$(UV) venv --quiet --allow-existing .venv
-	$(UV) pip install --quiet --python .venv -c constraints.txt -e ".[openslide,s3,view]" --group dev
+	$(UV) pip install --quiet --python .venv -c constraints.txt -e ".[openslide,s3,serve,view]" --group dev
 	touch $(STAMP)
 
 constraints: $(UV) ## take the newest packages; run the tests afterwards

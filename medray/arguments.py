@@ -204,6 +204,37 @@ def build_parser() -> argparse.ArgumentParser:
         "--class", dest="name", default="", help="to explain (the predicted one)"
     )
 
+    sub = command("serve", "a model as an HTTP service")
+    sub.add_argument("model", metavar="MODEL", help="from train or export")
+    sub.add_argument(
+        "--report", default="", help="a classifier's, from evaluate: its temperature"
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="to listen at (127.0.0.1)")
+    sub.add_argument("--port", type=int, default=8000, help="likewise (8000)")
+    sub.add_argument(
+        "--replicas",
+        type=_span,
+        default=(1, 1),
+        metavar="MIN:MAX",
+        help="copies of the model, as many as requests need (1:1)",
+    )
+    sub.add_argument(
+        "--max-mpixel", type=_positive, default=64.0, metavar="N", help="an image (64)"
+    )
+    sub.add_argument(
+        "--max-mbyte", type=_positive, default=256.0, metavar="N", help="a body (256)"
+    )
+    sub.add_argument(
+        "--timeout-s", type=_positive, default=120.0, metavar="S", help="answer (120)"
+    )
+    sub.add_argument(
+        "--token-file",
+        default="",
+        metavar="FILE",
+        help="what requests must carry (environment: MEDRAY_SERVE_TOKEN)",
+    )
+    _add_precision(sub)
+
     sub = command("verify", "read a run against the digests of its commits")
     sub.add_argument("run_folder", metavar="RUN", help="from infer")
 
@@ -328,6 +359,13 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def _span(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected MIN:MAX such as 1:4, found {text}")
+    return int(least), int(most or least)
 
 
 def _positive(text: str) -> float:

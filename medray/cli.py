@@ -246,6 +246,31 @@ def _explain(args: argparse.Namespace) -> Any:
     return explain(args.model, args.images, out=args.out, name=args.name)
 
 
+def _serve(args: argparse.Namespace) -> Any:
+    try:
+        from medray.serve import ServeSettings, serve
+        from medray.serve_app import Bounds
+    except ImportError as error:
+        raise ConfigError(
+            f"serve needs {error.name}; install medray with the extra `serve`"
+        ) from error
+    least, most = args.replicas
+    settings = ServeSettings(
+        model=args.model,
+        report=args.report,
+        precision=args.precision,
+        min_replicas=least,
+        max_replicas=most,
+        bounds=Bounds(
+            max_mpixel=args.max_mpixel,
+            max_mbyte=args.max_mbyte,
+            timeout_s=args.timeout_s,
+        ),
+        token_file=args.token_file,
+    )
+    return serve(settings, host=args.host, port=args.port)
+
+
 def _verify(args: argparse.Namespace) -> Any:
     from medray.verify import verify
 
@@ -332,6 +357,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "nightly": _nightly,
     "doctor": _doctor,
     "explain": _explain,
+    "serve": _serve,
     "verify": _verify,
     "gc": _gc,
     "diff": _diff,

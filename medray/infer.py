@@ -306,7 +306,7 @@ def _work(settings: RunSettings, out: str) -> Work:
     return Work(
         load=functools.partial(_load, settings),
         read=functools.partial(read_region, settings=settings),
-        source=functools.partial(_region_pixels, settings),
+        source=functools.partial(region_pixels, settings),
         layers=_layers,
         write=functools.partial(write_region, settings=settings, out=out),
         read_bytes=functools.partial(_halo_bytes, settings),
@@ -321,7 +321,8 @@ def _load(settings: RunSettings, threads: int) -> Any:
     return Predictor.from_folders(settings.models, how, threads=threads)
 
 
-def _region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
+def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
+    """Give a region as the model takes it (`RegionPixels`); its windows are noted."""
     from medray.models.canvas import RegionPixels
 
     size = (row["height"], row["width"])

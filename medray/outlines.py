@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,14 @@ def write_outlines(
         The number of objects.
     """
     areas = trace(omezarr.open_level(mask), classes, downsample=downsample)
-    text = json.dumps(geojson_features(areas, classes), separators=(",", ":"))
-    files.write_bytes(target, text.encode())
+    files.write_bytes(target, as_geojson(areas, classes))
     return len(areas)
+
+
+def as_geojson(areas: Sequence[Area], classes: Classes) -> bytes:
+    """Give areas as the bytes of a FeatureCollection of annotations."""
+    text = json.dumps(geojson_features(areas, classes), separators=(",", ":"))
+    return text.encode()
 
 
 def trace(mask: Any, classes: Classes, *, downsample: float = 1.0) -> list[Area]:

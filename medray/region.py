@@ -59,19 +59,35 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
     """
     start = time.time()
     try:
-        slide = opened(row["uri"], row["stamp"])
-        pixels, damaged, why = _read_halo(slide, row, settings)
-        if row["tissue_at_reading"]:
-            blocks = _tissue_of(pixels, row["height"], row["width"])
-            row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
+        row, pixels = read_pixels(opened(row["uri"], row["stamp"]), row, settings)
     except (MedrayError, OSError) as error:
         return row | failure(error, "slides"), None
     except MemoryError as error:
         return row | {"error": too_large(row, error)}, None
     row = row | {"read_at": start, "read_s": time.time() - start}
-    if damaged:
-        row |= {"damaged": damaged, "why": why}
     return row, pixels if np.any(row["blocks"]) else None
+
+
+def read_pixels(slide: Slide, row: Row, settings: RunSettings) -> tuple[Row, UInt8]:
+    """Read one region of an open slide, with its halo.
+
+    Args:
+        slide: The slide.
+        row: The region, as the plan made it.
+        settings: Of the run.
+
+    Returns:
+        The row, with the blocks that hold tissue and what is `damaged`, and why; and
+        (halo height, halo width, 3) uint8 pixels.
+
+    Raises:
+        SlideError: Nothing can be read.
+    """
+    pixels, damaged, why = _read_halo(slide, row, settings)
+    if row["tissue_at_reading"]:
+        blocks = _tissue_of(pixels, row["height"], row["width"])
+        row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
+    return (row | {"damaged": damaged, "why": why} if damaged else row), pixels
 
 
 class RegionIO:
@@ -145,7 +161,7 @@ def write_region(
     shape = (region.height, region.width)
     try:
         unreadable = _unreadable(row, region)
-        inside = _inside(row, region) & (unreadable == 0)
+        inside = counted(row, region) & (unreadable == 0)
         labels = np.where(inside, layers.get("labels", np.uint8(0)), np.uint8(0))
         record = _summed_up(row, labels, inside, layers, settings)
         raw = bool(settings.options.clean)
@@ -272,7 +288,7 @@ def _summed_up(
     return record
 
 
-def _inside(row: Row, region: Rectangle) -> Blocks:
+def counted(row: Row, region: Rectangle) -> Blocks:
     """Give which pixels of a region count: (height, width) bool."""
     ones = np.ones((BLOCK, BLOCK), dtype=bool)
     whole = np.kron(np.asarray(row["blocks"], dtype=bool), ones)

@@ -40,7 +40,7 @@ def with_components(overlay: str, components: list[str], folder: Path) -> list[O
     asked = yaml.safe_load((path / "kustomization.yaml").read_text())
     own = [name for name in asked["components"] if name.rsplit("/", 1)[1] in BUILDING]
     others = [f"../../components/{name}" for name in components]
-    asked["components"] = own[:-1] + others + own[-1:]
+    asked["components"] = others + own
     (path / "kustomization.yaml").write_text(yaml.safe_dump(asked))
     return build(path)
 
@@ -62,7 +62,7 @@ def find(objects: list[Object], kind: str, name: str = "") -> Object:
 def read_schemas(folder: Path) -> dict[str, Object]:
     """The schemas of custom resources by kind, closed to what they do not name."""
     schemas = {}
-    for kind in ("RayCluster", "RayJob", "RayCronJob"):
+    for kind in ("RayCluster", "RayJob", "RayCronJob", "RayService"):
         text = (folder / f"ray.io_{kind.lower()}s.yaml").read_text()
         crd = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         versions = {one["name"]: one["schema"] for one in crd["spec"]["versions"]}
@@ -94,12 +94,14 @@ def broken_rules(thing: Object) -> list[str]:
     After the checks that its validation.go makes before it acts on an object.
     """
     kind, name, spec = thing["kind"], thing["metadata"]["name"], thing["spec"]
-    longest = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36}[kind]
+    longest = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36, "RayService": 47}[kind]
     broken = []
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         broken.append(f"name {name}")
     if kind == "RayCluster":
         return broken + _broken_cluster(spec)
+    if kind == "RayService":
+        return broken + _broken_cluster(spec["rayClusterConfig"])
     if kind == "RayCronJob":
         if "TZ" in spec["schedule"] or len(spec["schedule"].split()) != 5:
             broken.append(f"schedule {spec['schedule']}")
@@ -190,7 +192,8 @@ def entrypoints(objects: list[Object]) -> Iterator[Entrypoint]:
 def pods(thing: Object) -> Iterator[tuple[str, Object]]:
     """The pod specs of an object, with a name for each."""
     spec = thing.get("spec", {})
-    if thing["kind"] == "RayCluster":
+    if thing["kind"] in ("RayCluster", "RayService"):
+        spec = spec.get("rayClusterConfig", spec)
         yield "head", spec["headGroupSpec"]["template"]["spec"]
         for group in spec["workerGroupSpecs"]:
             yield group["groupName"], group["template"]["spec"]

@@ -29,7 +29,7 @@ from manifests import (
 )
 
 KUBERNETES = "1.37"
-EXTRAS = ["jobs", "raycronjob", "kueue", "monitoring"]
+EXTRAS = ["jobs", "raycronjob", "kueue", "monitoring", "serve"]
 COUNTERS = {
     "ray_medray_slides_done_total",
     "ray_medray_slides_failed_total",
@@ -89,7 +89,7 @@ def test_every_object_is_valid_and_has_no_unknown_field(
     }
     assert {name: said for name, said in found.items() if said} == {}
     kinds = {one["kind"] for one in known}
-    assert {"RayCluster", "RayJob", "RayCronJob", "CronJob"} <= kinds
+    assert {"RayCluster", "RayJob", "RayCronJob", "RayService", "CronJob"} <= kinds
     rays = [one for one in known if one["apiVersion"].startswith("ray.io")]
     assert {one["metadata"]["name"]: broken_rules(one) for one in rays} == {
         one["metadata"]["name"]: [] for one in rays
@@ -388,7 +388,7 @@ def test_only_who_is_named_reaches_the_cluster(all_objects: list[Object]) -> Non
     allowed = find(all_objects, "NetworkPolicy", "jobs-to-head")["spec"]["ingress"][0]
     chosen = allowed["from"][0]["podSelector"]["matchLabels"]
     assert chosen.items() <= night["metadata"]["labels"].items()
-    monitor = find(all_objects, "PodMonitor")["spec"]
+    monitor = find(all_objects, "PodMonitor", "medray")["spec"]
     cluster = find(all_objects, "RayCluster")
     name = cluster["metadata"]["name"]
     assert monitor["selector"]["matchLabels"] == {"ray.io/cluster": name}
@@ -438,6 +438,46 @@ def test_the_dashboard_asks_for_metrics_that_exist(all_objects: list[Object]) ->
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(
         dashboard["panels"]
     )
+
+
+def test_the_service_is_the_clusters_twin(
+    overlay: str, all_objects: list[Object]
+) -> None:
+    """Same image, version and care; its own token and label, and a way for requests."""
+    service, cluster = find(all_objects, "RayService"), find(all_objects, "RayCluster")
+    spec = service["spec"]["rayClusterConfig"]
+    for key in ("rayVersion", "authOptions", "enableInTreeAutoscaling"):
+        assert spec[key] == cluster["spec"][key]
+    images = {
+        one["containers"][0]["image"] for o in (service, cluster) for _, one in pods(o)
+    }
+    assert len(images) == 1
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    port = config["http_options"]["port"]
+    (app,) = config["applications"]
+    (group,) = spec["workerGroupSpecs"]
+    assert group["maxReplicas"] == app["args"]["max_replicas"]
+    open_to = find(all_objects, "NetworkPolicy", "serve")["spec"]
+    chosen = open_to["podSelector"]["matchLabels"]
+    assert {"port": port, "protocol": "TCP"} in open_to["ingress"][1]["ports"]
+    monitor = find(all_objects, "PodMonitor", "medray-serve")["spec"]["selector"]
+    assert monitor["matchLabels"] == chosen
+    for template in (spec["headGroupSpec"]["template"], group["template"]):
+        assert chosen.items() <= template["metadata"]["labels"].items()
+        pod = template["spec"]
+        container = pod["containers"][0]
+        (secret,) = container["env"]
+        assert secret["name"] == "MEDRAY_SERVE_TOKEN"
+        assert secret["valueFrom"]["secretKeyRef"]["name"] == "medray-serve"
+        assert port in [one["containerPort"] for one in container["ports"]]
+        # Where there is no bucket the model lies on the volume.
+        assert ("volumeMounts" in container) == (overlay == "cpu-kind")
+    cores = int(
+        group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+    )
+    assert app["args"]["cpus"] < cores
+    grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > app["args"]["timeout_s"] + 5
 
 
 def test_overlays_have_few_values_to_change(overlay: str) -> None:

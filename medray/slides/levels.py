@@ -18,8 +18,8 @@ UInt8 = npt.NDArray[np.uint8]
 
 # Training augments sizes by more than this, so no resampling is worth its blur.
 _TOLERANCE = 1.15
-# Finer detail than the scanner saw cannot be invented.
-_MOST_ENLARGED = 2.0
+MOST_ENLARGED = 2.0
+"""Finer detail than the scanner saw cannot be invented."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def choose_level(
     finer = [level for level, value in enumerate(each) if value < target_mpp]
     level = finer[-1] if finer else 0
     scale = target_mpp / each[level]
-    if scale < 1 / _MOST_ENLARGED:
+    if scale < 1 / MOST_ENLARGED:
         found = ", ".join(f"{value:.3g}" for value in each)
         raise SlideError(
             f"{slide.uri}: the model works at {target_mpp:g} um per pixel, the slide's "

@@ -12,8 +12,9 @@ UInt8 = npt.NDArray[np.uint8]
 
 # Larger sides are no slides but broken or hostile headers.
 MAX_SIDE = 2**20
-# Coarser or finer pixels are no microscope's, so the tag means something else.
-_SANE_MPP = (0.01, 100.0)
+SANE_MPP = (0.01, 100.0)
+"""Coarser or finer pixels are no microscope's; a tag that has them means something
+else."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,6 @@ def check_rectangle(
 
 def sane_mpp(value: float | None) -> float | None:
     """Give `value` if a microscope can have so many microns per pixel, else None."""
-    if value is None or not _SANE_MPP[0] <= value <= _SANE_MPP[1]:
+    if value is None or not SANE_MPP[0] <= value <= SANE_MPP[1]:
         return None
     return value
