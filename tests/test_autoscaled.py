@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import serial
 from autoscale import (
     HEAD,
     autoscaling,
@@ -22,6 +23,8 @@ from autoscale import (
     watching,
 )
 
+from medray.models.predict import Predictor
+from medray.run import read_run
 from medray.synth import draw_scene, write_slide
 
 pytestmark = [
@@ -41,7 +44,7 @@ def scaling() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
-    for seed in range(4):
+    for seed in range(6):
         scene = draw_scene(seed, height=1100, width=1400)
         write_slide(folder, f"s{seed}", scene, layout="pyramid")
     return folder
@@ -62,33 +65,34 @@ def test_the_groups_are_those_of_the_overlay(tmp_path: Path) -> None:
 def test_nodes_come_for_the_work_and_go_after_it_and_a_lost_one_costs_nothing(
     scaling: dict[str, str], many: Path, model: Path, tmp_path: Path
 ) -> None:
-    run, taken = tmp_path / "run", tmp_path / "taken"
+    run = tmp_path / "run"
+    killed: list[str] = []
+    before: list[tuple[float, dict, int]] = []
     with watching(scaling, run) as watched:
         wait_until(lambda: bool(watched.samples), 60)
         assert watched.samples[0][1] == {}
-        summary = infer(scaling, many, model, run)
-        wait_until(lambda: not watched.samples[-1][1], 120)
-    assert (summary["done"], summary["failed"]) == (4, {})
-    assert max(len(there) for _, there, _ in watched.samples) == 2
-    used = [sum(gpus[1] for gpus in there.values()) for _, there, _ in watched.samples]
-    assert max(used) == 2
-    markets = {n[2] for _, there, _ in watched.samples for n in there.values()}
-    assert markets == {"spot"}  # none was missing, so none was taken on demand
-
-    killed: list[str] = []
-    with watching(scaling, taken) as watched:
 
         def take_away() -> None:
             if not killed and len(watched.working()) == 2 and watched.samples[-1][2]:
+                before.extend(watched.samples)
                 killed.append(watched.working()[0])
                 preempt(killed[0])
 
-        summary = infer(scaling, many, model, taken, take_away)
-        assert (summary["done"], summary["failed"]) == (4, {})
+        summary = infer(scaling, many, model, run, take_away)
         wait_until(lambda: not watched.samples[-1][1], 120)
+    assert (summary["done"], summary["failed"]) == (6, {})
     assert killed
-    assert len(watched.nodes) >= 2
-    assert masks(taken) == masks(run)
+    assert max(len(there) for _, there, _ in before) == 2
+    used = [sum(gpus[1] for gpus in there.values()) for _, there, _ in before]
+    assert max(used) == 2
+    markets = {n[2] for _, there, _ in before for n in there.values()}
+    assert markets == {"spot"}  # none was missing, so none was taken on demand
+
+    # As if no node had been lost: a plain loop in this process.
+    options = read_run(str(run)).options
+    predictor = Predictor.from_folders([str(model)], options.prediction)
+    serial.infer(many, predictor, model, tmp_path / "alone", options)
+    assert masks(run) == masks(tmp_path / "alone")
 
 
 def test_one_small_slide_brings_one_gpu(
