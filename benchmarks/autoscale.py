@@ -17,9 +17,9 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,11 +32,14 @@ from typing import Any
 
 import yaml
 
+from medray.grid import plan_regions
+
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAY = ROOT / "k8s" / "overlays" / "gke-gpu"
 HEAD = "ray.head.default"  # as the provider of fake nodes calls its type
 HEAD_ID = "head"
 PORT, AGENT_PORT = 6393, 52410
+SIZE, REGION = (1500, 2000), 512  # of slides and of regions, pixels
 
 
 # --- the cluster ----------------------------------------------------------------------
@@ -260,7 +263,7 @@ def infer(
     """`medray infer`; gives what it answers."""
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", str(run), "--everywhere"]
-    command += ["--region", "512", "--precision", "float32"]
+    command += ["--region", str(REGION), "--precision", "float32"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -300,7 +303,7 @@ def write_inputs(out: Path, slides: int) -> tuple[Path, Path]:
     from medray.synth import draw_scene, write_slide
 
     for seed in range(slides):
-        scene = draw_scene(seed, height=1500, width=2000)
+        scene = draw_scene(seed, height=SIZE[0], width=SIZE[1])
         write_slide(out / "slides", f"s{seed:02d}", scene, layout="pyramid")
     torch.manual_seed(7)
     # Light: what is measured is nodes that come and go, all on this machine's cores.
@@ -366,35 +369,32 @@ def show_timeline(out: Path, slides: int, gpus: int) -> None:
 
 
 class Preemptions:
-    """A cloud that takes a working node away every so many seconds, at random."""
+    """A cloud that takes working nodes away, at even steps of the work."""
 
-    def __init__(self, watched: Watched, mean: float, rng: random.Random) -> None:
+    def __init__(self, watched: Watched, count: int, regions: int) -> None:
         self.taken: set[str] = set()
-        self._watched, self._mean, self._rng = watched, mean, rng
-        self._due = self._next()
-
-    def _next(self) -> float:
-        if not self._mean:
-            return float("inf")
-        return time.monotonic() + self._rng.expovariate(1 / self._mean)
+        self._watched = watched
+        self._due = [regions * k / (count + 1) for k in range(count, 0, -1)]
 
     def look(self) -> None:
-        if time.monotonic() > self._due and (there := self._watched.working()):
-            node = self._rng.choice(there)
-            preempt(node)
-            self.taken.add(node)
-            self._due = self._next()
+        if not self._due or not (there := self._watched.working()):
+            return
+        if self._watched.samples[-1][2] >= self._due[-1]:
+            self._due.pop()
+            preempt(there[0])
+            self.taken.add(there[0])
 
 
-def measure_curve(out: Path, slides: int, gpus: int, every: list[float]) -> None:
-    """Do the same slides under more and more preemptions, and add up the cost."""
+def measure_curve(out: Path, slides: int, gpus: int, counts: list[int]) -> None:
+    """Do the same slides with more and more preemptions, and add up the cost."""
     inputs = write_inputs(out, slides)
     rows: list[dict[str, Any]] = []
     plain: dict[str, bytes] = {}
-    for number, mean in enumerate(every):
+    regions = slides * len([*plan_regions(*SIZE, REGION)])
+    for number, count in enumerate(counts):
         run = out / f"run-{number}"
         with scaled(gpus) as environment, watching(environment, run) as watched:
-            cloud = Preemptions(watched, mean, random.Random(number))
+            cloud = Preemptions(watched, count, regions)
             start = time.monotonic()
             summary = infer(environment, *inputs, run, cloud.look)
             seconds = time.monotonic() - start
@@ -402,7 +402,6 @@ def measure_curve(out: Path, slides: int, gpus: int, every: list[float]) -> None
         plain = plain or masks(run)
         rows.append(
             {
-                "every_s": mean,
                 "nodes": len(watched.nodes),
                 "preempted": len(cloud.taken),
                 "share": len(cloud.taken) / len(watched.nodes),
@@ -421,12 +420,12 @@ def measure_curve(out: Path, slides: int, gpus: int, every: list[float]) -> None
 def draw_curve(rows: list[dict[str, Any]], picture: Path) -> None:
     import matplotlib.pyplot as plt
 
-    rows = sorted(rows, key=lambda row: row["share"])
-    least = next(row for row in rows if not row["preempted"])["node_s_per_slide"]
+    costs_of = [r["node_s_per_slide"] for r in rows if not r["preempted"]]
+    least = statistics.median(costs_of)
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     shares = [100 * row["share"] for row in rows]
     costs = [row["node_s_per_slide"] / least for row in rows]
-    axes.plot(shares, costs, "o-", color="#1f4e79")
+    axes.plot(shares, costs, "o", color="#1f4e79")
     axes.set(
         xlabel="GPU nodes that were preempted, % of those started",
         ylabel="node time a slide, of that\nwithout preemption",
@@ -444,11 +443,11 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=24)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument(
-        "--every",
-        type=float,
+        "--preempted",
+        type=int,
         nargs="+",
-        default=[0, 60, 40, 25, 15],
-        help="mean seconds between preemptions, a run each; 0: none",
+        default=[0, 1, 0, 2, 0, 4],
+        help="how many nodes are taken away, a run each",
     )
     args = parser.parse_args()
     out = args.out.absolute()
@@ -456,7 +455,7 @@ def main() -> None:
     if args.what == "picture":
         show_timeline(out, args.slides, args.gpus)
     else:
-        measure_curve(out, args.slides, args.gpus, args.every)
+        measure_curve(out, args.slides, args.gpus, args.preempted)
 
 
 if __name__ == "__main__":
