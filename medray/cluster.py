@@ -172,3 +172,19 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
             )
         there = max(there, int(said))
     return there
+
+
+def leaving_nodes() -> set[str]:
+    """Give the ids of nodes that are told to go soon, by `ray drain-node`.
+
+    Clouds give a notice before they take a spot machine away, and Kubernetes before it
+    ends a pod; k8s/ passes it on. Ray starts nothing on such a node any more.
+    """
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return set(found)
+
+
+def node_of(actor: Any) -> str:
+    """Give the id of the node on which an actor runs."""
+    told = ray._private.state.actors(actor._actor_id.hex())
+    return str(told.get("Address", {}).get("NodeID", ""))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import queue
 import time
 from collections import deque
@@ -95,6 +96,7 @@ def start_lanes(work: Work, slides: int) -> Pool:
     )
 
 
+_LOOK_S = 1.0  # for a notice that the node goes
 _OUTCOME = ("record", "error", "storage", "lost")
 
 
@@ -115,6 +117,7 @@ class Lane:
         self._ahead_bytes = budget.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
         self._hands = _Hands(gpu)
+        self._notice = _Notice()
         self._lost: dict[str, str] = {}  # slides whose regions end processes, and how
         self._regions = Counter("medray_regions", "Regions predicted.")
         self._pixels = Counter("medray_pixels", "Pixels predicted.")
@@ -128,16 +131,19 @@ class Lane:
         predictor.warm_up()
         return predictor
 
-    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
+    def work(self, rows: list[Row]) -> Iterator[list[Row | None]]:
         """Work on a packet of regions; give what came of each, in their order.
+
+        None hands a region back that was not begun when this node was told to go.
 
         Raises:
             MedrayError: The models cannot be used.
         """
         self._loading.result()
-        outcomes: list[Row] = []
+        outcomes: list[Row | None] = []
         for row in self._work(rows):
-            outcomes.append({k: row[k] for k in _OUTCOME if k in row})
+            done = {k: row[k] for k in _OUTCOME if k in row}
+            outcomes.append(None if "left" in row else done)
             if len(outcomes) == self._group:
                 yield outcomes
                 outcomes = []
@@ -145,7 +151,9 @@ class Lane:
             yield outcomes
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
-        ahead = _ReadAhead(self._hands, rows, self._do, self._ahead_bytes, self._lost)
+        ahead = _ReadAhead(
+            self._hands, rows, self._do, self._ahead_bytes, self._lost, self._notice
+        )
         predicted: queue.Queue[Any] = queue.Queue(budget.UNWRITTEN // 3)
         predicting = self._device.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
@@ -206,7 +214,7 @@ class Lane:
         yield from passed_through()
 
     def _start_writing(self, row: Row, layers: Layers) -> Any:
-        if "error" in row:
+        if "error" in row or "left" in row:
             return None
         do = self._do
         return self._hands.start("write", do.patience, do.write, row, layers)
@@ -232,6 +240,21 @@ def _not_finite(row: Row) -> str:
 
 def _is_ready(write: Any) -> bool:
     return write is None or write.is_ready()
+
+
+class _Notice:
+    """Whether this node was told to go: then nothing new is begun on it."""
+
+    def __init__(self) -> None:
+        self._node = ray.get_runtime_context().get_node_id()
+        self._looked_at, self._leaves = -math.inf, False
+
+    def __bool__(self) -> bool:
+        now = time.monotonic()
+        if not self._leaves and now - self._looked_at > _LOOK_S:
+            self._looked_at = now
+            self._leaves = self._node in cluster.leaving_nodes()
+        return self._leaves
 
 
 class _Hands:
@@ -319,8 +342,10 @@ class _ReadAhead:
         work: Work,
         ahead_bytes: int,
         lost: dict[str, str],
+        notice: _Notice,
     ) -> None:
         self._hands, self._do, self._lost = hands, work, lost
+        self._notice = notice
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
         self._free = ahead_bytes
@@ -328,6 +353,8 @@ class _ReadAhead:
 
     def _fill(self) -> None:
         while self._todo and (self._free > 0 or not self._under_way):
+            if self._notice:
+                return
             row = self._todo.popleft()
             do = self._do
             self._free -= do.read_bytes(row)
@@ -357,3 +384,5 @@ class _ReadAhead:
                 row = row | {"error": self._lost[slide], "lost": True}
             self._fill()
             yield row, pixels, time.perf_counter() - start
+        for row in self._todo:
+            yield row | {"left": True}, None, 0.0

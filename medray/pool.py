@@ -19,6 +19,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from medray import cluster
 from medray.errors import MedrayError
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,10 @@ class Pool:
     """Actors with a method that takes rows and gives a result for each, in their order.
 
     The method is a generator of lists of results, so that results come back while later
-    rows are worked on. What a dead actor held is done again row by row, each with an
-    actor to itself: a row that kills is found out and costs no other row.
+    rows are worked on; None hands a row back, which another actor then does. What a
+    dead actor held is done again row by row, each with an actor to itself: a row that
+    kills is found out and costs no other row. An actor whose node is told to go gets
+    nothing more, and another takes its place.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Pool:
         self._most = max(actors, most)
         self._starting: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
+        self._leaving: list[_Actor] = []
         self._queue: deque[list[Row]] = deque()
         self._again: deque[tuple[Row, int]] = deque()
         self._calls: dict[Any, _Call] = {}
@@ -96,7 +100,7 @@ class Pool:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the actors: at once after an error, else once what they do is done."""
-        for actor in (*self._actors, *self._starting.values()):
+        for actor in (*self._actors, *self._leaving, *self._starting.values()):
             if kind is None:
                 actor.handle.__ray_terminate__.remote()
             else:
@@ -151,7 +155,10 @@ class Pool:
             else:
                 results = ray.get(next(ready))
                 call = self._calls[ready]
-                found = list(zip(call.rows, results, strict=False))
+                pairs = list(zip(call.rows, results, strict=False))
+                found = [(row, result) for row, result in pairs if result is not None]
+                if back := [row for row, result in pairs if result is None]:
+                    self._queue.appendleft(back)
                 call.rows = call.rows[len(results) :]
                 call.since = time.monotonic()
                 self._deaths = 0
@@ -186,6 +193,7 @@ class Pool:
             if now - call.since > seconds:
                 call.actor.hung = f"no answer for {seconds:.0f} s"
                 ray.kill(call.actor.handle)
+        self._leave_nodes()
         if self._actors:
             self._stuck_since = now
         elif now - self._stuck_since > _SAY_STUCK:
@@ -197,6 +205,24 @@ class Pool:
                     "why. Run the same command again to go on"
                 )
             log.warning("no node has room for the processes yet; still waiting")
+
+    def _leave_nodes(self) -> None:
+        """Give nothing more to actors whose nodes are about to go."""
+        if not (nodes := cluster.leaving_nodes()):
+            return
+        for actor in [*self._actors]:
+            if cluster.node_of(actor.handle) in nodes:
+                log.info("a process of %s leaves its node, which goes", self._method)
+                self._actors.remove(actor)
+                self._leaving.append(actor)
+                self._dismiss(actor)
+                self._start_actor()
+
+    def _dismiss(self, actor: _Actor) -> None:
+        """End an actor that leaves, once it has nothing to do."""
+        if actor in self._leaving and not actor.calls:
+            self._leaving.remove(actor)
+            actor.handle.__ray_terminate__.remote()
 
     def _start_actor(self) -> None:
         handle = self._start()
@@ -225,6 +251,7 @@ class Pool:
     def _end(self, call: Any) -> _Call:
         ended = self._calls.pop(call)
         ended.actor.calls, ended.actor.alone = ended.actor.calls - 1, False
+        self._dismiss(ended.actor)
         return ended
 
     def _lost(self, call: _Call, error: RayError) -> list[tuple[Row, Any]]:

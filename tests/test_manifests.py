@@ -3,7 +3,9 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,8 @@ from manifests import (
     read_schemas,
     with_components,
 )
+
+from medray.lane import Lane
 
 KUBERNETES = "1.37"
 EXTRAS = ["jobs", "raycronjob", "kueue", "monitoring", "serve"]
@@ -218,6 +222,32 @@ def test_the_cluster_grows_from_nothing_and_its_head_does_no_work(
         != other["template"]["spec"]["nodeSelector"]
         or "affinity" in (other["template"]["spec"])
     )
+
+
+def test_workers_give_back_their_work_before_they_end(objects: list[Object]) -> None:
+    cluster = find(objects, "RayCluster")
+    ray = str(Path(sys.executable).parent / "ray")
+    known = subprocess.run(
+        [ray, "drain-node", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook[:2] == ["sh", "-c"]
+        subprocess.run(["sh", "-n", "-c", hook[2]], check=True)
+        drain, wait = hook[2].split(";", 1)
+        words = shlex.split(drain)
+        assert words[:2] == ["ray", "drain-node"]
+        for flag in (word for word in words if word.startswith("--")):
+            assert f"{flag} " in known
+        assert words[words.index("--reason") + 1] in known
+        seconds = int(words[words.index("--deadline-remaining-seconds") + 1])
+        assert f"timeout {seconds} " in wait
+        assert seconds < pod["terminationGracePeriodSeconds"]
+        # Nothing to wait for where no lane runs (the shell itself is none).
+        quick = wait.replace(f"timeout {seconds} ", "timeout 5 ")
+        assert Lane.__name__ in wait
+        assert subprocess.run(["sh", "-c", quick]).returncode in (0, 124)
 
 
 def test_pods_keep_the_restricted_standard_and_say_what_they_take(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import serial
@@ -32,7 +33,9 @@ def nodes() -> Iterator[list]:
     cluster.shutdown()
 
 
-def start(slides: Path, model: Path, out: Path, address: str) -> subprocess.Popen:
+def start(
+    slides: Path, model: Path, out: Path, address: str, log: IO[str] | None = None
+) -> subprocess.Popen:
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", str(out), "--everywhere"]
     command += ["--region", "512", "--precision", "float32"]
@@ -40,8 +43,13 @@ def start(slides: Path, model: Path, out: Path, address: str) -> subprocess.Pope
         command,
         env=os.environ | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
+
+
+def committed(out: Path) -> int:
+    return sum(p.read_text().count("\n") for p in out.glob("journal/*.jsonl"))
 
 
 def titled(start: bytes) -> list[int]:
@@ -81,11 +89,8 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     process = start(slides, model, out, cluster.address)
     # With work on both nodes one goes.
     deadline = time.time() + 200
-    committed = 0
-    while committed < 6 and time.time() < deadline and process.poll() is None:
+    while committed(out) < 6 and time.time() < deadline and process.poll() is None:
         time.sleep(0.2)
-        lines = [p.read_text().count("\n") for p in out.glob("journal/*.jsonl")]
-        committed = sum(lines)
     still_running = process.poll() is None
     cluster.remove_node(second, allow_graceful=False)
     answer, _ = process.communicate(timeout=600)
@@ -98,6 +103,46 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     assert (summary["done"], summary["failed"]) == (6, {})
 
     # As nobody had disturbed it: a plain loop in this process.
+    settings = read_run(str(out))
+    predictor = Predictor.from_folders([str(model)], settings.options.prediction)
+    serial.infer(slides, predictor, model, tmp_path / "alone", settings.options)
+    assert masks(out) == masks(tmp_path / "alone")
+
+
+@pytest.mark.timeout(900)
+def test_a_node_with_notice_finishes_what_it_has_and_loses_nothing(
+    model: Path, tmp_path: Path, nodes: list
+) -> None:
+    """As `ray drain-node` gives it: k8s/ does before a pod ends."""
+    cluster, _, second = nodes
+    slides = tmp_path / "slides"
+    for seed in range(6):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(slides, f"s{seed}", scene, layout="pyramid")
+    out, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as told:
+        process = start(slides, model, out, cluster.address, told)
+    while committed(out) < 4 or len(titled(b"ray::Lane")) < 2:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    drain = [str(Path(sys.executable).parent / "ray"), "drain-node"]
+    drain += ["--address", cluster.address, "--node-id", second.node_id]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+    drain += ["--deadline-remaining-seconds", "100"]
+    subprocess.run(drain, check=True, timeout=60)
+    deadline = time.monotonic() + 100
+    while len(titled(b"ray::Lane")) > 1:
+        assert time.monotonic() < deadline, "the lane does not leave"
+        time.sleep(0.2)
+    still_running = process.poll() is None
+    cluster.remove_node(second, allow_graceful=False)
+    answer, _ = process.communicate(timeout=600)
+    assert still_running
+    assert process.returncode == 0, log.read_text()
+    summary = json.loads(answer.splitlines()[-1])
+    assert (summary["done"], summary["failed"]) == (6, {})
+    assert "leaves its node" in log.read_text()
+    assert "a process of work was lost" not in log.read_text()
     settings = read_run(str(out))
     predictor = Predictor.from_folders([str(model)], settings.options.prediction)
     serial.infer(slides, predictor, model, tmp_path / "alone", settings.options)
