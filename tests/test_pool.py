@@ -31,6 +31,9 @@ class Worker:
                 os.kill(os.getpid(), signal.SIGKILL)
             if row.get("raises"):
                 raise MedrayError("told to")
+            if row.get("back") and len(pids(self.folder, row["i"])) < 3:
+                yield [None]
+                continue
             time.sleep(self.seconds)
             yield [2 * row["i"]]
 
@@ -70,6 +73,13 @@ def test_each_row_has_its_result_and_every_actor_works(tmp_path: Path) -> None:
         found = run(pool, packets(40, 4))
     assert sorted(found) == [(i, 2 * i) for i in range(40)]
     assert len({pids(tmp_path, i)[0] for i in range(40)}) == 3
+
+
+def test_rows_that_are_handed_back_are_done_later(tmp_path: Path) -> None:
+    with start(tmp_path, 2) as pool:
+        found = run(pool, packets(20, 4, back={3, 8, 9, 19}))
+    assert sorted(found) == [(i, 2 * i) for i in range(20)]
+    assert len(pids(tmp_path, 9)) == 3
 
 
 def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
