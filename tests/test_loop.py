@@ -1,5 +1,6 @@
 """The training loop in one process, on Ray Data: what it promises."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -210,11 +211,16 @@ def test_synchronised_batch_normalisation_needs_gpus(dataset: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_learns_the_same(dataset: str, tmp_path: Path) -> None:
+def test_a_compiled_network_learns_the_same(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of compiling but writing C++, which takes a minute and a half.
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", traced)
     recipe = replace(
         SMALL,
         schedule=Schedule(epochs=1),
-        model=Architecture("fcn8s", "vgg16"),  # few kinds of layers to compile
+        model=Architecture("fcn8s", "vgg16"),
         data=Data(crop=64, samples=4),
         optimizer=Optimizer("sgd", lr=0.01),  # Adam makes much of the least gradient
     )
