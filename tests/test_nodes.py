@@ -48,6 +48,13 @@ def start(
     )
 
 
+def write_slides(folder: Path) -> Path:
+    for seed in range(4):
+        scene = draw_scene(seed, height=1100, width=1400)
+        write_slide(folder, f"s{seed}", scene, layout="pyramid")
+    return folder
+
+
 def committed(out: Path) -> int:
     return sum(p.read_text().count("\n") for p in out.glob("journal/*.jsonl"))
 
@@ -73,10 +80,7 @@ def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
     model: Path, tmp_path: Path, nodes: list
 ) -> None:
     cluster, _, second = nodes
-    slides = tmp_path / "slides"
-    for seed in range(4):
-        scene = draw_scene(seed, height=1100, width=1400)
-        write_slide(slides, f"s{seed}", scene, layout="pyramid")
+    slides = write_slides(tmp_path / "slides")
     out = tmp_path / "run"
     most, stop = [0], threading.Event()
 
@@ -115,10 +119,7 @@ def test_a_node_with_notice_finishes_what_it_has_and_loses_nothing(
 ) -> None:
     """As `ray drain-node` gives it: k8s/ does before a pod ends."""
     cluster, _, second = nodes
-    slides = tmp_path / "slides"
-    for seed in range(4):
-        scene = draw_scene(seed, height=1100, width=1400)
-        write_slide(slides, f"s{seed}", scene, layout="pyramid")
+    slides = write_slides(tmp_path / "slides")
     out, log = tmp_path / "run", tmp_path / "log"
     with log.open("w") as told:
         process = start(slides, model, out, cluster.address, told)

@@ -1,6 +1,5 @@
 """The viewer: what its tiles hold, whom it answers, and how it looks in a browser."""
 
-import dataclasses
 import io
 import json
 import os
@@ -29,23 +28,15 @@ from medray.errors import ConfigError
 from medray.grid import Rectangle
 from medray.pages import INK
 from medray.report import AGREEMENT
-from medray.slides import open_slide
 from medray.slides.image import ArraySlide
-from medray.store import omezarr
-from medray.synth import draw_scene, write_slide
 from medray.truths import read_truth
 from medray.view import build_app
 from medray.view_run import open_viewed
 from medray.view_tiles import (
-    Place,
-    difference_tile,
     differences,
     last_zoom,
-    mask_tile,
     outlines,
     slide_tile,
-    tile_region,
-    worst_regions,
 )
 
 HERE = {"base_url": "http://127.0.0.1:8000"}
@@ -153,17 +144,6 @@ def test_tiles_of_a_slide_hold_its_pixels(
             assert np.abs(got - wanted).mean() < 4  # what JPEG takes
 
 
-def test_a_slide_without_coarse_levels_is_cut_from_one_small_picture() -> None:
-    """A tile that would read more than 4096 x 4096 pixels is cut from an overview."""
-    pixels = np.zeros((6000, 6000, 3), np.uint8)
-    pixels[:, 3000:] = 200
-    slide = ArraySlide(pixels)
-    seen = slide_tile(slide, Rectangle(0, 0, 188, 188), 32)
-    assert seen.shape == (188, 188, 3)
-    assert seen[:, :93].max() == 0
-    assert seen[:, 95:].min() == 200
-
-
 def test_overlays_hold_mask_truth_and_differences(
     browser_of: TestClient, one: dict[str, Any]
 ) -> None:
@@ -211,76 +191,6 @@ def test_probabilities_are_as_opaque_as_they_are_high(
     assert np.array_equal(np.asarray(got)[..., 3], part(shares, 1, 0))
     none = picture(tile(browser_of, "probability", one["slide"], "2/1/0"))
     assert not np.asarray(none).any()
-
-
-@pytest.mark.parametrize("mask_step", [2.0, 1.6, 0.5])
-def test_a_mask_of_another_resolution_lies_where_its_slide_does(
-    mask_step: float, tmp_path: Path
-) -> None:
-    uri = str(tmp_path / "mask.ome.zarr")
-    shape = (round(400 / mask_step), round(320 / mask_step))
-    labels = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
-    omezarr.create_labels(
-        uri, *shape, mpp=1.0, name="", classes=Classes(), attributes={}
-    )
-    omezarr.write_region(uri, Rectangle(0, 0, *shape), labels)
-    place = Place("a", "", "", "", 400, 320, None, uri, mask_step, shape)
-    region, step = tile_region(place, last_zoom(400, 320), 1, 1)
-    assert (region, step) == (Rectangle(256, 256, 144, 64), 1)
-    if mask_step < 1:  # a finer mask is seen at the level that fits
-        mask_step, labels = 1.0, omezarr.open_level(uri, 1)[:]
-    y, x = (
-        np.minimum((np.arange(256, 256 + n) + 0.5) / mask_step, m - 1).astype(int)
-        for n, m in zip((144, 64), labels.shape, strict=True)
-    )
-    assert np.array_equal(mask_tile(place, region, step), labels[np.ix_(y, x)])
-
-
-def test_a_level_that_fits_is_taken_as_it_is(tmp_path: Path) -> None:
-    path = write_slide(
-        tmp_path, "a", draw_scene(3, height=700, width=600), layout="pyramid"
-    )
-    with open_slide(path) as slide:
-        for level in range(3):
-            whole = tifffile.imread(path, series=0, level=level)
-            region = Rectangle(32, 16, 100, 90)
-            wanted = whole[region.slices()]
-            assert np.array_equal(slide_tile(slide, region, 2**level), wanted)
-
-
-def test_where_nobody_annotated_nothing_is_different(tmp_path: Path) -> None:
-    """Areas of class Region* say where a slide is annotated; elsewhere nobody knows."""
-
-    def square(name: str, start: int, end: int) -> dict[str, Any]:
-        ring = [[start, start], [end, start], [end, end], [start, end], [start, start]]
-        return {
-            "type": "Feature",
-            "properties": {"classification": {"name": name}},
-            "geometry": {"type": "Polygon", "coordinates": [ring]},
-        }
-
-    features = [square("Region*", 0, 100), square("tumour", 10, 50)]
-    truth = tmp_path / "a.geojson"
-    truth.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    uri = str(tmp_path / "mask.ome.zarr")
-    omezarr.create_labels(
-        uri, 200, 200, mpp=1.0, name="", classes=Classes(), attributes={}
-    )
-    whole = Rectangle(0, 0, 200, 200)
-    omezarr.write_region(uri, whole, np.ones((200, 200), np.uint8))
-    place = Place("a", "", "", "", 200, 200, None, uri, 1.0, (200, 200))
-    place = dataclasses.replace(place, truth=str(truth), kind="annotation")
-    wanted = np.zeros((200, 200), np.uint8)
-    wanted[:100, :100] = 2
-    wanted[10:50, 10:50] = 1
-    assert np.array_equal(difference_tile(place, whole, 1, Classes()), wanted)
-    worst = worst_regions(place, Classes(), side=100)
-    assert [(one["y"], one["x"], one["wrong"]) for one in worst] == [(0, 0, 0.84)]
-
-
-def test_differences_between_several_classes() -> None:
-    mask, truth = np.array([[0, 1, 1, 0, 2, 2]]), np.array([[0, 1, 0, 2, 1, 2]])
-    assert differences(mask, truth).tolist() == [[0, 1, 2, 3, 4, 1]]
 
 
 def test_the_worst_region_is_where_most_is_wrong(
