@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,11 @@ def cluster_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     assert listed.returncode == 0, listed.stderr.decode()
     yield environment
     head.terminate()
-    head.wait(60)
+    try:
+        head.wait(10)
+    except subprocess.TimeoutExpired:  # Ray gives each of its processes half a minute
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait(60)
     short.unlink()
 
 

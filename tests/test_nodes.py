@@ -1,4 +1,7 @@
-"""A run on several Ray nodes, one of which is lost."""
+"""Runs on several Ray nodes, one of which goes.
+
+That a node which is lost in the middle of a run costs nothing is in test_autoscaled.py.
+"""
 
 import contextlib
 import json
@@ -6,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,44 +75,6 @@ def titled(start: bytes) -> list[int]:
 def masks(out: Path) -> dict[str, bytes]:
     paths = (path for path in sorted(out.glob("masks/**/*")) if path.is_file())
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
-
-
-@pytest.mark.timeout(900)
-def test_each_node_has_a_lane_and_a_lost_node_costs_nothing(
-    model: Path, tmp_path: Path, nodes: list
-) -> None:
-    cluster, _, second = nodes
-    slides = write_slides(tmp_path / "slides")
-    out = tmp_path / "run"
-    most, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            most[0] = max(most[0], len(titled(b"ray::Lane")))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    process = start(slides, model, out, cluster.address)
-    # With work on both nodes one goes.
-    deadline = time.time() + 200
-    while committed(out) < 6 and time.time() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    still_running = process.poll() is None
-    cluster.remove_node(second, allow_graceful=False)
-    answer, _ = process.communicate(timeout=600)
-    stop.set()
-    watcher.join()
-    assert still_running
-    assert most[0] == 2
-    assert process.returncode == 0, answer
-    summary = json.loads(answer.splitlines()[-1])
-    assert (summary["done"], summary["failed"]) == (4, {})
-
-    # As nobody had disturbed it: a plain loop in this process.
-    settings = read_run(str(out))
-    predictor = Predictor.from_folders([str(model)], settings.options.prediction)
-    serial.infer(slides, predictor, model, tmp_path / "alone", settings.options)
-    assert masks(out) == masks(tmp_path / "alone")
 
 
 @pytest.mark.timeout(900)
