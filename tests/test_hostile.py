@@ -149,7 +149,7 @@ def write(mutants: Iterable[hostile.Mutant], folder: Path) -> list[Path]:
     return paths
 
 
-# A few in every test run, all of them in the long one; in CI, whose time ends, half.
+# A few in every test run, all of them in the long one; in CI, whose time ends, a quarter.
 SIZES = [
     pytest.param(0.05, id="some"),
     pytest.param(
