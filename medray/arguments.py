@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -11,7 +12,21 @@ import yaml
 _SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; changed keys of a recipe may also follow the options.
+
+    argparse would only take them beside the recipe itself.
+    """
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args and not any(word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="medray",
@@ -155,6 +170,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="REPORT", help="folder to make")
     sub.add_argument("--split", choices=("train", "val", "test"), help="of the dataset")
     sub.add_argument(
+        "--cohorts",
+        metavar="CSV",
+        help="slide,scanner,site,...: scores by each; patient: intervals over patients",
+    )
+    sub.add_argument(
         "--vote", action="store_true", help="of several models, not their mean"
     )
     sub.add_argument(
@@ -257,6 +277,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     sub.add_argument(
         "--count", type=int, default=20, metavar="K", help="squares of 1024 px (20)"
+    )
+
+    sub = command("convert", "masks for other viewers: OME-Zarr 0.4, TIFF, with image")
+    sub.add_argument("run_folder", metavar="RUN", help="from infer; or a DATASET")
+    sub.add_argument(
+        "--to", required=True, help="ome-zarr, ome-zarr-0.4, ome-tiff or tiff"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--with-image", action="store_true", help="the slide's image with its mask"
     )
 
     sub = command("view", "a run as pages in a browser")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.logging import RichHandler
 
-from medray.arguments import build_parser
+from medray.arguments import parse
 from medray.errors import ConfigError, MedrayError
 from medray.interrupt import StoppedError
 from medray.words import in_words
@@ -170,6 +170,10 @@ def _evaluate(args: argparse.Namespace) -> Any:
     from medray.slide_model import holds_slide_model
     from medray.store import files
 
+    if args.cohorts and not files.exists(files.join(args.runs[0], "run.yaml")):
+        raise ConfigError(
+            f"--cohorts is for a run over slides; {args.runs[0]} has no run.yaml"
+        )
     if holds_slide_model(args.runs[0]):
         raise ConfigError(
             f"{args.runs[0]}: a model of slides; give `medray evaluate` the RUN of "
@@ -202,7 +206,13 @@ def _evaluate(args: argparse.Namespace) -> Any:
             f"{args.runs[0]}: is no model folder; several, --vote and --beside are for "
             f"classifiers of images"
         )
-    return evaluate(args.runs[0], truth=args.truth, out=args.out, split=args.split)
+    return evaluate(
+        args.runs[0],
+        truth=args.truth,
+        out=args.out,
+        split=args.split,
+        cohorts=args.cohorts,
+    )
 
 
 def _export(args: argparse.Namespace) -> Any:
@@ -301,6 +311,14 @@ def _review(args: argparse.Namespace) -> Any:
     return review(args.run_folder, out=args.out, count=args.count)
 
 
+def _convert(args: argparse.Namespace) -> Any:
+    from medray.convert import convert
+
+    return convert(
+        args.run_folder, to=args.to, out=args.out, with_image=args.with_image
+    )
+
+
 def _view(args: argparse.Namespace) -> Any:
     from medray.view import Viewing, view
 
@@ -363,6 +381,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "diff": _diff,
     "compare": _compare,
     "review": _review,
+    "convert": _convert,
     "view": _view,
     "demo": _demo,
     "conformance": _conformance,
@@ -371,7 +390,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     _set_up_logging(args.verbose)
     args.stdout = sys.stdout
     try:

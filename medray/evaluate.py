@@ -3,36 +3,51 @@
 The way of a mask, top to bottom:
 
     match    each finished slide of the run with its annotation or dataset labels
-    count    a region of the mask against the same region of the truth: (C, C) counts
-    show     overlays of the worst and best slides
+    count    a region of the mask against the same region of the truth: (C, C) counts,
+             histograms of the probabilities, where it is wrong or uncertain
+    show     overlays of the worst and best slides, and of such places
     report   metrics.json, per_slide.parquet and .csv, report.html
 """
 
 from __future__ import annotations
 
+import csv
 import datetime
 import hashlib
+import heapq
+import io
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import ray.data
 from PIL import Image
 
 from medray import cluster
 from medray.classes import Classes
+from medray.curves import count_levels
+from medray.dataset import read_groups
 from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
 from medray.metrics import confusion
 from medray.progress import Progress
 from medray.report import SlideReport, draw_overlay, slides_to_show, write_report
-from medray.run import against_plan, mask_uri, read_run
+from medray.run import (
+    RunSettings,
+    against_plan,
+    layer_uri,
+    mask_uri,
+    probabilities_uri,
+    read_run,
+)
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
+from medray.slides.levels import read_working, working_of
 from medray.store import files, omezarr
 from medray.truths import find_truths, name_in, read_known, read_truth
 
@@ -40,6 +55,9 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 _OVERLAY_PX = 600
+_PLACE_PX = 1024
+"""Side of a place that is shown, pixels of the mask."""
+_PLACES, _PLACES_OF_ONE = 4, 2  # that are shown of a kind, and of them of one slide
 
 
 @dataclass(frozen=True)
@@ -70,8 +88,12 @@ def evaluate(
     out: str,
     split: str | None = None,
     slides: Collection[str] | None = None,
+    cohorts: str | None = None,
 ) -> Evaluation:
     """Compare the masks of a run with the truth, and write a report.
+
+    Of a run with `--probabilities` the report has curves of precision over recall and
+    of calibration, of one with `--quality` the most uncertain places.
 
     Args:
         run: Folder of a run, as `medray infer` writes it.
@@ -79,6 +101,9 @@ def evaluate(
         out: Folder of the report; made if needed.
         split: With a dataset: only its slides of this split (train, val or test).
         slides: Only these of the run, by their ids.
+        cohorts: CSV with the column `slide` and others (scanner, stain, site, ...):
+            scores for each value of each. With a column `patient` intervals are found
+            by resampling patients instead of slides.
 
     Raises:
         ConfigError: The request is wrong, or nothing in RUN has a truth.
@@ -92,24 +117,38 @@ def evaluate(
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
     matched = match_truths(rows, truth, settings.classes, split)
-    inputs = _digest(matched, settings.digest())
+    groups = read_cohorts(cohorts) if cohorts else {}
+    inputs = _digest(matched, settings.digest(), groups)
     report = files.join(out, "report.html")
     if (before := _reported_before(out, inputs)) is not None:
         return before
     results = _failed_inference(rows, matched)
     done = [row for row in matched if row["status"] == "done"]
+    counted = _Counted()
     if done:
         cluster.connect()
-        results += _count(done, run, settings.classes)
+        counted = _count(done, run, settings)
+        results += counted.slides
     shown = set(slides_to_show(results))
-    overlays = _draw([r for r in done if r["slide"] in shown], run, settings.classes)
+    jobs = {r["slide"]: (r, run, settings.classes) for r in done if r["slide"] in shown}
+    overlays = _draw(_overlay, jobs)
     results = [_with_overlay(r, overlays.get(r.slide)) for r in results]
+    places = {
+        heading: _show_places(best, done, run, settings.classes)
+        for heading, best in counted.places.items()
+    }
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     metrics = write_report(
         out,
         title=f"Evaluation of {run.rsplit('/', 1)[-1]}",
         classes=settings.classes,
         slides=sorted(results, key=lambda result: result.slide),
+        levels=counted.levels,
+        places=places,
+        cohorts={
+            column: {row["slide"]: _value_of(row["slide"], values) for row in matched}
+            for column, values in groups.items()
+        },
         provenance={
             "run": run.rsplit("/", 1)[-1],
             "run digest": settings.digest(),
@@ -191,9 +230,37 @@ def evaluated_slides(out: str) -> set[str]:
     return set(files.read_table(uri)["slide"].to_pylist())
 
 
-def _digest(matched: list[Row], run_digest: str) -> str:
+def read_cohorts(uri: str) -> dict[str, dict[str, str]]:
+    """Read a CSV (slide, and other columns): each column's values by slide.
+
+    Raises:
+        ConfigError: It cannot be read, has no other column, or says two things of one
+            slide.
+    """
+    try:
+        text = files.read_bytes(uri).decode("utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
+    names = next(csv.reader(io.StringIO(text)), [])
+    columns = [name for name in names if name and name != "slide"]
+    if not columns:
+        raise ConfigError(
+            f"{uri}: expected the column slide and at least one other, such as "
+            f"scanner, found {names}"
+        )
+    return {column: read_groups(uri, column) for column in columns}
+
+
+def _value_of(slide: str, values: Mapping[str, str]) -> str:
+    name = name_in(slide, values)
+    return values[name] if name is not None else ""
+
+
+def _digest(
+    matched: list[Row], run_digest: str, groups: dict[str, dict[str, str]]
+) -> str:
     """Name what an evaluation depends on."""
-    parts = [run_digest]
+    parts = [run_digest, *([json.dumps(groups, sort_keys=True)] if groups else [])]
     for row in matched:
         parts += [row["slide"], str(row["digest"]), row["status"], row["truth"]]
         labels = row["kind"] == "labels"
@@ -230,7 +297,42 @@ def _failed_inference(rows: list[Row], matched: list[Row]) -> list[SlideReport]:
 # --- count ----------------------------------------------------------------------------
 
 
-def _count(done: list[Row], run: str, classes: Classes) -> list[SlideReport]:
+@dataclass(frozen=True)
+class Place:
+    """A square of a mask.
+
+    Attributes:
+        amount: What is summed up over its pixels.
+        slide: Id.
+        y: First row, pixels of the mask.
+        x: First column.
+    """
+
+    amount: int
+    slide: str
+    y: int
+    x: int
+
+
+@dataclass
+class _Counted:
+    """What the regions add up to.
+
+    Attributes:
+        slides: The result of each slide.
+        levels: See `medray.curves.count_levels`; None without probabilities.
+        places: The worst of them, by the heading that they have in the report.
+    """
+
+    slides: list[SlideReport] = field(default_factory=list)
+    levels: npt.NDArray[np.int64] | None = None
+    places: dict[str, list[Place]] = field(default_factory=dict)
+
+
+_WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
+
+
+def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
     """Count every region of every slide; a slide that fails becomes a row with why."""
     size = 2 * omezarr.REGION
     rows: list[Row] = [
@@ -238,33 +340,54 @@ def _count(done: list[Row], run: str, classes: Classes) -> list[SlideReport]:
         for row in done
         for r in plan_regions(row["height"], row["width"], size)
     ]
-    zero = np.zeros((len(classes), len(classes)), np.int64)
+    classes = len(settings.classes)
+    zero = np.zeros((classes, classes), np.int64)
     counts = {row["slide"]: zero.copy() for row in done}
     left = {row["slide"]: 0 for row in done}
     for item in rows:
         left[json.loads(item["row"])["slide"]] += 1
     errors: dict[str, str] = {}
+    levels: Any = 0
+    best: dict[str, dict[str, list[Place]]] = {}
     with Progress("evaluate", len(done)) as progress:
-        for result in _counted(rows, run, classes):
+        for result in _counted(rows, run, settings):
             slide = result["slide"]
             if "error" in result:
                 errors.setdefault(slide, result["error"])
             else:
                 counts[slide] += np.asarray(result["counts"])
+                levels += np.asarray(result.get("levels", 0))
+                for heading, found in result["places"].items():
+                    of_slide = best.setdefault(heading, {}).setdefault(slide, [])
+                    of_slide += [Place(n, slide, y, x) for n, y, x in found]
+                    of_slide[:] = _largest(of_slide, _PLACES_OF_ONE)
             progress.region(result["pixels"])
             left[slide] -= 1
             if not left[slide]:
                 error = errors.get(slide)
                 progress.slide(slide, f"failed: {error}" if error else "done")
-    return [
-        SlideReport(slide, "failed", errors[slide], None, None)
-        if slide in errors
-        else SlideReport(slide, "done", "", counts[slide], None)
-        for slide in counts
-    ]
+    return _Counted(
+        [
+            SlideReport(slide, "failed", errors[slide], None, None)
+            if slide in errors
+            else SlideReport(slide, "done", "", counts[slide], None)
+            for slide in counts
+        ],
+        levels if np.ndim(levels) else None,
+        {
+            heading: _largest((one for two in of.values() for one in two), _PLACES)
+            for heading, of in sorted(best.items(), reverse=True)
+        },
+    )
 
 
-def _counted(rows: list[Row], run: str, classes: Classes) -> Iterator[Row]:
+def _largest(places: Iterable[Place], count: int) -> list[Place]:
+    """Give those of the largest amounts; equal ones by slide, row and column."""
+    key = lambda place: (-place.amount, place.slide, place.y, place.x)  # noqa: E731
+    return heapq.nsmallest(count, places, key=key)
+
+
+def _counted(rows: list[Row], run: str, settings: RunSettings) -> Iterator[Row]:
     with cluster.streaming(block_bytes=1 << 20):
         counted = ray.data.from_items(
             rows, override_num_blocks=min(len(rows), 1000)
@@ -272,43 +395,66 @@ def _counted(rows: list[Row], run: str, classes: Classes) -> Iterator[Row]:
             _count_region,
             batch_size=1,
             num_cpus=1,
-            fn_kwargs={"run": run, "classes": classes},
+            fn_kwargs={"run": run, "settings": settings},
         )
         for item in counted.iter_rows():
             yield json.loads(item["json"])
 
 
-def _count_region(batch: Row, *, run: str, classes: Classes) -> Row:
+def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
     row = json.loads(batch["row"][0])
+    slide, classes = row["slide"], settings.classes
     region = Rectangle(*map(int, batch["region"][0]))
-    result: Row = {"slide": row["slide"], "pixels": region.height * region.width}
+    result: Row = {"slide": slide, "pixels": region.height * region.width}
     try:
-        mask = omezarr.open_level(mask_uri(run, row["slide"]))
-        predicted = np.asarray(mask[region.slices()])
+        predicted = omezarr.open_level(mask_uri(run, slide))[region.slices()]
         truth = read_truth(row, region, classes)
         known = read_known(row, region, classes)
-        if known is not None:
-            truth, predicted = truth[known], predicted[known]
-        result["counts"] = confusion(truth, predicted, len(classes)).tolist()
+        if known is None:
+            known = np.ones(truth.shape, bool)
+        true, found = truth[known], predicted[known]
+        result["counts"] = confusion(true, found, len(classes)).tolist()
+        if settings.options.prediction.probabilities:
+            stored = omezarr.open_level(probabilities_uri(run, slide))
+            shares = stored[(slice(None), *region.slices())][:, known]
+            result["levels"] = count_levels(true, found, shares).tolist()
+        wrong = known & (truth != predicted)
+        result["places"] = {_WRONG: _places_in(wrong, region)}
+        if "uncertainty" in settings.layers:
+            layer = omezarr.open_level(layer_uri(run, slide, "uncertainty"))
+            unsure = np.where(known, layer[region.slices()], np.uint8(0))
+            result["places"][_UNCERTAIN] = _places_in(unsure, region)
     except (MedrayError, OSError, ValueError) as error:
         result["error"] = f"{error}"
     return {"json": [json.dumps(result)]}
 
 
+def _places_in(values: npt.NDArray[Any], region: Rectangle) -> list[list[int]]:
+    """Give sum, row and column of the squares of a region that have the most."""
+    squares = [
+        [int(values[part.slices()].sum()), region.y + part.y, region.x + part.x]
+        for part in plan_regions(region.height, region.width, _PLACE_PX)
+    ]
+    squares.sort(key=lambda square: -square[0])
+    return [square for square in squares[:_PLACES_OF_ONE] if square[0]]
+
+
 # --- show -----------------------------------------------------------------------------
 
 
-def _draw(rows: list[Row], run: str, classes: Classes) -> dict[str, bytes]:
-    """Draw overlays in Ray tasks; one that fails is left out, with a warning."""
-    draw = ray.remote(_overlay)
-    pending = {row["slide"]: draw.remote(row, run, classes) for row in rows}
-    overlays = {}
-    for slide, reference in pending.items():
+def _draw(
+    function: Callable[..., bytes], jobs: Mapping[Any, tuple[Any, ...]]
+) -> dict[Any, bytes]:
+    """Draw pictures in Ray tasks; one that fails is left out, with a warning."""
+    draw = ray.remote(function)
+    pending = {name: draw.remote(*arguments) for name, arguments in jobs.items()}
+    pictures = {}
+    for name, reference in pending.items():
         try:
-            overlays[slide] = ray.get(reference)
+            pictures[name] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            log.warning("no overlay of slide %s: %s", slide, error.cause)
-    return overlays
+            log.warning("no picture of %s: %s", name, error.cause)
+    return pictures
 
 
 def _overlay(row: Row, run: str, classes: Classes) -> bytes:
@@ -333,3 +479,41 @@ def _with_overlay(result: SlideReport, overlay: bytes | None) -> SlideReport:
     return SlideReport(
         result.slide, result.status, result.message, result.counts, overlay
     )
+
+
+def _show_places(
+    best: list[Place], done: list[Row], run: str, classes: Classes
+) -> list[tuple[str, bytes]]:
+    """Give captions and pictures of places.
+
+    Slides that are no larger than a place are shown whole already.
+    """
+    row_of = {
+        row["slide"]: row
+        for row in done
+        if max(row["height"], row["width"]) > _PLACE_PX
+    }
+    jobs = {
+        place: (row_of[place.slide], place, run, classes)
+        for place in best
+        if place.slide in row_of
+    }
+    return [
+        (f"{place.slide}, pixels from {place.x} across and {place.y} down", picture)
+        for place, picture in _draw(_close_up, jobs).items()
+    ]
+
+
+def _close_up(row: Row, place: Place, run: str, classes: Classes) -> bytes:
+    """Draw a place with truth and prediction, at the mask's resolution."""
+    height = min(_PLACE_PX, row["height"] - place.y)
+    width = min(_PLACE_PX, row["width"] - place.x)
+    part = Rectangle(place.y, place.x, height, width)
+    predicted = omezarr.open_level(mask_uri(run, row["slide"]))[part.slices()]
+    truth = read_truth(row, part, classes)
+    known = read_known(row, part, classes)
+    if known is not None:
+        predicted = np.where(known, predicted, truth)
+    with open_slide(row["uri"]) as slide:
+        rgb, _, _ = read_working(slide, working_of(row), part.y, part.x, height, width)
+    return draw_overlay(rgb, truth, predicted, classes)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from medray.classes import Classes
+from medray.curves import draw_precision_recall, draw_reliability, summed_up
 from medray.errors import ConfigError
 from medray.metrics import SCORES, bootstrap, class_scores, summary
 from medray.pages import ACCENT, INK, LINE, SOFT, as_svg, data_uri, render
@@ -28,6 +29,9 @@ Counts = npt.NDArray[np.int64]
 
 _SHOWN = 4  # overlays of the worst slides, and as many of the best
 _MAX_ROWS = 500  # slides in a table of the page; per_slide.csv has them all
+_MAX_COHORTS = 50  # values of a column, likewise; metrics.json has them all
+PATIENT = "patient"
+"""Column of cohorts whose values are resampled for intervals."""
 _PANEL = (440, 294)  # height and width in pixels that a panel of an overlay may have
 # Colour-blind safe (Okabe and Ito 2008).
 AGREEMENT = {
@@ -335,6 +339,9 @@ def write_report(
     provenance: Mapping[str, str],
     date: str,
     truth: str = "",
+    levels: Counts | None = None,
+    places: Mapping[str, Sequence[tuple[str, bytes]]] | None = None,
+    cohorts: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, per_slide.parquet, per_slide.csv and report.html.
 
@@ -346,29 +353,42 @@ def write_report(
         provenance: What made the masks and the truth, for the page and metrics.json.
         date: When, ISO 8601.
         truth: Where the truth lies, for `medray view`; the page does not tell.
+        levels: Pixels by their probability, see `medray.curves.count_levels`.
+        places: Captions and pictures of places, under their headings.
+        cohorts: The value of each slide ("": not known), by what it is a value of.
 
     Returns:
-        What metrics.json holds: the pooled scores (f1 first of all), `interval`,
-        `per_class`, `confusion`, `classes`, `slides`, `provenance`, `date`, `truth`.
+        What metrics.json holds: the pooled scores (f1 first of all), `interval` and
+        `interval_over` (slides or patients), `per_class`, `confusion`, `classes`,
+        `curves` (None without `levels`), `cohorts`, `slides`, `provenance`, `date`,
+        `truth`.
     """
-    names = classes.names
-    counted = [slide.counts for slide in slides if slide.counts is not None]
-    each = np.array(counted, np.int64).reshape(-1, len(names), len(names))
+    names, cohorts = classes.names, cohorts or {}
+    done = [slide for slide in slides if slide.counts is not None]
+    each = _stacked(done, len(names))
     pooled = each.sum(axis=0)
-    failed = len(slides) - len(counted)
+    failed = len(slides) - len(done)
+    patients = cohorts.get(PATIENT, {})
     metrics: dict[str, Any] = dict(summary(pooled, names))
     metrics |= {
-        "interval": bootstrap(each, names),
+        "interval": bootstrap(_by_patient(done, each, patients), names),
+        "interval_over": "patients" if patients else "slides",
         "per_class": class_scores(pooled, names),
         "confusion": pooled.tolist(),
         "classes": list(names),
-        "slides": {"evaluated": len(counted), "failed": failed},
+        "curves": None if levels is None else summed_up(levels, names),
+        "cohorts": {
+            column: _cohort_rows(done, values, patients, names)
+            for column, values in cohorts.items()
+            if column != PATIENT
+        },
+        "slides": {"evaluated": len(done), "failed": failed},
         "provenance": dict(provenance),
         "date": date,
         "truth": truth,
     }
     rows = [_slide_row(slide, names) for slide in slides]
-    page = _page(title, classes, slides, rows, metrics)
+    page = _page(title, classes, slides, rows, metrics, levels, places or {})
     table = pa.Table.from_pylist(rows, _schema(names))
     csv = io.BytesIO()
     pyarrow.csv.write_csv(table.drop_columns("confusion"), csv)
@@ -380,6 +400,47 @@ def write_report(
     return metrics
 
 
+def _stacked(slides: Sequence[SlideReport], classes: int) -> Counts:
+    """Give the counts of slides: (N, C, C)."""
+    counts = [slide.counts for slide in slides]
+    return np.array(counts, np.int64).reshape(-1, classes, classes)
+
+
+def _by_patient(
+    slides: Sequence[SlideReport], counts: Counts, patients: Mapping[str, str]
+) -> Counts:
+    """Add up the counts of each patient; a slide of no known one stands for itself."""
+    place: dict[tuple[bool, str], int] = {}
+    rows = []
+    for slide in slides:
+        patient = patients.get(slide.slide, "")
+        unit = (bool(patient), patient or slide.slide)
+        rows.append(place.setdefault(unit, len(place)))
+    total = np.zeros((len(place), *counts.shape[1:]), np.int64)
+    np.add.at(total, rows, counts)
+    return total
+
+
+def _cohort_rows(
+    slides: Sequence[SlideReport],
+    values: Mapping[str, str],
+    patients: Mapping[str, str],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Score the slides of each value: `value`, `slides`, the scores and `interval`."""
+    groups: dict[str, list[SlideReport]] = {}
+    for slide in slides:
+        groups.setdefault(values.get(slide.slide, ""), []).append(slide)
+    rows = []
+    for value in sorted(groups):
+        each = _stacked(groups[value], len(names))
+        found = bootstrap(_by_patient(groups[value], each, patients), names)
+        row: dict[str, Any] = {"value": value, "slides": len(each)}
+        row |= summary(each.sum(axis=0), names)
+        rows.append(row | {"interval": found["f1"] if found else None})
+    return rows
+
+
 # --- page -----------------------------------------------------------------------------
 
 
@@ -389,6 +450,8 @@ def _page(
     slides: Sequence[SlideReport],
     rows: Sequence[dict[str, Any]],
     metrics: Mapping[str, Any],
+    levels: Counts | None,
+    places: Mapping[str, Sequence[tuple[str, bytes]]],
 ) -> str:
     done = [row for row in rows if row["status"] == "done"]
     failed = [row for row in rows if row["status"] != "done"]
@@ -413,6 +476,17 @@ def _page(
         scored=len(scored),
         blank=len(done) - len(scored),
         distribution=_distribution_figure(scored) if scored else "",
+        cohorts=metrics["cohorts"],
+        most_cohorts=_MAX_COHORTS,
+        places={
+            heading: [(caption, data_uri(picture)) for caption, picture in pictures]
+            for heading, pictures in places.items()
+            if pictures
+        },
+        precision_recall=""
+        if levels is None
+        else draw_precision_recall(levels, classes),
+        reliability="" if levels is None else draw_reliability(levels),
     )
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.arguments import build_parser
+from medray.arguments import parse
 from medray.cli import _evaluate, main
 from medray.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError
@@ -549,11 +549,7 @@ def test_what_does_not_fit_is_refused(
         with pytest.raises(ConfigError, match=match):
             evaluate_images([classifier, other], data=dataset, out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="is no model folder; several, --vote"):
-        _evaluate(
-            build_parser().parse_args(
-                ["evaluate", "run", "--vote", "--truth", "t", "--out", "r"]
-            )
-        )
+        _evaluate(parse(["evaluate", "run", "--vote", "--truth", "t", "--out", "r"]))
 
 
 # --- parts ----------------------------------------------------------------------------

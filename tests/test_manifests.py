@@ -311,7 +311,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
 def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
-    from medray.arguments import build_parser
+    from medray.arguments import parse
 
     found = list(entrypoints(all_objects))
     where = {one.where for one in found}
@@ -328,7 +328,7 @@ def test_commands_are_those_of_the_jobs(
         assert path.is_file(), one.where
         command = _command_of(path)
         # Exits if there is no such command or option, or one is missing.
-        args = build_parser().parse_args([command, *one.arguments])
+        args = parse([command, *one.arguments])
         places = [args.out, *one.arguments]
         for place in places:
             if "/" in place and not place.startswith("/recipes/"):

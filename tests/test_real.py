@@ -79,7 +79,9 @@ def test_nuclei_are_found_on_fields_never_seen(
     )
     write_settings(str(tmp_path / "recipe.yaml"), recipe)
     training = train(str(tmp_path / "recipe.yaml"), data=data, out=model)
-    infer([str(fields)], model=model, out=run, options=Options(everywhere=True))
+    rows = pq.read_table(f"{data}/slides.parquet").to_pylist()
+    unseen = [row["uri"] for row in rows if row["split"] == "test"]
+    infer(unseen, model=model, out=run, options=Options(everywhere=True))
     result = evaluate(run, truth=data, out=str(tmp_path / "report"), split="test")
     print(f"F1 {result.f1} {result.interval}, trained {training.seconds:.0f} s")
     assert result.evaluated >= 15

@@ -216,6 +216,41 @@ def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
     return label | ({"source": {"image": source}} if source else {})
 
 
+def image_metadata(
+    height: int,
+    width: int,
+    *,
+    mpp: float | None,
+    name: str,
+    channels: Sequence[tuple[str, str]] = RGB,
+) -> dict[str, Any]:
+    """Give `ome` of an image: its levels and how to show it."""
+    levels = len(level_shapes(height, width))
+    return {
+        "version": "0.5",
+        "multiscales": _multiscales(levels, mpp, "image", name),
+        "omero": _omero(name, channels),
+    }
+
+
+def labels_metadata(
+    height: int,
+    width: int,
+    *,
+    mpp: float | None,
+    name: str,
+    classes: Classes,
+    source: str | None = None,
+) -> dict[str, Any]:
+    """Give `ome` of a label image: its levels, and names and colours of its values."""
+    levels = len(level_shapes(height, width))
+    return {
+        "version": "0.5",
+        "multiscales": _multiscales(levels, mpp, "labels", name),
+        "image-label": _image_label(classes, source),
+    }
+
+
 ROOT = "merkle_root"
 """Key in a group's `medray` attributes: what `seal` found. Absent until then."""
 
@@ -364,11 +399,7 @@ def create_image(
         patch: Side of a chunk, in pixels, at most; a multiple of 32.
     """
     shapes = level_shapes(height, width)
-    ome = {
-        "version": "0.5",
-        "multiscales": _multiscales(len(shapes), mpp, "image", name),
-        "omero": _omero(name, channels),
-    }
+    ome = image_metadata(height, width, mpp=mpp, name=name, channels=channels)
     cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
     _create(uri, cyx, {"ome": ome, "medray": attributes}, region, patch, fill_value)
 
@@ -403,11 +434,9 @@ def create_labels(
         patch: Side of a chunk, in pixels, at most; a multiple of 32.
     """
     shapes = level_shapes(height, width)
-    ome = {
-        "version": "0.5",
-        "multiscales": _multiscales(len(shapes), mpp, "labels", name),
-        "image-label": _image_label(classes, source),
-    }
+    ome = labels_metadata(
+        height, width, mpp=mpp, name=name, classes=classes, source=source
+    )
     _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, patch, 0)
 
 

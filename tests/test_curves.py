@@ -1,0 +1,210 @@
+"""Curves, cohorts and close-ups of a report of masks, against other computations."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serial
+from PIL import Image
+from sklearn.metrics import average_precision_score, precision_recall_curve
+
+from medray import calibration, cli, open_mask
+from medray.curves import (
+    average_precision,
+    best_threshold,
+    calibration_error,
+    count_levels,
+    precision_recall,
+    reliability,
+)
+from medray.metrics import bootstrap, confusion, summary
+from medray.models.config import Prediction
+from medray.models.predict import Predictor
+from medray.run import Options, layer_uri, probabilities_uri
+from medray.synth import draw_scene, write_slide
+
+NAMES = ("background", "tumour")
+SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}
+
+
+def pixels(classes: int, n: int = 20_000, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Truth, prediction and uint8 probabilities of a model that is right at times."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, classes, n).astype(np.uint8)
+    logits = rng.normal(size=(classes, n)) + 1.2 * (
+        np.arange(classes)[:, None] == truth
+    )
+    shares = np.exp(logits) / np.exp(logits).sum(axis=0)
+    return truth, shares.argmax(axis=0).astype(np.uint8), np.rint(shares * 255)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_curves_are_scikit_learns(classes: int) -> None:
+    truth, predicted, shares = pixels(classes)
+    counts = count_levels(truth, predicted, shares.astype(np.uint8))
+    assert (counts.sum(axis=(1, 2)) == len(truth)).all()
+    for c in range(classes):
+        wanted = average_precision_score(truth == c, shares[c])
+        assert average_precision(counts[c]) == pytest.approx(wanted)
+        precision, recall, thresholds = precision_recall_curve(truth == c, shares[c])
+        mine = precision_recall(counts[c])
+        for p, r, t in zip(precision[:-1], recall[:-1], thresholds, strict=True):
+            at = 255 - int(t)
+            assert (mine[0][at], mine[1][at]) == pytest.approx((p, r))
+        best = best_threshold(counts[c])
+        assert best is not None
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        assert best[1] == pytest.approx(f1.max())
+        found = shares[c] >= round(best[0] * 255)
+        right = (found & (truth == c)).sum()
+        own = 2 * right / (found.sum() + (truth == c).sum())
+        assert own == pytest.approx(best[1])
+
+
+def test_calibration_is_that_of_images() -> None:
+    truth, predicted, shares = pixels(3)
+    counts = count_levels(truth, predicted, shares.astype(np.uint8))
+    for mine, wanted in zip(
+        reliability(counts[-1]),
+        calibration.reliability((shares / 255).T, predicted, truth),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, wanted)
+    wanted = calibration.calibration_error((shares / 255).T, predicted, truth)
+    assert calibration_error(counts[-1]) == pytest.approx(wanted)
+
+
+def test_what_was_not_looked_at_says_nothing_of_calibration() -> None:
+    nothing = np.zeros((2, 50), np.uint8)
+    counts = count_levels(nothing[0], nothing[0], nothing)
+    assert calibration_error(counts[-1]) is None
+    assert average_precision(counts[1]) is None
+    assert best_threshold(counts[1]) is None
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three slides with their truth, a run with all its layers, and patients."""
+    folder = tmp_path_factory.mktemp("curves")
+    (folder / "truth").mkdir()
+    for seed, (name, (height, width)) in enumerate(SIZES.items()):
+        scene = draw_scene(seed, height=height, width=width)
+        write_slide(folder / "slides", name, scene, layout="pyramid")
+        Image.fromarray(scene.mask).save(folder / "truth" / f"{name}.png")
+    prediction = Prediction(precision="float32", quality=True, probabilities=True)
+    predictor = Predictor.from_folders([str(model)], prediction)
+    options = Options(prediction=prediction, region=1024)
+    serial.infer(folder / "slides", predictor, model, folder / "run", options)
+    (folder / "cohorts.csv").write_text(
+        "slide,patient,scanner\ns0,p1,Alpha\ns1,p1,Beta\ns2,p2,Beta\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metrics(cluster: None, folder: Path) -> Any:
+    command = ["evaluate", str(folder / "run"), "--truth", str(folder / "truth")]
+    command += ["--cohorts", str(folder / "cohorts.csv")]
+    assert cli.main([*command, "--out", str(folder / "report")]) == 0
+    return json.loads((folder / "report" / "metrics.json").read_text())
+
+
+def truth_of(folder: Path, slide: str) -> Any:
+    return np.asarray(Image.open(folder / "truth" / f"{slide}.png"))
+
+
+def found_of(folder: Path, slide: str) -> Any:
+    return np.asarray(open_mask(str(folder / f"run/masks/{slide}.ome.zarr")))
+
+
+def test_the_curves_are_those_of_all_pixels(folder: Path, metrics: Any) -> None:
+    truths = [truth_of(folder, slide).ravel() for slide in SIZES]
+    found = [found_of(folder, slide).ravel() for slide in SIZES]
+    uris = [probabilities_uri(str(folder / "run"), slide) for slide in SIZES]
+    shares = [np.asarray(open_mask(uri)).reshape(2, -1) for uri in uris]
+    truth, share = np.concatenate(truths), np.concatenate(shares, axis=1)
+    (row,) = metrics["curves"]["per_class"]
+    wanted = average_precision_score(truth, share[1])
+    assert row["average_precision"] == pytest.approx(wanted)
+    assert row["best_f1"] >= metrics["f1"] - 1e-9
+    seen = share.sum(axis=0) > 0
+    error = calibration.calibration_error(
+        (share[:, seen] / 255).T, np.concatenate(found)[seen], truth[seen]
+    )
+    assert metrics["curves"]["calibration_error"] == pytest.approx(error)
+
+
+def test_cohorts_are_scored_and_patients_resampled(folder: Path, metrics: Any) -> None:
+    counts = {
+        slide: confusion(truth_of(folder, slide), found_of(folder, slide), 2)
+        for slide in SIZES
+    }
+    alpha, beta = metrics["cohorts"]["scanner"]
+    assert (alpha["value"], alpha["slides"]) == ("Alpha", 1)
+    assert (beta["value"], beta["slides"]) == ("Beta", 2)
+    assert alpha["f1"] == summary(counts["s0"], NAMES)["f1"]
+    assert beta["f1"] == summary(counts["s1"] + counts["s2"], NAMES)["f1"]
+    assert "patient" not in metrics["cohorts"]
+    assert metrics["interval_over"] == "patients"
+    patients = np.stack([counts["s0"] + counts["s1"], counts["s2"]])
+    wanted = bootstrap(patients, NAMES)
+    assert wanted is not None
+    assert metrics["interval"]["f1"] == wanted["f1"]
+
+
+def test_the_page_shows_them_and_the_worst_places(folder: Path, metrics: Any) -> None:
+    page = (folder / "report" / "report.html").read_text()
+    assert "By scanner" in page
+    assert "other patients of the same kind" in page
+    assert "average precision" in page
+    squares = []
+    for name, values in (
+        ("wrong", truth_of(folder, "s0") != found_of(folder, "s0")),
+        (
+            "uncertain",
+            np.asarray(open_mask(layer_uri(str(folder / "run"), "s0", "uncertainty"))),
+        ),
+    ):
+        sums = {
+            (y, x): int(values[y : y + 1024, x : x + 1024].sum(dtype=np.int64))
+            for y in range(0, 1500, 1024)
+            for x in range(0, 2200, 1024)
+        }
+        y, x = max(sums, key=lambda key: sums[key])
+        squares.append(f"s0, pixels from {x} across and {y} down")
+        heading = {"wrong": "Where most is wrong", "uncertain": "Where it is least"}
+        shown = page.partition(heading[name])[2].partition("<h2>")[0]
+        assert squares[-1] in shown
+        # Slides that fit into a square are shown whole already.
+        assert "s1" not in shown
+        uris = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', shown)
+        assert len(uris) == min(2, sum(n > 0 for n in sums.values()))
+        picture = Image.open(io.BytesIO(base64.b64decode(uris[0])))
+        assert picture.width > 800
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("slide\ns0\n", "at least one other"),
+        ("name,scanner\ns0,a\n", "expected the columns slide and"),
+        ("slide,scanner\ns0,a\ns0,b\n", "two values of scanner"),
+    ],
+)
+def test_a_wrong_csv_of_cohorts_says_what_is_wrong(
+    folder: Path,
+    tmp_path: Path,
+    text: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "c.csv").write_text(text)
+    command = ["evaluate", str(folder / "run"), "--truth", str(folder / "truth")]
+    command += ["--cohorts", str(tmp_path / "c.csv"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert said in capsys.readouterr().err
