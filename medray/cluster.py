@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from medray.errors import ConfigError
 
 GPUS_LABEL = "medray/gpus"
 
+# How long a node may take to answer.
+_KNOCK_S = 5.0
 # Least time of a step of Ray Data's loop.
 _STEP_S = 0.02
 
@@ -182,6 +185,25 @@ def leaving_nodes() -> set[str]:
     """
     found: dict[str, int] = ray._private.state.state.get_draining_nodes()
     return set(found)
+
+
+def is_gone(node: str) -> bool:
+    """Tell whether a node is dead, is told to go, or does not answer any more.
+
+    Ray takes a node for alive until it has missed several heartbeats, 20 s and more; so
+    its raylet is knocked at.
+    """
+    if node in leaving_nodes():
+        return True
+    told = next((one for one in ray.nodes() if one["NodeID"] == node), None)
+    if told is None or not told["Alive"]:
+        return True
+    try:
+        place = (told["NodeManagerAddress"], told["NodeManagerPort"])
+        socket.create_connection(place, timeout=_KNOCK_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def node_of(actor: Any) -> str:

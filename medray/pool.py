@@ -25,8 +25,9 @@ from medray.errors import MedrayError
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
-# A row that was at hand when this many actors died is given up.
-_TRIES = 3
+# A row that was at hand when this many actors died is given up: of those whose nodes
+# live on, and of all, should no node ever seem to.
+_TRIES, _MOST_TRIES = 3, 20
 # So many deaths without a result between them are no row's fault.
 _DEATHS = 10
 # Seconds without an actor after which it is said.
@@ -36,6 +37,7 @@ _SAY_STUCK = 60.0
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    node: str = ""  # its id
     calls: int = 0
     alone: bool = False  # with one row that may have killed another
     hung: str = ""  # how, when it was ended for it
@@ -45,7 +47,7 @@ class _Actor:
 class _Call:
     actor: _Actor
     rows: list[Row]  # that have no result yet
-    tries: int
+    lost_on: tuple[str, ...]  # nodes on which an actor died that had them at hand
     since: float  # when it last gave a result
 
 
@@ -55,8 +57,9 @@ class Pool:
     The method is a generator of lists of results, so that results come back while later
     rows are worked on; None hands a row back, which another actor then does. What a
     dead actor held is done again row by row, each with an actor to itself: a row that
-    kills is found out and costs no other row. An actor whose node is told to go gets
-    nothing more, and another takes its place.
+    kills is found out and costs no other row. An actor that dies with its node speaks
+    against no row. An actor whose node is told to go gets nothing more, and another
+    takes its place.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Pool:
         self._actors: list[_Actor] = []
         self._leaving: list[_Actor] = []
         self._queue: deque[list[Row]] = deque()
-        self._again: deque[tuple[Row, int]] = deque()
+        self._again: deque[tuple[Row, tuple[str, ...]]] = deque()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
         self._looked_at = self._stuck_since = time.monotonic()
@@ -151,7 +154,9 @@ class Pool:
         try:
             if ready in self._starting:
                 ray.get(ready)
-                self._actors.append(self._starting.pop(ready))
+                actor = self._starting.pop(ready)
+                actor.node = cluster.node_of(actor.handle)
+                self._actors.append(actor)
             else:
                 results = ray.get(next(ready))
                 call = self._calls[ready]
@@ -211,7 +216,7 @@ class Pool:
         if not (nodes := cluster.leaving_nodes()):
             return
         for actor in [*self._actors]:
-            if cluster.node_of(actor.handle) in nodes:
+            if actor.node in nodes:
                 log.info("a process of %s leaves its node, which goes", self._method)
                 self._actors.remove(actor)
                 self._leaving.append(actor)
@@ -232,20 +237,20 @@ class Pool:
 
     def _start_calls(self) -> None:
         while self._again and (idle := self._least_busy(0)):
-            row, tries = self._again.popleft()
+            row, lost_on = self._again.popleft()
             idle.alone = True
-            self._call(idle, [row], tries)
+            self._call(idle, [row], lost_on)
         while self._queue and (actor := self._least_busy(self._limit - 1)):
-            self._call(actor, self._queue.popleft(), 0)
+            self._call(actor, self._queue.popleft(), ())
 
     def _least_busy(self, most: int) -> _Actor | None:
         can = [a for a in self._actors if a.calls <= most and not a.alone]
         return min(can, key=lambda actor: actor.calls, default=None)
 
-    def _call(self, actor: _Actor, rows: list[Row], tries: int) -> None:
+    def _call(self, actor: _Actor, rows: list[Row], lost_on: tuple[str, ...]) -> None:
         method = getattr(actor.handle, self._method)
         call = method.options(num_returns="streaming").remote(rows)
-        self._calls[call] = _Call(actor, rows, tries, time.monotonic())
+        self._calls[call] = _Call(actor, rows, lost_on, time.monotonic())
         actor.calls += 1
 
     def _end(self, call: Any) -> _Call:
@@ -260,15 +265,20 @@ class Pool:
         if call.actor in self._actors:  # the first of its calls to tell
             self._actors.remove(call.actor)
             self._replace(call.actor, why)
-        if call.tries + 1 == _TRIES:
+        lost_on = (*call.lost_on, call.actor.node)
+        # That an earlier one had gone may be known by now.
+        if len(lost_on) >= _TRIES and (
+            sum(not cluster.is_gone(node) for node in lost_on) >= _TRIES
+            or len(lost_on) >= _MOST_TRIES
+        ):
             return [(row, LostError(why)) for row in call.rows]
-        self._again.extend((row, call.tries + 1) for row in call.rows)
+        self._again.extend((row, lost_on) for row in call.rows)
         return []
 
     def _replace(self, actor: _Actor, why: str) -> None:
         log.info("a process of %s was lost: %s", self._method, why)
-        self._deaths += 1
-        if self._deaths == _DEATHS:
+        self._deaths += not (actor.node and cluster.is_gone(actor.node))
+        if self._deaths >= _DEATHS:
             raise MedrayError(
                 f"{self._method}: {_DEATHS} processes died one after the other, the "
                 f"last: {why}; Ray's logs on its node may say more"

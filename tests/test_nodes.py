@@ -230,3 +230,13 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
     epochs = [json.loads(line)["epoch"] for line in history.open()]
     assert epochs == [0, 1, 2]
     load_model(str(out))
+
+
+@pytest.mark.timeout(300)
+def test_nodes_that_go_speak_against_no_row(tmp_path: Path) -> None:
+    """In a process of its own: this one may be connected to another cluster."""
+    script = Path(__file__).parent / "lost_nodes.py"
+    command = [sys.executable, str(script), str(tmp_path / "log")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stderr
+    assert "four nodes cost nothing, three processes a row" in found.stdout

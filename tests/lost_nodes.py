@@ -1,0 +1,61 @@
+"""A row at hand on four nodes that are lost is no row that kills; see test_nodes.py."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from medray.pool import LostError, Pool, poll
+
+
+class Slow:
+    """Notes who has a row, and takes its time."""
+
+    def __init__(self, log: str) -> None:
+        self.log = Path(log)
+
+    def work(self, rows: list) -> Iterator[list]:
+        for row in rows:
+            with self.log.open("a") as log:
+                log.write(f"{row}\n")
+            if row["kills"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(2)
+            yield [row["i"]]
+
+
+def main(log: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    node = cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    log.touch()
+    actor = ray.remote(Slow).options(num_cpus=1)
+    with Pool(lambda: actor.remote(str(log)), "work", 1) as pool:
+        pool.give([{"i": 7, "kills": False}])
+        found: list = []
+        for lost in range(5):
+            while log.read_text().count("\n") <= lost:
+                assert poll(pool) == []
+            if lost < 4:
+                cluster.remove_node(node, allow_graceful=False)
+                node = cluster.add_node(num_cpus=1)
+        while pool.busy:
+            found += [result for _, _, result in poll(pool)]
+        assert found == [7], found
+        pool.give([{"i": 8, "kills": True}])
+        while pool.busy:
+            found += [result for _, _, result in poll(pool)]
+        assert isinstance(found[1], LostError), found
+        assert log.read_text().count("\n") == 5 + 3
+    ray.shutdown()
+    cluster.shutdown()
+    print("four nodes cost nothing, three processes a row")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
