@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 STAMP := .venv/.complete
 
-.PHONY: demo test test-slow lint setup clean constraints
+.PHONY: demo test test-slow lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -21,6 +21,9 @@ lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(STAMP) ## the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict --quiet
 
 setup: $(STAMP)
 
@@ -39,4 +42,4 @@ constraints: $(UV) ## take the newest packages; run the tests afterwards
 		pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf demo .venv .uv
+	rm -rf demo site .venv .uv

@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +125,16 @@ def test_yaml_is_part_of_a_recipe(tmp_path: Path) -> None:
             yaml.safe_dump(recipe | {"weights": "imagenet"} | yaml.safe_load(text))
         )
         read_recipe(str(path))
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command += ["--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "medray.infer.infer" in page
+    assert "ConfigError" in page
 
 
 @pytest.mark.timeout(400)

@@ -1,0 +1,371 @@
+"""What a run gives, in the programs and libraries that people open it with.
+
+Every output of one slide is opened by every tool that is at hand, and its pixels are
+compared with the mask; the table says with which version, or why not.
+
+    python benchmarks/viewers.py RUN --out OUT [--napari PYTHON] [--vizarr DIST]
+
+RUN is any run whose slides are still there. --napari is the Python of an environment
+with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
+`vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
+Writes OUT/viewers.md and a picture of each viewer.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medray import open_mask
+from medray.convert import convert
+from medray.outlines import write_outlines
+from medray.run import mask_uri, read_run
+from medray.store import files
+
+OUTPUTS = {
+    "mask": "mask, OME-Zarr 0.5",
+    "ome-zarr": "with image, 0.5",
+    "ome-zarr-0.4": "mask, 0.4",
+    "ome-zarr-0.4-image": "with image, 0.4",
+    "ome-tiff": "OME-TIFF",
+    "tiff": "TIFF",
+    "geojson": "GeoJSON",
+}
+
+
+def make_outputs(run: str, out: Path) -> tuple[dict[str, str], Any]:
+    """Write every output of a run; give those of its first slide, and its mask."""
+    rows = files.read_table(f"{run}/slides.parquet").to_pylist()
+    row = next(row for row in rows if row["status"] == "done")
+    slide, mask = row["slide"], mask_uri(run, row["slide"])
+    places = {"mask": mask}
+    for name in [*OUTPUTS][1:-1]:
+        to, image = (
+            name.removesuffix("-image"),
+            name in ("ome-zarr", "ome-zarr-0.4-image"),
+        )
+        folder = str(out / name)
+        assert not convert(run, to=to, out=folder, with_image=image).failed  # type: ignore[arg-type]
+        ending = {"ome-tiff": ".ome.tif", "tiff": ".tif"}.get(name, ".ome.zarr")
+        places[name] = f"{folder}/{slide}{ending}"
+    places["geojson"] = str(out / f"{slide}.geojson")
+    classes = read_run(run).classes
+    write_outlines(mask, places["geojson"], classes, downsample=row["downsample"])
+    return places, (np.asarray(open_mask(mask)), row["downsample"], classes)
+
+
+# --- libraries ------------------------------------------------------------------------
+
+
+def same(found: Any, mask: Any) -> None:
+    found = np.asarray(found)
+    if found.shape != mask.shape or not (found == mask).all():
+        raise ValueError(f"other pixels: {found.shape} beside {mask.shape}")
+
+
+def inner(name: str) -> str:
+    return "labels/mask" if name in ("ome-zarr", "ome-zarr-0.4-image") else ""
+
+
+def by_zarr(name: str, place: str, mask: Any) -> None:
+    import zarr
+
+    group: Any = zarr.open_group(place, path=inner(name), mode="r")
+    same(group["0"][:], mask)
+
+
+def by_dask(name: str, place: str, mask: Any) -> None:
+    import dask.array as da
+
+    same(da.from_zarr(place, component=f"{inner(name)}/0".strip("/")).compute(), mask)
+
+
+def by_models(name: str, place: str, mask: Any) -> None:
+    import ome_zarr_models
+    import zarr
+
+    group: Any = zarr.open_group(place, mode="r")
+    opened: Any = ome_zarr_models.open_ome_zarr(group)
+    wanted = "Image" if inner(name) else "ImageLabel"
+    if type(opened).__name__ != wanted or (inner(name) and opened.labels is None):
+        raise ValueError(f"taken for {type(opened).__name__}")
+
+
+def by_ome_zarr(name: str, place: str, mask: Any) -> None:
+    from ome_zarr.io import parse_url
+    from ome_zarr.reader import Reader
+
+    found = [node for node in Reader(parse_url(place))() if node.data]
+    (labels,) = (node for node in found if "color" in node.metadata)
+    same(labels.data[0], mask)
+
+
+def by_tifffile(name: str, place: str, mask: Any) -> None:
+    import tifffile
+
+    with tifffile.TiffFile(place) as tiff:
+        if len(tiff.series[0].levels) < 2 and max(mask.shape) > 512:
+            raise ValueError("no pyramid seen")
+        same(tiff.series[0].asarray(), mask)
+
+
+def by_openslide(name: str, place: str, mask: Any) -> None:
+    import openslide
+
+    slide = openslide.OpenSlide(place)
+    pixels = slide.read_region((0, 0), 0, slide.dimensions)
+    same(np.asarray(pixels)[..., 0], mask)
+    if slide.level_count < 2 and max(mask.shape) > 512:
+        raise ValueError("pixels are right, but no pyramid is seen")
+
+
+def by_rasterio(
+    name: str, place: str, mask: Any, *, downsample: float, classes: Any
+) -> None:
+    """Draw GeoJSON again, at the mask's resolution."""
+    import shapely
+    from rasterio import features
+
+    shapes = [
+        (
+            shapely.transform(
+                shapely.geometry.shape(one["geometry"]), lambda xy: xy / downsample
+            ),
+            classes.names.index(one["properties"]["classification"]["name"]),
+        )
+        for one in json.loads(Path(place).read_text())["features"]
+    ]
+    same(features.rasterize(shapes, mask.shape, dtype="uint8"), mask)
+
+
+ZARRS = ("mask", "ome-zarr", "ome-zarr-0.4", "ome-zarr-0.4-image")
+TIFFS = ("ome-tiff", "tiff")
+LIBRARIES: list[tuple[str, str, Callable[..., None], tuple[str, ...]]] = [
+    ("ome-zarr-models", "validates", by_models, ZARRS),
+    ("zarr", "reads", by_zarr, ZARRS),
+    ("dask", "reads", by_dask, ZARRS),
+    ("ome-zarr", "reads", by_ome_zarr, ZARRS),
+    ("tifffile", "reads", by_tifffile, TIFFS),
+    ("openslide-python", "reads", by_openslide, TIFFS),
+    ("rasterio", "draws again", by_rasterio, ("geojson",)),
+]
+
+
+def tried(check: Callable[..., None], *args: Any) -> str:
+    try:
+        check(*args)
+    except Exception as error:  # whatever a tool raises is what its users see
+        said = " ".join(f"{error}".split())[:120]
+        return f"no: {type(error).__name__}: {said}".replace("|", "/")
+    return "yes"
+
+
+# --- napari ---------------------------------------------------------------------------
+
+NAPARI = """
+import importlib.metadata, json, sys, time
+import napari, numpy as np
+from PIL import Image
+
+places, mask, picture = json.loads(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
+found = {"version": importlib.metadata.version("napari")}
+viewer = napari.Viewer(show=True)
+for name, place in places.items():
+    viewer.layers.clear()
+    try:
+        plugin = "napari-ome-zarr" if place.endswith(".zarr") else "napari"
+        viewer.open(place, plugin=plugin)
+        layer = viewer.layers[-1]
+        data = np.asarray(layer.data[0] if layer.multiscale else layer.data)
+        right = data.shape == mask.shape and (data == mask).all()
+        kind = type(layer).__name__
+        found[name] = f"yes, as {kind.lower()}" if right else "no: other pixels"
+        for one in viewer.layers:
+            one.visible = True
+        viewer.reset_view()
+        for _ in range(30):
+            napari.qt.get_qapp().processEvents()
+            time.sleep(0.1)
+        shown = Image.fromarray(viewer.screenshot(canvas_only=False))
+        shown.save(f"{picture}/napari-{name}.png")
+    except Exception as error:
+        said = " ".join(str(error).split())[:120]
+        found[name] = f"no: {type(error).__name__}: {said}"
+print(json.dumps(found))
+"""
+
+
+def look_with_napari(
+    python: str, places: dict[str, str], mask: Any, out: Path
+) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/mask.npy", mask)
+        wanted = {name: places[name] for name in (*ZARRS, *TIFFS)}
+        command = [
+            "xvfb-run",
+            "-a",
+            "-s",
+            "-screen 0 1280x900x24",
+            python,
+            "-c",
+            NAPARI,
+        ]
+        command += [json.dumps(wanted), f"{folder}/mask.npy", str(out)]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(told.stdout.splitlines()[-1]))
+
+
+# --- vizarr ---------------------------------------------------------------------------
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-sync",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+]
+
+
+@contextmanager
+def served(**folders: str) -> Iterator[str]:
+    """Serve folders on loopback, parts of files too."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+    from starlette.staticfiles import StaticFiles
+
+    routes = [
+        Mount(f"/{name}", StaticFiles(directory=folder, html=True))
+        for name, folder in folders.items()
+    ]
+    config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def look_with_vizarr(
+    dist: str, places: dict[str, str], mask: Any, out: Path
+) -> dict[str, str]:
+    from playwright.sync_api import sync_playwright
+
+    package = json.loads((Path(dist).parent / "package.json").read_text())
+    found = {"version": package["version"]}
+    folders = {name: str(Path(places[name]).parent) for name in ZARRS}
+    with served(vizarr=dist, **folders) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=FLAGS
+        )
+        for name in ZARRS:
+            page = browser.new_page(viewport={"width": 1000, "height": 750})
+            said: list[str] = []
+            page.on("console", lambda m, said=said: said.append(m.text))
+            page.on("pageerror", lambda e, said=said: said.append(str(e)))
+            source = f"{address}/{name}/{Path(places[name]).name}"
+            height, width = mask.shape
+            zoom = np.floor(np.log2(min(750 / height, 1000 / width)))
+            view = json.dumps({"zoom": zoom, "target": [width / 2, height / 2]})
+            query = urllib.parse.urlencode({"source": source, "viewState": view})
+            page.goto(f"{address}/vizarr/index.html?{query}")
+            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(6000)
+            picture = out / f"vizarr-{name}.png"
+            page.screenshot(path=picture)
+            found[name] = seen(picture, mask, 2**zoom) or f"no: {'; '.join(said)[:200]}"
+            page.close()
+        browser.close()
+    return found
+
+
+def seen(picture: Path, mask: Any, scale: float) -> str:
+    """Tell how well a mask stands out where it should.
+
+    Of the share of its pixels on one side of a threshold of one colour channel, and of
+    the share of the others, the difference (Youden's J).
+
+    Args:
+        picture: With the middle of the slide in its middle.
+        mask: (height, width) label values.
+        scale: Pixels of the picture a pixel of the mask.
+    """
+    shown = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    size = [round(length * scale) for length in mask.shape]
+    small = np.asarray(
+        Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    )
+    top, left = (
+        (page - own) // 2 for page, own in zip(shown.shape, size, strict=False)
+    )
+    part = shown[top : top + size[0], left : left + size[1]]
+    best = 0.0
+    for channel in range(3):
+        inside, outside = part[small > 0][:, channel], part[small == 0][:, channel]
+        middle = (inside.mean() + outside.mean()) / 2
+        apart = (inside > middle).mean() - (outside > middle).mean()
+        best = max(best, abs(float(apart)))
+    return f"yes, J {best:.2f}" if best > 0.5 else ""
+
+
+# --- table ----------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--napari", metavar="PYTHON")
+    parser.add_argument("--vizarr", metavar="DIST")
+    args = parser.parse_args()
+    run, out = files.absolute(args.run), args.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    places, (mask, downsample, classes) = make_outputs(run, out)
+    lines = [
+        f"| | {' | '.join(OUTPUTS.values())} |",
+        f"| --- |{' --- |' * len(OUTPUTS)}",
+    ]
+
+    def add(title: str, cells: dict[str, str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells.get(n, '') for n in OUTPUTS)} |")
+        print(lines[-1], flush=True)
+
+    for package, does, check, takes in LIBRARIES:
+        if check is by_rasterio:
+            check = functools.partial(check, downsample=downsample, classes=classes)
+        version = importlib.metadata.version(package)
+        cells = {name: tried(check, name, places[name], mask) for name in takes}
+        add(f"{package} {version} {does}", cells)
+    for title, look, where in (
+        ("napari", look_with_napari, args.napari),
+        ("Vizarr", look_with_vizarr, args.vizarr),
+    ):
+        if where:
+            cells = look(where, places, mask, out)
+            add(f"{title} {cells['version']} shows", cells)
+    (out / "viewers.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
