@@ -25,9 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Mend links across docs/, which is the root of the site."""
-    inside = page.file.src_uri not in OUTSIDE
-    up = page.file.src_uri.count("/")
-    if inside:  # docs/decisions/0001 links to ../../benchmarks: one level less here
-        return re.sub(r"\]\((?:\.\./){%d}" % (up + 1), "](" + "../" * up, markdown)
+    if page.file.src_uri not in OUTSIDE:
+        up = "../" * page.file.src_uri.count("/")
+        return markdown.replace(f"](../{up}", f"]({up}")  # one level less above docs/
     markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:k8s|recipes)/?\)", r"`\1`", markdown)

@@ -220,12 +220,19 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         kept |= omezarr.digests_below(out, [(mask, digests)])
     for uri in stores_of(settings, out, slide):
         kept |= omezarr.digests_below(out, [(uri, omezarr.build_pyramid(uri))])
+    counts = found.get("cleaned_px")
+    if counts is None:
+        each = [record["class_px"] for record in row["records"].values()]
+        counts = np.sum(each, axis=0, dtype=np.int64) if each else [0] * len(classes)
+    areas = [int(count) for count in counts]
+    areas[0] = row["height"] * row["width"] - sum(areas[1:])
     roots = {}
     sealed: omezarr.Digests = {}
     for uri in groups_of(settings, out, slide):
         start = f"{uri[len(out) + 1 :]}/"
         inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
-        digests, roots[uri] = omezarr.seal(uri, inside)
+        own = areas if uri == mask else None
+        digests, roots[uri] = omezarr.seal(uri, inside, own)
         sealed |= omezarr.digests_below(out, [(uri, digests)])
     if settings.options.outlines:
         downsample = omezarr.read_attributes(mask)["downsample"]

@@ -41,6 +41,7 @@ from medray.view_run import (
 )
 from medray.view_tiles import (
     TILE,
+    UNSURE,
     as_heat,
     as_jpeg,
     as_overlay,
@@ -51,6 +52,7 @@ from medray.view_tiles import (
     slide_tile,
     tile_region,
     truth_outlines,
+    uncertainty_tile,
     worst_regions,
 )
 
@@ -73,7 +75,7 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _THUMBNAIL = 384  # pixels
-_LAYERS = ("slide", "mask", "probability", "difference", "truth")
+_LAYERS = ("slide", "mask", "probability", "uncertainty", "difference", "truth")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -359,8 +361,11 @@ def _slide(viewed: ViewedRun, request: Request) -> Response:
 def _worst(viewed: ViewedRun, request: Request) -> Response:
     row = viewed.row(_asked(request, "slide"))
     place = place_of(viewed, row)
-    if not place.mask or not place.truth:
-        raise LookupError("this slide has no mask, or no truth to compare it with")
+    if not place.mask or not (place.truth or place.uncertainty):
+        raise LookupError(
+            "this slide has no mask, or neither a truth to compare it with nor an "
+            "uncertainty (infer with --quality)"
+        )
     return JSONResponse(worst_regions(place, viewed.settings.classes))
 
 
@@ -394,6 +399,10 @@ def _tile(viewed: ViewedRun, request: Request) -> Response:
             raise LookupError("the run kept no probabilities; infer with them")
         shares = probability_tile(place, region, step)
         data = as_heat(shares, classes.colors, shown)
+    elif layer == "uncertainty":
+        if not place.uncertainty:
+            raise LookupError("the run kept no uncertainty; infer with --quality")
+        data = as_heat(uncertainty_tile(place, region, step)[None], (UNSURE,), {0})
     elif layer == "truth":
         lines = truth_outlines(place, region, step, classes)
         # In the differences the colours of classes have other meanings.

@@ -14,6 +14,7 @@ from medray.errors import ConfigError, MedrayError
 from medray.report import AGREEMENT
 from medray.run import (
     RunSettings,
+    layer_uri,
     mask_uri,
     probabilities_uri,
     raw_uri,
@@ -179,6 +180,10 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     probabilities = ""
     if settings.options.prediction.probabilities:
         probabilities = probabilities_uri(viewed.uri, slide)
+    uncertainty = ""
+    if "uncertainty" in settings.layers:
+        uncertainty = layer_uri(viewed.uri, slide, "uncertainty")
+    layers: Row = {"probabilities": probabilities, "uncertainty": uncertainty}
     if row["status"] == "done":
         step = whole_step(row["downsample"] / row["scale"]) * row["scale"]
         return Place(
@@ -189,16 +194,16 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
             mask=mask_uri(viewed.uri, slide),
             mask_step=step,
             mask_shape=(row["height"], row["width"]),
-            probabilities=probabilities,
+            **layers,
         )
     if row["status"] == "failed":
         opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
         top = opened.levels[0]
         return Place(**common, height=top.height, width=top.width, mpp=opened.mpp)
-    return _under_way(viewed, common, probabilities)
+    return _under_way(viewed, common, layers)
 
 
-def _under_way(viewed: ViewedRun, common: Row, probabilities: str) -> Place:
+def _under_way(viewed: ViewedRun, common: Row, layers: dict[str, str]) -> Place:
     """Place a slide of which there is no row yet, by the attributes of its mask."""
     slide = common["slide"]
     mask = mask_uri(viewed.uri, slide)
@@ -223,7 +228,7 @@ def _under_way(viewed: ViewedRun, common: Row, probabilities: str) -> Place:
         mask_step=step,
         mask_shape=(shape[0], shape[1]),
         coarsest=omezarr.AT_ONCE - 1,
-        probabilities=probabilities,
+        **layers,
     )
 
 
@@ -274,6 +279,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
     names = {"f1": "F1", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
     done = row["status"] == "done"
     probabilities = place.probabilities and files.exists(place.probabilities)
+    uncertainty = place.uncertainty and files.exists(place.uncertainty)
     return _card(viewed, row) | {
         "run": viewed.uri.rpartition("/")[2],
         "height": place.height,
@@ -285,6 +291,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
             "slide": not problem,
             "mask": bool(place.mask),
             "probability": bool(place.mask and probabilities),
+            "uncertainty": bool(place.mask and uncertainty),
             "difference": bool(place.mask and place.truth),
             "truth": bool(place.truth),
         },

@@ -47,6 +47,9 @@ STRIDES = 5
 # seen as a whole, and then tiles are cut from one small picture of it.
 _MOST_READ = 4096**2
 _OVERVIEW = 2048
+_MOST_SQUARES = 20
+UNSURE = "#008b8b"
+"""Colour of what is uncertain: neither of the stains has it."""
 _ONE_AT_A_TIME = threading.Lock()  # a page asks for many of its tiles at once
 _BESIDE = (238, 241, 243)  # the background of the page
 _DAMAGED = (214, 204, 204)
@@ -70,6 +73,7 @@ class Place:
         mask_shape: (height, width) of the mask.
         coarsest: The coarsest level of the mask that is filled.
         probabilities: OME-Zarr of the class probabilities.
+        uncertainty: OME-Zarr of the mask's quality layer of that name.
         truth: Annotation file, or OME-Zarr of labels.
         kind: Which of the two: annotation or labels.
         version: Another one, other pixels.
@@ -87,6 +91,7 @@ class Place:
     mask_shape: tuple[int, int] = (0, 0)
     coarsest: int = 99
     probabilities: str = ""
+    uncertainty: str = ""
     truth: str = ""
     kind: str = ""
     version: str = ""
@@ -248,6 +253,15 @@ def probability_tile(place: Place, region: Rectangle, step: int) -> UInt8:
     return _layer_tile(place, place.probabilities, region, step)
 
 
+def uncertainty_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+    """Read the uncertainty: (height, width) uint8, 255 is the most.
+
+    Raises:
+        MedrayError: It is damaged or cannot be read.
+    """
+    return _layer_tile(place, place.uncertainty, region, step)
+
+
 def _layer_tile(place: Place, uri: str, region: Rectangle, step: int) -> UInt8:
     ratio = step / place.mask_step
     if math.log2(ratio) > place.coarsest + STRIDES:
@@ -332,46 +346,55 @@ def differences(mask: UInt8, truth: UInt8) -> UInt8:
 
 
 def worst_regions(
-    place: Place, classes: Classes, *, side: int = 512, most: int = 20
+    place: Place, classes: Classes, *, side: int = 512
 ) -> list[dict[str, float]]:
-    """Find the squares of a slide in which most pixels are wrong.
+    """Find the squares of a slide in which most is wrong, or least certain.
 
-    Both are compared at a coarse level, of at most some 2000 pixels a side.
+    What is wrong is told by the truth; without one the uncertainty counts. Both are
+    taken at a coarse level, of at most some 2000 pixels a side.
 
     Args:
-        place: With a mask and a truth.
+        place: With a mask, and a truth or uncertainty.
         classes: Names by label value.
         side: Of a square, in pixels of the mask.
-        most: How many to give.
 
     Returns:
-        `y`, `x`, `height` and `width` in level-0 pixels, and the share of them that is
-        `wrong`; the worst first.
+        `y`, `x`, `height` and `width` in level-0 pixels, and the share of their pixels
+        that is `wrong`, or else how `uncertain` they are, from 0 to 1 (the mean); the
+        worst first, 20 at most.
 
     Raises:
-        MedrayError: The mask or the truth is damaged.
+        MedrayError: The mask, the truth or the uncertainty is damaged.
     """
     coarse = 0
     while max(place.mask_shape) >> coarse > _OVERVIEW:
         coarse += 1
-    step = place.mask_step * 2**coarse
     height, width = (math.ceil(n / 2**coarse) for n in place.mask_shape)
     whole = Rectangle(0, 0, height, width)
-    mask = nearest_labels(
-        place.mask, whole, 2**coarse, place.mask_shape, place.coarsest
-    )
-    row = _truth_row(place, step)
-    wrong = (mask != read_truth(row, whole, classes)).astype(np.int64)
+    uri = place.mask if place.truth else place.uncertainty
+    found = nearest_labels(uri, whole, 2**coarse, place.mask_shape, place.coarsest)
+    if not place.truth:
+        return _squares(found / 255, "uncertain", side, coarse, place.mask_step)
+    row = _truth_row(place, place.mask_step * 2**coarse)
+    wrong = (found != read_truth(row, whole, classes)).astype(np.float64)
     known = read_known(row, whole, classes)
     if known is not None:
         wrong *= known
-    block = max(8, side >> coarse)
-    counts = np.add.reduceat(wrong, np.arange(0, height, block), axis=0)
-    counts = np.add.reduceat(counts, np.arange(0, width, block), axis=1)
-    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    return _squares(wrong, "wrong", side, coarse, place.mask_step)
+
+
+def _squares(
+    values: npt.NDArray[np.float64], name: str, side: int, coarse: int, mask_step: float
+) -> list[dict[str, float]]:
+    """Give the squares with the highest sums, each with its mean as `name`."""
+    height, width = values.shape
+    block, step = max(8, side >> coarse), mask_step * 2**coarse
+    sums = np.add.reduceat(values, np.arange(0, height, block), axis=0)
+    sums = np.add.reduceat(sums, np.arange(0, width, block), axis=1)
+    order = np.argsort(-sums, axis=None, kind="stable")[:_MOST_SQUARES]
     found = []
-    for y, x in np.transpose(np.unravel_index(order, counts.shape)).tolist():
-        if counts[y, x]:
+    for y, x in np.transpose(np.unravel_index(order, sums.shape)).tolist():
+        if sums[y, x]:
             size = (min(block, height - y * block), min(block, width - x * block))
             found.append(
                 {
@@ -379,7 +402,7 @@ def worst_regions(
                     "x": x * block * step,
                     "height": size[0] * step,
                     "width": size[1] * step,
-                    "wrong": float(counts[y, x]) / (size[0] * size[1]),
+                    name: float(sums[y, x]) / (size[0] * size[1]),
                 }
             )
     return found

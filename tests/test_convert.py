@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import ome_zarr_models
 import openslide
+import pyarrow as pa
 import pytest
 import serial
 import tifffile
 import zarr
+from PIL import Image
 
 from medray import cli, open_mask
 from medray.convert import convert
@@ -113,10 +115,6 @@ def test_a_dataset_in_the_older_version(
     data = tmp_path / "data"
     annotations = tmp_path / "annotations"
     annotations.mkdir()
-    tifffile.imwrite(annotations / "s1.png.tif", np.zeros(1, np.uint8))
-    (annotations / "s1.png.tif").unlink()
-    from PIL import Image
-
     truth = np.zeros(SIZES["s1"], np.uint8)
     truth[100:300, 50:200] = 1
     Image.fromarray(truth).save(annotations / "s1.png")
@@ -157,8 +155,6 @@ def test_what_is_wrong_costs_one_slide(
     table = omezarr.files.read_table(str(run / "slides.parquet")).to_pylist()
     for row in table:
         row["uri"] = str(slides / f"{row['slide']}.tif")
-    import pyarrow as pa
-
     omezarr.files.write_table(str(run / "slides.parquet"), pa.Table.from_pylist(table))
     write_slide(slides, "s0", draw_scene(9, height=1700, width=1300))
     out = tmp_path / "out"

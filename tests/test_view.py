@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from medray import open_mask
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError
 from medray.grid import Rectangle
 from medray.pages import INK
 from medray.report import AGREEMENT
+from medray.run import layer_uri
 from medray.slides.image import ArraySlide
 from medray.truths import read_truth
 from medray.view import build_app
@@ -56,7 +58,7 @@ def viewed(
     shutil.copytree(slides / "slides", folder / "slides")
     shutil.copytree(slides / "annotations", folder / "annotations")
     (folder / "slides" / "broken.tif").write_bytes(b"II*\0nothing")
-    options = Options(prediction=Prediction(probabilities=True))
+    options = Options(prediction=Prediction(probabilities=True, quality=True))
     run = str(folder / "run")
     infer([str(folder / "slides")], model=str(model), out=run, options=options)
     evaluate(run, truth=str(folder / "annotations"), out=str(folder / "report"))
@@ -206,6 +208,36 @@ def test_the_worst_region_is_where_most_is_wrong(
     assert (found[0]["y"], found[0]["x"]) == best
     area = found[0]["height"] * found[0]["width"]
     assert found[0]["wrong"] * area == pytest.approx(shares[best])
+
+
+def test_uncertainty_is_opaque_where_it_is_high(
+    viewed: Path, browser_of: TestClient, one: dict[str, Any]
+) -> None:
+    uri = layer_uri(str(viewed / "run"), one["slide"], "uncertainty")
+    stored = np.asarray(open_mask(uri))
+    got = picture(tile(browser_of, "uncertainty", one["slide"], "2/1/0"))
+    assert np.array_equal(np.asarray(got)[..., 3], part(stored, 1, 0))
+
+
+def test_without_a_truth_the_least_certain_region_is_the_worst(
+    viewed: Path, copied: Path, one: dict[str, Any]
+) -> None:
+    shutil.rmtree(copied / "report")
+    told = client(copied).get(f"/api/slide?slide={one['slide']}").json()
+    assert told["layers"]["uncertainty"]
+    assert not told["layers"]["difference"]
+    found = client(copied).get(f"/api/worst?slide={one['slide']}").json()
+    uri = layer_uri(str(viewed / "run"), one["slide"], "uncertainty")
+    stored = np.asarray(open_mask(uri)).astype(np.int64)
+    sums = {
+        (y, x): int(stored[y : y + 512, x : x + 512].sum())
+        for y in range(0, 768, 512)
+        for x in range(0, 640, 512)
+    }
+    best = max(sums, key=lambda place: sums[place])
+    assert (found[0]["y"], found[0]["x"]) == best
+    area = found[0]["height"] * found[0]["width"]
+    assert found[0]["uncertain"] * 255 * area == pytest.approx(sums[best])
 
 
 # --- what is told ---------------------------------------------------------------------

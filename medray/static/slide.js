@@ -34,6 +34,7 @@ const current = () => document.querySelector("input[name=layer]:checked").value;
 const group = () => (current() === "difference" ? "kinds" : "classes");
 
 function values(of) {
+  if (of === "classes" && current() === "uncertainty") return "0"; // it has no classes
   return slide[of].map((one) => one.value).filter((value) => !hiddenValues[of].has(value)).join(",");
 }
 
@@ -42,12 +43,13 @@ function draw() {
   overlay = truth = null;
   const opacity = $("opacity").value / 100, kind = current();
   if (kind && values(group())) overlay = layer(kind, values(group()), { opacity, className: "overlay", zIndex: 2 }).addTo(map);
-  if ($("truth").checked && values("classes")) truth = layer("truth", values("classes") + (kind === "difference" ? "&dark=1" : ""), { className: "overlay", zIndex: 3 }).addTo(map);
+  const shown = slide.classes.map((one) => one.value).filter((value) => !hiddenValues.classes.has(value)).join(",");
+  if ($("truth").checked && shown) truth = layer("truth", shown + (kind === "difference" ? "&dark=1" : ""), { className: "overlay", zIndex: 3 }).addTo(map);
 }
 
 function legend() {
   const of = group();
-  $("legend").hidden = !current() && !$("truth").checked;
+  $("legend").hidden = (!current() && !$("truth").checked) || current() === "uncertainty";
   $("toggles").replaceChildren(...slide[of].map((one) => {
     const label = document.createElement("label"), box = document.createElement("input"), swatch = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     box.type = "checkbox";
@@ -84,7 +86,7 @@ async function goWorst(step) {
     return;
   }
   if (!worst.length) {
-    $("said").textContent = "Nothing is wrong on this slide.";
+    $("said").textContent = slide.layers.truth ? "Nothing is wrong on this slide." : "Everything is certain on this slide.";
     return;
   }
   worstAt = (worstAt + step + worst.length) % worst.length;
@@ -93,7 +95,8 @@ async function goWorst(step) {
   if (frame) map.removeLayer(frame);
   frame = L.rectangle(bounds, { color: "#0b5c8a", weight: 2, fill: false, interactive: false }).addTo(map);
   map.fitBounds(bounds, { maxZoom: slide.last_zoom, animate: false });
-  $("said").textContent = `Region ${worstAt + 1} of the ${worst.length} worst: ${(100 * one.wrong).toFixed(0)} % of its pixels are wrong.`;
+  const what = "wrong" in one ? `worst: ${(100 * one.wrong).toFixed(0)} % of its pixels are wrong` : `least certain: uncertainty ${one.uncertain.toFixed(2)} on average`;
+  $("said").textContent = `Region ${worstAt + 1} of the ${worst.length} ${what}.`;
 }
 
 function goSlide(step) {
@@ -148,8 +151,10 @@ function describe() {
   $("said").textContent = slide.note || (slide.status === "failed" ? "" : slide.message);
   for (const radio of document.querySelectorAll("input[name=layer]")) radio.disabled = Boolean(radio.value) && !slide.layers[radio.value];
   $("truth").disabled = !slide.layers.truth;
-  $("worst").disabled = !slide.layers.difference;
-  if (!slide.layers.truth) $("truth").parentElement.title = $("worst").title = "There is no truth of this slide; give --report or --truth";
+  $("worst").disabled = !slide.layers.difference && !slide.layers.uncertainty;
+  if (!slide.layers.truth) $("truth").parentElement.title = "There is no truth of this slide; give --report or --truth";
+  if ($("worst").disabled) $("worst").title = "There is no truth of this slide, and no uncertainty; give --truth, or infer with --quality";
+  if (!slide.layers.uncertainty) document.querySelector("input[value=uncertainty]").parentElement.title = "The run kept no uncertainty; infer with --quality";
   if (!slide.layers.probability) document.querySelector("input[value=probability]").parentElement.title = "The run kept no probabilities; infer with --probabilities";
   for (const [key, value] of Object.entries(slide.facts)) {
     if (!value) continue;
@@ -183,7 +188,7 @@ $("help-open").addEventListener("click", () => $("help").showModal());
 window.addEventListener("hashchange", fromAddress);
 
 const KEYS = {
-  1: () => choose("mask"), 2: () => choose("probability"), 3: () => choose("difference"), 0: () => choose(""),
+  1: () => choose("mask"), 2: () => choose("probability"), 3: () => choose("difference"), 4: () => choose("uncertainty"), 0: () => choose(""),
   t: () => { if (!$("truth").disabled) $("truth").click(); },
   h: () => document.body.classList.toggle("hidden-overlays"),
   "[": () => setOpacity(Number($("opacity").value) - 10), "]": () => setOpacity(Number($("opacity").value) + 10),

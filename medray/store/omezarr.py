@@ -281,12 +281,15 @@ def _create(
         files.write_bytes(files.join(uri, _GROUP), top)
 
 
-def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
+def seal(
+    uri: str, digests: Digests, areas: Sequence[int] | None = None
+) -> tuple[Digests, str]:
     """Complete an OME-Zarr: remove what nobody recorded, and write its Merkle root.
 
     Args:
         uri: The OME-Zarr; all its shards are stored.
         digests: Of its shards, by path below `uri`.
+        areas: Of a mask, the pixels of each class, for its properties.
 
     Returns:
         Digests of all its files, and the Merkle root, which is written to its
@@ -306,7 +309,16 @@ def seal(uri: str, digests: Digests) -> tuple[Digests, str]:
     root = merkle_root(found)
     top = files.join(uri, _GROUP)
     metadata = files.read_json(top)
-    metadata["attributes"]["medray"][ROOT] = root
+    attributes = metadata["attributes"]
+    attributes["medray"][ROOT] = root
+    if areas is not None:
+        mpp = attributes["medray"]["mpp"]
+        for value, px in zip(
+            attributes["ome"]["image-label"]["properties"], areas, strict=True
+        ):
+            value["area_px"] = px
+            if mpp:
+                value["area_um2"] = round(px * mpp**2, 3)
     data = json.dumps(metadata, indent=2).encode()
     files.write_bytes(top, data)
     found[_GROUP] = content_digest(data)
