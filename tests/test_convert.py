@@ -52,6 +52,20 @@ def levels_of(group: Any) -> list[Any]:
     return [np.asarray(group[one["path"]][:]) for one in scales["datasets"]]
 
 
+def test_a_mask_tells_the_area_of_its_classes(folder: Path) -> None:
+    for slide in SIZES:
+        group = zarr.open_group(folder / f"run/masks/{slide}.ome.zarr", mode="r")
+        ome: Any = group.attrs["ome"]
+        counts = np.bincount(mask_of(folder, slide).ravel(), minlength=2)
+        assert [
+            (one["label-value"], one["class"], one["area_px"], one["area_um2"])
+            for one in ome["image-label"]["properties"]
+        ] == [
+            (value, name, counts[value], counts[value] / 4)  # 0.5 um a pixel
+            for value, name in enumerate(("background", "tumour"))
+        ]
+
+
 @pytest.mark.parametrize("to", ["ome-zarr", "ome-zarr-0.4"])
 def test_image_and_masks_lie_in_one_group(
     cluster: None, folder: Path, tmp_path: Path, to: str
