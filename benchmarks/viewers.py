@@ -3,9 +3,11 @@
 Every output of one slide is opened by every tool that is at hand, and its pixels are
 compared with the mask; the table says with which version, or why not.
 
-    python benchmarks/viewers.py RUN --out OUT [--napari PYTHON] [--vizarr DIST]
+    python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--napari PYTHON]
+        [--vizarr DIST]
 
-RUN is any run whose slides are still there. --napari is the Python of an environment
+RUN is any run whose slides are still there. --ngff has the schemas of the specification
+by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --napari is the Python of an environment
 with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
 `vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
 Writes OUT/viewers.md and a picture of each viewer.
@@ -149,6 +151,31 @@ def by_rasterio(
         for one in json.loads(Path(place).read_text())["features"]
     ]
     same(features.rasterize(shapes, mask.shape, dtype="uint8"), mask)
+
+
+def by_schemas(name: str, place: str, mask: Any, *, folder: str) -> None:
+    """Validate the image and its labels by the strict schemas of the specification."""
+    import zarr
+    from jsonschema import Draft202012Validator
+    from referencing import Registry, Resource
+    from referencing.jsonschema import DRAFT202012
+
+    version = "0.4" if name.startswith("ome-zarr-0.4") else "0.5"
+    texts = [p.read_text() for p in Path(folder, version).glob("*.schema")]
+    schemas = {schema["$id"]: schema for schema in map(json.loads, texts)}
+    registry = Registry().with_resources(
+        (uri, Resource.from_contents(schema, default_specification=DRAFT202012))
+        for uri, schema in schemas.items()
+    )
+    for path in {"", inner(name)}:
+        attributes = zarr.open_group(place, path=path, mode="r").attrs.asdict()
+        kinds = ["image"]
+        if "image-label" in {**attributes, **attributes.get("ome", {})}:  # type: ignore[dict-item]
+            kinds.append("label")
+        for kind in kinds:
+            end = f"{version}/schemas/strict_{kind}.schema"
+            (schema,) = (one for uri, one in schemas.items() if uri.endswith(end))
+            Draft202012Validator(schema, registry=registry).validate(attributes)
 
 
 ZARRS = ("mask", "ome-zarr", "ome-zarr-0.4", "ome-zarr-0.4-image")
@@ -336,6 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ngff", metavar="DIR")
     parser.add_argument("--napari", metavar="PYTHON")
     parser.add_argument("--vizarr", metavar="DIST")
     args = parser.parse_args()
@@ -351,9 +379,15 @@ def main() -> None:
         lines.append(f"| {title} | {' | '.join(cells.get(n, '') for n in OUTPUTS)} |")
         print(lines[-1], flush=True)
 
+    if args.ngff:
+        check = functools.partial(by_schemas, folder=args.ngff)
+        cells = {name: tried(check, name, places[name], mask) for name in ZARRS}
+        add("schemas of the specification, strict", cells)
     for package, does, check, takes in LIBRARIES:
         if check is by_rasterio:
-            check = functools.partial(check, downsample=downsample, classes=classes)
+            check = functools.partial(
+                by_rasterio, downsample=downsample, classes=classes
+            )
         version = importlib.metadata.version(package)
         cells = {name: tried(check, name, places[name], mask) for name in takes}
         add(f"{package} {version} {does}", cells)

@@ -182,7 +182,8 @@ def _multiscales(levels: int, mpp: float | None, kind: Kind, name: str) -> Any:
             }
         )
     method = "mean of 2x2" if kind == "image" else "majority of 2x2"
-    return [{"name": name, "axes": axes, "datasets": datasets, "type": method}]
+    scales = {"name": name, "axes": axes, "datasets": datasets, "type": method}
+    return [scales | {"metadata": {"method": "medray.store.pyramid.halved"}}]
 
 
 def _omero(name: str, channels: Sequence[tuple[str, str]]) -> dict[str, Any]:
