@@ -7,9 +7,10 @@ compared with the mask; the table says with which version, or why not.
         [--vizarr DIST]
 
 RUN is any run whose slides are still there. --ngff has the schemas of the specification
-by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --napari is the Python of an environment
-with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
-`vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
+by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --napari is
+the Python of an environment with napari, napari-ome-zarr and a Qt (started by
+xvfb-run); --vizarr the folder that `vite build` makes of Vizarr's repository (looked at
+in Chromium by playwright).
 Writes OUT/viewers.md and a picture of each viewer.
 """
 
