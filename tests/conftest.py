@@ -77,6 +77,30 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def layered(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slides s0 (1500 x 2200), s1 and s2, their truth, a run with all its layers."""
+    import serial
+    from PIL import Image
+
+    from medray.models.config import Prediction
+    from medray.models.predict import Predictor
+    from medray.run import Options
+    from medray.synth import draw_scene, write_slide
+
+    folder = tmp_path_factory.mktemp("layered")
+    (folder / "truth").mkdir()
+    for seed, size in enumerate([(1500, 2200), (700, 800), (600, 900)]):
+        scene = draw_scene(seed, height=size[0], width=size[1])
+        write_slide(folder / "slides", f"s{seed}", scene, layout="pyramid")
+        Image.fromarray(scene.mask).save(folder / "truth" / f"s{seed}.png")
+    prediction = Prediction(precision="float32", quality=True, probabilities=True)
+    predictor = Predictor.from_folders([str(model)], prediction)
+    options = Options(prediction=prediction, region=1024)
+    serial.infer(folder / "slides", predictor, model, folder / "run", options)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def training_data(
     cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> str:

@@ -9,7 +9,6 @@ import ome_zarr_models
 import openslide
 import pyarrow as pa
 import pytest
-import serial
 import tifffile
 import zarr
 from PIL import Image
@@ -18,28 +17,17 @@ from medray import cli, open_mask
 from medray.convert import convert
 from medray.errors import ConfigError
 from medray.ingest import ingest
-from medray.models.config import Prediction
-from medray.models.predict import Predictor
-from medray.run import LAYERS, Options, layer_uri
+from medray.run import LAYERS, layer_uri
 from medray.slides import open_slide
 from medray.store import omezarr
 from medray.synth import draw_scene, write_slide
 
-SIZES = {"s0": (1700, 1300), "s1": (600, 500)}
+SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}
 
 
-@pytest.fixture(scope="module")
-def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two slides, and a run over them with its quality layers."""
-    folder = tmp_path_factory.mktemp("convert")
-    for seed, (name, (height, width)) in enumerate(SIZES.items()):
-        scene = draw_scene(seed, height=height, width=width)
-        write_slide(folder / "slides", name, scene, layout="pyramid")
-    prediction = Prediction(precision="float32", quality=True)
-    predictor = Predictor.from_folders([str(model)], prediction)
-    options = Options(prediction=prediction, region=1024)
-    serial.infer(folder / "slides", predictor, model, folder / "run", options)
-    return folder
+@pytest.fixture
+def folder(layered: Path) -> Path:
+    return layered
 
 
 def mask_of(folder: Path, slide: str) -> Any:
@@ -103,7 +91,7 @@ def test_tiffs_open_as_pyramids_of_the_mask(
 ) -> None:
     for to in ("ome-tiff", "tiff"):
         summary = convert(str(folder / "run"), to=to, out=str(tmp_path / to))  # type: ignore[arg-type]
-        assert (summary.done, summary.failed) == (2, {})
+        assert (summary.done, summary.failed) == (3, {})
     for slide, size in SIZES.items():
         uri = str(folder / f"run/masks/{slide}.ome.zarr")
         shapes = omezarr.level_shapes(*size)
@@ -148,13 +136,13 @@ def test_only_what_is_missing_or_has_changed_is_made(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(folder / "run", run)
-    assert convert(str(run), to="tiff", out=str(out)).done == 2
+    assert convert(str(run), to="tiff", out=str(out)).done == 3
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tif")}
     again = convert(str(run), to="tiff", out=str(out))
-    assert (again.done, again.skipped) == (0, 2)
+    assert (again.done, again.skipped) == (0, 3)
     (out / "s1.tif").unlink()
     again = convert(str(run), to="tiff", out=str(out))
-    assert (again.done, again.skipped) == (1, 1)
+    assert (again.done, again.skipped) == (1, 2)
     assert (out / "s0.tif").stat().st_mtime_ns == before[out / "s0.tif"]
     with pytest.raises(ConfigError, match="to: tiff -> ome-tiff"):
         convert(str(run), to="ome-tiff", out=str(out))
@@ -170,19 +158,19 @@ def test_what_is_wrong_costs_one_slide(
     for row in table:
         row["uri"] = str(slides / f"{row['slide']}.tif")
     omezarr.files.write_table(str(run / "slides.parquet"), pa.Table.from_pylist(table))
-    write_slide(slides, "s0", draw_scene(9, height=1700, width=1300))
+    write_slide(slides, "s0", draw_scene(9, height=1500, width=2200))
     out = tmp_path / "out"
     found = convert(str(run), to="ome-zarr", out=str(out), with_image=True)
-    assert found.done == 1
+    assert found.done == 2
     assert "is not the file that the mask was made of" in found.failed["s0"]
     shutil.copy(folder / "slides" / "s0.tif", slides / "s0.tif")
     shard = next((run / "masks" / "s1.ome.zarr" / "0").rglob("c/*/*"))
     shard.write_bytes(shard.read_bytes()[:100])
     found = convert(str(run), to="tiff", out=str(tmp_path / "tiff"))
-    assert (found.done, [*found.failed]) == (1, ["s1"])
+    assert (found.done, [*found.failed]) == (2, ["s1"])
     assert "damaged" in found.failed["s1"]
     left = sorted(path.name for path in (tmp_path / "tiff").iterdir())
-    assert left == ["convert.yaml", "s0.tif", "slides.parquet"]
+    assert left == ["convert.yaml", "s0.tif", "s2.tif", "slides.parquet"]
 
 
 def test_wrong_requests_say_what_to_do(

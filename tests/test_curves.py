@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import serial
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
@@ -23,10 +22,7 @@ from medray.curves import (
     reliability,
 )
 from medray.metrics import bootstrap, confusion, summary
-from medray.models.config import Prediction
-from medray.models.predict import Predictor
-from medray.run import Options, layer_uri, probabilities_uri
-from medray.synth import draw_scene, write_slide
+from medray.run import layer_uri, probabilities_uri
 
 NAMES = ("background", "tumour")
 SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}
@@ -88,18 +84,11 @@ def test_what_was_not_looked_at_says_nothing_of_calibration() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three slides with their truth, a run with all its layers, and patients."""
+def folder(layered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run beside a table of patients and scanners."""
     folder = tmp_path_factory.mktemp("curves")
-    (folder / "truth").mkdir()
-    for seed, (name, (height, width)) in enumerate(SIZES.items()):
-        scene = draw_scene(seed, height=height, width=width)
-        write_slide(folder / "slides", name, scene, layout="pyramid")
-        Image.fromarray(scene.mask).save(folder / "truth" / f"{name}.png")
-    prediction = Prediction(precision="float32", quality=True, probabilities=True)
-    predictor = Predictor.from_folders([str(model)], prediction)
-    options = Options(prediction=prediction, region=1024)
-    serial.infer(folder / "slides", predictor, model, folder / "run", options)
+    for name in ("run", "truth"):
+        (folder / name).symlink_to(layered / name)
     (folder / "cohorts.csv").write_text(
         "slide,patient,scanner\ns0,p1,Alpha\ns1,p1,Beta\ns2,p2,Beta\n"
     )

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -238,7 +239,7 @@ def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) 
     )
     assert process.stderr is not None
     said = ""
-    while "curl" not in said:
+    while "metrics" not in said:
         line = process.stderr.readline()
         assert line, said
         said += line
@@ -246,6 +247,16 @@ def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) 
     body = next((slides / "slides").iterdir()).read_bytes()
     answer = post(f"http://127.0.0.1:{port}/segment", body, "image/tiff")
     assert answer.status_code == 200
+    found = re.search(r"metrics +(http://\S+)", said)
+    assert found is not None, said
+    counted, deadline = "", time.monotonic() + 60
+    while 'status="200"' not in counted:
+        assert time.monotonic() < deadline, counted
+        time.sleep(1)
+        lines = httpx2.get(found[1]).text.splitlines()
+        named = [one for one in lines if "medray_serve_requests_total{" in one]
+        counted = "".join(named)
+    assert float(counted.split()[-1]) == 1.0
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143
