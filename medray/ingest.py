@@ -54,6 +54,7 @@ from medray.slides.digest import check_unchanged
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
+from medray.store.digests import digests_below
 from medray.store.ledger import Ledger, slide_key
 from medray.store.lock import locked
 
@@ -311,7 +312,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
         return failure(error, "run")
     patches = list(_count_patches(region, labels, known, tissue, settings))
     times = {"cut_at": start, "cut_s": time.time() - start}
-    shards = omezarr.digests_below(out, written)
+    shards = digests_below(out, written)
     return {"record": {"patches": patches, "files": shards} | times}
 
 

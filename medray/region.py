@@ -35,6 +35,7 @@ from medray.slides.digest import check_unchanged
 from medray.slides.levels import read_working, working_of
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
+from medray.store.digests import Digests, content_digest, digests_below
 
 UInt8 = npt.NDArray[np.uint8]
 Row = dict[str, Any]
@@ -176,7 +177,7 @@ def write_region(
             values = unreadable if layer == "unreadable" else values * inside
             uri = layer_uri(out, row["slide"], layer)
             written.append((uri, omezarr.write_region(uri, region, values)))
-        record["files"] = omezarr.digests_below(out, written)
+        record["files"] = digests_below(out, written)
         record["unreadable_px"] = int(unreadable.sum())
         record["write_s"] = time.time() - start
         record["written_at"] = time.time()
@@ -211,15 +212,15 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
     found: Row = {}
     slide, classes = row["slide"], settings.classes
     mask = mask_uri(out, slide)
-    kept: omezarr.Digests = {}
+    kept: Digests = {}
     for record in row["records"].values():
         kept |= record["files"]
     if settings.options.clean:
         cleaned = _clean(settings, raw_uri(out, slide), mask, row)
         found["cleaned_px"], digests = cleaned
-        kept |= omezarr.digests_below(out, [(mask, digests)])
+        kept |= digests_below(out, [(mask, digests)])
     for uri in stores_of(settings, out, slide):
-        kept |= omezarr.digests_below(out, [(uri, omezarr.build_pyramid(uri))])
+        kept |= digests_below(out, [(uri, omezarr.build_pyramid(uri))])
     counts = found.get("cleaned_px")
     if counts is None:
         each = [record["class_px"] for record in row["records"].values()]
@@ -227,13 +228,13 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
     areas = [int(count) for count in counts]
     areas[0] = row["height"] * row["width"] - sum(areas[1:])
     roots = {}
-    sealed: omezarr.Digests = {}
+    sealed: Digests = {}
     for uri in groups_of(settings, out, slide):
         start = f"{uri[len(out) + 1 :]}/"
         inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
         own = areas if uri == mask else None
         digests, roots[uri] = omezarr.seal(uri, inside, own)
-        sealed |= omezarr.digests_below(out, [(uri, digests)])
+        sealed |= digests_below(out, [(uri, digests)])
     if settings.options.outlines:
         downsample = omezarr.read_attributes(mask)["downsample"]
         target = outlines_uri(out, slide)
@@ -241,7 +242,7 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         from medray.outlines import write_outlines
 
         write_outlines(mask, target, classes, downsample=downsample)
-        digest = omezarr.content_digest(files.read_bytes(target))
+        digest = content_digest(files.read_bytes(target))
         sealed[target[len(out) + 1 :]] = digest
     record = {"digest": row["digest"], "regions": row["records"], "files": sealed}
     files.write_json(record_uri(out, slide), record)
@@ -250,9 +251,9 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
 
 def _clean(
     settings: RunSettings, raw: str, mask: str, row: Row
-) -> tuple[list[int], omezarr.Digests]:
+) -> tuple[list[int], Digests]:
     """Clean a mask part by part; each is read with as much around it as decides."""
-    written: omezarr.Digests = {}
+    written: Digests = {}
     how, classes = settings.options.clean, len(settings.classes)
     counts = np.zeros(classes, np.int64)
     source = omezarr.open_level(raw)

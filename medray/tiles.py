@@ -36,8 +36,9 @@ from medray.slides.digest import check_unchanged
 from medray.slides.levels import choose_level, read_working, working_of
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tissue import tissue_share
-from medray.store import files, omezarr
+from medray.store import files
 from medray.store.arrays import write_arrays
+from medray.store.digests import content_digest
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
@@ -176,7 +177,7 @@ def write_tiles(
         data = safetensors.numpy.save(arrays)
         part = files.join(parts_uri(out, row["slide"]), f"{row['index']}.safetensors")
         files.write_bytes(part, data)
-        record["files"] = {part[len(out) + 1 :]: omezarr.content_digest(data)}
+        record["files"] = {part[len(out) + 1 :]: content_digest(data)}
         record["tiles"] = len(features)
         record |= {"write_s": time.time() - start, "written_at": time.time()}
         if row["regions"] == 1:

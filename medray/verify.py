@@ -27,6 +27,7 @@ from medray.run import (
     record_uri,
 )
 from medray.store import files, omezarr
+from medray.store.digests import Digests, content_digest, merkle_root
 from medray.store.ledger import Ledger
 from medray.store.lock import locked
 
@@ -99,7 +100,7 @@ def _verify(
     for row in done:
         slide = row["slide"]
         problems, record = _check_record(out, row)
-        recorded: omezarr.Digests = record["files"] if record else {}
+        recorded: Digests = record["files"] if record else {}
         count += len(recorded)
         problems |= _check_files(out, recorded, readers)
         problems |= _unrecorded(out, settings, slide, recorded) if record else {}
@@ -136,7 +137,7 @@ def _check_record(out: str, row: Row) -> tuple[dict[str, str], Any]:
             for path, digest in record["files"].items()
             if path.startswith(start) and path != f"{start}zarr.json"
         }
-        root = omezarr.merkle_root(inside)
+        root = merkle_root(inside)
         regions = {int(index): one for index, one in record["regions"].items()}
     except FileNotFoundError:
         return {name: "missing"}, None
@@ -150,7 +151,7 @@ def _check_record(out: str, row: Row) -> tuple[dict[str, str], Any]:
 
 
 def _check_files(
-    out: str, recorded: omezarr.Digests, readers: ThreadPoolExecutor
+    out: str, recorded: Digests, readers: ThreadPoolExecutor
 ) -> dict[str, str]:
     def look(path: str) -> str:
         try:
@@ -159,7 +160,7 @@ def _check_files(
             return "missing"
         except StoreError as error:
             return f"{error}"
-        same = omezarr.content_digest(data) == recorded[path]
+        same = content_digest(data) == recorded[path]
         return "" if same else "damaged"
 
     problems = zip(recorded, readers.map(look, recorded), strict=True)
@@ -167,7 +168,7 @@ def _check_files(
 
 
 def _unrecorded(
-    out: str, settings: RunSettings, slide: str, recorded: omezarr.Digests
+    out: str, settings: RunSettings, slide: str, recorded: Digests
 ) -> dict[str, str]:
     """Find files of a mask that nobody recorded: they may pass for shards."""
     return {

@@ -16,6 +16,7 @@ from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.run import Options, mask_uri
 from medray.store import omezarr
+from medray.store.digests import content_digest, merkle_root
 from medray.store.ledger import Ledger
 from medray.store.lock import locked
 from medray.synth import draw_scene, write_slide
@@ -93,16 +94,13 @@ def test_the_root_names_every_file(run, tmp_path: Path) -> None:
     assert {"slide_digest", "model_digest", "run_digest", "settings"} < set(attributes)
     assert attributes["settings"]["versions"]["medray"]
     digests = {
-        name: omezarr.content_digest(data)
+        name: content_digest(data)
         for name, data in contents(mask).items()
         if name != "zarr.json"
     }
-    assert attributes["merkle_root"] == omezarr.merkle_root(digests)
+    assert attributes["merkle_root"] == merkle_root(digests)
     for name in digests:
-        assert (
-            omezarr.merkle_root(digests | {name: "0" * 32})
-            != (attributes["merkle_root"])
-        )
+        assert merkle_root(digests | {name: "0" * 32}) != (attributes["merkle_root"])
 
 
 def every_file(out: Path) -> list[str]:

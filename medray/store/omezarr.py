@@ -17,7 +17,6 @@ Specification: https://ngff.openmicroscopy.org/0.5/
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +33,7 @@ from medray.classes import Classes
 from medray.errors import FormatError, StoreError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
+from medray.store.digests import Digests, content_digest, merkle_root
 from medray.store.pyramid import halved
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
 Kind = Literal["image", "labels"]
 UInt8 = npt.NDArray[np.uint8]
 Array = zarr.Array[Any]
-Digests = dict[str, str]
-"""Digests of files by their path below a folder."""
 
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
 # in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
@@ -103,11 +101,6 @@ class _Writer(WrapperStore[Any]):
 
 def _is_shard(key: str) -> bool:
     return "/c/" in key
-
-
-def content_digest(data: bytes) -> str:
-    """Name bytes: 32 hex digits of BLAKE2b (RFC 7693)."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _store(uri: str, *, read_only: bool) -> dict[str, Any]:
@@ -293,9 +286,8 @@ def seal(
         areas: Of a mask, the pixels of each class, for its properties.
 
     Returns:
-        Digests of all its files, and the Merkle root, which is written to its
-        attributes: see `merkle_root`; the group's own zarr.json, which holds it, is
-        left out of it.
+        Digests of all its files, and the Merkle root (`merkle_root`), which is written
+        to its attributes; the group's own zarr.json, which holds it, is left out.
 
     Raises:
         StoreError: The place cannot be read or written.
@@ -324,34 +316,6 @@ def seal(
     files.write_bytes(top, data)
     found[_GROUP] = content_digest(data)
     return found, root
-
-
-def digests_below(folder: str, written: Sequence[tuple[str, Digests]]) -> Digests:
-    """Give digests by path below a folder, of digests by path below OME-Zarrs in it."""
-    return {
-        f"{uri[len(folder) + 1 :]}/{name}": digest
-        for uri, digests in written
-        for name, digest in digests.items()
-    }
-
-
-def merkle_root(digests: Digests) -> str:
-    """Name a folder by its files.
-
-    A file is named by its digest, a folder by the BLAKE2b digest of its entries' lines
-    `DIGEST NAME`, sorted by name (Merkle 1987; as Git names trees).
-    """
-    folders: dict[str, Digests] = {}
-    lines: Digests = {}
-    for path, digest in digests.items():
-        first, slash, rest = path.partition("/")
-        if slash:
-            folders.setdefault(first, {})[rest] = digest
-        else:
-            lines[first] = digest
-    lines |= {name: merkle_root(inner) for name, inner in folders.items()}
-    text = "".join(f"{digest} {name}\n" for name, digest in sorted(lines.items()))
-    return content_digest(text.encode())
 
 
 def _create_arrays(
