@@ -425,6 +425,7 @@ def test_without_a_report_there_are_no_scores_and_no_truth(copied: Path) -> None
         "slide": True,
         "mask": True,
         "probability": True,
+        "uncertainty": True,
         "difference": False,
         "truth": False,
     }
