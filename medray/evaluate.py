@@ -383,8 +383,9 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
 
 def _largest(places: Iterable[Place], count: int) -> list[Place]:
     """Give those of the largest amounts; equal ones by slide, row and column."""
-    key = lambda place: (-place.amount, place.slide, place.y, place.x)  # noqa: E731
-    return heapq.nsmallest(count, places, key=key)
+    return heapq.nsmallest(
+        count, places, key=lambda one: (-one.amount, one.slide, one.y, one.x)
+    )
 
 
 def _counted(rows: list[Row], run: str, settings: RunSettings) -> Iterator[Row]:

@@ -69,7 +69,10 @@ def best_band(values: np.ndarray, truth: np.ndarray) -> float:
 
 
 def test_no_threshold_on_colour_finds_the_tumour() -> None:
-    scenes = [draw_scene(seed, tumour=seed % 6 != 5) for seed in (1, 2, 5)]
+    scenes = [
+        draw_scene(seed, height=1024, width=1024, tumour=seed % 6 != 5)
+        for seed in (1, 2, 5)
+    ]
     truth = np.concatenate([scene.mask[::2, ::2].ravel() for scene in scenes])
     to_stain = np.linalg.pinv([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])[:, 0]
     features = {
