@@ -18,6 +18,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -67,7 +68,7 @@ def make_outputs(run: str, out: Path) -> tuple[dict[str, str], Any]:
     places["geojson"] = str(out / f"{slide}.geojson")
     classes = read_run(run).classes
     write_outlines(mask, places["geojson"], classes, downsample=row["downsample"])
-    return places, (np.asarray(open_mask(mask)), row["downsample"], classes)
+    return places, (np.asarray(open_mask(mask)), row, classes)
 
 
 # --- libraries ------------------------------------------------------------------------
@@ -111,9 +112,12 @@ def by_ome_zarr(name: str, place: str, mask: Any) -> None:
     from ome_zarr.io import parse_url
     from ome_zarr.reader import Reader
 
-    found = [node for node in Reader(parse_url(place))() if node.data]
-    (labels,) = (node for node in found if "color" in node.metadata)
-    same(labels.data[0], mask)
+    for node in Reader(parse_url(place))():
+        named = node.metadata.get("name") == "mask" or not inner(name)
+        if "color" in node.metadata and named:
+            same(node.data[0], mask)
+            return
+    raise ValueError("no labels seen")
 
 
 def by_tifffile(name: str, place: str, mask: Any) -> None:
@@ -216,13 +220,14 @@ for name, place in places.items():
     try:
         plugin = "napari-ome-zarr" if place.endswith(".zarr") else "napari"
         viewer.open(place, plugin=plugin)
-        layer = viewer.layers[-1]
+        named = [one for one in viewer.layers if one.name == "mask"]
+        layer = (named or viewer.layers)[-1]
         data = np.asarray(layer.data[0] if layer.multiscale else layer.data)
         right = data.shape == mask.shape and (data == mask).all()
         kind = type(layer).__name__
         found[name] = f"yes, as {kind.lower()}" if right else "no: other pixels"
         for one in viewer.layers:
-            one.visible = True
+            one.visible = type(one).__name__ != "Labels" or one is layer
         viewer.reset_view()
         for _ in range(30):
             napari.qt.get_qapp().processEvents()
@@ -296,8 +301,9 @@ def served(**folders: str) -> Iterator[str]:
 
 
 def look_with_vizarr(
-    dist: str, places: dict[str, str], mask: Any, out: Path
+    dist: str, places: dict[str, str], mask: Any, out: Path, *, unit: float
 ) -> dict[str, str]:
+    """Open each OME-Zarr in Vizarr; its view is in micrometres, `unit` a pixel."""
     from playwright.sync_api import sync_playwright
 
     package = json.loads((Path(dist).parent / "package.json").read_text())
@@ -313,16 +319,28 @@ def look_with_vizarr(
             page.on("console", lambda m, said=said: said.append(m.text))
             page.on("pageerror", lambda e, said=said: said.append(str(e)))
             source = f"{address}/{name}/{Path(places[name]).name}"
-            height, width = mask.shape
+            height, width = (length * unit for length in mask.shape)
             zoom = np.floor(np.log2(min(750 / height, 1000 / width)))
             view = json.dumps({"zoom": zoom, "target": [width / 2, height / 2]})
             query = urllib.parse.urlencode({"source": source, "viewState": view})
             page.goto(f"{address}/vizarr/index.html?{query}")
             page.wait_for_load_state("networkidle")
             page.wait_for_timeout(6000)
+            if inner(name):  # labels of an image are shown on request
+                page.screenshot(path=out / f"vizarr-{name}-image.png")
+                box = page.get_by_text("mask", exact=True).bounding_box()
+                assert box is not None
+                page.mouse.click(box["x"] + 8, box["y"] + box["height"] / 2 + 21)
+                page.wait_for_timeout(4000)
             picture = out / f"vizarr-{name}.png"
             page.screenshot(path=picture)
-            found[name] = seen(picture, mask, 2**zoom) or f"no: {'; '.join(said)[:200]}"
+            what = "image yes; labels " if inner(name) else ""
+            errors = [
+                one for one in said if re.search("rror", one) and "404" not in one
+            ]
+            why = " ".join("; ".join(errors).split())[:150].replace("|", "/")
+            shown = seen(picture, mask, unit * 2**zoom)
+            found[name] = what + (shown or f"no: {why or 'nothing is seen'}")
             page.close()
         browser.close()
     return found
@@ -370,7 +388,7 @@ def main() -> None:
     args = parser.parse_args()
     run, out = files.absolute(args.run), args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    places, (mask, downsample, classes) = make_outputs(run, out)
+    places, (mask, row, classes) = make_outputs(run, out)
     lines = [
         f"| | {' | '.join(OUTPUTS.values())} |",
         f"| --- |{' --- |' * len(OUTPUTS)}",
@@ -387,14 +405,18 @@ def main() -> None:
     for package, does, check, takes in LIBRARIES:
         if check is by_rasterio:
             check = functools.partial(
-                by_rasterio, downsample=downsample, classes=classes
+                by_rasterio, downsample=row["downsample"], classes=classes
             )
         version = importlib.metadata.version(package)
         cells = {name: tried(check, name, places[name], mask) for name in takes}
         add(f"{package} {version} {does}", cells)
     for title, look, where in (
         ("napari", look_with_napari, args.napari),
-        ("Vizarr", look_with_vizarr, args.vizarr),
+        (
+            "Vizarr",
+            functools.partial(look_with_vizarr, unit=row["mpp"] or 1.0),
+            args.vizarr,
+        ),
     ):
         if where:
             cells = look(where, places, mask, out)

@@ -173,7 +173,9 @@ def draw_reliability(counts: Counts) -> Markup:
     axes.plot([0, 1], [0, 1], "--", color=SOFT, linewidth=1)
     axes.plot(confidence[seen], accuracy[seen], color=ACCENT, linewidth=1.5)
     area = 15 + 150 * pixels[seen] / pixels.max()
-    axes.scatter(confidence[seen], accuracy[seen], s=area, color=ACCENT, zorder=3)
+    axes.scatter(
+        confidence[seen], accuracy[seen], s=area, color=ACCENT, zorder=3, clip_on=False
+    )
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     finish_axes(axes, "probability of the predicted class", "share that is right")
     return as_svg(figure)

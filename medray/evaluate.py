@@ -124,7 +124,7 @@ def evaluate(
         return before
     results = _failed_inference(rows, matched)
     done = [row for row in matched if row["status"] == "done"]
-    counted = _Counted()
+    counted = _Found()
     if done:
         cluster.connect()
         counted = _count(done, run, settings)
@@ -315,7 +315,7 @@ class Place:
 
 
 @dataclass
-class _Counted:
+class _Found:
     """What the regions add up to.
 
     Attributes:
@@ -332,7 +332,7 @@ class _Counted:
 _WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
 
 
-def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
+def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
     """Count every region of every slide; a slide that fails becomes a row with why."""
     size = 2 * omezarr.REGION
     rows: list[Row] = [
@@ -348,6 +348,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
         left[json.loads(item["row"])["slide"]] += 1
     errors: dict[str, str] = {}
     levels: Any = 0
+    of_slides: dict[str, Any] = {}  # the levels of those under way
     best: dict[str, dict[str, list[Place]]] = {}
     with Progress("evaluate", len(done)) as progress:
         for result in _counted(rows, run, settings):
@@ -356,17 +357,20 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
                 errors.setdefault(slide, result["error"])
             else:
                 counts[slide] += np.asarray(result["counts"])
-                levels += np.asarray(result.get("levels", 0))
-                for heading, found in result["places"].items():
+                found = np.asarray(result.get("levels", 0))
+                of_slides[slide] = of_slides.get(slide, 0) + found
+                for heading, squares in result["places"].items():
                     of_slide = best.setdefault(heading, {}).setdefault(slide, [])
-                    of_slide += [Place(n, slide, y, x) for n, y, x in found]
+                    of_slide += [Place(n, slide, y, x) for n, y, x in squares]
                     of_slide[:] = _largest(of_slide, _PLACES_OF_ONE)
             progress.region(result["pixels"])
             left[slide] -= 1
             if not left[slide]:
                 error = errors.get(slide)
                 progress.slide(slide, f"failed: {error}" if error else "done")
-    return _Counted(
+                own = of_slides.pop(slide, 0)
+                levels += 0 if error else own
+    return _Found(
         [
             SlideReport(slide, "failed", errors[slide], None, None)
             if slide in errors
@@ -375,7 +379,10 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Counted:
         ],
         levels if np.ndim(levels) else None,
         {
-            heading: _largest((one for two in of.values() for one in two), _PLACES)
+            heading: _largest(
+                (one for slide in of.keys() - errors.keys() for one in of[slide]),
+                _PLACES,
+            )
             for heading, of in sorted(best.items(), reverse=True)
         },
     )

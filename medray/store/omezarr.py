@@ -179,9 +179,11 @@ def _multiscales(levels: int, mpp: float | None, kind: Kind, name: str) -> Any:
     return [scales | {"metadata": {"method": "medray.store.pyramid.halved"}}]
 
 
-def _omero(name: str, channels: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Build the rendering defaults; without them viewers show RGB as grey."""
-    window = {"start": 0, "end": 255, "min": 0, "max": 255}
+def _omero(
+    name: str, channels: Sequence[tuple[str, str]], *, most: int = 255
+) -> dict[str, Any]:
+    """Build the rendering defaults: without them RGB is grey, and a mask black."""
+    window = {"start": 0, "end": most, "min": 0, "max": 255}
     return {
         "name": name,
         "channels": [
@@ -241,6 +243,7 @@ def labels_metadata(
     return {
         "version": "0.5",
         "multiscales": _multiscales(levels, mpp, "labels", name),
+        "omero": _omero(name, [(name, "#ffffff")], most=max(1, len(classes) - 1)),
         "image-label": _image_label(classes, source),
     }
 
