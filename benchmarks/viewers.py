@@ -18,7 +18,6 @@ import argparse
 import functools
 import importlib.metadata
 import json
-import re
 import shutil
 import subprocess
 import tempfile
