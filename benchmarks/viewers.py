@@ -334,10 +334,9 @@ def look_with_vizarr(
             picture = out / f"vizarr-{name}.png"
             page.screenshot(path=picture)
             what = "image yes; labels " if inner(name) else ""
-            errors = [
-                one for one in said if re.search("rror", one) and "404" not in one
-            ]
-            why = " ".join("; ".join(errors).split())[:150].replace("|", "/")
+            errors = [one for one in said if "rror" in one and "404" not in one]
+            words = "; ".join(errors).replace("\0", "").replace("|", "/").split()
+            why = " ".join(words)[:150]
             shown = seen(picture, mask, unit * 2**zoom)
             found[name] = what + (shown or f"no: {why or 'nothing is seen'}")
             page.close()
