@@ -12,7 +12,7 @@ demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
 
 test: $(STAMP) ## the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -7,6 +7,8 @@ slides never imports torch, and geometry can be had without Ray.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +33,26 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'medray' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+def _function(name: str) -> property:
+    """Give a function of its module, whoever has imported that.
+
+    Where a module of a package is imported, Python makes it an attribute of the package
+    by its name; `medray.infer` would then be a function once and a module ever after.
+    """
+
+    def get(_: object) -> Any:
+        return getattr(importlib.import_module(_HOME[name]), name)
+
+    def keep(_: object, module: Any) -> None:
+        """Leave the function where Python puts the module."""
+
+    return property(get, keep)
+
+
+class _Package(types.ModuleType):
+    """This package, with functions that are looked up when they are used."""
+
+
+for _name in _HOME:
+    setattr(_Package, _name, _function(_name))
+sys.modules[__name__].__class__ = _Package

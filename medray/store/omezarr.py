@@ -250,6 +250,7 @@ def labels_metadata(
 
 ROOT = "merkle_root"
 """Key in a group's `medray` attributes: what `seal` found. Absent until then."""
+_AREAS = ("area_px", "area_um2")
 
 
 def _create(
@@ -274,8 +275,22 @@ def _create(
         place = files.join(uri, name)
         if not same or not files.exists(place) or files.read_bytes(place) != data:
             files.write_bytes(place, data)
-    if not same:
+    if not same or _unsealed(uri) != json.loads(top):
         files.write_bytes(files.join(uri, _GROUP), top)
+
+
+def _unsealed(uri: str) -> Any:
+    """Give a group's metadata without what `seal` adds; None where it is damaged."""
+    try:
+        metadata = json.loads(files.read_bytes(files.join(uri, _GROUP)))
+        attributes = metadata["attributes"]
+        attributes["medray"].pop(ROOT, None)
+        for value in attributes["ome"].get("image-label", {}).get("properties", []):
+            for key in _AREAS:
+                value.pop(key, None)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return metadata
 
 
 def seal(
@@ -312,9 +327,9 @@ def seal(
         for value, px in zip(
             attributes["ome"]["image-label"]["properties"], areas, strict=True
         ):
-            value["area_px"] = px
+            value[_AREAS[0]] = px
             if mpp:
-                value["area_um2"] = round(px * mpp**2, 3)
+                value[_AREAS[1]] = round(px * mpp**2, 3)
     data = json.dumps(metadata, indent=2).encode()
     files.write_bytes(top, data)
     found[_GROUP] = content_digest(data)
