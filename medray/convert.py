@@ -12,6 +12,7 @@ SLIDE.ome.zarr            or SLIDE.ome.tif, or SLIDE.tif
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -29,7 +30,7 @@ from medray.classes import Classes
 from medray.commit import Summary
 from medray.dataset import LABELS, labels_uri, read_dataset, slide_uri
 from medray.drive import keeping
-from medray.errors import ConfigError, MedrayError, SlideError
+from medray.errors import ConfigError, FormatError, MedrayError, SlideError
 from medray.grid import plan_regions
 from medray.progress import Progress
 from medray.run import LAYERS, layer_uri, mask_uri, read_run
@@ -165,12 +166,10 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
 def _of_run(run: str, with_image: bool) -> tuple[list[Copy], dict[str, str]]:
     """Give what is done of a run, and why the rest is not there."""
     settings = read_run(run)
-    copies, failed = [], {}
-    for row in _rows(run, "infer"):
+    done, failed = _rows(run, "infer")
+    copies = []
+    for row in done:
         slide = row["slide"]
-        if row["status"] != "done":
-            failed[slide] = f"not done: {row['message']}"
-            continue
         layers = [Layer(MASK, mask_uri(run, slide), settings.classes)]
         if with_image:
             layers += [
@@ -185,27 +184,32 @@ def _of_run(run: str, with_image: bool) -> tuple[list[Copy], dict[str, str]]:
 
 def _of_dataset(dataset: str) -> tuple[list[Copy], dict[str, str]]:
     classes = read_dataset(dataset).classes
-    copies, failed = [], {}
-    for row in _rows(dataset, "ingest"):
+    done, failed = _rows(dataset, "ingest")
+    copies = []
+    for row in done:
         slide = row["slide"]
-        if row["status"] != "done":
-            failed[slide] = f"not done: {row['message']}"
-            continue
         image, labels = slide_uri(dataset, slide), labels_uri(dataset, slide)
         there = files.exists(files.join(labels, "zarr.json"))
         layers = (Layer(LABELS, labels, classes),) if there else ()
-        height, width = omezarr.open_level(image).shape[1:]
+        try:
+            height, width = omezarr.open_level(image).shape[1:]
+        except FormatError as error:
+            failed[slide] = f"{error}"
+            continue
         working = Working(0, 1.0, height, width, 1.0, row["mpp"])
         copies.append(Copy(slide, row["digest"], image, working, layers))
     return copies, failed
 
 
-def _rows(folder: str, stage: str) -> list[Row]:
+def _rows(folder: str, stage: str) -> tuple[list[Row], dict[str, str]]:
+    """Give the rows of slides that are done, and why the others are not."""
     uri = files.join(folder, "slides.parquet")
     if not files.exists(uri):
         raise ConfigError(f"{uri} is missing; run `medray {stage}` to its end")
     rows: list[Row] = files.read_table(uri).to_pylist()
-    return rows
+    done = [row for row in rows if row["status"] == "done"]
+    others = [row for row in rows if row["status"] != "done"]
+    return done, {row["slide"]: f"not done: {row['message']}" for row in others}
 
 
 # --- commit ---------------------------------------------------------------------------
@@ -275,6 +279,8 @@ def _write(copy: Copy, to: str, out: str) -> str:
         else:
             _write_04(copy, target)
     except (MedrayError, OSError) as error:
+        with contextlib.suppress(MedrayError):
+            files.remove(target)  # half of a copy, or one of what was before
         return f"{error}"
     for name in files.list_files(target):
         files.sync(files.join(target, name))

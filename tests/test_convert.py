@@ -163,12 +163,16 @@ def test_what_is_wrong_costs_one_slide(
     found = convert(str(run), to="ome-zarr", out=str(out), with_image=True)
     assert found.done == 2
     assert "is not the file that the mask was made of" in found.failed["s0"]
+    assert not (out / "s0.ome.zarr").exists()
     shutil.copy(folder / "slides" / "s0.tif", slides / "s0.tif")
     shard = next((run / "masks" / "s1.ome.zarr" / "0").rglob("c/*/*"))
     shard.write_bytes(shard.read_bytes()[:100])
     found = convert(str(run), to="tiff", out=str(tmp_path / "tiff"))
     assert (found.done, [*found.failed]) == (2, ["s1"])
     assert "damaged" in found.failed["s1"]
+    found = convert(str(run), to="ome-zarr-0.4", out=str(tmp_path / "old"))
+    assert [*found.failed] == ["s1"]
+    assert not (tmp_path / "old" / "s1.ome.zarr").exists()
     left = sorted(path.name for path in (tmp_path / "tiff").iterdir())
     assert left == ["convert.yaml", "s0.tif", "s2.tif", "slides.parquet"]
 
