@@ -1,5 +1,6 @@
 """Fine-tuning in phases: what learns when, and which stages matter."""
 
+import importlib
 import itertools
 import json
 import zipfile
@@ -300,8 +301,10 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
             torch.set_num_threads(1)
             loop.train_as(TEAM, recipe, contract, dataset, str(out), "t")
 
-        monkeypatch.setattr(
-            "medray.train.read_best", lambda out, _: loop.read_best(out, "t")
+        monkeypatch.setattr(  # by its name, `medray.train` is the function
+            importlib.import_module("medray.train"),
+            "read_best",
+            lambda out, _: loop.read_best(out, "t"),
         )
         train_with(run, recipe, dataset, str(out))
         return last(out)
