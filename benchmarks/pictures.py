@@ -1,0 +1,85 @@
+"""Pictures of the viewer and of a report, at the width of a desk and of a phone.
+
+Run: python benchmarks/pictures.py OUT --view URL --report report/report.html, where
+`medray view` serves URL. Needs playwright and a Chromium on the PATH.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-sync",
+]
+# Nothing is left to come, and something is there.
+LOADED = """() => document.querySelectorAll('img.leaflet-tile').length &&
+  !document.querySelector('img.leaflet-tile:not(.leaflet-tile-loaded)')"""
+SIZES = {"desk": (1280, 800), "phone": (390, 844)}
+
+
+def show_view(page: Page, url: str, slide: str | None, out: Path, name: str) -> None:
+    """Picture the gallery, a slide, its worst region, what is uncertain, the keys."""
+
+    def shoot(what: str) -> None:
+        page.screenshot(path=out / f"{what}-{name}.jpg", quality=82)
+
+    page.goto(f"{url}?sort=f1")
+    page.wait_for_selector(".card")
+    page.wait_for_load_state("networkidle")
+    shoot("gallery")
+    if slide:
+        page.goto(f"{url}slide?slide={slide}")
+    else:
+        page.click(".card")
+    page.wait_for_selector("body[data-ready]")
+    page.wait_for_function(LOADED)
+    shoot("slide")
+    page.keyboard.press("3")
+    page.keyboard.press("w")
+    page.keyboard.press("t")
+    page.wait_for_function("() => document.querySelector('#said').textContent")
+    page.wait_for_function(LOADED)
+    shoot("worst")
+    page.keyboard.press("4")
+    page.wait_for_timeout(500)  # tiles of the other layer are asked for
+    page.wait_for_function(LOADED)
+    shoot("uncertain")
+    page.keyboard.press("?")
+    shoot("keys")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("--view", metavar="URL", help="as `medray view` printed it")
+    parser.add_argument("--slide", help="its id (the one with the worst F1)")
+    parser.add_argument("--report", type=Path, metavar="HTML", help="a report's page")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=FLAGS
+        )
+        for name, (width, height) in SIZES.items():
+            page = browser.new_page(viewport={"width": width, "height": height})
+            if args.view:
+                show_view(page, args.view, args.slide, args.out, name)
+            if args.report:
+                page.goto(args.report.absolute().as_uri())
+                page.screenshot(path=args.out / f"report-{name}.png", full_page=True)
+            page.close()
+        if args.report:  # the top of it, as README shows it
+            page = browser.new_page(viewport={"width": 1000, "height": 1180})
+            page.goto(args.report.absolute().as_uri())
+            page.screenshot(path=args.out / "report.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
