@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,16 @@ import numpy as np
 import pytest
 import serial
 from PIL import Image
-from serving import AUTH, PNG, SIDE, TOKEN, free_port, picture, save_classifier
+from serving import (
+    AUTH,
+    PNG,
+    SIDE,
+    TOKEN,
+    as_bytes,
+    free_port,
+    picture,
+    save_classifier,
+)
 
 from medray import serve
 from medray.dataset import read_patches
@@ -98,13 +108,20 @@ def address(cluster: None) -> Iterator[str]:
     ray_serve.shutdown()
 
 
-def deploy(address: str, name: str, model: str, report: str = "") -> str:
+def deploy(
+    address: str, name: str, model: str, report: str = "", replicas: int = 1
+) -> str:
     """Serve a model under a prefix of its own; the application's name is unique here."""
     from ray import serve as ray_serve
 
     bounds = Bounds(timeout_s=120.0, max_mbyte=5.0)
     how = ServeSettings(
-        model=model, report=report, precision="float32", cpus=1, bounds=bounds
+        model=model,
+        report=report,
+        precision="float32",
+        max_replicas=replicas,
+        cpus=1,
+        bounds=bounds,
     )
     app = serve._deploy(how, token_digest(TOKEN))
     ray_serve.run(app, name=f"{name}-{os.getpid()}", route_prefix=f"/{name}")
@@ -230,6 +247,41 @@ def test_when_a_replica_is_killed_the_next_requests_are_answered(
     assert answer.content == before.content
 
 
+def test_replicas_come_with_the_requests(
+    address: str, model: Path, slides: Path
+) -> None:
+    from ray import serve as ray_serve
+
+    for name in ray_serve.status().applications:  # they hold the cores
+        ray_serve.delete(name)
+    url = f"{deploy(address, 'growing', str(model), replicas=2)}/segment"
+    body = next((slides / "slides").iterdir()).read_bytes()
+    enough = threading.Event()
+
+    def client(_: int) -> list[Any]:
+        answers = []
+        while not enough.is_set():
+            answers.append(post(url, body, "image/tiff"))
+        return answers
+
+    def running() -> int:
+        app = ray_serve.status().applications[f"growing-{os.getpid()}"]
+        return int(app.deployments["Endpoint"].replica_states.get("RUNNING", 0))
+
+    assert running() == 1
+    with ThreadPoolExecutor(12) as pool:
+        clients = pool.map(client, range(12))
+        deadline = time.monotonic() + 240
+        while running() < 2 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert running() == 2
+        time.sleep(3)  # of both replicas' answers
+        enough.set()
+        answers = [answer for those in clients for answer in those]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+
+
 def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) -> None:
     port = free_port()
     process = subprocess.Popen(
@@ -257,7 +309,14 @@ def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) 
         named = [one for one in lines if "medray_serve_requests_total{" in one]
         counted = "".join(named)
     assert float(counted.split()[-1]) == 1.0
-    process.send_signal(signal.SIGTERM)
+    with ThreadPoolExecutor(6) as pool:
+        large = as_bytes(np.tile(picture(1000, 1000), (2, 2, 1)), "PNG")
+        url = f"http://127.0.0.1:{port}/segment"
+        answers = [pool.submit(post, url, large) for _ in range(6)]
+        time.sleep(1)  # then all are there and none is done
+        assert not any(answer.done() for answer in answers)
+        process.send_signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in answers] == [200] * 6
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "stopped by SIGTERM: the requests under way were answered" in said
