@@ -13,7 +13,7 @@ import torch.distributed
 from torch import nn
 
 from medray.errors import ConfigError
-from medray.models.augment import augment_batch, build_colours, build_geometry
+from medray.models.augment import move, recolour
 from medray.models.classifiers import build_classifier
 from medray.models.config import ModelConfig
 from medray.models.distil import Hints, LastFeatures, consistency, divergence, rise
@@ -145,8 +145,6 @@ class Learner:
             split: standardise(values, contract, team.device)
             for split, values in (measures or {}).items()
         }
-        self.geometry = build_geometry(recipe.augment)
-        self.colours = build_colours(recipe.augment)
         self.loss = SegmentationLoss(recipe.loss)
         learned: list[nn.Parameter] = list(self.network.parameters())
         self._load_teacher(contract)
@@ -286,14 +284,14 @@ class Learner:
             self.average.update_parameters(self.network)
 
     def _loss(self, part: Batch, seed: int, number: int) -> torch.Tensor:
-        device = self.team.device
-        images, masks = augment_batch(
-            self.geometry,
+        device, augment = self.team.device, self.recipe.augment
+        images, masks = move(
+            augment,
             _to_device(part.images, device),
             _to_device(part.masks, device),
             seed=seed,
         )
-        images, _ = augment_batch(self.colours, images, masks, seed=seed + 1)
+        images = recolour(augment, images, seed=seed + 1)
         torch.manual_seed(seed)  # of dropout
         beside = self._beside("train", part.patches)
         logits = self._forward(self.model, self.normalise(images), *beside)
@@ -323,8 +321,8 @@ class Learner:
         assert self.average is not None
         images = _to_device(crops, self.team.device)
         nothing = torch.zeros_like(images[:, 0])
-        images, _ = augment_batch(self.geometry, images, nothing, seed=seed)
-        changed, _ = augment_batch(self.colours, images, nothing, seed=seed + 1)
+        images, _ = move(self.recipe.augment, images, nothing, seed=seed)
+        changed = recolour(self.recipe.augment, images, seed=seed + 1)
         with torch.no_grad():
             self.average.module.eval()
             theirs = self._forward(self.average.module, self.normalise(images))

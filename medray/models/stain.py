@@ -7,8 +7,6 @@ stains' colours times their amounts.
 from __future__ import annotations
 
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 # Colours of haematoxylin, eosin and DAB by row, as RGB densities (Ruifrok and Johnston
 # 2001, https://pubmed.ncbi.nlm.nih.gov/11531144).
@@ -29,54 +27,27 @@ def density(images: torch.Tensor, white: float = 255.0) -> torch.Tensor:
     return -torch.log(images.to(torch.float32).clamp_min(1.0) / white)
 
 
-class StainJitter(v2.Transform):  # type: ignore[misc]
-    """Change the amount of each stain of an image at random (Tellez et al. 2018).
-
-    Each of haematoxylin, eosin and the residual is multiplied by a number from 1 -
-    `strength` to 1 + `strength`, and a tenth of such a number is added.
-    """
-
-    def __init__(self, strength: float) -> None:
-        super().__init__()
-        self.strength = strength
-
-    def make_params(self, flat_inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Draw the changes."""
-        factor, offset = (2 * torch.rand(2, 3) - 1) * self.strength
-        return {"factor": 1 + factor, "offset": 0.1 * offset}
-
-    def transform(
-        self, inpt: torch.Tensor, params: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """Change an image (3, H, W) uint8; masks are left alone."""
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        changed: torch.Tensor = tv_tensors.wrap(
-            change_stains(inpt, **params), like=inpt
-        )
-        return changed
-
-
 def change_stains(
-    image: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor
+    images: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
     """Multiply and shift the amounts of haematoxylin, eosin and residual.
 
+    So Tellez et al. 2018 (doi:10.1109/TMI.2018.2820199) vary the staining of slides.
+
     Args:
-        image: (3, H, W) uint8.
-        factor: (3,) of the stains.
-        offset: (3,) of the stains, in densities.
+        images: (N, 3, H, W) uint8.
+        factor: (N, 3) of the stains.
+        offset: (N, 3) of the stains, in densities.
 
     Returns:
-        (3, H, W) uint8.
+        (N, 3, H, W) uint8.
     """
-    colours = _HED.to(image.device)
-    pixels = density(torch.as_tensor(image)).flatten(1)
-    amounts = torch.linalg.solve(colours.T, pixels)
-    amounts = amounts * factor.to(image.device)[:, None]
-    amounts = amounts + offset.to(image.device)[:, None]
-    changed = 255 * torch.exp(-(colours.T @ amounts))
-    return changed.round().clamp(0, 255).to(torch.uint8).reshape(image.shape)
+    device, mix = images.device, _HED.T
+    matrix = mix @ torch.diag_embed(factor) @ torch.linalg.inv(mix)
+    shift = (mix @ offset[:, :, None]).to(device)
+    pixels = density(images).flatten(2)
+    changed = torch.baddbmm(shift, matrix.to(device), pixels).neg_().exp_().mul_(255)
+    return changed.round_().clamp_(0, 255).to(torch.uint8).view(images.shape)
 
 
 def macenko(images: torch.Tensor) -> torch.Tensor:
