@@ -18,6 +18,7 @@ from medray.dataset import labels_uri, read_dataset, read_patches, slide_uri
 from medray.errors import FormatError
 from medray.recipe import Recipe
 from medray.store import omezarr
+from medray.store.squares import read_square
 
 Row = dict[str, Any]
 UInt8 = npt.NDArray[np.uint8]
@@ -110,6 +111,8 @@ def _epoch(data: str, recipe: Recipe, epoch: int, losses: bytes) -> Any:
 
 # --- reading --------------------------------------------------------------------------
 
+_settings = functools.lru_cache(maxsize=4)(read_dataset)
+
 
 # Crops come from all slides in turn: with fewer, each would be opened for each crop.
 @functools.lru_cache(maxsize=4096)
@@ -156,8 +159,8 @@ def place_crop(
 
 def _read_place(array: omezarr.Pixels, y: int, x: int, side: int) -> UInt8:
     """Read a square; beyond the slide's end it goes on as its mirror image."""
-    part = array[..., y : y + side, x : x + side]
-    height, width = part.shape[-2:]
+    height, width = min(side, array.shape[-2] - y), min(side, array.shape[-1] - x)
+    part = read_square(array, y, x, height, width)
     pad = ((0, 0),) * (part.ndim - 2) + ((0, side - height), (0, side - width))
     return np.pad(part, pad, mode="symmetric")
 
@@ -181,7 +184,7 @@ def read_crop(
     image, labels = _arrays(data, patch["slide"])
     size = (int(image.shape[1]), int(image.shape[2]))
     around = None
-    if label is not None and labels is not None:
+    if label is not None and labels is not None and _only_class(patch) is None:
         top, left = patch["y"], patch["x"]
         whole = labels[top : top + patch["height"], left : left + patch["width"]]
         found = np.flatnonzero(whole == label)
@@ -189,7 +192,16 @@ def read_crop(
             y, x = divmod(int(found[rng.integers(len(found))]), whole.shape[1])
             around = (top + y, left + x)
     y, x = place_crop(patch, side, size, rng, around)
+    only = _only_class(patch)
+    if only is not None and side <= min(patch["height"], patch["width"]):
+        return _read_place(image, y, x, side), np.full((side, side), only, np.uint8)
     return _read_pair(data, patch["slide"], y, x, side)
+
+
+def _only_class(patch: Row) -> int | None:
+    """Give the class that all pixels of a patch have, as those of a cell do."""
+    area = patch["height"] * patch["width"]
+    return next((c for c, px in enumerate(patch["class_px"]) if px == area), None)
 
 
 def _read_pair(data: str, slide: str, y: int, x: int, side: int) -> tuple[UInt8, UInt8]:
@@ -236,7 +248,7 @@ def read_train(
     """
     patches = usable_patches(data, "train", recipe)
     drawn = _epoch(data, recipe, epoch, losses)
-    classes = len(read_dataset(data).classes)
+    classes = len(_settings(data).classes)
     side = crop_of_epoch(recipe, epoch)
     pairs, indices, damaged = [], [], {}
     for place in range(first, first + recipe.held):
@@ -305,7 +317,7 @@ def read_val(data: str, recipe: Recipe, first: int, count: int) -> Crops:
         FormatError: A label is none of the dataset's classes.
     """
     patches = usable_patches(data, "val", recipe)
-    settings = read_dataset(data)
+    settings = _settings(data)
     classes, side = len(settings.classes), settings.patch
     pairs, kept, damaged = [], [], {}
     for index in range(first, min(first + count, len(patches))):

@@ -490,6 +490,15 @@ def _array(group: zarr.Group, level: int) -> Array:
     return array
 
 
+def damaged(uri: str, error: Exception) -> FormatError:
+    """Say that what is stored of a level cannot be decoded, and what to do."""
+    return FormatError(
+        f"{uri}: what is stored is damaged ({type(error).__name__}: {error}); "
+        f"`medray verify` finds that in a run, ingest makes a slide of a dataset anew "
+        f"once its folder is removed"
+    )
+
+
 class Pixels:
     """One level of an OME-Zarr: (3, y, x) or (y, x) uint8, read by slicing.
 
@@ -499,22 +508,18 @@ class Pixels:
 
     def __init__(self, array: Array, uri: str) -> None:
         """Read from a zarr array at an address."""
-        self._array, self.uri = array, uri
+        self.array, self.uri = array, uri
         self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
         self.stored = array.shards or array.chunks
 
     def __getitem__(self, selection: Any) -> UInt8:
         try:
             with files.answered(self.uri):
-                return np.asarray(self._array[selection], dtype=np.uint8)
+                return np.asarray(self.array[selection], dtype=np.uint8)
         except (StoreError, IndexError):
             raise
         except Exception as error:  # codecs raise exceptions of many kinds
-            raise FormatError(
-                f"{self.uri}: what is stored is damaged ({type(error).__name__}: "
-                f"{error}); `medray verify` finds that in a run, ingest makes a "
-                f"slide of a dataset anew once its folder is removed"
-            ) from error
+            raise damaged(self.uri, error) from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> UInt8:
         """Read all of it."""
