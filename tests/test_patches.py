@@ -272,8 +272,8 @@ def test_labels_that_are_no_class_are_named(dataset: str, tmp_path: Path) -> Non
     write_settings(
         str(tmp_path / "dataset.yaml"), DatasetSettings(classes=Classes(), mpp=0.5)
     )
-    rows = rows_of("a", np.zeros(SIZE, np.uint8), "train")
-    write_patches(str(tmp_path), rows)
+    before = np.indices(SIZE).sum(axis=0).astype(np.uint8) % 2
+    write_patches(str(tmp_path), rows_of("a", before, "train"))
     recipe = Recipe(data=Data(crop=64), batch=2)
     with pytest.raises(FormatError, match="label 9 .*2 classes"):
         read_train(str(tmp_path), recipe, 0, 0)
