@@ -38,7 +38,7 @@ from medray.settings import keep_settings, to_dict
 from medray.slides import Slide, open_slide
 from medray.slides.digest import slide_digest
 from medray.slides.levels import Working, read_working, working_of
-from medray.store import files, ngff04, omezarr
+from medray.store import files, ngff, ngff04, omezarr
 from medray.store.ledger import Ledger
 from medray.store.lock import locked
 
@@ -349,21 +349,21 @@ def _fill_05(uri: str, pixels: ngff04.Readable) -> None:
 
 def _write_04(copy: Copy, target: str) -> None:
     mpp, about = copy.working.mpp, _provenance(copy)
-    size = (copy.working.height, copy.working.width)
+    levels = len(omezarr.level_shapes(copy.working.height, copy.working.width))
     if not copy.image:
         (layer,) = copy.layers
-        ome = omezarr.labels_metadata(
-            *size, mpp=mpp, name=copy.slide, classes=layer.classes
+        ome = ngff.labels_metadata(
+            levels, mpp=mpp, name=copy.slide, classes=layer.classes
         )
         ngff04.write(target, omezarr.open_level(layer.uri), ome, about)
         return
-    ome = omezarr.image_metadata(*size, mpp=mpp, name=copy.slide)
+    ome = ngff.image_metadata(levels, mpp=mpp, name=copy.slide)
     ngff04.write(target, _image_of(copy), ome, about)
     if copy.layers:
         ngff04.list_labels(target, [layer.name for layer in copy.layers])
     for layer in copy.layers:
-        ome = omezarr.labels_metadata(
-            *size, mpp=mpp, name=layer.name, classes=layer.classes, source="../../"
+        ome = ngff.labels_metadata(
+            levels, mpp=mpp, name=layer.name, classes=layer.classes, source="../../"
         )
         uri = files.join(target, "labels", layer.name)
         ngff04.write(uri, omezarr.open_level(layer.uri), ome, about)

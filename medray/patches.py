@@ -186,16 +186,13 @@ def read_crop(
     around = None
     if label is not None and labels is not None and _only_class(patch) is None:
         top, left = patch["y"], patch["x"]
-        whole = labels[top : top + patch["height"], left : left + patch["width"]]
+        whole = read_square(labels, top, left, patch["height"], patch["width"])
         found = np.flatnonzero(whole == label)
         if len(found):
             y, x = divmod(int(found[rng.integers(len(found))]), whole.shape[1])
             around = (top + y, left + x)
     y, x = place_crop(patch, side, size, rng, around)
-    only = _only_class(patch)
-    if only is not None and side <= min(patch["height"], patch["width"]):
-        return _read_place(image, y, x, side), np.full((side, side), only, np.uint8)
-    return _read_pair(data, patch["slide"], y, x, side)
+    return _read_pair(data, patch, y, x, side)
 
 
 def _only_class(patch: Row) -> int | None:
@@ -204,12 +201,15 @@ def _only_class(patch: Row) -> int | None:
     return next((c for c, px in enumerate(patch["class_px"]) if px == area), None)
 
 
-def _read_pair(data: str, slide: str, y: int, x: int, side: int) -> tuple[UInt8, UInt8]:
-    """Read pixels and labels of a square; no label image: zeros."""
-    image, labels = _arrays(data, slide)
+def _read_pair(data: str, patch: Row, y: int, x: int, side: int) -> tuple[UInt8, UInt8]:
+    """Read pixels and labels of a crop of a patch; no label image: zeros."""
+    image, labels = _arrays(data, patch["slide"])
     pixels = _read_place(image, y, x, side)
     if labels is None:
         return pixels, np.zeros((side, side), np.uint8)
+    only = _only_class(patch)
+    if only is not None and side <= min(patch["height"], patch["width"]):
+        return pixels, np.full((side, side), only, np.uint8)  # it lies in the patch
     return pixels, _read_place(labels, y, x, side)
 
 
@@ -323,7 +323,7 @@ def read_val(data: str, recipe: Recipe, first: int, count: int) -> Crops:
     for index in range(first, min(first + count, len(patches))):
         patch = patches[index]
         try:
-            pair = _read_pair(data, patch["slide"], patch["y"], patch["x"], side)
+            pair = _read_pair(data, patch, patch["y"], patch["x"], side)
         except FormatError as error:
             damaged[name_of(patch)] = f"{error}"
             continue

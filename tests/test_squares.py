@@ -93,6 +93,15 @@ def test_what_others_wrote_is_read_by_zarr(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_written_anew_is_read_as_it_is_now(tmp_path: Path) -> None:
+    uri = write_level(tmp_path, 200, 200, holes=False)
+    level = omezarr.open_level(uri)
+    read_square(level, 0, 0, 128, 128)
+    block = np.random.default_rng(9).integers(0, 9, (3, 128, 128), np.uint8)
+    omezarr.write_region(uri, Rectangle(0, 0, 128, 128), block)
+    np.testing.assert_array_equal(read_square(level, 0, 0, 128, 128), block)
+
+
 @pytest.mark.parametrize("at", [-1, -40, 3])
 def test_damage_is_told(tmp_path: Path, at: int) -> None:
     """In the checksum of the index, in the index, in a chunk."""

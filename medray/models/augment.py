@@ -44,18 +44,16 @@ def move(
     rng = torch.Generator().manual_seed(seed)
     if augment.flips:
         images, masks = _flip(images, masks, rng)
-    if augment.rotate or augment.zoom or augment.shift or augment.shear:
-        linear, offset = _draw_moves(augment, len(images), images.shape[-1], rng)
-    elif augment.elastic:
-        linear, offset = torch.eye(2)[None], torch.zeros(1, 2)
-    else:
+    moves = (augment.rotate, augment.zoom, augment.shift, augment.shear)
+    if not any(moves) and not augment.elastic:
         return images, masks
+    linear, offset = _draw_moves(augment, len(images), images.shape[-1], rng)
     places = _centres(images.shape[-1], images.device)
     if augment.elastic:
         places = places + _waves(augment.elastic, images, seed)
     places = places @ linear.mT.to(images.device)[:, None]
     places = places + offset.to(images.device)[:, None, None]
-    return _sample(images, masks, places.expand(len(images), -1, -1, -1), augment.fill)
+    return _sample(images, masks, places, augment.fill)
 
 
 def _flip(

@@ -45,7 +45,7 @@ def write(uri: str, pixels: Readable, ome: dict[str, Any], attributes: Any) -> N
     Args:
         uri: Folder to make; what is there is replaced.
         pixels: Of level 0.
-        ome: What `omezarr.image_metadata` or `labels_metadata` gives.
+        ome: What `ngff.image_metadata` or `labels_metadata` gives.
         attributes: Stored under the key `medray`.
 
     Raises:

@@ -34,6 +34,7 @@ from medray.errors import FormatError, StoreError
 from medray.grid import Rectangle, plan_regions
 from medray.store import files
 from medray.store.digests import Digests, content_digest, merkle_root
+from medray.store.ngff import RGB, image_metadata, labels_metadata
 from medray.store.pyramid import halved
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 PATCH = 512
 REGION = 2048
-RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
-Kind = Literal["image", "labels"]
 UInt8 = npt.NDArray[np.uint8]
 Array = zarr.Array[Any]
 
@@ -149,103 +148,6 @@ def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
         h, w = shapes[-1]
         shapes.append((-(-h // 2), -(-w // 2)))
     return shapes
-
-
-def _multiscales(levels: int, mpp: float | None, kind: Kind, name: str) -> Any:
-    """Build `multiscales`: pixel size in micrometres, half-pixel shifts of levels."""
-    unit = {} if mpp is None else {"unit": "micrometer"}
-    space = [{"name": axis, "type": "space", **unit} for axis in "yx"]
-    axes = [{"name": "c", "type": "channel"}, *space] if kind == "image" else space
-    lead = [1.0] if kind == "image" else []
-    pixel = mpp or 1.0
-    datasets = []
-    for level in range(levels):
-        factor = 2**level
-        shift = (factor - 1) / 2 * pixel
-        datasets.append(
-            {
-                "path": str(level),
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": [*lead, *[pixel * factor] * 2]},
-                    {
-                        "type": "translation",
-                        "translation": [*[0.0] * len(lead), shift, shift],
-                    },
-                ],
-            }
-        )
-    method = "mean of 2x2" if kind == "image" else "majority of 2x2"
-    scales = {"name": name, "axes": axes, "datasets": datasets, "type": method}
-    return [scales | {"metadata": {"method": "medray.store.pyramid.halved"}}]
-
-
-def _omero(
-    name: str, channels: Sequence[tuple[str, str]], *, most: int = 255
-) -> dict[str, Any]:
-    """Build the rendering defaults: without them RGB is grey, and a mask black."""
-    window = {"start": 0, "end": most, "min": 0, "max": 255}
-    return {
-        "name": name,
-        "channels": [
-            {
-                "label": label,
-                "color": color.removeprefix("#"),
-                "active": True,
-                "window": window,
-            }
-            for label, color in channels
-        ],
-        "rdefs": {"model": "color"},
-    }
-
-
-def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
-    values = range(len(classes))
-    rgba = [
-        [*bytes.fromhex(color[1:]), 0 if value == 0 else 160]
-        for value, color in enumerate(classes.colors)
-    ]
-    label: dict[str, Any] = {
-        "colors": [{"label-value": v, "rgba": rgba[v]} for v in values],
-        "properties": [{"label-value": v, "class": classes.names[v]} for v in values],
-    }
-    return label | ({"source": {"image": source}} if source else {})
-
-
-def image_metadata(
-    height: int,
-    width: int,
-    *,
-    mpp: float | None,
-    name: str,
-    channels: Sequence[tuple[str, str]] = RGB,
-) -> dict[str, Any]:
-    """Give `ome` of an image: its levels and how to show it."""
-    levels = len(level_shapes(height, width))
-    return {
-        "version": "0.5",
-        "multiscales": _multiscales(levels, mpp, "image", name),
-        "omero": _omero(name, channels),
-    }
-
-
-def labels_metadata(
-    height: int,
-    width: int,
-    *,
-    mpp: float | None,
-    name: str,
-    classes: Classes,
-    source: str | None = None,
-) -> dict[str, Any]:
-    """Give `ome` of a label image: its levels, and names and colours of its values."""
-    levels = len(level_shapes(height, width))
-    return {
-        "version": "0.5",
-        "multiscales": _multiscales(levels, mpp, "labels", name),
-        "omero": _omero(name, [(name, "#ffffff")], most=max(1, len(classes) - 1)),
-        "image-label": _image_label(classes, source),
-    }
 
 
 ROOT = "merkle_root"
@@ -394,7 +296,7 @@ def create_image(
         patch: Side of a chunk, in pixels, at most; a multiple of 32.
     """
     shapes = level_shapes(height, width)
-    ome = image_metadata(height, width, mpp=mpp, name=name, channels=channels)
+    ome = image_metadata(len(shapes), mpp=mpp, name=name, channels=channels)
     cyx: list[tuple[int, ...]] = [(len(channels), *shape) for shape in shapes]
     _create(uri, cyx, {"ome": ome, "medray": attributes}, region, patch, fill_value)
 
@@ -430,7 +332,7 @@ def create_labels(
     """
     shapes = level_shapes(height, width)
     ome = labels_metadata(
-        height, width, mpp=mpp, name=name, classes=classes, source=source
+        len(shapes), mpp=mpp, name=name, classes=classes, source=source
     )
     _create(uri, [*shapes], {"ome": ome, "medray": attributes}, region, patch, 0)
 
@@ -490,15 +392,6 @@ def _array(group: zarr.Group, level: int) -> Array:
     return array
 
 
-def damaged(uri: str, error: Exception) -> FormatError:
-    """Say that what is stored of a level cannot be decoded, and what to do."""
-    return FormatError(
-        f"{uri}: what is stored is damaged ({type(error).__name__}: {error}); "
-        f"`medray verify` finds that in a run, ingest makes a slide of a dataset anew "
-        f"once its folder is removed"
-    )
-
-
 class Pixels:
     """One level of an OME-Zarr: (3, y, x) or (y, x) uint8, read by slicing.
 
@@ -519,7 +412,11 @@ class Pixels:
         except (StoreError, IndexError):
             raise
         except Exception as error:  # codecs raise exceptions of many kinds
-            raise damaged(self.uri, error) from error
+            raise FormatError(
+                f"{self.uri}: what is stored is damaged ({type(error).__name__}: "
+                f"{error}); `medray verify` finds that in a run, ingest makes a "
+                f"slide of a dataset anew once its folder is removed"
+            ) from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> UInt8:
         """Read all of it."""

@@ -19,7 +19,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from medray.errors import StoreError
 from medray.store import files
-from medray.store.omezarr import Pixels, damaged
+from medray.store.omezarr import Pixels
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -50,32 +50,38 @@ def read_square(pixels: Pixels, y: int, x: int, height: int, width: int) -> UInt
     lead = pixels.shape[:-2]
     part = np.full((*lead, height, width), pixels.array.fill_value, np.uint8)
     try:
-        for row, column in _cells(y, x, height, width, side):
-            key = "/".join(["c", *["0"] * len(lead), str(row), str(column)])
-            uri = f"{pixels.uri}/{key}"
-            index = _index(uri, side // chunk)
-            if index is None:
-                continue
-            top, left = row * side, column * side
-            here = [
-                (r, c, index[r - top // chunk, c - left // chunk])
-                for r, c in _cells(y, x, height, width, chunk)
-                if top <= r * chunk < top + side and left <= c * chunk < left + side
-            ]
-            here = [cell for cell in here if cell[2][0] != _NONE]
-            if not here:
-                continue
-            starts, lengths = np.array([place for _, _, place in here]).T.tolist()
-            found = files.read_ranges(uri, starts, lengths)
-            for (r, c, _), data in zip(here, found, strict=True):
-                values = np.frombuffer(numcodecs.zstd.decompress(data), np.uint8)
-                values = values.reshape(*lead, chunk, chunk)
-                _put(part, values, r * chunk - y, c * chunk - x)
+        _fill(part, pixels.uri, y, x, side, chunk)
     except StoreError:
         raise
-    except Exception as error:  # codecs raise exceptions of many kinds
-        raise damaged(pixels.uri, error) from error
+    except Exception:  # codecs raise exceptions of many kinds
+        # Written anew since its index was read, or damaged: zarr reads it, or says so.
+        _index.cache_clear()
+        return pixels[..., y : y + height, x : x + width]
     return part
+
+
+def _fill(part: UInt8, level: str, y: int, x: int, side: int, chunk: int) -> None:
+    """Copy what is stored of the part of a level that begins at (y, x)."""
+    *lead, height, width = part.shape
+    for row, column in _cells(y, x, y + height, x + width, side):
+        shard = "/".join([level, "c", *["0"] * len(lead), str(row), str(column)])
+        index = _index(shard, side // chunk)
+        if index is None:
+            continue
+        top, left = row * side, column * side
+        within = max(y, top), max(x, left)
+        until = min(y + height, top + side), min(x + width, left + side)
+        cells = [
+            (r, c, *index[r - top // chunk, c - left // chunk].tolist())
+            for r, c in _cells(*within, *until, chunk)
+        ]
+        cells = [cell for cell in cells if cell[2] != _NONE]
+        starts, lengths = [cell[2] for cell in cells], [cell[3] for cell in cells]
+        found = files.read_ranges(shard, starts, lengths) if cells else []
+        for (r, c, *_), data in zip(cells, found, strict=True):
+            values = np.frombuffer(numcodecs.zstd.decompress(data), np.uint8)
+            values = values.reshape(*lead, chunk, chunk)
+            _put(part, values, r * chunk - y, c * chunk - x)
 
 
 def _is_ours(array: Any) -> bool:
@@ -95,11 +101,11 @@ def _is_ours(array: Any) -> bool:
 
 
 def _cells(
-    y: int, x: int, height: int, width: int, side: int
+    top: int, left: int, bottom: int, right: int, side: int
 ) -> Iterator[tuple[int, int]]:
     """List the cells (row, column) of a grid that a rectangle touches."""
-    for row in range(y // side, -(-(y + height) // side)):
-        for column in range(x // side, -(-(x + width) // side)):
+    for row in range(top // side, -(-bottom // side)):
+        for column in range(left // side, -(-right // side)):
             yield row, column
 
 
