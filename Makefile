@@ -15,6 +15,7 @@ test: $(STAMP) ## the tests
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take minutes
+	$(UV) pip install --quiet --python .venv -c constraints.txt --group viewers
 	$(BIN)/pytest -m slow
 
 lint: $(STAMP) ## style, layers and types
@@ -38,7 +39,7 @@ $(STAMP): $(UV) pyproject.toml constraints.txt
 
 constraints: $(UV) ## take the newest packages; run the tests afterwards
 	$(UV) pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
-		--no-emit-find-links --python-version 3.12 --all-extras --group dev \
+		--no-emit-find-links --python-version 3.12 --all-extras --group dev --group viewers \
 		pyproject.toml -o constraints.txt
 
 clean:

@@ -3,14 +3,15 @@
 Every output of one slide is opened by every tool that is at hand, and its pixels are
 compared with the mask; the table says with which version, or why not.
 
-    python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--napari PYTHON]
-        [--vizarr DIST]
+    python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--bioformats JAR]
+        [--spatialdata PYTHON] [--napari PYTHON] [--vizarr DIST]
 
 RUN is any run whose slides are still there. --ngff has the schemas of the specification
-by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --napari is
-the Python of an environment with napari, napari-ome-zarr and a Qt (started by
-xvfb-run); --vizarr the folder that `vite build` makes of Vizarr's repository (looked at
-in Chromium by playwright).
+by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --bioformats
+is bioformats_package.jar, with which Fiji, OMERO and QuPath read (run by java);
+--spatialdata is the Python of an environment with spatialdata; --napari that of one
+with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
+`vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
 Writes OUT/viewers.md and a picture of each viewer.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -157,6 +159,27 @@ def by_rasterio(
     same(features.rasterize(shapes, mask.shape, dtype="uint8"), mask)
 
 
+def bioformats(jar: str, tool: str, *args: str) -> str:
+    command = ["java", "-cp", jar, f"loci.formats.tools.{tool}", *args]
+    told = subprocess.run(command, capture_output=True, text=True)
+    if told.returncode:
+        raise ValueError(told.stderr or told.stdout)
+    return told.stdout
+
+
+def by_bioformats(name: str, place: str, mask: Any, *, jar: str) -> None:
+    import tifffile
+
+    told = bioformats(jar, "ImageInfo", "-no-upgrade", "-nopix", "-noflat", place)
+    levels = re.search(r"Resolutions = (\d+)", told)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = f"{folder}/copy.tif"
+        bioformats(jar, "ImageConverter", "-no-upgrade", "-series", "0", place, copy)
+        same(tifffile.imread(copy), mask)
+    if levels is None and max(mask.shape) > 512:
+        raise ValueError("pixels are right, but no pyramid is seen")
+
+
 def by_schemas(name: str, place: str, mask: Any, *, folder: str) -> None:
     """Validate the image and its labels by the strict schemas of the specification."""
     import zarr
@@ -202,6 +225,42 @@ def tried(check: Callable[..., None], *args: Any) -> str:
         said = " ".join(f"{error}".split())[:120]
         return f"no: {type(error).__name__}: {said}".replace("|", "/")
     return "yes"
+
+
+# --- spatialdata ----------------------------------------------------------------------
+
+SPATIALDATA = """
+import importlib.metadata, json, sys, tempfile
+import dask.array as da, numpy as np, spatialdata
+from spatialdata.models import Labels2DModel
+
+places, mask = json.loads(sys.argv[1]), np.load(sys.argv[2])
+found = {"version": importlib.metadata.version("spatialdata")}
+for name, place in places.items():
+    try:
+        labels = Labels2DModel.parse(da.from_zarr(place), dims=("y", "x"))
+        with tempfile.TemporaryDirectory() as folder:
+            spatialdata.SpatialData(labels={"mask": labels}).write(f"{folder}/all.zarr")
+            read = spatialdata.read_zarr(f"{folder}/all.zarr").labels["mask"]
+            right = (np.asarray(read) == mask).all()
+        found[name] = "yes" if right else "no: other pixels"
+    except Exception as error:
+        said = " ".join(str(error).split())[:120]
+        found[name] = f"no: {type(error).__name__}: {said}"
+print(json.dumps(found))
+"""
+
+
+def take_into_spatialdata(
+    python: str, places: dict[str, str], mask: Any, out: Path
+) -> dict[str, str]:
+    """Put each mask into a SpatialData, write that, and read it again."""
+    levels = {name: f"{places[name]}/{inner(name)}/0" for name in ZARRS}
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/mask.npy", mask)
+        command = [python, "-c", SPATIALDATA, json.dumps(levels), f"{folder}/mask.npy"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(told.stdout.splitlines()[-1]))
 
 
 # --- napari ---------------------------------------------------------------------------
@@ -381,6 +440,8 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ngff", metavar="DIR")
+    parser.add_argument("--bioformats", metavar="JAR")
+    parser.add_argument("--spatialdata", metavar="PYTHON")
     parser.add_argument("--napari", metavar="PYTHON")
     parser.add_argument("--vizarr", metavar="DIST")
     args = parser.parse_args()
@@ -408,17 +469,23 @@ def main() -> None:
         version = importlib.metadata.version(package)
         cells = {name: tried(check, name, places[name], mask) for name in takes}
         add(f"{package} {version} {does}", cells)
+    if args.bioformats:
+        version = bioformats(args.bioformats, "ImageInfo", "-version").split()[1]
+        check = functools.partial(by_bioformats, jar=args.bioformats)
+        cells = {name: tried(check, name, places[name], mask) for name in TIFFS}
+        add(f"Bio-Formats {version} reads", cells)
     for title, look, where in (
-        ("napari", look_with_napari, args.napari),
+        ("spatialdata {} takes", take_into_spatialdata, args.spatialdata),
+        ("napari {} shows", look_with_napari, args.napari),
         (
-            "Vizarr",
+            "Vizarr {} shows",
             functools.partial(look_with_vizarr, unit=row["mpp"] or 1.0),
             args.vizarr,
         ),
     ):
         if where:
             cells = look(where, places, mask, out)
-            add(f"{title} {cells['version']} shows", cells)
+            add(title.format(cells["version"]), cells)
     (out / "viewers.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,124 @@
+"""The commands of README and docs, run as they are written, on small things.
+
+Trainings are made smaller by further overrides; nothing else is changed.
+"""
+
+import contextlib
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_docs import ROOT, blocks
+
+from medray import cli
+
+pytestmark = pytest.mark.slow
+
+SMALLER = {
+    "unet": "model.encoder=tu-test_resnet window.size=128 window.stride=128 "
+    "data.crop=128 data.samples=16 batch=4 schedule.epochs=1",
+    "malaria-resnet50v2": "model.encoder=test_resnet schedule.epochs=1",
+}
+
+
+def steps(page: str, *containing: str) -> list[list[list[str]]]:
+    """Give a page's shell blocks that contain one of some words, as commands."""
+    return [
+        [
+            words
+            for line in text.replace("\\\n", " ").splitlines()
+            if (words := shlex.split(line, comments=True))
+        ]
+        for name, text in blocks("sh")
+        if name == page and any(words in text for words in containing or [""])
+    ]
+
+
+def lines_of(page: str, *containing: str) -> list[list[str]]:
+    return [line for block in steps(page, *containing) for line in block]
+
+
+def run(commands: Iterable[list[str]]) -> list[str]:
+    """Run what is medray's or Python's; give which commands of medray these were."""
+    names: list[str] = []
+    for program, *words in commands:
+        if program == "python":
+            subprocess.run([sys.executable, *words], check=True)
+        if program == "medray":
+            recipe = words[1].removeprefix("recipes/").removesuffix(".yaml")
+            if words[0] == "train":
+                words += SMALLER.get(recipe, "").split()
+            assert cli.main(words) == 0, words
+            names.append(words[0])
+    return names
+
+
+def lay_out(folder: Path, slides: Path, **given: Path) -> Path:
+    """Put into a folder what the pages start from."""
+    places = dict.fromkeys(("SLIDES", "NEW_SLIDES", "slides"), slides / "slides")
+    places |= dict.fromkeys(("OUTLINES", "NEW_OUTLINES"), slides / "annotations")
+    for name, place in (places | {"recipes": ROOT / "recipes"} | given).items():
+        (folder / name).symlink_to(place)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make what the commands of README make."""
+    folder = lay_out(tmp_path_factory.mktemp("readme"), slides)
+    with contextlib.chdir(folder):
+        names = run(lines_of("README.md", "medray ingest"))
+    assert names == ["ingest", "train", "infer", "evaluate"]
+    return folder
+
+
+def test_the_first_commands_end_in_a_report(made: Path) -> None:
+    assert "F1" in (made / "report" / "report.html").read_text()
+
+
+def test_masks_for_other_viewers(made: Path, slides: Path, tmp_path: Path) -> None:
+    given = {name: made / name for name in ("run", "dataset")}
+    with contextlib.chdir(lay_out(tmp_path, slides, **given)):
+        assert run(lines_of("docs/viewers.md", "medray convert")) == ["convert"] * 6
+    for folder in ("both", "old", "masks", "fiji", "asap", "images"):
+        assert len([*(tmp_path / folder).glob("*.*")]) >= 4
+
+
+def test_a_model_that_was_exported(made: Path, slides: Path, tmp_path: Path) -> None:
+    given = {name: made / name for name in ("model", "dataset")}
+    with contextlib.chdir(lay_out(tmp_path, slides, **given)):
+        assert run(lines_of("docs/export.md", "medray export")) == ["export", "infer"]
+
+
+def test_regions_come_back_corrected(made: Path, slides: Path, tmp_path: Path) -> None:
+    with contextlib.chdir(lay_out(tmp_path, slides, model=made / "model")):
+        names = run(lines_of("docs/training.md", "medray review", "to_correct"))
+    assert names == ["infer", "review", "ingest", "train"]
+
+
+def test_classifiers(made: Path, slides: Path, tmp_path: Path) -> None:
+    """The page on images, with a third model that it takes as given."""
+    rng = np.random.default_rng(7)
+    for label, name in enumerate(("Uninfected", "Parasitized")):
+        (tmp_path / "cell_images" / name).mkdir(parents=True)
+        for number in range(24):
+            cell = rng.integers(90 + 60 * label, 150 + 60 * label, (50, 50, 3), "uint8")
+            file = f"C{number}P{number}ThinF_cell.png"
+            Image.fromarray(cell).save(tmp_path / "cell_images" / name / file)
+    with contextlib.chdir(lay_out(tmp_path, slides, dataset=made / "dataset")):
+        ingest, train, *rest = steps("docs/images.md")
+        assert run([*ingest, *train]) == ["ingest", "train", "train"]
+        shutil.copytree("second", "third")
+        assert run([line for block in rest for line in block])[-1] == "evaluate"
+
+
+def test_cells_with_their_contours(cluster: None, slides: Path, tmp_path: Path) -> None:
+    with contextlib.chdir(lay_out(tmp_path, slides)):
+        names = run(lines_of("docs/training.md", "generate_cells"))
+    assert names == ["ingest", "train", "evaluate"]
