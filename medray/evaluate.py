@@ -35,6 +35,7 @@ from medray.dataset import read_groups
 from medray.errors import ConfigError, MedrayError
 from medray.grid import Rectangle, plan_regions
 from medray.metrics import confusion
+from medray.pages import check_folder
 from medray.progress import Progress
 from medray.report import SlideReport, draw_overlay, slides_to_show, write_report
 from medray.run import (
@@ -106,9 +107,11 @@ def evaluate(
             by resampling patients instead of slides.
 
     Raises:
-        ConfigError: The request is wrong, or nothing in RUN has a truth.
+        ConfigError: The request is wrong, nothing in RUN has a truth, or OUT holds
+            another kind of report.
     """
     run, truth, out = (files.absolute(place) for place in (run, truth, out))
+    check_folder(out, "per_slide.parquet")
     settings = read_run(run)
     table = files.join(run, "slides.parquet")
     if not files.exists(table):

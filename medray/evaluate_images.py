@@ -41,7 +41,16 @@ from medray.models.config import (
     read_config,
 )
 from medray.models.folder import read_seen
-from medray.pages import ACCENT, SOFT, as_png, as_svg, data_uri, finish_axes, render
+from medray.pages import (
+    ACCENT,
+    SOFT,
+    as_png,
+    as_svg,
+    check_folder,
+    data_uri,
+    finish_axes,
+    render,
+)
 from medray.paired import beside, read_predictions, write_predictions
 from medray.store import files, omezarr
 
@@ -106,6 +115,7 @@ def evaluate_images(
     models = [model] if isinstance(model, str) else list(model)
     models = [files.absolute(folder) for folder in models]
     data, out = files.absolute(data), files.absolute(out)
+    check_folder(out, "images.csv")
     configs = _common_configs(models, data, vote=vote)
     config, classes = configs[0], configs[0].classes
     others = read_predictions(compare, classes.names) if compare else None

@@ -28,7 +28,7 @@ from medray.infer_slides import (
     read_predictions,
 )
 from medray.metrics import bootstrap
-from medray.pages import as_png, data_uri, render
+from medray.pages import as_png, check_folder, data_uri, render
 from medray.slide_labels import SlideLabel, check_known, read_labels
 from medray.slide_model import read_seen_slides
 from medray.slides import open_slide
@@ -78,6 +78,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
             the model.
     """
     run, truth, out = (files.absolute(place) for place in (run, truth, out))
+    check_folder(out, "slides.csv")
     what = read_predictions(run)
     labels = read_labels(truth)
     table = files.read_table(files.join(run, "slides.parquet")).to_pylist()

@@ -15,8 +15,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from medray.errors import ConfigError
+from medray.store import files
+
 INK, SOFT, LINE, ACCENT = "#1d2429", "#5c6870", "#dfe4e8", "#0b5c8a"
 """Colours of text, of what is beside it, of rules and of what matters."""
+
+_TABLES = ("per_slide.parquet", "images.csv", "slides.csv")
+
+
+def check_folder(out: str, table: str) -> None:
+    """Refuse a folder with a report that has another table, which would stay in it.
+
+    Raises:
+        ConfigError: It holds another kind of report.
+    """
+    for name in _TABLES:
+        if name != table and files.exists(files.join(out, name)):
+            raise ConfigError(
+                f"{out} holds another kind of report ({name}); give another --out, "
+                f"or delete it"
+            )
 
 
 def render(template: str, **values: object) -> str:

@@ -534,6 +534,10 @@ def test_what_does_not_fit_is_refused(
         evaluate_images(classifier, data=training_data, out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="expected a classifier"):
         evaluate_images(str(model), data=dataset, out=str(tmp_path / "r"))
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "per_slide.parquet").touch()
+    with pytest.raises(ConfigError, match="another kind of report"):
+        evaluate_images(classifier, data=dataset, out=str(tmp_path / "slides"))
     with pytest.raises(ConfigError, match="expected several models"):
         evaluate_images(classifier, data=dataset, out=str(tmp_path / "r"), vote=True)
     with pytest.raises(ConfigError, match="one twice"):

@@ -352,6 +352,10 @@ def test_slides_that_the_model_has_seen_are_refused(
     path.write_text("\n".join(["slide,label", *lines]) + "\n")
     with pytest.raises(ConfigError, match="has seen all of its"):
         evaluate_slides(str(run), truth=str(path), out=str(tmp_path / "report"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "images.csv").touch()
+    with pytest.raises(ConfigError, match="another kind of report"):
+        evaluate_slides(str(run), truth=str(path), out=str(tmp_path / "images"))
     path.write_text("slide,label\ns00,cyst\n")
     with pytest.raises(ConfigError, match=r"knows the classes .* not \['cyst'\]"):
         evaluate_slides(str(run), truth=str(path), out=str(tmp_path / "report"))

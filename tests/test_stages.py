@@ -352,6 +352,10 @@ def test_evaluation_equals_counting_by_hand(
     assert val.evaluated == 2
     again = evaluate(str(run), truth=str(dataset), out=str(tmp_path / "a"))
     assert again == by_labels
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "images.csv").touch()
+    with pytest.raises(ConfigError, match=r"another kind of report \(images.csv\)"):
+        evaluate(str(run), truth=str(dataset), out=str(tmp_path / "images"))
     # One damaged mask costs its slide; the others keep their scores.
     for shard in (run / "masks/slide_001.ome.zarr").rglob("c/*/*"):
         data = bytearray(shard.read_bytes())
