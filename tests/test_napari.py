@@ -1,6 +1,11 @@
 """What napari makes of a mask: its layers. The window needs a screen and is tried by
 `benchmarks/viewers.py`."""
 
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +16,81 @@ from medray import open_mask
 from medray.convert import convert
 from medray.run import LAYERS, read_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("napari") is None,
+        reason="napari is not installed; `make test-slow` does it",
+    ),
+]
 
 
-@pytest.fixture
-def viewer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    components = pytest.importorskip(
-        "napari.components", reason="napari is not installed; `make test-slow` does it"
-    )
-    monkeypatch.setenv("NAPARI_CONFIG", "")  # no settings in the home folder
+def layers_of(place: str) -> list[dict[str, Any]]:
+    """Open an OME-Zarr in napari, in a process of its own: it caches all of dask."""
+    os.environ["NAPARI_CONFIG"] = ""  # no settings in the home folder
     import npe2
+    from napari.components import ViewerModel
 
     npe2.PluginManager.instance().discover()
-    return components.ViewerModel()
-
-
-def opened(viewer: Any, place: Path) -> dict[str, Any]:
-    """Give the layers of a kind by their names."""
-    viewer.open(str(place), plugin="napari-ome-zarr")
-    kinds: dict[str, Any] = {"Image": {}, "Labels": {}}
+    viewer = ViewerModel()
+    viewer.open(place, plugin="napari-ome-zarr")
+    found = []
     for layer in viewer.layers:
-        kinds[type(layer).__name__][layer.name] = layer
-    return kinds
+        about = {
+            "kind": type(layer).__name__,
+            "name": layer.name,
+            "levels": [np.asarray(level) for level in layer.data],
+            "scale": [*layer.scale],
+            "units": [str(unit) for unit in layer.units],
+        }
+        if about["kind"] == "Labels":
+            about["classes"] = [*layer.features["class"]]
+            values = range(1, len(about["classes"]))
+            about["colors"] = [layer.get_color(value)[:3] for value in values]
+        found.append(about)
+    return found
 
 
-def check(layer: Any, run: Path, slide: str) -> None:
+@pytest.fixture(scope="module")
+def napari() -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield pool
+
+
+def check(layer: dict[str, Any], run: Path, slide: str) -> None:
     """Its pixels at every level, micrometres, and the names and colours of classes."""
     mask = str(run / f"masks/{slide}.ome.zarr")
-    for level, found in enumerate(layer.data):
+    for level, found in enumerate(layer["levels"]):
         np.testing.assert_array_equal(found, open_mask(mask, level))
-    assert [*layer.scale] == [0.5, 0.5]
-    assert {str(unit) for unit in layer.units} == {"micrometer"}
+    assert layer["scale"] == [0.5, 0.5]
+    assert layer["units"] == ["micrometer"] * 2
     classes = read_run(str(run)).classes
-    assert tuple(layer.features["class"]) == classes.names
-    for value, color in enumerate(classes.colors[1:], start=1):
+    assert tuple(layer["classes"]) == classes.names
+    for color, found in zip(classes.colors[1:], layer["colors"], strict=True):
         wanted = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-        np.testing.assert_allclose(layer.get_color(value)[:3], wanted, atol=1e-6)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_napari_shows_a_mask_as_labels(viewer: Any, layered: Path) -> None:
+def test_napari_shows_a_mask_as_labels(
+    napari: ProcessPoolExecutor, layered: Path
+) -> None:
     run = layered / "run"
-    layers = opened(viewer, run / "masks/s0.ome.zarr")
-    (mask,) = layers["Labels"].values()
+    place = str(run / "masks/s0.ome.zarr")
+    (mask,) = napari.submit(layers_of, place).result()
+    assert mask["kind"] == "Labels"
     check(mask, run, "s0")
-    assert not layers["Image"]
 
 
 @pytest.mark.parametrize("to", ["ome-zarr", "ome-zarr-0.4"])
 def test_napari_shows_image_and_mask_of_one_group(
-    cluster: None, viewer: Any, layered: Path, tmp_path: Path, to: Any
+    cluster: None, napari: ProcessPoolExecutor, layered: Path, tmp_path: Path, to: Any
 ) -> None:
     run = layered / "run"
     assert not convert(str(run), to=to, out=str(tmp_path), with_image=True).failed
-    layers = opened(viewer, tmp_path / "s0.ome.zarr")
-    check(layers["Labels"]["mask"], run, "s0")
-    assert set(layers["Labels"]) == {"mask", *LAYERS}
-    channels = [layer.data[0].shape for layer in layers["Image"].values()]
-    assert channels == [(1500, 2200)] * 3
+    layers = napari.submit(layers_of, str(tmp_path / "s0.ome.zarr")).result()
+    labels = {one["name"]: one for one in layers if one["kind"] == "Labels"}
+    check(labels["mask"], run, "s0")
+    assert set(labels) == {"mask", *LAYERS}
+    images = [one["levels"][0].shape for one in layers if one["kind"] == "Image"]
+    assert images == [(1500, 2200)] * 3
