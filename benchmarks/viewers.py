@@ -227,6 +227,19 @@ def tried(check: Callable[..., None], *args: Any) -> str:
     return "yes"
 
 
+def said_by(
+    command: list[str], places: dict[str, str], mask: Any, *more: str
+) -> dict[str, str]:
+    """Give what a script in another environment says of each place."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/mask.npy", mask)
+        given = [json.dumps(places), f"{folder}/mask.npy", *more]
+        told = subprocess.run(
+            [*command, *given], check=True, capture_output=True, text=True
+        )
+    return dict(json.loads(told.stdout.splitlines()[-1]))
+
+
 # --- spatialdata ----------------------------------------------------------------------
 
 SPATIALDATA = """
@@ -256,11 +269,7 @@ def take_into_spatialdata(
 ) -> dict[str, str]:
     """Put each mask into a SpatialData, write that, and read it again."""
     levels = {name: f"{places[name]}/{inner(name)}/0" for name in ZARRS}
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/mask.npy", mask)
-        command = [python, "-c", SPATIALDATA, json.dumps(levels), f"{folder}/mask.npy"]
-        told = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(told.stdout.splitlines()[-1]))
+    return said_by([python, "-c", SPATIALDATA], levels, mask)
 
 
 # --- napari ---------------------------------------------------------------------------
@@ -302,21 +311,9 @@ print(json.dumps(found))
 def look_with_napari(
     python: str, places: dict[str, str], mask: Any, out: Path
 ) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/mask.npy", mask)
-        wanted = {name: places[name] for name in (*ZARRS, *TIFFS)}
-        command = [
-            "xvfb-run",
-            "-a",
-            "-s",
-            "-screen 0 1280x900x24",
-            python,
-            "-c",
-            NAPARI,
-        ]
-        command += [json.dumps(wanted), f"{folder}/mask.npy", str(out)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(told.stdout.splitlines()[-1]))
+    wanted = {name: places[name] for name in (*ZARRS, *TIFFS)}
+    screen = ["xvfb-run", "-a", "-s", "-screen 0 1280x900x24"]
+    return said_by([*screen, python, "-c", NAPARI], wanted, mask, str(out))
 
 
 # --- vizarr ---------------------------------------------------------------------------
@@ -403,11 +400,15 @@ def look_with_vizarr(
     return found
 
 
+_PLAIN = 32  # of 255, that a person sees without searching
+
+
 def seen(picture: Path, mask: Any, scale: float) -> str:
     """Tell how well a mask stands out where it should.
 
-    Of the share of its pixels on one side of a threshold of one colour channel, and of
-    the share of the others, the difference (Youden's J).
+    Where the colours of mask and background differ plainly: of the share of its pixels
+    on one side of a threshold of one colour channel, and of the share of the others,
+    the difference (Youden's J).
 
     Args:
         picture: With the middle of the slide in its middle.
@@ -426,6 +427,8 @@ def seen(picture: Path, mask: Any, scale: float) -> str:
     best = 0.0
     for channel in range(3):
         inside, outside = part[small > 0][:, channel], part[small == 0][:, channel]
+        if abs(inside.mean() - outside.mean()) < _PLAIN:
+            continue
         middle = (inside.mean() + outside.mean()) / 2
         apart = (inside > middle).mean() - (outside > middle).mean()
         best = max(best, abs(float(apart)))
