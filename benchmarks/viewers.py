@@ -18,20 +18,18 @@ Writes OUT/viewers.md and a picture of each viewer.
 import argparse
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import tempfile
-import threading
-import time
 import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from browsers import chromium, differing, neuroglancer, served
 from PIL import Image
 
 from medray import open_mask
@@ -316,58 +314,37 @@ def look_with_napari(
     return said_by([*screen, python, "-c", NAPARI], wanted, mask, str(out))
 
 
+# --- neuroglancer ---------------------------------------------------------------------
+
+
+def look_with_neuroglancer(places: dict[str, str], mpp: float) -> dict[str, str]:
+    """Compare the first levels with what the page shows, pixel by pixel."""
+    folders = {name: str(Path(places[name]).parent) for name in ZARRS}
+    with served(**folders) as address, neuroglancer() as show:
+
+        def check(name: str) -> None:
+            source = f"{address}/{name}/{Path(places[name]).name}/{inner(name)}"
+            for level in range(3):
+                mask = np.asarray(open_mask(places["mask"], level))
+                middle = mask.shape[0] // 2, mask.shape[1] // 2
+                found = show(source, mpp=mpp, factor=2**level, middle=middle)
+                if count := differing(found, mask, middle):
+                    raise ValueError(f"level {level}: {count} other pixels")
+
+        return {name: tried(check, name) for name in ZARRS}
+
+
 # --- vizarr ---------------------------------------------------------------------------
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--no-first-run",
-    "--disable-sync",
-    "--use-gl=angle",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-]
-
-
-@contextmanager
-def served(**folders: str) -> Iterator[str]:
-    """Serve folders on loopback, parts of files too."""
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.routing import Mount
-    from starlette.staticfiles import StaticFiles
-
-    routes = [
-        Mount(f"/{name}", StaticFiles(directory=folder, html=True))
-        for name, folder in folders.items()
-    ]
-    config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def look_with_vizarr(
     dist: str, places: dict[str, str], mask: Any, out: Path, *, unit: float
 ) -> dict[str, str]:
     """Open each OME-Zarr in Vizarr; its view is in micrometres, `unit` a pixel."""
-    from playwright.sync_api import sync_playwright
-
     package = json.loads((Path(dist).parent / "package.json").read_text())
     found = {"version": package["version"]}
     folders = {name: str(Path(places[name]).parent) for name in ZARRS}
-    with served(vizarr=dist, **folders) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=FLAGS
-        )
+    with served(vizarr=dist, **folders) as address, chromium() as browser:
         for name in ZARRS:
             page = browser.new_page(viewport={"width": 1000, "height": 750})
             said: list[str] = []
@@ -396,7 +373,6 @@ def look_with_vizarr(
             shown = seen(picture, mask, unit * 2**zoom)
             found[name] = what + (shown or f"no: {why or 'nothing is seen'}")
             page.close()
-        browser.close()
     return found
 
 
@@ -477,6 +453,10 @@ def main() -> None:
         check = functools.partial(by_bioformats, jar=args.bioformats)
         cells = {name: tried(check, name, places[name], mask) for name in TIFFS}
         add(f"Bio-Formats {version} reads", cells)
+    if importlib.util.find_spec("neuroglancer"):
+        version = importlib.metadata.version("neuroglancer")
+        cells = look_with_neuroglancer(places, row["mpp"] or 1.0)
+        add(f"Neuroglancer {version} shows", cells)
     for title, look, where in (
         ("spatialdata {} takes", take_into_spatialdata, args.spatialdata),
         ("napari {} shows", look_with_napari, args.napari),

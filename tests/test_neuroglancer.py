@@ -1,0 +1,70 @@
+"""What Neuroglancer shows of a mask, on a page of a real browser."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browsers import differing, neuroglancer, served
+
+from medray import open_mask
+from medray.convert import convert
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("neuroglancer") is None,
+        reason="neuroglancer is not installed; `make test-slow` does it",
+    ),
+    pytest.mark.skipif(
+        shutil.which("chromium") is None, reason="there is no chromium here"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def show() -> Iterator[Any]:
+    with neuroglancer() as show:
+        yield show
+
+
+def check(show: Any, folder: Path, source: str, mask: Path) -> None:
+    """Each level's pixels on the screen: in the middle, and beyond two edges."""
+    with served(folder=str(folder)) as address:
+        for level in range(3):
+            wanted = np.asarray(open_mask(str(mask), level))
+            assert 0 < wanted.mean() < wanted.max()
+            for middle in (wanted.shape[0] // 2, wanted.shape[1] // 2), (90, 250):
+                found = show(
+                    f"{address}/folder/{source}",
+                    mpp=0.5,
+                    factor=2**level,
+                    middle=middle,
+                )
+                assert differing(found, wanted, middle) == 0
+
+
+def test_a_mask_as_it_is_written(show: Any, layered: Path) -> None:
+    masks = layered / "run/masks"
+    check(show, masks, "s0.ome.zarr", masks / "s0.ome.zarr")
+
+
+@pytest.mark.parametrize(
+    ("to", "with_image", "inner"),
+    [("ome-zarr", True, "/labels/mask"), ("ome-zarr-0.4", False, "")],
+)
+def test_a_converted_mask(
+    cluster: None,
+    show: Any,
+    layered: Path,
+    tmp_path: Path,
+    to: Any,
+    with_image: bool,
+    inner: str,
+) -> None:
+    run = layered / "run"
+    assert not convert(str(run), to=to, out=str(tmp_path), with_image=with_image).failed
+    check(show, tmp_path, f"s0.ome.zarr{inner}", run / "masks/s0.ome.zarr")
