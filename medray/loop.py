@@ -43,7 +43,7 @@ from medray.metrics import (
 )
 from medray.models.config import ModelConfig
 from medray.models.learner import Batch, Learner, Team
-from medray.models.network import choose_device, keep_freed_memory
+from medray.models.network import choose_device
 from medray.models.pictures import first_kernels, score_maps
 from medray.patches import read_val, steps_per_epoch, usable_patches
 from medray.recipe import Recipe
@@ -110,8 +110,6 @@ def train_as(
     Raises:
         TroubleError: It cannot go on; all of the team raise it.
     """
-    if team.device.type == "cpu":
-        keep_freed_memory()
     patches = len(usable_patches(data, "train", recipe))
     steps = steps_per_epoch(recipe, patches)
     last = _checkpoint_uri(out, name, "last")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,22 +17,6 @@ from medray.models.stain import macenko
 def choose_device() -> torch.device:
     """Take the GPU if there is one (a GPU that Ray only pretends to have is none)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees, for the tensors that come next.
-
-    glibc maps each large tensor anew and gives it back to the kernel, which fills its
-    pages with zeros at every step: a fifth of a U-Net's training on a CPU
-    (benchmarks/RESULTS.md). Elsewhere than on glibc nothing happens.
-
-    Source: mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD.
-    """
-    mmap_max, trim_threshold = -4, -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
