@@ -21,12 +21,12 @@ def chromium() -> Iterator[Any]:
     flags = ["--no-sandbox", "--disable-background-networking", "--no-first-run"]
     flags += ["--disable-sync", "--use-gl=angle", "--use-angle=swiftshader"]
     flags += ["--enable-unsafe-swiftshader"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=flags
-        )
+    where = shutil.which("chromium")
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=where, args=flags) as browser,
+    ):
         yield browser
-        browser.close()
 
 
 @contextmanager
@@ -104,11 +104,13 @@ def neuroglancer() -> Iterator[Callable[..., npt.NDArray[np.uint8]]]:
         pixels: npt.NDArray[np.uint8] = taken[0].screenshot.image_pixels[..., 0]
         return pixels
 
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1000, "height": 750})
-        page.goto(viewer.get_viewer_url())
-        yield show
-    ng.stop()
+    try:
+        with chromium() as browser:
+            page = browser.new_page(viewport={"width": 1000, "height": 750})
+            page.goto(viewer.get_viewer_url())
+            yield show
+    finally:
+        ng.stop()
 
 
 def differing(

@@ -5,18 +5,11 @@ Run: python benchmarks/pictures.py OUT --view URL --report report/report.html, w
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from browsers import chromium
+from playwright.sync_api import Page
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--no-first-run",
-    "--disable-sync",
-]
 # Nothing is left to come, and something is there.
 LOADED = """() => document.querySelectorAll('img.leaflet-tile').length &&
   !document.querySelector('img.leaflet-tile:not(.leaflet-tile-loaded)')"""
@@ -62,10 +55,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="HTML", help="a report's page")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=FLAGS
-        )
+    with chromium() as browser:
         for name, (width, height) in SIZES.items():
             page = browser.new_page(viewport={"width": width, "height": height})
             if args.view:
@@ -78,7 +68,6 @@ def main() -> None:
             page = browser.new_page(viewport={"width": 1000, "height": 1180})
             page.goto(args.report.absolute().as_uri())
             page.screenshot(path=args.out / "report.png")
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ is bioformats_package.jar, with which Fiji, OMERO and QuPath read (run by java);
 with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
 `vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
 Neuroglancer is looked at if it is installed (`make test-slow` does it).
-Writes OUT/viewers.md and a picture of each viewer.
+Writes OUT/viewers.md and the pictures of napari and Vizarr.
 """
 
 import argparse
