@@ -6,6 +6,8 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 STAMP := .venv/.complete
 
+VIV := benchmarks/viv/dist/page.js
+
 .PHONY: demo test test-slow lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
@@ -16,6 +18,7 @@ test: $(STAMP) ## the tests
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(UV) pip install --quiet --python .venv -c constraints.txt --group viewers
+	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
 	$(BIN)/pytest -m slow
 
 lint: $(STAMP) ## style, layers and types
@@ -27,6 +30,11 @@ docs: $(STAMP) ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict --quiet
 
 setup: $(STAMP)
+
+# A page with the viewer Viv, for the tests that look at masks in a browser.
+$(VIV): $(addprefix benchmarks/viv/,package.json page.js index.html)
+	cd benchmarks/viv && npm install --silent --no-package-lock --no-audit --no-fund \
+		--fetch-retries 1 --fetch-timeout 20000 && npm run --silent build
 
 $(UV):
 	python3 -m venv .uv
@@ -43,4 +51,4 @@ constraints: $(UV) ## take the newest packages; run the tests afterwards
 		pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf demo site .venv .uv
+	rm -rf demo site .venv .uv benchmarks/viv/dist benchmarks/viv/node_modules

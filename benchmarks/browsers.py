@@ -1,16 +1,37 @@
-"""Headless Chromium, a server of folders, and Neuroglancer on a page of it."""
+"""Headless Chromium, a server of folders, and Neuroglancer and Viv on pages of it."""
 
+import io
+import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 SIDE = 600  # pixels of a picture
+VIV = Path(__file__).parent / "viv" / "dist"  # by `make test-slow`
+
+
+class Show(Protocol):
+    """What takes a picture of a mask in a viewer."""
+
+    def __call__(
+        self, source: str, *, mpp: float, factor: int, middle: tuple[int, int]
+    ) -> npt.NDArray[np.uint8]:
+        """Give (SIDE, SIDE) label values, as the screen shows them.
+
+        Args:
+            source: Address of the OME-Zarr.
+            mpp: Its microns a pixel.
+            factor: Its pixels a pixel of the picture: the viewer takes that level.
+            middle: (y, x) of the picture's middle, in pixels of the picture.
+        """
 
 
 @contextmanager
@@ -60,13 +81,8 @@ def served(**folders: str) -> Iterator[str]:
 
 
 @contextmanager
-def neuroglancer() -> Iterator[Callable[..., npt.NDArray[np.uint8]]]:
-    """Open Neuroglancer; give what takes a picture of a mask in it.
-
-    It is called with the address, its microns a pixel, how many of these pixels a
-    pixel of the picture is wide, and the (y, x) of the middle in pixels of the picture.
-    It gives (SIDE, SIDE) label values, as the screen shows them.
-    """
+def neuroglancer() -> Iterator[Show]:
+    """Open Neuroglancer."""
     import neuroglancer as ng
 
     ng.set_server_bind_address("127.0.0.1")
@@ -111,6 +127,25 @@ def neuroglancer() -> Iterator[Callable[..., npt.NDArray[np.uint8]]]:
             yield show
     finally:
         ng.stop()
+
+
+@contextmanager
+def viv() -> Iterator[Show]:
+    """Open Viv, on the page of benchmarks/viv."""
+    with served(viv=str(VIV)) as address, chromium() as browser:
+
+        def show(
+            source: str, *, mpp: float, factor: int, middle: tuple[int, int]
+        ) -> npt.NDArray[np.uint8]:
+            page = browser.new_page(viewport={"width": SIDE, "height": SIDE})
+            page.goto(f"{address}/viv/index.html")
+            view = [-math.log2(factor), [factor * place for place in reversed(middle)]]
+            page.evaluate("(args) => show(...args)", [source, *view])
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            page.close()
+            return np.asarray(picture)[..., 0]
+
+        yield show
 
 
 def differing(

@@ -12,7 +12,7 @@ is bioformats_package.jar, with which Fiji, OMERO and QuPath read (run by java);
 --spatialdata is the Python of an environment with spatialdata; --napari that of one
 with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
 `vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
-Neuroglancer is looked at if it is installed (`make test-slow` does it).
+Neuroglancer and Viv are looked at if they are installed (`make test-slow` does it).
 Writes OUT/viewers.md and the pictures of napari and Vizarr.
 """
 
@@ -26,11 +26,12 @@ import subprocess
 import tempfile
 import urllib.parse
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from browsers import chromium, differing, neuroglancer, served
+from browsers import VIV, Show, chromium, differing, neuroglancer, served, viv
 from PIL import Image
 
 from medray import open_mask
@@ -315,13 +316,15 @@ def look_with_napari(
     return said_by([*screen, python, "-c", NAPARI], wanted, mask, str(out))
 
 
-# --- neuroglancer ---------------------------------------------------------------------
+# --- neuroglancer and viv -------------------------------------------------------------
 
 
-def look_with_neuroglancer(places: dict[str, str], mpp: float) -> dict[str, str]:
-    """Compare the first levels with what the page shows, pixel by pixel."""
+def look_with(
+    viewer: AbstractContextManager[Show], places: dict[str, str], mpp: float
+) -> dict[str, str]:
+    """Compare the first levels with what a page shows, pixel by pixel."""
     folders = {name: str(Path(places[name]).parent) for name in ZARRS}
-    with served(**folders) as address, neuroglancer() as show:
+    with served(**folders) as address, viewer as show:
 
         def check(name: str) -> None:
             source = f"{address}/{name}/{Path(places[name]).name}/{inner(name)}"
@@ -456,8 +459,12 @@ def main() -> None:
         add(f"Bio-Formats {version} reads", cells)
     if importlib.util.find_spec("neuroglancer"):
         version = importlib.metadata.version("neuroglancer")
-        cells = look_with_neuroglancer(places, row["mpp"] or 1.0)
+        cells = look_with(neuroglancer(), places, row["mpp"] or 1.0)
         add(f"Neuroglancer {version} shows", cells)
+    if VIV.exists():
+        package = VIV.parent / "node_modules/@hms-dbmi/viv/package.json"
+        version = json.loads(package.read_text())["version"]
+        add(f"Viv {version} shows", look_with(viv(), places, row["mpp"] or 1.0))
     for title, look, where in (
         ("spatialdata {} takes", take_into_spatialdata, args.spatialdata),
         ("napari {} shows", look_with_napari, args.napari),

@@ -5,15 +5,21 @@ left out; nothing else is changed.
 """
 
 import contextlib
+import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
+import torch
 from PIL import Image
 from test_docs import ROOT, blocks
 
@@ -81,6 +87,50 @@ def made(cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_first_commands_end_in_a_report(made: Path) -> None:
     assert "F1" in (made / "report" / "report.html").read_text()
+
+
+def test_the_tutorial(made: Path, slides: Path, tmp_path: Path) -> None:
+    """But for its training, which is README's."""
+    (tmp_path / "demo").mkdir()
+    places = {"known": slides, "new": slides, "model": made / "model"}
+    for name, place in places.items():
+        (tmp_path / "demo" / name).symlink_to(place)
+    with contextlib.chdir(tmp_path):
+        lines = lines_of("docs/tutorial.md")
+        names = run(line for line in lines if line[1] not in ("train", "view"))
+    assert names == ["ingest", "infer", "evaluate"]
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_a_page_of_a_run(made: Path, slides: Path, tmp_path: Path) -> None:
+    given = {name: made / name for name in ("run", "report")}
+    given["REPORT"] = made / "report"
+    lines = [line for line in lines_of("docs/view.md") if line[0] == "medray"]
+    assert len(lines) == 3
+    with contextlib.chdir(lay_out(tmp_path, slides, **given)):
+        for _, *words in lines:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "medray.cli", *words, "--port", "0", "--json"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["slides"] == 4
+            assert told["truth"]
+            assert httpx2.get(told["url"]).status_code == 200
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+            assert process.returncode == 130
+
+
+def test_features_of_slides(made: Path, slides: Path, tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    state = timm.create_model("resnet18", num_classes=0).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "resnet18.safetensors")
+    with contextlib.chdir(lay_out(tmp_path, slides)):
+        embed, *_ = lines_of("docs/slide-labels.md")
+        assert run([embed]) == ["embed"]  # for the others see test_slide_labels
 
 
 def test_masks_for_other_viewers(made: Path, slides: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import httpx2
 import numpy as np
 import pytest
 import serial
+import tifffile
 from PIL import Image
 from serving import (
     AUTH,
@@ -31,6 +33,7 @@ from serving import (
     picture,
     save_classifier,
 )
+from test_documented import lines_of
 
 from medray import serve
 from medray.dataset import read_patches
@@ -282,10 +285,20 @@ def test_replicas_come_with_the_requests(
     assert len({answer.content for answer in answers}) == 1
 
 
-def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) -> None:
+def test_the_command_serves_until_it_is_told_to_stop(
+    model: Path, slides: Path, tmp_path: Path
+) -> None:
+    """By docs/serve.md, on another port."""
     port = free_port()
+    lines = [
+        [word.replace("8000", str(port)) for word in line]
+        for line in lines_of("docs/serve.md", "medray serve")
+    ]
+    (tmp_path / "model").symlink_to(model)
+    (command,) = (words for program, *words in lines if program == "medray")
     process = subprocess.Popen(
-        [sys.executable, "-m", "medray.cli", "serve", str(model), "--port", str(port)],
+        [sys.executable, "-m", "medray.cli", *command],
+        cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -296,9 +309,16 @@ def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) 
         assert line, said
         said += line
     assert f"http://127.0.0.1:{port}/segment" in said
-    body = next((slides / "slides").iterdir()).read_bytes()
-    answer = post(f"http://127.0.0.1:{port}/segment", body, "image/tiff")
-    assert answer.status_code == 200
+    slide = next((slides / "slides").iterdir())
+    (tmp_path / "field.tif").symlink_to(slide)
+    Image.fromarray(tifffile.imread(slide)).save(tmp_path / "field.png")
+    curls = [line for line in lines if line[0] == "curl" and "segment" in str(line)]
+    told = [
+        subprocess.run([*line, "-sSf"], cwd=tmp_path, check=True, capture_output=True)
+        for line in curls
+    ]
+    assert Image.open(tmp_path / "mask.png").size == (640, 768)
+    assert json.loads(told[1].stdout)["type"] == "FeatureCollection"
     found = re.search(r"metrics +(http://\S+)", said)
     assert found is not None, said
     counted, deadline = "", time.monotonic() + 60
@@ -308,7 +328,7 @@ def test_the_command_serves_until_it_is_told_to_stop(model: Path, slides: Path) 
         lines = httpx2.get(found[1]).text.splitlines()
         named = [one for one in lines if "medray_serve_requests_total{" in one]
         counted = "".join(named)
-    assert float(counted.split()[-1]) == 1.0
+    assert float(counted.split()[-1]) == 2.0
     with ThreadPoolExecutor(6) as pool:
         large = as_bytes(picture(1000, 1000), "PNG")
         url = f"http://127.0.0.1:{port}/segment"

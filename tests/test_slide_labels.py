@@ -1,5 +1,6 @@
 """Slides' labels by the features of their tiles: trained, predicted, evaluated."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from test_documented import lines_of
 
 from medray.cli import main
 from medray.errors import ConfigError
@@ -378,3 +380,17 @@ def test_the_commands(
     assert json.loads(capsys.readouterr().out)["unseen"] > 0
     assert main(["infer", "a", "b", "--model", model, "--out", run]) == 2
     assert "one folder of features" in capsys.readouterr().err
+
+
+def test_the_page(data: Path, labels: str, tmp_path: Path) -> None:
+    """What docs/slide-labels.md says, from the features on."""
+    places = {"features": data, "labels.csv": labels, "recipes": ROOT / "recipes"}
+    for name, place in places.items():
+        (tmp_path / name).symlink_to(place)
+    embed, train, infer, evaluate = lines_of("docs/slide-labels.md")
+    assert embed[:2] == ["medray", "embed"]
+    with contextlib.chdir(tmp_path):
+        assert main([*train[1:], *SMALL]) == 0
+        assert main(infer[1:]) == 3  # one has no tissue
+        assert main(evaluate[1:]) == 3
+    assert (tmp_path / "report" / "report.html").exists()

@@ -1,6 +1,5 @@
-"""What Neuroglancer shows of a mask, on a page of a real browser."""
+"""What viewers show of a mask, on pages of a real browser."""
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsers import differing, neuroglancer, served
+from browsers import VIV, Show, differing, neuroglancer, served, viv
 
 from medray import open_mask
 from medray.convert import convert
@@ -16,22 +15,25 @@ from medray.convert import convert
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("neuroglancer") is None,
-        reason="neuroglancer is not installed; `make test-slow` does it",
-    ),
-    pytest.mark.skipif(
         shutil.which("chromium") is None, reason="there is no chromium here"
     ),
 ]
 
 
-@pytest.fixture(scope="module")
-def show() -> Iterator[Any]:
-    with neuroglancer() as show:
+@pytest.fixture(scope="module", params=["neuroglancer", "viv"])
+def show(request: pytest.FixtureRequest) -> Iterator[Show]:
+    if request.param == "neuroglancer":
+        pytest.importorskip("neuroglancer", reason="`make test-slow` installs it")
+        viewer = neuroglancer()
+    else:
+        if not (VIV / "page.js").exists():
+            pytest.skip("Viv is not here; `make test-slow` brings it if there is npm")
+        viewer = viv()
+    with viewer as show:
         yield show
 
 
-def check(show: Any, folder: Path, source: str, mask: Path) -> None:
+def check(show: Show, folder: Path, source: str, mask: Path) -> None:
     """Each level's pixels on the screen: in the middle, and beyond two edges."""
     with served(folder=str(folder)) as address:
         for level in range(3):
@@ -47,7 +49,7 @@ def check(show: Any, folder: Path, source: str, mask: Path) -> None:
                 assert differing(found, wanted, middle) == 0
 
 
-def test_a_mask_as_it_is_written(show: Any, layered: Path) -> None:
+def test_a_mask_as_it_is_written(show: Show, layered: Path) -> None:
     masks = layered / "run/masks"
     check(show, masks, "s0.ome.zarr", masks / "s0.ome.zarr")
 
@@ -58,7 +60,7 @@ def test_a_mask_as_it_is_written(show: Any, layered: Path) -> None:
 )
 def test_a_converted_mask(
     cluster: None,
-    show: Any,
+    show: Show,
     layered: Path,
     tmp_path: Path,
     to: Any,
