@@ -58,12 +58,13 @@ def run_watched(command: list[str]) -> tuple[dict[str, Any], Peak]:
 
 def _resident() -> int:
     """Sum the marked processes' memory; pages that several share are shared out."""
+    mark = f"{MARK}={os.environ.get(MARK, '1')}\0"
     total = 0
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            if MARK in (entry / "environ").read_text():
+            if mark in (entry / "environ").read_text():
                 text = (entry / "smaps_rollup").read_text()
                 total += int(text.split("Pss:")[1].split()[0]) << 10
         except (OSError, IndexError):

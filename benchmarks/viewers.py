@@ -4,22 +4,20 @@ Every output of one slide is opened by every tool that is at hand, and its pixel
 compared with the mask; the table says with which version, or why not.
 
     python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--bioformats JAR]
-        [--spatialdata PYTHON] [--napari PYTHON] [--vizarr DIST]
+        [--napari PYTHON] [--vizarr DIST]
 
 RUN is any run whose slides are still there. --ngff has the schemas of the specification
 by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --bioformats
 is bioformats_package.jar, with which Fiji, OMERO and QuPath read (run by java);
---spatialdata is the Python of an environment with spatialdata; --napari that of one
-with napari, napari-ome-zarr and a Qt (started by xvfb-run); --vizarr the folder that
-`vite build` makes of Vizarr's repository (looked at in Chromium by playwright).
-Neuroglancer and Viv are looked at if they are installed (`make test-slow` does it).
-Writes OUT/viewers.md and the pictures of napari and Vizarr.
+--napari is the Python of an environment with napari, napari-ome-zarr and a Qt (started
+by xvfb-run); --vizarr the folder that `vite build` makes of Vizarr's repository (looked
+at in Chromium by playwright). `make test-slow` installs the others, Viv where there is
+npm. Writes OUT/viewers.md and the pictures of napari and Vizarr.
 """
 
 import argparse
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import re
 import subprocess
@@ -121,6 +119,18 @@ def by_ome_zarr(name: str, place: str, mask: Any) -> None:
     raise ValueError("no labels seen")
 
 
+def by_spatialdata(name: str, place: str, mask: Any) -> None:
+    """Put a mask into a SpatialData, write that, and read it again."""
+    import spatialdata
+    from spatialdata.models import Labels2DModel
+
+    level = open_mask(f"{place}/{inner(name)}".rstrip("/"))
+    labels = Labels2DModel.parse(level, dims=("y", "x"))
+    with tempfile.TemporaryDirectory() as folder:
+        spatialdata.SpatialData(labels={"mask": labels}).write(f"{folder}/all.zarr")
+        same(spatialdata.read_zarr(f"{folder}/all.zarr").labels["mask"], mask)
+
+
 def by_tifffile(name: str, place: str, mask: Any) -> None:
     import tifffile
 
@@ -212,6 +222,7 @@ LIBRARIES: list[tuple[str, str, Callable[..., None], tuple[str, ...]]] = [
     ("zarr", "reads", by_zarr, ZARRS),
     ("dask", "reads", by_dask, ZARRS),
     ("ome-zarr", "reads", by_ome_zarr, ZARRS),
+    ("spatialdata", "takes", by_spatialdata, ZARRS),
     ("tifffile", "reads", by_tifffile, TIFFS),
     ("openslide-python", "reads", by_openslide, TIFFS),
     ("rasterio", "draws again", by_rasterio, ("geojson",)),
@@ -225,51 +236,6 @@ def tried(check: Callable[..., None], *args: Any) -> str:
         said = " ".join(f"{error}".split())[:120]
         return f"no: {type(error).__name__}: {said}".replace("|", "/")
     return "yes"
-
-
-def said_by(
-    command: list[str], places: dict[str, str], mask: Any, *more: str
-) -> dict[str, str]:
-    """Give what a script in another environment says of each place."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/mask.npy", mask)
-        given = [json.dumps(places), f"{folder}/mask.npy", *more]
-        told = subprocess.run(
-            [*command, *given], check=True, capture_output=True, text=True
-        )
-    return dict(json.loads(told.stdout.splitlines()[-1]))
-
-
-# --- spatialdata ----------------------------------------------------------------------
-
-SPATIALDATA = """
-import importlib.metadata, json, sys, tempfile
-import dask.array as da, numpy as np, spatialdata
-from spatialdata.models import Labels2DModel
-
-places, mask = json.loads(sys.argv[1]), np.load(sys.argv[2])
-found = {"version": importlib.metadata.version("spatialdata")}
-for name, place in places.items():
-    try:
-        labels = Labels2DModel.parse(da.from_zarr(place), dims=("y", "x"))
-        with tempfile.TemporaryDirectory() as folder:
-            spatialdata.SpatialData(labels={"mask": labels}).write(f"{folder}/all.zarr")
-            read = spatialdata.read_zarr(f"{folder}/all.zarr").labels["mask"]
-            right = (np.asarray(read) == mask).all()
-        found[name] = "yes" if right else "no: other pixels"
-    except Exception as error:
-        said = " ".join(str(error).split())[:120]
-        found[name] = f"no: {type(error).__name__}: {said}"
-print(json.dumps(found))
-"""
-
-
-def take_into_spatialdata(
-    python: str, places: dict[str, str], mask: Any, out: Path
-) -> dict[str, str]:
-    """Put each mask into a SpatialData, write that, and read it again."""
-    levels = {name: f"{places[name]}/{inner(name)}/0" for name in ZARRS}
-    return said_by([python, "-c", SPATIALDATA], levels, mask)
 
 
 # --- napari ---------------------------------------------------------------------------
@@ -313,7 +279,16 @@ def look_with_napari(
 ) -> dict[str, str]:
     wanted = {name: places[name] for name in (*ZARRS, *TIFFS)}
     screen = ["xvfb-run", "-a", "-s", "-screen 0 1280x900x24"]
-    return said_by([*screen, python, "-c", NAPARI], wanted, mask, str(out))
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/mask.npy", mask)
+        given = [json.dumps(wanted), f"{folder}/mask.npy", str(out)]
+        told = subprocess.run(
+            [*screen, python, "-c", NAPARI, *given],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return dict(json.loads(told.stdout.splitlines()[-1]))
 
 
 # --- neuroglancer and viv -------------------------------------------------------------
@@ -424,7 +399,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ngff", metavar="DIR")
     parser.add_argument("--bioformats", metavar="JAR")
-    parser.add_argument("--spatialdata", metavar="PYTHON")
     parser.add_argument("--napari", metavar="PYTHON")
     parser.add_argument("--vizarr", metavar="DIST")
     args = parser.parse_args()
@@ -457,16 +431,14 @@ def main() -> None:
         check = functools.partial(by_bioformats, jar=args.bioformats)
         cells = {name: tried(check, name, places[name], mask) for name in TIFFS}
         add(f"Bio-Formats {version} reads", cells)
-    if importlib.util.find_spec("neuroglancer"):
-        version = importlib.metadata.version("neuroglancer")
-        cells = look_with(neuroglancer(), places, row["mpp"] or 1.0)
-        add(f"Neuroglancer {version} shows", cells)
-    if VIV.exists():
+    version = importlib.metadata.version("neuroglancer")
+    cells = look_with(neuroglancer(), places, row["mpp"] or 1.0)
+    add(f"Neuroglancer {version} shows", cells)
+    if (VIV / "page.js").exists():
         package = VIV.parent / "node_modules/@hms-dbmi/viv/package.json"
         version = json.loads(package.read_text())["version"]
         add(f"Viv {version} shows", look_with(viv(), places, row["mpp"] or 1.0))
     for title, look, where in (
-        ("spatialdata {} takes", take_into_spatialdata, args.spatialdata),
         ("napari {} shows", look_with_napari, args.napari),
         (
             "Vizarr {} shows",

@@ -13,8 +13,9 @@ settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")
 # One local cluster for the session; test_jobs.py has one of its own, with tokens.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# By it run_memory.py finds the processes that Ray started for the tests.
-os.environ["MEDRAY_BENCHMARK"] = "1"
+# By it run_memory.py finds the processes that Ray started for these tests, not for
+# those beside them.
+os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What viewers show of a mask, on pages of a real browser."""
+"""What viewers show of a mask, on pages of a real browser, and what spatialdata keeps."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from browsers import VIV, Show, differing, neuroglancer, served, viv
+from viewers import by_spatialdata
 
 from medray import open_mask
 from medray.convert import convert
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("chromium") is None, reason="there is no chromium here"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["neuroglancer", "viv"])
 def show(request: pytest.FixtureRequest) -> Iterator[Show]:
+    if shutil.which("chromium") is None:
+        pytest.skip("there is no chromium here")
     if request.param == "neuroglancer":
         pytest.importorskip("neuroglancer", reason="`make test-slow` installs it")
         viewer = neuroglancer()
@@ -70,3 +68,9 @@ def test_a_converted_mask(
     run = layered / "run"
     assert not convert(str(run), to=to, out=str(tmp_path), with_image=with_image).failed
     check(show, tmp_path, f"s0.ome.zarr{inner}", run / "masks/s0.ome.zarr")
+
+
+def test_spatialdata_gives_a_mask_back(layered: Path) -> None:
+    pytest.importorskip("spatialdata", reason="`make test-slow` installs it")
+    place = str(layered / "run/masks/s0.ome.zarr")
+    by_spatialdata("mask", place, np.asarray(open_mask(place)))
