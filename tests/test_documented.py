@@ -154,6 +154,12 @@ def test_regions_come_back_corrected(made: Path, slides: Path, tmp_path: Path) -
     assert names == ["infer", "review", "ingest"]
 
 
+def test_cells_with_contours(cluster: None, slides: Path, tmp_path: Path) -> None:
+    with contextlib.chdir(lay_out(tmp_path, slides)):
+        names = run(lines_of("docs/training.md", "generate_cells"))
+    assert names == ["ingest", "train", "evaluate"]
+
+
 def test_classifiers(cluster: None, slides: Path, tmp_path: Path) -> None:
     """The page on images, with a third model that it takes as given."""
     rng = np.random.default_rng(7)
