@@ -19,7 +19,8 @@ test: $(STAMP) ## the tests
 test-slow: $(STAMP) ## the tests that take minutes
 	$(UV) pip install --quiet --python .venv -c constraints.txt --group viewers
 	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
-	$(BIN)/pytest -m slow -n 2 --dist loadfile
+	$(BIN)/pytest -m "slow and not alone" -n 2 --dist loadfile
+	$(BIN)/pytest -m "slow and alone"
 
 lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check

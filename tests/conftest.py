@@ -14,7 +14,7 @@ settings.load_profile("medray")
 # One local cluster for the session; test_jobs.py has one of its own, with tokens.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Ray's workers are not to wait for the other process of tests, which is not as nice.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- so Ray spells it
 # By it run_memory.py finds the processes that Ray started for these tests, not for
 # those beside them.
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")

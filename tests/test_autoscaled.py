@@ -29,6 +29,7 @@ from medray.synth import draw_scene, write_slide
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(
         shutil.which("kubectl") is None, reason="kubectl is not on this machine"
     ),

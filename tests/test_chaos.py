@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1800)
 def test_whatever_is_killed_the_masks_are_the_same_bytes(tmp_path: Path) -> None:
     record = tmp_path / "record.json"

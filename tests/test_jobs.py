@@ -14,7 +14,7 @@ from ray.util import get_node_ip_address
 from medray.recipe import Data, Recipe, Schedule
 from medray.settings import write_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 

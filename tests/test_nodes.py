@@ -21,7 +21,7 @@ from medray.models.predict import Predictor
 from medray.run import read_run
 from medray.synth import draw_scene, write_slide
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture

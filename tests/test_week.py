@@ -27,7 +27,7 @@ from medray.run import Options, mask_uri
 from medray.store import omezarr
 from medray.synth import generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 OPTIONS = Options(region=512, prediction=Prediction(precision="float32"))
 # As `digest` of test_nightly.py: what slide_digest is documented to be.
 
