@@ -121,10 +121,11 @@ def by_ome_zarr(name: str, place: str, mask: Any) -> None:
 
 def by_spatialdata(name: str, place: str, mask: Any) -> None:
     """Put a mask into a SpatialData, write that, and read it again."""
+    import dask.array as da
     import spatialdata
     from spatialdata.models import Labels2DModel
 
-    level = open_mask(f"{place}/{inner(name)}".rstrip("/"))
+    level = da.from_zarr(place, component=f"{inner(name)}/0".strip("/"))
     labels = Labels2DModel.parse(level, dims=("y", "x"))
     with tempfile.TemporaryDirectory() as folder:
         spatialdata.SpatialData(labels={"mask": labels}).write(f"{folder}/all.zarr")

@@ -70,7 +70,13 @@ def test_a_converted_mask(
     check(show, tmp_path, f"s0.ome.zarr{inner}", run / "masks/s0.ome.zarr")
 
 
-def test_spatialdata_gives_a_mask_back(layered: Path) -> None:
+def test_spatialdata_gives_a_mask_back(
+    cluster: None, layered: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("spatialdata", reason="`make test-slow` installs it")
-    place = str(layered / "run/masks/s0.ome.zarr")
-    by_spatialdata("mask", place, np.asarray(open_mask(place)))
+    run = str(layered / "run")
+    place = f"{run}/masks/s0.ome.zarr"
+    mask = np.asarray(open_mask(place))
+    by_spatialdata("mask", place, mask)
+    assert not convert(run, to="ome-zarr-0.4", out=str(tmp_path)).failed
+    by_spatialdata("ome-zarr-0.4", str(tmp_path / "s0.ome.zarr"), mask)
