@@ -7,8 +7,8 @@ Run: python benchmarks/pictures.py OUT --view URL --report report/report.html, w
 import argparse
 from pathlib import Path
 
-from browsers import chromium
 from playwright.sync_api import Page
+from shown import chromium
 
 # Nothing is left to come, and something is there.
 LOADED = """() => document.querySelectorAll('img.leaflet-tile').length &&

@@ -4,15 +4,15 @@ Every output of one slide is opened by every tool that is at hand, and its pixel
 compared with the mask; the table says with which version, or why not.
 
     python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--bioformats JAR]
-        [--napari PYTHON] [--vizarr DIST]
+        [--vizarr DIST]
 
 RUN is any run whose slides are still there. --ngff has the schemas of the specification
 by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --bioformats
 is bioformats_package.jar, with which Fiji, OMERO and QuPath read (run by java);
---napari is the Python of an environment with napari, napari-ome-zarr and a Qt (started
-by xvfb-run); --vizarr the folder that `vite build` makes of Vizarr's repository (looked
-at in Chromium by playwright). `make test-slow` installs the others, Viv where there is
-npm. Writes OUT/viewers.md and the pictures of napari and Vizarr.
+--vizarr the folder that `vite build` makes of Vizarr's repository (looked at in
+Chromium by playwright). `make test-slow` installs the others, Viv where there is npm;
+napari draws in Debian's Xvfb. Writes OUT/viewers.md and the pictures of napari and
+Vizarr.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import functools
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import tempfile
 import urllib.parse
@@ -29,8 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from browsers import VIV, Show, chromium, differing, neuroglancer, served, viv
 from PIL import Image
+from shown import (
+    VIV,
+    Show,
+    chromium,
+    differing,
+    napari,
+    neuroglancer,
+    picture_of_napari,
+    served,
+    viv,
+)
 
 from medray import open_mask
 from medray.convert import convert
@@ -239,79 +250,29 @@ def tried(check: Callable[..., None], *args: Any) -> str:
     return "yes"
 
 
-# --- napari ---------------------------------------------------------------------------
-
-NAPARI = """
-import importlib.metadata, json, sys, time
-import napari, numpy as np
-from PIL import Image
-
-places, mask, picture = json.loads(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
-found = {"version": importlib.metadata.version("napari")}
-viewer = napari.Viewer(show=True)
-for name, place in places.items():
-    viewer.layers.clear()
-    try:
-        plugin = "napari-ome-zarr" if place.endswith(".zarr") else "napari"
-        viewer.open(place, plugin=plugin)
-        named = [one for one in viewer.layers if one.name == "mask"]
-        layer = (named or viewer.layers)[-1]
-        data = np.asarray(layer.data[0] if layer.multiscale else layer.data)
-        right = data.shape == mask.shape and (data == mask).all()
-        kind = type(layer).__name__
-        found[name] = f"yes, as {kind.lower()}" if right else "no: other pixels"
-        for one in viewer.layers:
-            one.visible = type(one).__name__ != "Labels" or one is layer
-        viewer.reset_view()
-        for _ in range(30):
-            napari.qt.get_qapp().processEvents()
-            time.sleep(0.1)
-        shown = Image.fromarray(viewer.screenshot(canvas_only=False))
-        shown.save(f"{picture}/napari-{name}.png")
-    except Exception as error:
-        said = " ".join(str(error).split())[:120]
-        found[name] = f"no: {type(error).__name__}: {said}"
-print(json.dumps(found))
-"""
-
-
-def look_with_napari(
-    python: str, places: dict[str, str], mask: Any, out: Path
-) -> dict[str, str]:
-    wanted = {name: places[name] for name in (*ZARRS, *TIFFS)}
-    screen = ["xvfb-run", "-a", "-s", "-screen 0 1280x900x24"]
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/mask.npy", mask)
-        given = [json.dumps(wanted), f"{folder}/mask.npy", str(out)]
-        told = subprocess.run(
-            [*screen, python, "-c", NAPARI, *given],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    return dict(json.loads(told.stdout.splitlines()[-1]))
-
-
-# --- neuroglancer and viv -------------------------------------------------------------
+# --- napari, neuroglancer and viv -----------------------------------------------------
 
 
 def look_with(
-    viewer: AbstractContextManager[Show], places: dict[str, str], mpp: float
+    viewer: AbstractContextManager[Show],
+    places: dict[str, str],
+    mpp: float,
+    takes: tuple[str, ...] = ZARRS,
 ) -> dict[str, str]:
-    """Compare the first levels with what a page shows, pixel by pixel."""
-    folders = {name: str(Path(places[name]).parent) for name in ZARRS}
-    with served(**folders) as address, viewer as show:
+    """Compare the first levels with what the screen shows, pixel by pixel."""
+    with viewer as show:
 
         def check(name: str) -> None:
-            source = f"{address}/{name}/{Path(places[name]).name}/{inner(name)}"
-            for level in range(3):
+            place = Path(places[name]) / inner(name)
+            for level in range(1 if name in TIFFS else 3):
                 mask = np.asarray(open_mask(places["mask"], level))
                 middle = mask.shape[0] // 2, mask.shape[1] // 2
-                found = show(source, mpp=mpp, factor=2**level, middle=middle)
+                unit = 1.0 if name in TIFFS else mpp
+                found = show(place, mpp=unit, factor=2**level, middle=middle)
                 if count := differing(found, mask, middle):
                     raise ValueError(f"level {level}: {count} other pixels")
 
-        return {name: tried(check, name) for name in ZARRS}
+        return {name: tried(check, name) for name in takes}
 
 
 # --- vizarr ---------------------------------------------------------------------------
@@ -323,36 +284,37 @@ def look_with_vizarr(
     """Open each OME-Zarr in Vizarr; its view is in micrometres, `unit` a pixel."""
     package = json.loads((Path(dist).parent / "package.json").read_text())
     found = {"version": package["version"]}
-    folders = {name: str(Path(places[name]).parent) for name in ZARRS}
-    with served(vizarr=dist, **folders) as address, chromium() as browser:
+    with served(Path(dist)) as page_address, chromium() as browser:
         for name in ZARRS:
-            page = browser.new_page(viewport={"width": 1000, "height": 750})
-            said: list[str] = []
-            page.on("console", lambda m, said=said: said.append(m.text))
-            page.on("pageerror", lambda e, said=said: said.append(str(e)))
-            source = f"{address}/{name}/{Path(places[name]).name}"
-            height, width = (length * unit for length in mask.shape)
-            zoom = np.floor(np.log2(min(750 / height, 1000 / width)))
-            view = json.dumps({"zoom": zoom, "target": [width / 2, height / 2]})
-            query = urllib.parse.urlencode({"source": source, "viewState": view})
-            page.goto(f"{address}/vizarr/index.html?{query}")
-            page.wait_for_load_state("networkidle")
-            page.wait_for_timeout(6000)
-            if inner(name):  # labels of an image are shown on request
-                page.screenshot(path=out / f"vizarr-{name}-image.png")
-                box = page.get_by_text("mask", exact=True).bounding_box()
-                assert box is not None
-                page.mouse.click(box["x"] + 8, box["y"] + box["height"] / 2 + 21)
-                page.wait_for_timeout(4000)
-            picture = out / f"vizarr-{name}.png"
-            page.screenshot(path=picture)
-            what = "image yes; labels " if inner(name) else ""
-            errors = [one for one in said if "rror" in one and "404" not in one]
-            words = "; ".join(errors).replace("\0", "").replace("|", "/").split()
-            why = " ".join(words)[:150]
-            shown = seen(picture, mask, unit * 2**zoom)
-            found[name] = what + (shown or f"no: {why or 'nothing is seen'}")
-            page.close()
+            folder = Path(places[name]).parent
+            with served(folder) as address:
+                page = browser.new_page(viewport={"width": 1000, "height": 750})
+                said: list[str] = []
+                page.on("console", lambda m, said=said: said.append(m.text))
+                page.on("pageerror", lambda e, said=said: said.append(str(e)))
+                source = f"{address}/{Path(places[name]).name}"
+                height, width = (length * unit for length in mask.shape)
+                zoom = np.floor(np.log2(min(750 / height, 1000 / width)))
+                view = json.dumps({"zoom": zoom, "target": [width / 2, height / 2]})
+                query = urllib.parse.urlencode({"source": source, "viewState": view})
+                page.goto(f"{page_address}/index.html?{query}")
+                page.wait_for_load_state("networkidle")
+                page.wait_for_timeout(6000)
+                if inner(name):  # labels of an image are shown on request
+                    page.screenshot(path=out / f"vizarr-{name}-image.png")
+                    box = page.get_by_text("mask", exact=True).bounding_box()
+                    assert box is not None
+                    page.mouse.click(box["x"] + 8, box["y"] + box["height"] / 2 + 21)
+                    page.wait_for_timeout(4000)
+                picture = out / f"vizarr-{name}.png"
+                page.screenshot(path=picture)
+                what = "image yes; labels " if inner(name) else ""
+                errors = [one for one in said if "rror" in one and "404" not in one]
+                words = "; ".join(errors).replace("\0", "").replace("|", "/").split()
+                why = " ".join(words)[:150]
+                shown = seen(picture, mask, unit * 2**zoom)
+                found[name] = what + (shown or f"no: {why or 'nothing is seen'}")
+                page.close()
     return found
 
 
@@ -400,7 +362,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ngff", metavar="DIR")
     parser.add_argument("--bioformats", metavar="JAR")
-    parser.add_argument("--napari", metavar="PYTHON")
     parser.add_argument("--vizarr", metavar="DIST")
     args = parser.parse_args()
     run, out = files.absolute(args.run), args.out.absolute()
@@ -439,17 +400,15 @@ def main() -> None:
         package = VIV.parent / "node_modules/@hms-dbmi/viv/package.json"
         version = json.loads(package.read_text())["version"]
         add(f"Viv {version} shows", look_with(viv(), places, row["mpp"] or 1.0))
-    for title, look, where in (
-        ("napari {} shows", look_with_napari, args.napari),
-        (
-            "Vizarr {} shows",
-            functools.partial(look_with_vizarr, unit=row["mpp"] or 1.0),
-            args.vizarr,
-        ),
-    ):
-        if where:
-            cells = look(where, places, mask, out)
-            add(title.format(cells["version"]), cells)
+    if shutil.which("Xvfb"):
+        version = importlib.metadata.version("napari")
+        cells = look_with(napari(), places, row["mpp"] or 1.0, ZARRS + TIFFS)
+        add(f"napari {version} shows", cells)
+        picture_of_napari(Path(places["ome-zarr"]), out / "napari.png")
+    if args.vizarr:
+        unit = row["mpp"] or 1.0
+        cells = look_with_vizarr(args.vizarr, places, mask, out, unit=unit)
+        add(f"Vizarr {cells['version']} shows", cells)
     (out / "viewers.md").write_text("\n".join(lines) + "\n")
 
 

@@ -14,10 +14,14 @@ import ray
 
 from medray.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 GPUS_LABEL = "medray/gpus"
 
 # How long a node may take to answer.
 _KNOCK_S = 5.0
+# How often a local cluster is started before that is given up.
+_STARTS = 3
 # Least time of a step of Ray Data's loop.
 _STEP_S = 0.02
 
@@ -28,18 +32,35 @@ def connect() -> None:
     A local cluster that is started here asks for a token, Ray's default. One that may
     be running here is only taken if RAY_ADDRESS says so (`auto`): Ray would look for it
     by a file that outlives clusters that were killed, and wait minutes for those.
+
+    Raises:
+        ConfigError: If a local one does not start.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    there = bool(os.environ.get("RAY_ADDRESS"))
-    ray.init(
-        address=None if there else "local",
-        # Nobody is told of its dashboard; without it the start is 2 s shorter.
-        include_dashboard=None if there else False,
-        logging_level=logging.ERROR,
-        log_to_driver=_verbose(),
+    if os.environ.get("RAY_ADDRESS"):
+        _init()
+        return
+    for trial in range(_STARTS):
+        try:
+            # Nobody is told of its dashboard; without it the start is 2 s shorter.
+            _init(address="local", include_dashboard=False)
+            return
+        except Exception as error:
+            # Ray gives its processes 30 s, which cannot be changed.
+            if type(error) is not Exception or "timed out" not in f"{error}":
+                raise
+            log.warning("Ray has not started in 30 s (%d of %d)", trial + 1, _STARTS)
+    raise ConfigError(
+        f"Ray did not start on this machine: its processes took more than 30 s, "
+        f"{_STARTS} times. Is the machine overloaded, or short of memory? "
+        "/tmp/ray/session_latest/logs has what they say"
     )
+
+
+def _init(**options: Any) -> None:
+    ray.init(logging_level=logging.ERROR, log_to_driver=_verbose(), **options)
 
 
 def _verbose() -> bool:

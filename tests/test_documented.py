@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -24,6 +25,8 @@ from PIL import Image
 from test_docs import ROOT, blocks
 
 from medray import cli
+from medray.models.classifiers import build_classifier
+from medray.models.config import Architecture
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +34,9 @@ SMALLER = {
     "unet": "model.encoder=tu-test_resnet window.size=128 window.stride=128 "
     "data.crop=128 data.samples=16 batch=4 schedule.epochs=1",
     "malaria-resnet50v2": "model.encoder=test_resnet schedule.epochs=1",
+    "pneumonia-transfer": "model.encoder=test_resnet weights=encoder.pth schedule.epochs=3 "
+    'schedule.phases=[{"epochs":1,"train":"head"},{"epochs":1,"train":"last","stages":2},'
+    '{"train":"all"}]',
 }
 
 
@@ -59,7 +65,7 @@ def run(commands: Iterable[list[str]]) -> list[str]:
             subprocess.run([sys.executable, *words], check=True)
         if program == "medray":
             recipe = words[1].removeprefix("recipes/").removesuffix(".yaml")
-            if words[0] == "train":
+            if words[0] in ("train", "tune"):
                 words += SMALLER.get(recipe, "").split()
             assert cli.main(words) == 0, words
             names.append(words[0])
@@ -160,18 +166,53 @@ def test_cells_with_contours(cluster: None, slides: Path, tmp_path: Path) -> Non
     assert names == ["ingest", "train", "evaluate"]
 
 
+def draw_classes(
+    folder: Path, names: Iterable[str], file: str, count: int, seed: int = 7
+) -> None:
+    """Write images of 50 x 50 into a folder a class; each class is brighter."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(
+                90 + 60 * label, 150 + 60 * label, (50, 50, 3), "uint8"
+            )
+            Image.fromarray(pixels).save(folder / name / file.format(number))
+
+
+def test_x_rays(cluster: None, slides: Path, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    encoder: Any = build_classifier(
+        Architecture("classifier", "test_resnet"), 2
+    ).encoder
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    for seed, split in enumerate(("train", "test")):
+        folder, file = tmp_path / "chest_xray" / split, f"IM-{seed}{{:03}}-0001.jpeg"
+        draw_classes(folder, ("NORMAL", "PNEUMONIA"), file, 12, seed)
+    with contextlib.chdir(lay_out(tmp_path, slides)):
+        names = run(lines_of("docs/training.md", "chest_xray"))
+    assert names == ["ingest", "train"]
+
+
+def test_a_sweep(made: Path, slides: Path, tmp_path: Path) -> None:
+    """Of the three of the page that over a grid."""
+    with contextlib.chdir(lay_out(tmp_path, slides, dataset=made / "dataset")):
+        lines = lines_of("docs/training.md", "medray tune")
+        names = run(line for line in lines if "--grid" in line)
+    assert names == ["tune"]
+    assert (tmp_path / "sweep" / "tune.html").exists()
+
+
 def test_classifiers(cluster: None, slides: Path, tmp_path: Path) -> None:
-    """The page on images, with a third model that it takes as given."""
-    rng = np.random.default_rng(7)
-    for label, name in enumerate(("Uninfected", "Parasitized")):
-        (tmp_path / "cell_images" / name).mkdir(parents=True)
-        for number in range(24):
-            cell = rng.integers(90 + 60 * label, 150 + 60 * label, (50, 50, 3), "uint8")
-            file = f"C{number}P{number}ThinF_cell.png"
-            Image.fromarray(cell).save(tmp_path / "cell_images" / name / file)
+    """The page on images, with a third model that it takes as given; and why a class."""
+    cells = tmp_path / "cell_images"
+    draw_classes(cells, ("Uninfected", "Parasitized"), "C{0}P{0}ThinF_cell.png", 24)
     with contextlib.chdir(lay_out(tmp_path, slides)):
         ingest, train, *evaluate, on_slides = steps("docs/images.md")
         assert run([*ingest, *train]) == ["ingest", "train", "train"]
         shutil.copytree("second", "third")
         assert run(line for block in evaluate for line in block) == ["evaluate"] * 4
         assert "--probabilities" in on_slides[1]  # see test_slide_classifier
+        draw_classes(cells / "test", ("",), "{}.png", 2)
+        explain = lines_of("docs/training.md", "medray explain")
+        assert run(explain) == ["explain"] * 2

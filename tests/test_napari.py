@@ -1,5 +1,4 @@
-"""What napari makes of a mask: its layers. The window needs a screen and is tried by
-`benchmarks/viewers.py`."""
+"""What napari makes of a mask: its layers. What it draws of them: test_viewers.py."""
 
 import importlib.util
 import multiprocessing

@@ -176,7 +176,9 @@ def test_a_served_mask_is_a_runs_to_the_byte(
     assert answer.content == outlines.read_bytes()
 
 
-def test_a_served_class_is_the_reports(classifier_url: str, truth: Truth) -> None:
+def test_a_served_class_is_the_reports(
+    classifier_url: str, truth: Truth, tmp_path: Path
+) -> None:
     temperature = read_json(f"{truth.report}/metrics.json")["calibration"][
         "temperature"
     ]
@@ -200,6 +202,13 @@ def test_a_served_class_is_the_reports(classifier_url: str, truth: Truth) -> Non
         assert {k: v / total for k, v in shares.items()} == pytest.approx(
             said, abs=1e-4
         )
+    # As docs/serve.md asks for it, at this address.
+    (curl,) = (line for line in lines_of("docs/serve.md") if "/classify" in line[-1])
+    (tmp_path / "cell.png").symlink_to(truth.cells / truth.said[0]["image"])
+    curl[-1] = f"{classifier_url}/classify"
+    curl += ["-sSf", "-H", f"Authorization: {AUTH['Authorization']}"]
+    told = subprocess.run(curl, cwd=tmp_path, check=True, capture_output=True)
+    assert json.loads(told.stdout)["class"] == truth.said[0]["predicted"]
 
 
 def test_bad_requests_get_help_through_the_proxy_too(segmenter_url: str) -> None:

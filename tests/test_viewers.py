@@ -1,4 +1,4 @@
-"""What viewers show of a mask, on pages of a real browser, and what spatialdata keeps."""
+"""What viewers show of a mask on a real screen, and what spatialdata keeps of it."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsers import VIV, Show, differing, neuroglancer, served, viv
+from shown import VIV, Show, differing, napari, neuroglancer, viv
 from viewers import by_spatialdata
 
 from medray import open_mask
@@ -16,45 +16,38 @@ from medray.convert import convert
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["neuroglancer", "viv"])
+@pytest.fixture(scope="module", params=["napari", "neuroglancer", "viv"])
 def show(request: pytest.FixtureRequest) -> Iterator[Show]:
-    if shutil.which("chromium") is None:
-        pytest.skip("there is no chromium here")
-    if request.param == "neuroglancer":
-        pytest.importorskip("neuroglancer", reason="`make test-slow` installs it")
-        viewer = neuroglancer()
-    else:
-        if not (VIV / "page.js").exists():
-            pytest.skip("Viv is not here; `make test-slow` brings it if there is npm")
-        viewer = viv()
-    with viewer as show:
+    draws = "Xvfb" if request.param == "napari" else "chromium"
+    if shutil.which(draws) is None:
+        pytest.skip(f"there is no {draws} here")
+    if request.param == "viv" and not (VIV / "page.js").exists():
+        pytest.skip("Viv is not here; `make test-slow` brings it if there is npm")
+    if request.param != "viv":
+        pytest.importorskip(request.param, reason="`make test-slow` installs it")
+    viewer = {"napari": napari, "neuroglancer": neuroglancer, "viv": viv}
+    with viewer[request.param]() as show:
         yield show
 
 
-def check(show: Show, folder: Path, source: str, mask: Path) -> None:
+def check(show: Show, place: Path, mask: Path) -> None:
     """Each level's pixels on the screen: in the middle, and beyond two edges."""
-    with served(folder=str(folder)) as address:
-        for level in range(3):
-            wanted = np.asarray(open_mask(str(mask), level))
-            assert 0 < wanted.mean() < wanted.max()
-            for middle in (wanted.shape[0] // 2, wanted.shape[1] // 2), (90, 250):
-                found = show(
-                    f"{address}/folder/{source}",
-                    mpp=0.5,
-                    factor=2**level,
-                    middle=middle,
-                )
-                assert differing(found, wanted, middle) == 0
+    for level in range(3):
+        wanted = np.asarray(open_mask(str(mask), level))
+        assert 0 < wanted.mean() < wanted.max()
+        for middle in (wanted.shape[0] // 2, wanted.shape[1] // 2), (90, 250):
+            found = show(place, mpp=0.5, factor=2**level, middle=middle)
+            assert differing(found, wanted, middle) == 0
 
 
 def test_a_mask_as_it_is_written(show: Show, layered: Path) -> None:
-    masks = layered / "run/masks"
-    check(show, masks, "s0.ome.zarr", masks / "s0.ome.zarr")
+    mask = layered / "run/masks/s0.ome.zarr"
+    check(show, mask, mask)
 
 
 @pytest.mark.parametrize(
     ("to", "with_image", "inner"),
-    [("ome-zarr", True, "/labels/mask"), ("ome-zarr-0.4", False, "")],
+    [("ome-zarr", True, "labels/mask"), ("ome-zarr-0.4", False, "")],
 )
 def test_a_converted_mask(
     cluster: None,
@@ -67,7 +60,7 @@ def test_a_converted_mask(
 ) -> None:
     run = layered / "run"
     assert not convert(str(run), to=to, out=str(tmp_path), with_image=with_image).failed
-    check(show, tmp_path, f"s0.ome.zarr{inner}", run / "masks/s0.ome.zarr")
+    check(show, tmp_path / "s0.ome.zarr" / inner, run / "masks/s0.ome.zarr")
 
 
 def test_spatialdata_gives_a_mask_back(
