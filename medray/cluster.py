@@ -48,7 +48,8 @@ def connect() -> None:
             _init(address="local", include_dashboard=False)
             return
         except Exception as error:
-            # Ray gives its processes 30 s, which cannot be changed.
+            # Ray gives its processes 30 s, which cannot be changed; those that were too
+            # slow it ends with this process.
             if type(error) is not Exception or "timed out" not in f"{error}":
                 raise
             log.warning("Ray has not started in 30 s (%d of %d)", trial + 1, _STARTS)
