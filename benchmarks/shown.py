@@ -211,7 +211,10 @@ def xvfb() -> Iterator[str]:
         os.close(writer)
         try:
             with open(reader) as told:
-                yield f":{told.readline().strip()}"
+                number = told.readline().strip()
+            if not number:
+                raise RuntimeError("Xvfb has ended: expected the number of its display")
+            yield f":{number}"
         finally:
             server.terminate()
 

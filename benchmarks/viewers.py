@@ -286,13 +286,13 @@ def look_with_vizarr(
     found = {"version": package["version"]}
     with served(Path(dist)) as page_address, chromium() as browser:
         for name in ZARRS:
-            folder = Path(places[name]).parent
-            with served(folder) as address:
+            place = Path(places[name])
+            with served(place.parent) as address:
                 page = browser.new_page(viewport={"width": 1000, "height": 750})
                 said: list[str] = []
                 page.on("console", lambda m, said=said: said.append(m.text))
                 page.on("pageerror", lambda e, said=said: said.append(str(e)))
-                source = f"{address}/{Path(places[name]).name}"
+                source = f"{address}/{place.name}"
                 height, width = (length * unit for length in mask.shape)
                 zoom = np.floor(np.log2(min(750 / height, 1000 / width)))
                 view = json.dumps({"zoom": zoom, "target": [width / 2, height / 2]})
@@ -367,6 +367,7 @@ def main() -> None:
     run, out = files.absolute(args.run), args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     places, (mask, row, classes) = make_outputs(run, out)
+    mpp = row["mpp"] or 1.0
     lines = [
         f"| | {' | '.join(OUTPUTS.values())} |",
         f"| --- |{' --- |' * len(OUTPUTS)}",
@@ -394,20 +395,19 @@ def main() -> None:
         cells = {name: tried(check, name, places[name], mask) for name in TIFFS}
         add(f"Bio-Formats {version} reads", cells)
     version = importlib.metadata.version("neuroglancer")
-    cells = look_with(neuroglancer(), places, row["mpp"] or 1.0)
+    cells = look_with(neuroglancer(), places, mpp)
     add(f"Neuroglancer {version} shows", cells)
     if (VIV / "page.js").exists():
         package = VIV.parent / "node_modules/@hms-dbmi/viv/package.json"
         version = json.loads(package.read_text())["version"]
-        add(f"Viv {version} shows", look_with(viv(), places, row["mpp"] or 1.0))
+        add(f"Viv {version} shows", look_with(viv(), places, mpp))
     if shutil.which("Xvfb"):
         version = importlib.metadata.version("napari")
-        cells = look_with(napari(), places, row["mpp"] or 1.0, ZARRS + TIFFS)
+        cells = look_with(napari(), places, mpp, ZARRS + TIFFS)
         add(f"napari {version} shows", cells)
         picture_of_napari(Path(places["ome-zarr"]), out / "napari.png")
     if args.vizarr:
-        unit = row["mpp"] or 1.0
-        cells = look_with_vizarr(args.vizarr, places, mask, out, unit=unit)
+        cells = look_with_vizarr(args.vizarr, places, mask, out, unit=mpp)
         add(f"Vizarr {cells['version']} shows", cells)
     (out / "viewers.md").write_text("\n".join(lines) + "\n")
 
