@@ -1,8 +1,9 @@
 """How well recipes do on images that neither training nor model selection has seen.
 
-K-fold: each field is a test image once. The other folds train, but for one that chooses
-the epoch. Fields of one source stay in one fold. Masks come from `medray infer`; all
-test fields are pooled, intervals are 95 % bootstrap intervals over fields.
+K-fold: each field is a test image once. The other folds train, but for half of the one
+after it, which chooses the epoch. Fields of one source stay together. Masks come from
+`medray infer`; all test fields are pooled, intervals are 95 % bootstrap intervals over
+fields.
 
 Running it again goes on where it was killed. With --records the folds that are there,
 of the same recipe and deal, are not run again, and those that are run are added: folds
@@ -90,6 +91,19 @@ def folds_of(fields: Fields, count: int, seed: int = 0) -> dict[str, int]:
     return fold
 
 
+def roles_of(fields: Fields, fold: dict[str, int], test: int) -> dict[str, str]:
+    """Give each image its split: half of the sources of the next fold are val."""
+    source = {
+        image.stem: fields.source.get(image.stem, image.stem) for image in fields.images
+    }
+    after = (test + 1) % (max(fold.values()) + 1)
+    chosen = sorted({source[name] for name, k in fold.items() if k == after})[::2]
+    return {
+        name: "test" if k == test else "val" if source[name] in chosen else "train"
+        for name, k in sorted(fold.items())
+    }
+
+
 def one_fold(
     fields: Fields,
     fold: dict[str, int],
@@ -105,20 +119,19 @@ def one_fold(
     `ways` are those of inference, by a name; each is counted. `record` is a file of the
     fold's result from an earlier sitting, or where to put it.
     """
-    count = max(fold.values()) + 1
+    role = roles_of(fields, fold, test)
     path = ROOT / "recipes" / f"{recipe}.yaml"
     made_of = digest_of(
-        [to_dict(read_recipe(str(path), overrides)), sorted(fold.items())]
+        [to_dict(read_recipe(str(path), overrides)), sorted(role.items())]
     )
     out.mkdir(parents=True, exist_ok=True)
     places = [out / "result.json", *([record] if record else [])]
     if (before := read_record(places, made_of)) is not None:
         return before
-    role = {test: "test", (test + 1) % count: "val"}
     with (out / "splits.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["slide", "split"])
-        writer.writerows([n, role.get(k, "train")] for n, k in sorted(fold.items()))
+        writer.writerows(role.items())
     data = out / "data"
     ingest(
         [str(image) for image in fields.images],
