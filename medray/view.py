@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from medray.errors import ConfigError, MedrayError
-from medray.interrupt import StoppedError, stopping
+from medray.interrupt import StoppedError, Stopping, stopping
 from medray.pages import INK
 from medray.slides import read_thumbnail
 from medray.store import files
@@ -152,9 +152,22 @@ def view(
     count = len(viewed.rows())
     with stopping() as asked, listening:
         announce(Viewing(url, viewed.uri, viewed.report, viewed.truth, count))
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, asked).run(sockets=[listening])
     if asked.signal:
         raise StoppedError(asked.signal, "nothing was changed")
+
+
+class _Server(uvicorn.Server):
+    """One that also ends by a signal which came before it had its own handlers."""
+
+    def __init__(self, config: uvicorn.Config, asked: Stopping) -> None:
+        super().__init__(config)
+        self._asked = asked
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self._asked.signal:
+            self.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -27,12 +27,13 @@ from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError
 from medray.grid import Rectangle
+from medray.interrupt import StoppedError
 from medray.pages import INK
 from medray.report import AGREEMENT
 from medray.run import layer_uri
 from medray.slides.image import ArraySlide
 from medray.truths import read_truth
-from medray.view import build_app
+from medray.view import Viewing, build_app, view
 from medray.view_run import open_viewed
 from medray.view_tiles import (
     differences,
@@ -448,6 +449,17 @@ def test_wrong_folders_are_refused(
         client(viewed, report=str(tmp_path))
     assert main(["view", str(viewed / "run"), "--port", "99999"]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_as_soon_as_it_has_said_where_it_is(viewed: Path) -> None:
+    """The server has no handlers of its own yet."""
+
+    def interrupt(_: Viewing) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedError):
+        view(str(viewed / "run"), port=0, announce=interrupt)
 
 
 # --- in a browser ---------------------------------------------------------------------
