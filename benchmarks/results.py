@@ -1,7 +1,8 @@
 """How well recipes do on images that neither training nor model selection has seen.
 
 K-fold: each field is a test image once. The other folds train, but for half of the one
-after it, which chooses the epoch. Fields of one source stay together. Masks come from
+after it, which chooses the epoch, and of several ways to train (see CHOICES) the one
+whose model is tested. Fields of one source stay together. Masks come from
 `medray infer`; all test fields are pooled, intervals are 95 % bootstrap intervals over
 fields.
 
@@ -110,20 +111,25 @@ def one_fold(
     test: int,
     recipe: str,
     overrides: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
     ways: Mapping[str, Prediction],
     out: Path,
     record: Path | None = None,
 ) -> dict[str, object]:
     """Train without fold `test`, and count what the model finds in it.
 
-    `ways` are those of inference, by a name; each is counted. `record` is a file of the
-    fold's result from an earlier sitting, or where to put it.
+    `choices` are further overrides by a name: each is trained, and the model of the
+    best validation F1 is tested, no other. `ways` are those of inference, by a name;
+    each is counted. `record` is a file of the fold's result from an earlier sitting, or
+    where to put it.
     """
     role = roles_of(fields, fold, test)
     path = ROOT / "recipes" / f"{recipe}.yaml"
-    made_of = digest_of(
-        [to_dict(read_recipe(str(path), overrides)), sorted(role.items())]
-    )
+    recipes = [
+        to_dict(read_recipe(str(path), [*overrides, *more]))
+        for more in choices.values()
+    ]
+    made_of = digest_of([*recipes, sorted(role.items())])
     out.mkdir(parents=True, exist_ok=True)
     places = [out / "result.json", *([record] if record else [])]
     if (before := read_record(places, made_of)) is not None:
@@ -142,17 +148,26 @@ def one_fold(
         out=str(data),
     )
     start = time.perf_counter()
-    train(str(path), data=str(data), out=str(out / "model"), overrides=overrides)
-    seconds = sum(e["seconds"] for e in read_history(str(out / "model")))
+    scores: dict[str, float] = {}
+    seconds = 0.0
+    for name, more in choices.items():
+        model = str(out / name)
+        trained = train(
+            str(path), data=str(data), out=model, overrides=[*overrides, *more]
+        )
+        scores[name] = trained.f1 or 0.0
+        seconds += sum(epoch["seconds"] for epoch in read_history(model))
     wall = time.perf_counter() - start
+    chosen = max(scores, key=lambda name: scores[name])
+    model = str(out / chosen)
     tests = [image for image in fields.images if fold[image.stem] == test]
-    network, _ = load_model(str(out / "model"))
+    network, _ = load_model(model)
     found = {}
     for way, prediction in ways.items():
         run = str(out / f"run{way}")
         options = Options(everywhere=True, mpp=0.5, prediction=prediction)
         slides = [str(image) for image in tests]
-        infer(slides, model=str(out / "model"), out=run, options=options)
+        infer(slides, model=model, out=run, options=options)
         found[way] = {
             image.stem: _count(
                 labels_uri(str(data), image.stem),
@@ -165,6 +180,8 @@ def one_fold(
         "made_of": made_of,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "fields": found,
+        "chosen": chosen,
+        "validation": scores,
         "seconds": seconds,
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -235,6 +252,7 @@ def run(
     records: Path | None = None,
 ) -> None:
     overrides = [*LIGHTER.get(recipe, []), *overrides]
+    choices = CHOICES.get(recipe, {"model": []})
     fold = folds_of(fields, folds)
     numbers = range(folds) if only is None else range(only)
     ways = {"": Prediction()} | dict(ways or {})
@@ -245,6 +263,7 @@ def run(
             k,
             recipe,
             overrides,
+            choices,
             ways,
             out / title / f"fold{k}",
             records / title / f"fold{k}.json" if records else None,
@@ -253,6 +272,7 @@ def run(
     ]
     for way in ways:
         line = {"title": title + way, "recipe": recipe, "overrides": list(overrides)}
+        line |= {"chosen": [result["chosen"] for result in results]}
         line |= pooled(results, fields.classes, way)
         (out / f"{title}{way}.json").write_text(json.dumps(line, indent=2))
         print(json.dumps(line), flush=True)
@@ -285,6 +305,12 @@ def generated(out: Path, count: int, side: int, lesions: Lesions) -> Fields:
 
 # Crops of 1024 px take two cores too long.
 LIGHTER = {"highres-unet": ["data.crop=[256,512]"]}
+
+
+# Ways to train of which each fold's own validation fields choose.
+CHOICES = {
+    "nuclei": {"imagenet": ["scaling=imagenet"], "zscore": ["scaling=zscore"]},
+}
 
 
 # What each part of highres-unet is worth: the recipe without it.

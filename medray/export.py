@@ -209,6 +209,11 @@ def _check_wsinfer(model: str, config: ModelConfig) -> None:
             f"{model}: brings the staining to one ({config.stain}), which WSInfer "
             f"cannot; train with stain: none"
         )
+    if config.zscore:
+        raise ConfigError(
+            f"{model}: scales each window by its own mean and deviation, which WSInfer "
+            f"cannot; train with scaling: unit"
+        )
 
 
 # --- write ----------------------------------------------------------------------------

@@ -351,7 +351,8 @@ class Recipe:
         window: How inference will look at slides with the model.
         stain: Bring crops and windows to one staining: none, or macenko.
         scaling: Of pixels, in training and inference: imagenet (to 0..1, then by its
-            mean and deviation) or unit (to 0..1).
+            mean and deviation), unit (to 0..1) or zscore (each channel of a crop or
+            window by its own mean and deviation).
         data: Which pixels are seen.
         loss: What is minimised.
         optimizer: By what.
@@ -376,7 +377,7 @@ class Recipe:
     weights: str | None = None
     window: Windows = field(default_factory=Windows)
     stain: Literal["none", "macenko"] = "none"
-    scaling: Literal["imagenet", "unit"] = "imagenet"
+    scaling: Literal["imagenet", "unit", "zscore"] = "imagenet"
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)

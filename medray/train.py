@@ -249,8 +249,10 @@ def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
         stain=settings.stain,
         morphology=_morphology(patches, data) if settings.model.morphology else None,
     )
-    if settings.scaling == "unit":
+    if settings.scaling != "imagenet":
         contract = replace(contract, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    if settings.scaling == "zscore":
+        contract = replace(contract, zscore=True)
     return contract
 
 

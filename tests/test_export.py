@@ -296,11 +296,13 @@ def test_wrong_requests_are_refused(
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in said(segmenter, "tensorrt")
     config = load_model(str(classifier))[1]
-    vague = tmp_path / "vague"
-    save_model(
-        str(vague), replace(config, mpp=None), load_model(str(classifier))[0], {}
-    )
-    assert "microns per pixel" in said(vague, "wsinfer")
+    for problem, changed in (
+        ("microns per pixel", replace(config, mpp=None)),
+        ("its own mean and deviation", replace(config, zscore=True)),
+    ):
+        folder = tmp_path / problem[:5]
+        save_model(str(folder), changed, load_model(str(classifier))[0], {})
+        assert problem in said(folder, "wsinfer")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "extra `export`" in said(segmenter, "int8")
     with pytest.raises(ConfigError, match=r"model\.onnx: needs onnxruntime.*`export`"):

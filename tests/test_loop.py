@@ -311,12 +311,12 @@ def test_training_and_inference_feed_a_model_the_same(
     """The same patch gives the same logits on both ways."""
     from medray.patches import read_val
 
-    for stain in ("none", "macenko"):
+    for stain, zscore in (("none", False), ("macenko", False), ("none", True)):
         recipe = replace(SMALL, stain=stain)  # type: ignore[arg-type]
-        config = contract(dataset, recipe)
+        config = replace(contract(dataset, recipe), zscore=zscore)
         learner = Learner(TEAM, recipe, config, 4, 1)
         crops = read_val(dataset, recipe, 0, 2)
-        folder = str(tmp_path / stain)
+        folder = str(tmp_path / f"{stain}-{zscore}")
         save_model(folder, config, learner.network, {"f1": None})
         network, stored = load_model(folder)
         assert stored == config

@@ -10,6 +10,7 @@ from medray.evaluate import evaluate
 from medray.grid import Windows
 from medray.infer import infer
 from medray.ingest import ingest
+from medray.models.config import read_config
 from medray.recipe import Data, Recipe, Schedule
 from medray.run import Options
 from medray.settings import write_settings
@@ -76,9 +77,11 @@ def test_nuclei_are_found_on_fields_never_seen(
         window=Windows(256, 192),
         data=Data(crop=128, min_tissue=0.0),
         schedule=Schedule(epochs=3),
+        scaling="zscore",
     )
     write_settings(str(tmp_path / "recipe.yaml"), recipe)
     training = train(str(tmp_path / "recipe.yaml"), data=data, out=model)
+    assert read_config(model).zscore
     rows = pq.read_table(f"{data}/slides.parquet").to_pylist()
     unseen = [row["uri"] for row in rows if row["split"] == "test"]
     infer(unseen, model=model, out=run, options=Options(everywhere=True))

@@ -94,6 +94,8 @@ class ModelConfig:
         window: Size and stride of the model's input, pixels at `mpp`.
         mpp: Microns per pixel that the model was trained at; None: whatever level 0 is.
         stain: What the pixels' staining is brought to first, window by window.
+        zscore: Then each channel of a window is brought to mean 0 and deviation 1 by
+            its own.
         mean: RGB mean subtracted from pixels scaled to 0..1.
         std: RGB standard deviation they are then divided by.
         morphology: Of a model that takes measures of cells too; else None.
@@ -105,6 +107,7 @@ class ModelConfig:
     window: Windows
     mpp: float | None
     stain: Stain = "none"
+    zscore: bool = False
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     morphology: Morphology | None = None
