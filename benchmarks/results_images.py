@@ -39,6 +39,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from medray import cluster
 from medray.evaluate_images import evaluate_images
 from medray.image_scores import score
+from medray.models.config import Tta
 from medray.models.folder import load_model
 from medray.recipe import read_recipe
 from medray.settings import to_dict
@@ -187,6 +188,7 @@ def one_fold(
     overrides: Sequence[str],
     out: Path,
     record: Path | None = None,
+    tta: Tta = "none",
 ) -> dict:
     """Train and choose without the test images, and classify them.
 
@@ -194,7 +196,8 @@ def one_fold(
     """
     path = str(ROOT / "recipes" / f"{recipe}.yaml")
     settings = read_recipe(path, overrides)
-    made_of = digest_of([to_dict(settings), sorted(split.items())])
+    parts = [to_dict(settings), sorted(split.items())]
+    made_of = digest_of(parts if tta == "none" else [*parts, tta])
     places = [out / "result.json", *([record] if record else [])]
     if (before := read_record(places, made_of)) is not None:
         return before
@@ -218,7 +221,7 @@ def one_fold(
     start = time.perf_counter()
     train(path, data=data, out=model, overrides=overrides)
     wall = time.perf_counter() - start
-    found = evaluate_images(model, data=data, out=str(out / "report"))
+    found = evaluate_images(model, data=data, out=str(out / "report"), tta=tta)
     network, _ = load_model(model)
     with (out / "report" / "images.csv").open(newline="") as file:
         rows = [
@@ -261,6 +264,7 @@ def run(name: str, args: argparse.Namespace, out: Path) -> None:
             args.overrides,
             out / title / f"fold{k}",
             args.records / title / f"fold{k}.json" if args.records else None,
+            args.tta,
         )
         for k, split in enumerate(splits[: args.only])
     ]
@@ -314,6 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--records", type=Path, metavar="DIR", help="results of earlier sittings"
     )
+    parser.add_argument("--tta", choices=["none", "flips", "all"], default="none")
     parser.add_argument("--limit", type=int, help="so many images a class, to try it")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()

@@ -178,6 +178,12 @@ def _build_parser() -> argparse.ArgumentParser:
         "--vote", action="store_true", help="of several models, not their mean"
     )
     sub.add_argument(
+        "--tta",
+        choices=("none", "flips", "all"),
+        default="none",
+        help="a classifier sees images mirrored, turned too",
+    )
+    sub.add_argument(
         "--beside", metavar="REPORT", help="of another classifier, to compare with"
     )
 

@@ -20,6 +20,7 @@ import ray
 from medray import cluster
 from medray.dataset import slide_uri
 from medray.errors import MedrayError, StoreError
+from medray.models.config import TURNS, Tta
 from medray.pool import LostError, Pool, poll
 from medray.store import files, omezarr
 
@@ -32,7 +33,7 @@ _PATIENCE_S = 1200.0  # for a sheet of 4096 images on a slow core
 
 
 def classify(
-    models: Sequence[str], data: str, rows: Sequence[Row]
+    models: Sequence[str], data: str, rows: Sequence[Row], tta: Tta = "none"
 ) -> tuple[list[Row], dict[str, str]]:
     """Run classifiers over images.
 
@@ -40,6 +41,7 @@ def classify(
         models: Model folders of classifiers, whose windows are as large as the images.
         data: Dataset of images.
         rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
+        tta: Test-time augmentation, as `medray.models.classify` has it.
 
     Returns:
         The rows, with `logits` (models, classes) float64 and `truth` (label value)
@@ -55,7 +57,7 @@ def classify(
     todo = deque({"sheet": name, "images": by_sheet[name]} for name in sorted(by_sheet))
     found: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
-    with _start(models, data, len(by_sheet)) as lanes:
+    with _start(models, data, tta, len(by_sheet)) as lanes:
         while todo or lanes.busy:
             while todo and lanes.room > 0:
                 lanes.give([todo.popleft()])
@@ -74,22 +76,23 @@ def classify(
     return [row for name in sorted(found) for row in found[name]], failed
 
 
-def _start(models: Sequence[str], data: str, sheets: int) -> Pool:
+def _start(models: Sequence[str], data: str, tta: Tta, sheets: int) -> Pool:
     if cluster.gpus():
         resources = {"num_gpus": 1.0, "num_cpus": 1.0}
     else:
         resources = {"num_cpus": max(0.5, cluster.cpus_per_node() - 1.0)}
     folders = tuple(files.absolute(model) for model in models)
     actor = ray.remote(_Classifiers).options(**resources)
-    start = functools.partial(actor.remote, folders, files.absolute(data))
+    start = functools.partial(actor.remote, folders, files.absolute(data), tta)
     lanes = max(1, min(cluster.lanes(), sheets))
-    return Pool(start, "work", lanes, patience=lambda _: _PATIENCE_S)
+    patience = _PATIENCE_S * len(TURNS[tta])
+    return Pool(start, "work", lanes, patience=lambda _: patience)
 
 
 class _Classifiers:
     """Models on one device."""
 
-    def __init__(self, folders: tuple[str, ...], data: str) -> None:
+    def __init__(self, folders: tuple[str, ...], data: str, tta: Tta) -> None:
         # Imported here: the driver needs no torch.
         import torch
 
@@ -97,7 +100,7 @@ class _Classifiers:
 
         torch.set_num_threads(cluster.cpus_per_node())
         self._data = data
-        self._models = [load_classifier(folder) for folder in folders]
+        self._models = [load_classifier(folder, tta) for folder in folders]
 
     def work(self, rows: list[Row]) -> Iterator[list[Any]]:
         """Give (images, models, classes) logits of each sheet, or why it has none."""

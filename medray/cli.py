@@ -166,6 +166,11 @@ def _plan(args: argparse.Namespace) -> Any:
     )
 
 
+def _for_images(args: argparse.Namespace) -> bool:
+    """Tell whether something is asked for that only classifiers of images have."""
+    return len(args.runs) > 1 or args.vote or args.tta != "none" or bool(args.beside)
+
+
 def _evaluate(args: argparse.Namespace) -> Any:
     from medray.slide_model import holds_slide_model
     from medray.store import files
@@ -182,10 +187,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     if files.exists(files.join(args.runs[0], "predictions.yaml")):
         from medray.evaluate_slides import evaluate_slides
 
-        if args.split or len(args.runs) > 1 or args.vote or args.beside:
+        if args.split or _for_images(args):
             raise ConfigError(
                 f"{args.runs[0]}: predictions of slides are evaluated alone, without "
-                f"--split, --vote and --beside: slides seen in training never count"
+                f"--split, --vote, --tta and --beside: slides seen in training never "
+                f"count"
             )
         return evaluate_slides(args.runs[0], truth=args.truth, out=args.out)
     if files.exists(files.join(args.runs[0], "model.yaml")):
@@ -197,14 +203,15 @@ def _evaluate(args: argparse.Namespace) -> Any:
             out=args.out,
             split=args.split or "test",
             vote=args.vote,
+            tta=args.tta,
             compare=args.beside,
         )
     from medray.evaluate import evaluate
 
-    if len(args.runs) > 1 or args.vote or args.beside:
+    if _for_images(args):
         raise ConfigError(
-            f"{args.runs[0]}: is no model folder; several, --vote and --beside are for "
-            f"classifiers of images"
+            f"{args.runs[0]}: is no model folder; several, --vote, --tta and --beside "
+            f"are for classifiers of images"
         )
     return evaluate(
         args.runs[0],

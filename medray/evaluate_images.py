@@ -36,6 +36,7 @@ from medray.errors import ConfigError, MedrayError
 from medray.image_scores import score
 from medray.models.config import (
     ModelConfig,
+    Tta,
     check_runtime,
     model_digest,
     read_config,
@@ -93,6 +94,7 @@ def evaluate_images(
     out: str,
     split: str = "test",
     vote: bool = False,
+    tta: Tta = "none",
     compare: str | None = None,
 ) -> ImageEvaluation:
     """Classify the images of a split of a dataset, and write a report.
@@ -105,6 +107,8 @@ def evaluate_images(
         split: Which images.
         vote: Of several models the class that most of them name, of equally many votes
             the one of higher mean probability; else that of the highest mean.
+        tta: Test-time augmentation: also classify images mirrored (`flips`), or
+            mirrored and turned (`all`), and take the mean probability.
         compare: Report of another evaluation of the same images, to stand beside.
 
     Raises:
@@ -126,7 +130,7 @@ def evaluate_images(
         _check_unseen(folder, rows, split)
     validation = _for_temperature(models, data, rows)
     wanted = _with_measures([*rows, *validation], configs, data)
-    found, failed = classify(models, data, wanted)
+    found, failed = classify(models, data, wanted, tta)
     found = [_predicted(row, vote=vote) for row in found]
     rows = [row for row in found if row["split"] == split]
     if not rows:
@@ -138,7 +142,7 @@ def evaluate_images(
     calibration = _calibrate(rows, [row for row in found if row["split"] != split])
     digests = ", ".join(model_digest(folder) for folder in models)
     metrics |= {"split": split, "model_digest": digests}
-    metrics |= {"vote": vote, "calibration": calibration, "beside": None}
+    metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
     if others is not None and compare:
         metrics["beside"] = beside(rows, others, classes.names, compare)
     write_predictions(rows, classes.names, files.join(out, "images.csv"))
@@ -162,7 +166,8 @@ def evaluate_images(
             "encoder": config.architecture.encoder,
             "input": f"{config.window.size} px",
         }
-        | ({"ensemble": f"{len(models)} models, {how}"} if len(models) > 1 else {}),
+        | ({"ensemble": f"{len(models)} models, {how}"} if len(models) > 1 else {})
+        | ({"test-time augmentation": tta} if tta != "none" else {}),
     )
     report = files.join(out, "report.html")
     files.write_bytes(report, page.encode())

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,6 @@ from medray.evaluate_images import _for_temperature, evaluate_images
 from medray.evaluate_images import _predicted as predict_one
 from medray.image_scores import score
 from medray.metrics import confusion, of_images, summary
-from medray.models.classifiers import SelfAttention, build_classifier
-from medray.models.config import Architecture
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
 from medray.recipe import Recipe, read_recipe
@@ -447,6 +444,29 @@ def test_an_ensemble_votes_and_has_the_mean_probability(
     assert "3 models, majority vote" in (out / "report.html").read_text()
 
 
+def test_turned_images_have_a_part_in_the_mean(
+    cells: Path, dataset: str, models: list[str], tmp_path: Path
+) -> None:
+    """Against images that are turned and mirrored on disk."""
+    out, turned = tmp_path / "report", tmp_path / "turned"
+    command = ["evaluate", models[1], "--truth", dataset, "--out", str(out)]
+    assert main([*command, "--tta", "all"]) == 0
+    turned.mkdir()
+    moved = []
+    for line in csv.DictReader((out / "images.csv").read_text().splitlines()):
+        image = read_resized({"uri": str(cells / line["image"])}, 64)
+        names = [{"image": f"{k}.png"} for k in range(8)]
+        for k, name in enumerate(names):
+            way = np.rot90(image[:, ::-1] if k % 2 else image, k // 2)
+            Image.fromarray(way).save(turned / name["image"])
+        shares = softmax(logits_of(models[1], turned, names), axis=1)
+        found = [float(line[f"p_{name}"]) for name in COLOURS]
+        np.testing.assert_allclose(found, shares.mean(axis=0), atol=0.01)
+        moved.append(abs(found[0] - shares[0, 0]))
+    assert max(moved) > 0.02  # one view alone says otherwise
+    assert "test-time augmentation" in (out / "report.html").read_text()
+
+
 def test_equal_votes_are_decided_by_the_mean() -> None:
     logits = np.log([[0.9, 0.1], [0.4, 0.6]])
     assert predict_one({"logits": logits}, vote=True)["predicted"] == 0
@@ -552,58 +572,6 @@ def test_what_does_not_fit_is_refused(
         path.write_text(path.read_text().replace(*change))
         with pytest.raises(ConfigError, match=match):
             evaluate_images([classifier, other], data=dataset, out=str(tmp_path / "r"))
-    with pytest.raises(ConfigError, match="is no model folder; several, --vote"):
-        _evaluate(parse(["evaluate", "run", "--vote", "--truth", "t", "--out", "r"]))
-
-
-# --- parts ----------------------------------------------------------------------------
-
-
-def test_attention_is_what_its_formula_says() -> None:
-    torch.manual_seed(0)
-    attention = SelfAttention(6, 4).double()
-    maps = torch.randn(2, 6, 3, 5, dtype=torch.float64)
-    found = attention(maps).detach().numpy()
-    weights = {
-        name: (
-            getattr(attention, name).weight.detach().numpy()[:, :, 0, 0],
-            getattr(attention, name).bias.detach().numpy(),
-        )
-        for name in ("query", "key", "value")
-    }
-    for image, wanted in zip(maps.numpy(), found, strict=True):
-        places = [image[:, y, x] for y in range(3) for x in range(5)]
-        query, key, value = (
-            [w @ place + b for place in places]
-            for w, b in (weights[n] for n in ("query", "key", "value"))
-        )
-        for at, q in enumerate(query):
-            share = np.exp([q @ k / np.sqrt(4) for k in key])
-            share /= share.sum()
-            expected = sum(s * v for s, v in zip(share, value, strict=True))
-            np.testing.assert_allclose(wanted[:, at // 5, at % 5], expected)
-
-
-def test_attention_stands_beside_the_features() -> None:
-    torch.manual_seed(1)
-    how = Architecture("classifier", "resnet10t", attention=8)
-    model = build_classifier(how, 5).eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        maps = model.encoder.forward_features(image)
-        pooled = torch.cat([maps.mean((2, 3)), model.attention(maps).mean((2, 3))], 1)
-        wanted = pooled @ model.head[-1].weight.T + model.head[-1].bias
-        torch.testing.assert_close(model(image), wanted)
-    with pytest.raises(ConfigError, match="no feature map"):
-        build_classifier(replace(how, encoder="vit_tiny_patch16_224"), 5)
-
-
-@pytest.mark.parametrize("attention", [0, 8])
-@pytest.mark.parametrize("encoder", ["test_resnet", "mobilenetv3_small_050"])
-def test_encoders_with_and_without_layers_before_their_classes(
-    encoder: str, attention: int
-) -> None:
-    architecture = Architecture("classifier", encoder, attention=attention)
-    model = build_classifier(architecture, 3).eval()
-    with torch.inference_mode():
-        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+    for asked in (["--vote"], ["--tta", "flips"]):
+        with pytest.raises(ConfigError, match="is no model folder; several, --vote"):
+            _evaluate(parse(["evaluate", "run", *asked, "--truth", "t", "--out", "r"]))

@@ -17,6 +17,13 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]
 Stain = Literal["none", "macenko"]
 
+TURNS: dict[Tta, tuple[tuple[int, bool], ...]] = {
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "all": tuple((turns, mirror) for mirror in (False, True) for turns in range(4)),
+}
+"""Quarter turns, then mirrored: the symmetries of a square, the identity first."""
+
 WEIGHTS = "weights.safetensors"
 EXPORTED = ("model.pt2", "model.onnx", "tensorrt.pt2")
 """Files that stand for a model's weights: as it was trained, or as `medray export`

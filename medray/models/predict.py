@@ -12,18 +12,10 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.models.canvas import Canvas, RegionClasses, RegionPixels
-from medray.models.config import ModelConfig, Prediction, Tta
+from medray.models.config import TURNS, ModelConfig, Prediction
 from medray.models.crf import refine
 from medray.models.folder import load_model
 from medray.models.network import Network, choose_device, choose_precision
-
-# (quarter turns, then mirrored): the symmetries of a square, the identity first.
-_TURNS: dict[Tta, tuple[tuple[int, bool], ...]] = {
-    "none": ((0, False),),
-    "flips": ((0, False), (0, True), (2, False), (2, True)),
-    "all": tuple((turns, mirror) for mirror in (False, True) for turns in range(4)),
-}
-
 
 # Pixels of a batch on a CPU: what it needs then fits the caches, and malloc keeps it
 # (larger blocks go back to the system and are faulted in again, a sixth of the time).
@@ -150,7 +142,7 @@ class Predictor:
         return refine(scores, pixels, self.how.crf) if self.how.crf else scores
 
     def _probabilities(self, network: Network, pixels: torch.Tensor) -> torch.Tensor:
-        symmetries = _TURNS[self.how.tta]
+        symmetries = TURNS[self.how.tta]
         total: torch.Tensor | None = None
         for turns, mirror in symmetries:
             turned = torch.rot90(pixels, turns, (1, 2))
