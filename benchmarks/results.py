@@ -119,9 +119,9 @@ def one_fold(
     """Train without fold `test`, and count what the model finds in it.
 
     `choices` are further overrides by a name: each is trained, and the model of the
-    best validation F1 is tested, no other. `ways` are those of inference, by a name;
-    each is counted. `record` is a file of the fold's result from an earlier sitting, or
-    where to put it.
+    best validation F1 is tested; beside it the ensemble of all, with flips. `ways` are
+    those of inference, by a name; each is counted. `record` is a file of the fold's
+    result from an earlier sitting, or where to put it.
     """
     role = roles_of(fields, fold, test)
     path = ROOT / "recipes" / f"{recipe}.yaml"
@@ -159,15 +159,18 @@ def one_fold(
         seconds += sum(epoch["seconds"] for epoch in read_history(model))
     wall = time.perf_counter() - start
     chosen = max(scores, key=lambda name: scores[name])
-    model = str(out / chosen)
     tests = [image for image in fields.images if fold[image.stem] == test]
-    network, _ = load_model(model)
+    network, _ = load_model(str(out / chosen))
+    tested = {way: ([chosen], prediction) for way, prediction in ways.items()}
+    if len(scores) > 1:
+        tested[ENSEMBLE] = (list(scores), Prediction(tta="flips"))
     found = {}
-    for way, prediction in ways.items():
+    for way, (names, prediction) in tested.items():
         run = str(out / f"run{way}")
         options = Options(everywhere=True, mpp=0.5, prediction=prediction)
         slides = [str(image) for image in tests]
-        infer(slides, model=model, out=run, options=options)
+        models = [str(out / name) for name in names]
+        infer(slides, model=models, out=run, options=options)
         found[way] = {
             image.stem: _count(
                 labels_uri(str(data), image.stem),
@@ -270,7 +273,7 @@ def run(
         )
         for k in numbers
     ]
-    for way in ways:
+    for way in results[0]["fields"]:
         line = {"title": title + way, "recipe": recipe, "overrides": list(overrides)}
         line |= {"chosen": [result["chosen"] for result in results]}
         line |= pooled(results, fields.classes, way)
@@ -306,6 +309,8 @@ def generated(out: Path, count: int, side: int, lesions: Lesions) -> Fields:
 # Crops of 1024 px take two cores too long.
 LIGHTER = {"highres-unet": ["data.crop=[256,512]"]}
 
+
+ENSEMBLE = "-ensemble"
 
 # Ways to train of which each fold's own validation fields choose.
 CHOICES = {
