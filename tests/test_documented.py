@@ -211,7 +211,7 @@ def test_classifiers(cluster: None, slides: Path, tmp_path: Path) -> None:
         ingest, train, *evaluate, on_slides = steps("docs/images.md")
         assert run([*ingest, *train]) == ["ingest", "train", "train"]
         shutil.copytree("second", "third")
-        assert run(line for block in evaluate for line in block) == ["evaluate"] * 4
+        assert run(line for block in evaluate for line in block) == ["evaluate"] * 5
         assert "--probabilities" in on_slides[1]  # see test_slide_classifier
         draw_classes(cells / "test", ("",), "{}.png", 2)
         explain = lines_of("docs/training.md", "medray explain")
