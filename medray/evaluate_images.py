@@ -194,6 +194,7 @@ def _common_configs(
 ) -> list[ModelConfig]:
     """Check that models fit the dataset and each other; give what they say."""
     configs = [read_config(folder) for folder in models]
+    settings = read_dataset(data)
     if not holds_images(data):
         raise ConfigError(
             f"{data}: holds slides; give `medray evaluate` a run of them instead of "
@@ -203,7 +204,6 @@ def _common_configs(
         raise ConfigError("vote: expected several models, found one")
     if len(set(models)) < len(models):
         raise ConfigError(f"expected different models, found one twice in {models}")
-    settings = read_dataset(data)
     for folder, config in zip(models, configs, strict=True):
         check_runtime(folder)
         if not config.classifies:

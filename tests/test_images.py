@@ -560,6 +560,8 @@ def test_what_does_not_fit_is_refused(
     ):
         with pytest.raises(ConfigError, match=match):
             train(str(path), data=dataset, out=str(tmp_path / "m"), overrides=[change])
+    with pytest.raises(ConfigError, match="nowhere: expected a dataset"):
+        evaluate_images(classifier, data="nowhere", out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="holds slides; give"):
         evaluate_images(classifier, data=training_data, out=str(tmp_path / "r"))
     with pytest.raises(ConfigError, match="expected a classifier"):
