@@ -47,7 +47,7 @@ def run_watched(command: list[str]) -> tuple[dict[str, Any], Peak]:
     with watched() as peak:
         done = subprocess.run(
             command,
-            env=os.environ | {MARK: "1"},
+            env=os.environ | {MARK: os.environ.get(MARK, "1")},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

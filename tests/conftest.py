@@ -43,7 +43,14 @@ def cluster() -> Iterator[None]:
 
     from medray.cluster import connect
 
-    connect()
+    with pytest.MonkeyPatch.context() as patch:
+        # Its workers, which have imported what tasks need, wait for the next test; by
+        # default Ray ends those above the number of cores after a second.
+        patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "3600000")
+        # Its log monitor looks ten times a second for new files among many.
+        patch.setenv("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        patch.setenv("LOG_NAME_UPDATE_INTERVAL_S", "10")
+        connect()
     yield
     ray.shutdown()
 

@@ -1,20 +1,28 @@
-"""A run in one process and one loop: what the distributed run must equal."""
+"""Runs and trainings in one process and one loop: what the distributed must equal."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from medray.commit import Commit, changed_slides
 from medray.errors import MedrayError
 from medray.grid import Rectangle, region_windows
 from medray.infer import _plan, _slide_row, settings_of, slides_within
+from medray.loop import train_as
 from medray.models.canvas import RegionPixels
+from medray.models.config import ModelConfig
+from medray.models.learner import Team
 from medray.models.predict import Predictor
 from medray.plan import wanted_windows
 from medray.progress import Progress
+from medray.recipe import Recipe
 from medray.region import finish_slide, read_region, write_region
 from medray.run import Options, open_run
 from medray.slides.listing import find_slides
 from medray.store.ledger import Ledger
+from medray.train import Training, train_with
 
 Row = dict[str, Any]
 
@@ -86,3 +94,20 @@ def _predict(predictor: Predictor, row: dict, pixels, settings) -> dict:
         for name in ("labels", "probabilities", "uncertainty", "disagreement")
     }
     return {name: layer for name, layer in layers.items() if layer is not None}
+
+
+def train(recipe: Recipe, data: str, out: str) -> Training:
+    """Train without Ray Train."""
+
+    def run(settings: Recipe, contract: ModelConfig, name: str) -> None:
+        run_loop(settings, contract, data, out, name)
+
+    return train_with(run, recipe, data, out)
+
+
+def run_loop(
+    settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
+) -> None:
+    """What stands for `medray.train._run`: the loop, as a worker that is alone."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    train_as(Team(0, 1, torch.device("cpu")), settings, contract, data, out, name)

@@ -1,7 +1,7 @@
 """The commands of README and docs, run as they are written, on small things.
 
 Trainings are made smaller by further overrides, and those that only repeat another are
-left out; nothing else is changed.
+left out; Ray Train's workers are those of README's, the others' loops run here.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import httpx2
 import numpy as np
 import pytest
 import safetensors.torch
+import serial
 import timm
 import torch
 from PIL import Image
@@ -79,6 +80,11 @@ def lay_out(folder: Path, slides: Path, **given: Path) -> Path:
     for name, place in (places | {"recipes": ROOT / "recipes"} | given).items():
         (folder / name).symlink_to(place)
     return folder
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medray.train._run", serial.run_loop)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +166,7 @@ def test_regions_come_back_corrected(made: Path, slides: Path, tmp_path: Path) -
     assert names == ["infer", "review", "ingest"]
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_cells_with_contours(cluster: None, slides: Path, tmp_path: Path) -> None:
     with contextlib.chdir(lay_out(tmp_path, slides)):
         names = run(lines_of("docs/training.md", "generate_cells"))
@@ -180,6 +187,7 @@ def draw_classes(
             Image.fromarray(pixels).save(folder / name / file.format(number))
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_x_rays(cluster: None, slides: Path, tmp_path: Path) -> None:
     torch.manual_seed(4)
     encoder: Any = build_classifier(
@@ -203,6 +211,7 @@ def test_a_sweep(made: Path, slides: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "tune.html").exists()
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_classifiers(cluster: None, slides: Path, tmp_path: Path) -> None:
     """The page on images, with a third model that it takes as given; and why a class."""
     cells = tmp_path / "cell_images"

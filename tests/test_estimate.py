@@ -1,16 +1,17 @@
 """`medray plan` beside what a run then takes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from run_memory import watched
+from run_memory import MARK, run_watched
 
 from medray import cluster
 from medray.budget import bounds, check_budget
 from medray.errors import ConfigError
 from medray.estimate import estimate
-from medray.infer import infer, settings_of
+from medray.infer import settings_of
 from medray.models.config import Prediction
 from medray.run import Options, against_plan
 from medray.store.files import read_table
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.mark.slow
-def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
+def test_a_plan_says_what_the_run_takes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slides = tmp_path / "slides"
     for seed in range(3):
         scene = draw_scene(seed, height=1100, width=1400)
@@ -36,8 +39,13 @@ def test_a_plan_says_what_the_run_takes(model: Path, tmp_path: Path) -> None:
     assert plan.cost is not None
     assert 0 < plan.cost[0] < plan.cost[1]
 
-    with watched(0.3) as peak:
-        infer([str(slides)], model=str(model), out=run, options=options)
+    (slides / "bad.tif").unlink()
+    # With a Ray of its own: that of the tests keeps what they have started.
+    monkeypatch.setenv(MARK, "plan")
+    command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
+    command += ["--model", str(model), "--out", run, "--region", "512"]
+    summary, peak = run_watched([*command, "--probabilities"])
+    assert (summary["done"], summary["failed"]) == (3, {})
     rows = [r for r in read_table(f"{run}/slides.parquet").to_pylist() if r["regions"]]
     assert sum(row["windows"] for row in rows) == plan.windows
     assert sum(row["regions"] for row in rows) == plan.regions

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import serial
 import tifffile
 import torch
 from PIL import Image
@@ -289,20 +290,12 @@ precision: float32
 
 @pytest.fixture(scope="module")
 def classifier(dataset: str) -> str:
-    from medray.loop import train_as
-    from medray.models.learner import Team
-    from medray.train import train_with
-
     folder = Path(dataset).parent
     path = folder / "recipe.yaml"
     path.write_text(RECIPE)
     out = str(folder / "model")
 
-    def run(recipe, contract, name) -> None:
-        team = Team(0, 1, torch.device("cpu"))
-        train_as(team, recipe, contract, dataset, out, name)
-
-    result = train_with(run, read_recipe(str(path)), dataset, out)
+    result = serial.train(read_recipe(str(path)), dataset, out)
     assert result.f1 is not None
     assert result.f1 > 0.9
     return out

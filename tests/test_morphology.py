@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import serial
 import torch
 from scipy.special import softmax
 
@@ -18,7 +19,7 @@ from medray.evaluate_images import evaluate_images
 from medray.export import export
 from medray.grid import Windows
 from medray.infer import infer
-from medray.loop import read_best, train_as
+from medray.loop import read_best
 from medray.models.classify import load_classifier
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
@@ -29,7 +30,7 @@ from medray.patches import read_val, usable_patches
 from medray.recipe import Recipe, read_recipe
 from medray.sheets import ingest_images
 from medray.synth_cells import generate_cells
-from medray.train import train, train_with
+from medray.train import train
 
 RECIPE = """
 model: {name: classifier, encoder: resnet10t, morphology: true}
@@ -66,10 +67,7 @@ def classifier(dataset: str) -> str:
     (folder / "recipe.yaml").write_text(RECIPE)
     out = str(folder / "model")
 
-    def run(recipe: Recipe, contract: ModelConfig, name: str) -> None:
-        train_as(ALONE, recipe, contract, dataset, out, name)
-
-    train_with(run, read_recipe(str(folder / "recipe.yaml")), dataset, out)
+    serial.train(read_recipe(str(folder / "recipe.yaml")), dataset, out)
     return out
 
 

@@ -168,12 +168,9 @@ def test_the_mask_is_that_of_a_plain_loop(
 
 @pytest.mark.slow
 def test_real_sizes_give_the_same_mask() -> None:
-    pixels, windows = noise(2600, 2200, 1), Windows(512, 384)
-    masks = [
-        mask_from_regions(pixels, windows, region) for region in (1024, 2048, 3072)
-    ]
-    for mask in masks[1:]:
-        np.testing.assert_array_equal(masks[0], mask)
+    pixels, windows = noise(1500, 1300, 1), Windows(512, 384)
+    one, several = (mask_from_regions(pixels, windows, side) for side in (2048, 1024))
+    np.testing.assert_array_equal(one, several)
 
 
 @pytest.mark.parametrize("stitch", ["crop", "blend"])

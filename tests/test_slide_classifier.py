@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
+import serial
 
 from medray.evaluate import evaluate
 from medray.infer import infer
 from medray.models.config import Prediction
+from medray.recipe import read_recipe
 from medray.run import Options, probabilities_uri
 from medray.store import omezarr
 
@@ -30,19 +31,10 @@ precision: float32
 def test_a_classifier_goes_from_annotated_slides_to_heat_maps_and_labels(
     training_data: str, slides: Path, tmp_path: Path
 ) -> None:
-    from medray.loop import train_as
-    from medray.models.learner import Team
-    from medray.recipe import read_recipe
-    from medray.train import train_with
-
     path, model, run = tmp_path / "recipe.yaml", tmp_path / "model", tmp_path / "run"
     path.write_text(RECIPE)
 
-    def learn(recipe, contract, name) -> None:
-        team = Team(0, 1, torch.device("cpu"))
-        train_as(team, recipe, contract, training_data, str(model), name)
-
-    train_with(learn, read_recipe(str(path)), training_data, str(model))
+    serial.train(read_recipe(str(path)), training_data, str(model))
     how = Prediction(precision="float32", probabilities=True)
     done = infer(
         [str(slides / "slides")],

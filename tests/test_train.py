@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import serial
 import torch
 
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.ingest import ingest
-from medray.loop import TroubleError, train_as
+from medray.loop import TroubleError
 from medray.models.config import Architecture, ModelConfig, model_digest, read_config
 from medray.models.folder import load_model, save_model
-from medray.models.learner import Team
 from medray.models.losses import SegmentationLoss
 from medray.models.segmenters import build_segmenter
 from medray.recipe import Data, Loss, Optimizer, Recipe, Schedule, read_recipe
 from medray.settings import write_settings
-from medray.train import train, train_with
+from medray.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Recipe(
@@ -272,21 +272,11 @@ def epochs_of(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def train_here(recipe: Recipe, dataset: Path, out: Path) -> Path:
-    """Train in this process, without Ray Train."""
-
-    def run(settings: Recipe, contract: ModelConfig, name: str) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)  # as a worker that is alone
-        team = Team(0, 1, torch.device("cpu"))
-        train_as(team, settings, contract, str(dataset), str(out), name)
-
-    train_with(run, recipe, str(dataset), str(out))
-    return out
-
-
 @pytest.fixture(scope="module")
 def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_here(TINY, dataset, tmp_path_factory.mktemp("undisturbed"))
+    out = tmp_path_factory.mktemp("undisturbed")
+    serial.train(TINY, str(dataset), str(out))
+    return out
 
 
 @pytest.mark.slow
@@ -352,7 +342,8 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         at_once=2,
         schedule=Schedule(epochs=1),
     )
-    alone = weights_of(train_here(one, dataset, tmp_path / "one"))
+    serial.train(one, str(dataset), str(tmp_path / "one"))
+    alone = weights_of(tmp_path / "one")
     write_settings(str(tmp_path / "r.yaml"), replace(one, workers=2))
     out = tmp_path / "two"
     train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(out))
@@ -360,8 +351,10 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(alone[name], weight, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_seeds_are_repeated_on_request(dataset: Path, tmp_path: Path) -> None:
+def test_seeds_are_repeated_on_request(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medray.train._run", serial.run_loop)
     short = replace(TINY, schedule=Schedule(epochs=1), data=Data(crop=64, samples=4))
     write_settings(str(tmp_path / "r.yaml"), short)
     out = tmp_path / "m"
