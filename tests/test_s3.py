@@ -331,8 +331,8 @@ def test_every_stage_works_in_a_bucket_that_is_often_busy(
     upload(slides, place)
     recipe = slides / "recipe.yaml"
     recipe.write_text(
-        "window: {size: 128, stride: 96}\ndata: {crop: 64}\nbatch: 4\n"
-        "schedule: {epochs: 1}\n"
+        "model: {encoder: tu-mobilenetv3_small_050}\nwindow: {size: 128, stride: 96}\n"
+        "data: {crop: 64, samples: 16}\nbatch: 4\nschedule: {epochs: 1}\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
