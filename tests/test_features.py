@@ -26,7 +26,7 @@ from medray.store.files import read_table
 from medray.synth import draw_scene
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
-SIZE = (900, 1100)
+SIZE = (1100, 1400)
 HOW = Prediction(precision="float32")
 
 
