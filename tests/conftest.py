@@ -55,8 +55,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_model(folder: Path, name: str, seed: int) -> Path:
     """A model folder with random weights: noise, but always the same noise."""
     import torch
 
@@ -66,8 +65,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medray.models.folder import save_model
     from medray.models.segmenters import build_segmenter
 
-    torch.manual_seed(4)  # its masks are neither empty nor full nor all specks
-    architecture = Architecture("pan", "tu-test_resnet")  # the least work of all
+    torch.manual_seed(seed)  # its masks are neither empty nor full nor all specks
+    architecture = Architecture(name, "tu-test_resnet")
     network = build_segmenter(architecture, 2)
     config = ModelConfig(
         architecture=architecture,
@@ -75,9 +74,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         window=Windows(128, 96),
         mpp=0.5,
     )
-    folder = tmp_path_factory.mktemp("model")
     save_model(str(folder), config, network, {"f1": None})
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), "pan", 4)
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five times the work: for what happens to a run while it is under way."""
+    return write_model(tmp_path_factory.mktemp("slow_model"), "segformer", 8)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="session")
+def model(slow_model: Path) -> Path:
+    return slow_model
+
+
 @pytest.fixture(scope="module")
 def scaling() -> Iterator[dict[str, str]]:
     with scaled(gpus=2, idle_s=5) as environment:

@@ -32,6 +32,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FAULTY = Path(__file__).parent / "faulty"
 
 
+@pytest.fixture(scope="session")
+def model(slow_model: Path) -> Path:
+    return slow_model
+
+
 def start(
     slides: Path, model: Path, out: Path, *more: str, faulty: bool = False
 ) -> subprocess.Popen[str]:

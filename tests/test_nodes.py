@@ -24,6 +24,11 @@ from medray.synth import draw_scene, write_slide
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
+@pytest.fixture(scope="session")
+def model(slow_model: Path) -> Path:
+    return slow_model
+
+
 @pytest.fixture
 def nodes() -> Iterator[list]:
     """Two nodes of one CPU lane each, on this machine."""

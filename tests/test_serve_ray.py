@@ -50,6 +50,11 @@ from medray.store.files import read_json
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def model(slow_model: Path) -> Path:
+    return slow_model
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_classifier(tmp_path_factory.mktemp("classifier") / "cells", None)

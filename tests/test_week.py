@@ -32,6 +32,11 @@ OPTIONS = Options(region=512, prediction=Prediction(precision="float32"))
 # As `digest` of test_nightly.py: what slide_digest is documented to be.
 
 
+@pytest.fixture(scope="session")
+def model(slow_model: Path) -> Path:
+    return slow_model
+
+
 def digest(data: bytes) -> str:
     return (
         f"blake2b:{blake2b(data + str(len(data)).encode(), digest_size=16).hexdigest()}"
