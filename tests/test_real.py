@@ -76,7 +76,7 @@ def test_nuclei_are_found_on_fields_never_seen(
     recipe = Recipe(
         window=Windows(256, 192),
         data=Data(crop=128, min_tissue=0.0),
-        schedule=Schedule(epochs=3),
+        schedule=Schedule(epochs=2),
         scaling="zscore",
     )
     write_settings(str(tmp_path / "recipe.yaml"), recipe)
