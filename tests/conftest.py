@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -141,6 +142,16 @@ def training_data(
         out=str(out),
     )
     return str(out)
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` runs its loop in this process, without Ray Train."""
+    import serial
+
+    # By its module: `medray.train` is the function.
+    module = importlib.import_module("medray.train")
+    monkeypatch.setattr(module, "_run", serial.run_loop)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -19,7 +19,6 @@ import httpx2
 import numpy as np
 import pytest
 import safetensors.torch
-import serial
 import timm
 import torch
 from PIL import Image
@@ -80,11 +79,6 @@ def lay_out(folder: Path, slides: Path, **given: Path) -> Path:
     for name, place in (places | {"recipes": ROOT / "recipes"} | given).items():
         (folder / name).symlink_to(place)
     return folder
-
-
-@pytest.fixture
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medray.train._run", serial.run_loop)
 
 
 @pytest.fixture(scope="module")

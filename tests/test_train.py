@@ -351,10 +351,8 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(alone[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_seeds_are_repeated_on_request(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medray.train._run", serial.run_loop)
+@pytest.mark.usefixtures("trained_here")
+def test_seeds_are_repeated_on_request(dataset: Path, tmp_path: Path) -> None:
     short = replace(TINY, schedule=Schedule(epochs=1), data=Data(crop=64, samples=4))
     write_settings(str(tmp_path / "r.yaml"), short)
     out = tmp_path / "m"
