@@ -138,6 +138,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("trained_here")
 def test_python_runs_as_it_stands(
     cluster: None,
     tmp_path: Path,

@@ -42,6 +42,7 @@ def test_a_plan_says_what_the_run_takes(
     (slides / "bad.tif").unlink()
     # With a Ray of its own: that of the tests keeps what they have started.
     monkeypatch.setenv(MARK, "plan")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")  # as a user's
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", run, "--region", "512"]
     summary, peak = run_watched([*command, "--probabilities"])

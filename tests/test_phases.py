@@ -366,10 +366,11 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("trained_here")
 def test_real_x_ray_images_go_through_the_phases_of_their_recipe(
     cluster: None, shared_data: Path, tmp_path: Path
 ) -> None:
-    """By `medray train`, with a random encoder in place of ImageNet's."""
+    """With a random encoder in place of ImageNet's."""
     with zipfile.ZipFile(shared_data / "chest_xray.zip") as archive:
         for split, label in itertools.product(
             ("train", "test"), ("NORMAL", "PNEUMONIA")

@@ -58,6 +58,7 @@ def test_real_whole_slides_go_through_inference(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("trained_here")
 def test_nuclei_are_found_on_fields_never_seen(
     shared_data: Path, tmp_path: Path
 ) -> None:
