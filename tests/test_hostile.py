@@ -153,7 +153,7 @@ def write(mutants: Iterable[hostile.Mutant], folder: Path) -> list[Path]:
 SIZES = [
     pytest.param(0.05, id="some"),
     pytest.param(
-        0.5 if "CI" in os.environ else 1.0,
+        0.25 if "CI" in os.environ else 1.0,
         id="all",
         marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
     ),
