@@ -5,9 +5,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from made_once import made_once, unchanged
+from xdist.scheduler import LoadFileScheduling
 
 # These machines are shared: how long an example takes says nothing.
 settings.register_profile("medray", deadline=None)
@@ -26,6 +29,8 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 # By it run_memory.py finds the processes that Ray started for these tests, not for
 # those beside them.
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
+
+LONG = Path(__file__).parent / "long.txt"
 
 
 @pytest.fixture(scope="session")
@@ -83,29 +88,52 @@ def write_model(folder: Path, name: str, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), "pan", 4)
+def model() -> Iterator[Path]:
+    """A model folder of a light network with random weights."""
+    yield from unchanged(made_once("model", lambda to: write_model(to, "pan", 4)))
 
 
 @pytest.fixture(scope="session")
-def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slow_model() -> Iterator[Path]:
     """Five times the work: for what happens to a run while it is under way."""
-    return write_model(tmp_path_factory.mktemp("slow_model"), "segformer", 8)
+    made = made_once("slow_model", lambda to: write_model(to, "segformer", 8))
+    yield from unchanged(made)
 
 
 @pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slides() -> Iterator[Path]:
     """Four generated slides of 768 x 640 with annotations."""
-    from medray.synth import generate
 
-    folder = tmp_path_factory.mktemp("generated")
-    generate(folder, slides=4, seed=50, height=768, width=640)
-    return folder
+    def make(folder: Path) -> None:
+        from medray.synth import generate
+
+        generate(folder, slides=4, seed=50, height=768, width=640)
+
+    yield from unchanged(made_once("slides", make))
 
 
 @pytest.fixture(scope="session")
-def layered(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def contoured_cells() -> Iterator[Path]:
+    """Generated single cells with outlines of nucleus and cytoplasm."""
+
+    def make(folder: Path) -> None:
+        from medray.synth_cells import generate_cells
+
+        generate_cells(folder / "cells", clusters=2, each=4)
+
+    made = unchanged(made_once("cells", make))
+    yield next(made) / "cells"
+    next(made, None)
+
+
+@pytest.fixture(scope="session")
+def layered(model: Path) -> Iterator[Path]:
     """Slides s0 (1500 x 2200), s1 and s2, their truth, a run with all its layers."""
+    yield from unchanged(made_once("layered", lambda to: write_layered(to, model)))
+
+
+def write_layered(folder: Path, model: Path) -> None:
+    """Write slides, their truth and a run with every layer over them."""
     import serial
     from PIL import Image
 
@@ -114,7 +142,6 @@ def layered(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medray.run import Options
     from medray.synth import draw_scene, write_slide
 
-    folder = tmp_path_factory.mktemp("layered")
     (folder / "truth").mkdir()
     for seed, size in enumerate([(1500, 2200), (700, 800), (600, 900)]):
         scene = draw_scene(seed, height=size[0], width=size[1])
@@ -124,27 +151,29 @@ def layered(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     predictor = Predictor.from_folders([str(model)], prediction)
     options = Options(prediction=prediction, region=1024)
     serial.infer(folder / "slides", predictor, model, folder / "run", options)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def training_data(
-    cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
+def training_data(slides: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """A dataset of three annotated slides and one without annotation."""
-    from medray.ingest import ingest
 
-    folder = tmp_path_factory.mktemp("partly")
-    shutil.copytree(slides / "annotations", folder / "annotations")
-    sorted((folder / "annotations").iterdir())[-1].unlink()
-    out = tmp_path_factory.mktemp("data")
-    ingest(
-        [str(slides / "slides")],
-        annotations=str(folder / "annotations"),
-        fractions=(0.6, 0.4, 0.0),
-        out=str(out),
-    )
-    return str(out)
+    def make(folder: Path) -> None:
+        from medray.ingest import ingest
+
+        request.getfixturevalue("cluster")
+        annotations = folder / "annotations"
+        shutil.copytree(slides / "annotations", annotations)
+        sorted(annotations.iterdir())[-1].unlink()
+        ingest(
+            [str(slides / "slides")],
+            annotations=str(annotations),
+            fractions=(0.6, 0.4, 0.0),
+            out=str(folder / "dataset"),
+        )
+
+    made = unchanged(made_once("training_data", make))
+    yield str(next(made) / "dataset")
+    next(made, None)
 
 
 @pytest.fixture
@@ -155,6 +184,30 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     # By its module: `medray.train` is the function.
     module = importlib.import_module("medray.train")
     monkeypatch.setattr(module, "_run", serial.run_loop)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `long` what long.txt names, and what uses a fixture that it names."""
+    lines = LONG.read_text().splitlines()
+    names = tuple(line for line in lines if line and not line.startswith("#"))
+    for item in items:
+        file, _, _ = item.nodeid.partition("::")
+        used = (f"{file}::{fixture}" for fixture in getattr(item, "fixturenames", ()))
+        # A test that is named, or its file, folder or first parameter, begins so.
+        if item.nodeid.startswith(names) or not {*names}.isdisjoint(used):
+            item.add_marker("long")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Give all tests of tests/cluster to one process, so that they share one Ray."""
+    return _Scheduling(config, log)
+
+
+class _Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith("tests/cluster/"):
+            return "tests/cluster"
+        return str(super()._split_scope(nodeid))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,0 +1,36 @@
+"""The pages of the documentation, and the blocks of code in them."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for found in BLOCK.finditer(page.read_text()):
+            if found[1] == language:
+                yield str(page.relative_to(ROOT)), found[2]
+
+
+def steps(page: str, *containing: str) -> list[list[list[str]]]:
+    """Give a page's shell blocks that contain one of some words, as commands."""
+    return [
+        [
+            words
+            for line in text.replace("\\\n", " ").splitlines()
+            if (words := shlex.split(line, comments=True))
+        ]
+        for name, text in blocks("sh")
+        if name == page and any(words in text for words in containing or [""])
+    ]
+
+
+def lines_of(page: str, *containing: str) -> list[list[str]]:
+    return [line for block in steps(page, *containing) for line in block]

@@ -1,0 +1,85 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from medray.errors import ConfigError
+from medray.models.config import model_digest, read_config
+from medray.models.folder import load_model, save_model
+from medray.models.losses import SegmentationLoss
+from medray.recipe import Data, Loss, Recipe, read_recipe
+from medray.settings import write_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_reads(path: Path) -> None:
+    assert read_recipe(str(path), ["batch=4"]).batch == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimiser: {lr: 1}", "unknown key optimiser; did you mean optimizer"),
+        ("data: {crp: 64}", "unknown key data.crp; did you mean data.crop"),
+        ("batch: many", "r.yaml.*batch"),
+        ("data: {crop: 100}", "multiples of 32"),
+        ("workers: 3", "multiple of workers"),
+        ("- a", "expected a mapping"),
+        ("a: [", "expected YAML"),
+        ("data: {crop: [64, 100]}", "multiples of 32"),
+        ("data: {crop: []}", "one side or more"),
+        ("data: {hard: 2}", "data.hard"),
+        ("data: {hard: 0.5, balance: true}", "not with data.balance"),
+        ("workers: [2, 1]", "fewest and most|workers"),
+        ("{batch: 8, at_once: 3}", "divisor of batch"),
+        ("{batch: 8, at_once: 8, workers: 2}", "set at_once to 4"),
+        ("optimizer: {name: rmsprop}", "optimizer"),
+        ("optimizer: {lr: 0}", "lr > 0"),
+        ("optimizer: {average: 1}", "optimizer.average"),
+        ("schedule: {name: linear}", "schedule"),
+        ("schedule: {epochs: 0}", "epochs"),
+        ("schedule: {decay: 2}", "decay"),
+        ("augment: {hue: 0.7}", "hue in 0..0.5"),
+        ("augment: {elastic: -1}", "elastic"),
+        ("prune: {model: m, share: 1}", "prune.share"),
+        ("teacher: {soft: 1}", "model"),
+        ("precision: float8", "precision"),
+        ("batch: !!python/object/apply:os.system ['true']", "expected YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(str(path))
+
+
+def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    recipe = Recipe(data=Data(crop=64), loss=Loss(dice=0.5), seed=3)
+    write_settings(str(tmp_path / "r.yaml"), recipe)
+    assert read_recipe(str(tmp_path / "r.yaml")) == recipe
+    changed = read_recipe(str(tmp_path / "r.yaml"), ["data.crop=96"])
+    assert changed == replace(recipe, data=Data(crop=96))
+
+
+def test_loss_falls_with_better_predictions() -> None:
+    labels = torch.randint(0, 2, (2, 16, 16))
+    loss = SegmentationLoss(Loss())
+    right = torch.nn.functional.one_hot(labels, 2).permute(0, 3, 1, 2).float() * 10
+    assert loss(right, labels) < loss(torch.zeros_like(right), labels)
+    assert loss(torch.zeros_like(right), labels) < loss(-right, labels)
+
+
+def test_damaged_weights_are_named(model: Path, tmp_path: Path) -> None:
+    network, config = load_model(str(model))
+    save_model(str(tmp_path), config, network, {"f1": 0.5})
+    assert model_digest(str(tmp_path)) == model_digest(str(model))
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"\x80\x04pickled")
+    with pytest.raises(Exception, match="weights.safetensors.*expected the weights"):
+        load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="model.yaml"):
+        read_config(str(tmp_path / "absent"))

@@ -1,0 +1,121 @@
+"""What README and docs tell people to type is accepted, is there, and runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from documents import PAGES, ROOT, blocks
+
+from medray.arguments import parse
+from medray.recipe import read_recipe
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every line of a shell block, and of a recipe's comments, with its file."""
+    for page, text in blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            yield page, line
+    for recipe in sorted(ROOT.glob("recipes/**/*.yaml")):
+        for line in recipe.read_text().splitlines():
+            if line.startswith("#   medray "):
+                yield str(recipe.relative_to(ROOT)), line.removeprefix("#")
+
+
+def of_medray() -> Iterator[tuple[str, list[str]]]:
+    """Give what comes after `medray`, of commands and of jobs."""
+    for page, line in commands():
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            job = re.fullmatch(r"jobs/(\w+)\.py", word)
+            is_option = i > 0 and words[i - 1] == "-n"  # a namespace
+            if word.split("/")[-1] == "medray" and not is_option:
+                yield page, words[i + 1 :]
+            elif job:
+                yield page, [job[1], *words[i + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        pytest.param(page, words, id=f"{page}-{words[0]}-{number}")
+        for number, (page, words) in enumerate(of_medray())
+    ],
+)
+def test_a_command_is_accepted(page: str, words: list[str]) -> None:
+    if words == ["COMMAND", "--help"]:
+        return
+    args = parse(words)  # exits where it is wrong
+    recipe = getattr(args, "recipe", "RECIPE")
+    if recipe.startswith("recipes/"):
+        if "sweeps" not in recipe and "slides" not in recipe:
+            read_recipe(str(ROOT / recipe), args.overrides)
+        assert (ROOT / recipe).is_file()
+
+
+def test_there_are_commands_to_look_at() -> None:
+    found = [words[0] for _, words in of_medray()]
+    assert len(found) > 40
+    assert {"ingest", "train", "infer", "evaluate", "nightly", "view"} <= {*found}
+
+
+def test_files_that_are_named_are_there() -> None:
+    """In shell blocks and in `code`: scripts, recipes, folders of configuration."""
+    missing = []
+    for page in PAGES:
+        text = page.read_text()
+        named = re.findall(
+            r"(?<![\w./-])((?:benchmarks|jobs|recipes|k8s|cluster|docs|tests)/[\w./-]*\w)",
+            text,
+        )
+        missing += [f"{page.name}: {n}" for n in named if not (ROOT / n).exists()]
+    assert missing == []
+
+
+def slug(heading: str) -> str:
+    """Name a heading as GitHub does."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", ""))
+    return kept.replace(" ", "-")
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if target.startswith(("http://", "https://", "mailto:")):
+                continue
+            path, _, anchor = target.partition("#")
+            place = (page.parent / path).resolve() if path else page
+            if not place.exists():
+                broken.append(f"{page.name}: {target}")
+            elif anchor and place.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE)
+                if anchor not in map(slug, headings):
+                    broken.append(f"{page.name}: {target}")
+    assert broken == []
+
+
+def test_yaml_is_part_of_a_recipe(tmp_path: Path) -> None:
+    found = [*blocks("yaml")]
+    assert found
+    for number, (_, text) in enumerate(found):
+        recipe = yaml.safe_load((ROOT / "recipes" / "cells-small.yaml").read_text())
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(
+            yaml.safe_dump(recipe | {"weights": "imagenet"} | yaml.safe_load(text))
+        )
+        read_recipe(str(path))
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command += ["--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "medray.infer.infer" in page
+    assert "ConfigError" in page
