@@ -24,11 +24,16 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
+def blocks_of(page: Path, language: str) -> Iterator[str]:
+    for found in BLOCK.finditer(page.read_text()):
+        if found[1] == language:
+            yield found[2]
+
+
 def blocks(language: str) -> Iterator[tuple[str, str]]:
     for page in PAGES:
-        for found in BLOCK.finditer(page.read_text()):
-            if found[1] == language:
-                yield str(page.relative_to(ROOT)), found[2]
+        for text in blocks_of(page, language):
+            yield str(page.relative_to(ROOT)), text
 
 
 def commands() -> Iterator[tuple[str, str]]:

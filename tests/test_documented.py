@@ -22,7 +22,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from test_docs import ROOT, blocks
+from test_docs import ROOT, blocks_of
 
 from medray import cli
 from medray.models.classifiers import build_classifier
@@ -48,8 +48,8 @@ def steps(page: str, *containing: str) -> list[list[list[str]]]:
             for line in text.replace("\\\n", " ").splitlines()
             if (words := shlex.split(line, comments=True))
         ]
-        for name, text in blocks("sh")
-        if name == page and any(words in text for words in containing or [""])
+        for text in blocks_of(ROOT / page, "sh")
+        if any(words in text for words in containing or [""])
     ]
 
 
