@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import selection
 from dependencies import dependencies, touches
-from selection import Test, fault_commands, find_essential, ordered, select, shows
+from selection import ROOT, Test, fault_commands, find_essential, ordered, select, shows
 
-ROOT = Path(__file__).resolve().parents[1]
 SERVED = "test_a_served_mask_is_a_runs_to_the_byte"
 TRAINED = "test_a_training_outlives_a_node"
 KILLED = "test_whatever_is_killed_the_masks_are_the_same_bytes"
 SIGNALLED = "test_a_signal_stops_it_soon_and_nothing_is_lost"
 README = "test_the_first_commands_end_in_a_report"
+JOBS = "test_all_four_jobs_in_order"
 VIEWED = "test_a_page_of_a_run"
 CONVERTED = "test_a_converted_mask"
 X_RAYS = "test_x_rays"
+EMBEDDED = "test_features_of_slides"  # takes what README makes, and does not use it
 
 
 @functools.cache
@@ -55,10 +56,13 @@ def depends(name: str) -> frozenset[str]:
         ("tests/hostile.py", {"test_hostile_tiffs"}, {SERVED, README}),
         ("tests/lost_nodes.py", {"test_nodes_that_go_speak_against_no_row"}, {TRAINED}),
         ("benchmarks/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
-        ("jobs/infer.py", {"test_all_four_jobs_in_order"}, {SERVED, README}),
+        ("jobs/infer.py", {JOBS}, {SERVED, README}),
+        ("medray/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
+        ("medray/doctor.py", {"test_doctor_tells_a_wrong_token"}, {JOBS, README}),
         ("recipes/unet.yaml", {README, "test_every_recipe_trains"}, {SERVED, KILLED}),
         ("k8s/new.yaml", {"test_one_small_slide_brings_one_gpu"}, {SERVED, README}),
-        ("README.md", {README, VIEWED}, {X_RAYS, SERVED, SIGNALLED}),
+        ("tests/serial.py", {X_RAYS, SIGNALLED}, {KILLED}),  # X_RAYS by `usefixtures`
+        ("README.md", {README, VIEWED, EMBEDDED}, {X_RAYS, SERVED, SIGNALLED}),
         ("docs/training.md", {X_RAYS}, {README, VIEWED, SERVED}),
         ("docs/view.md", {VIEWED}, {README, X_RAYS, SERVED}),
         ("CHANGELOG.md", set(), {README, VIEWED, SERVED, SIGNALLED}),
@@ -169,7 +173,10 @@ def test_one_test_of_each_fault_and_page_is_essential(
         "disk": [("tests/test_a.py", "disk")],
         "node": [("tests/test_a.py", "node and not lost")],
         "shown by a quick test of the same file": [("tests/test_a.py", "other")],
-        "shown by a file of quick tests": [("tests/test_b.py", "")],
+        "shown by a file of quick tests": [
+            ("tests/test_a.py", "slow"),
+            ("tests/test_b.py", ""),
+        ],
     }
     monkeypatch.setattr(selection, "fault_commands", lambda: faults)
     found = find_essential(tests, [("tests/test_a.py", "test_other_quick")])
