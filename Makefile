@@ -8,19 +8,33 @@ STAMP := .venv/.complete
 
 VIV := benchmarks/viv/dist/page.js
 
-.PHONY: demo test test-slow lint docs setup clean constraints
+# Of the long tests CI runs those that a change since BASE touches, for BUDGET seconds.
+BASE := $(or $(MEDRAY_CI_BASE),recent)
+BUDGET := 1200
+
+.PHONY: demo test test-ci test-slow durations viewers lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
 
-test: $(STAMP) ## the tests
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+test: $(STAMP) ## the quick tests
+	$(BIN)/pytest -m "not long" -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## the tests that take minutes
+test-ci: viewers ## the long tests that CI runs after `make test`: docs/checks.md
+	$(BIN)/pytest -m "long and not kill" -n 2 --dist loadfile \
+		--touched-since $(BASE) --budget $(BUDGET)
+	$(BIN)/pytest -m kill --touched-since $(BASE) --budget $(BUDGET)
+
+test-slow: viewers ## all long tests
+	$(BIN)/pytest -m "long and not kill" -n 2 --dist loadfile --junitxml build/slow.xml
+	$(BIN)/pytest -m kill --junitxml build/alone.xml
+
+durations: ## keep how long the tests of the last `make test-slow` took
+	$(BIN)/python tests/selection.py build/slow.xml build/alone.xml
+
+viewers: $(STAMP)
 	$(UV) pip install --quiet --python .venv -c constraints.txt --group viewers
 	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
-	$(BIN)/pytest -m "slow and not alone" -n 2 --dist loadfile
-	$(BIN)/pytest -m "slow and alone"
 
 lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check

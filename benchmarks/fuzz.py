@@ -2,7 +2,7 @@
 
 Needs atheris (pip install atheris). An input that ends in anything but a success or an
 error of medray's is a finding; it is written to the working directory as crash-DIGEST,
-and belongs into tests/test_hostile.py.
+and belongs into tests/networks/test_hostile.py.
 
 Run: python benchmarks/fuzz.py annotations --seconds 600
      python benchmarks/fuzz.py tiff --seconds 600

@@ -12,6 +12,8 @@ from hypothesis import settings
 from made_once import made_once, unchanged
 from xdist.scheduler import LoadFileScheduling
 
+pytest_plugins = ("selection",)
+
 # These machines are shared: how long an example takes says nothing.
 settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")
@@ -186,12 +188,17 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", serial.run_loop)
 
 
+@pytest.hookimpl(tryfirst=True)  # -m and selection.py look at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `long` what long.txt names, and what uses a fixture that it names."""
+    """Mark each test by its folder, and as `long` what long.txt names.
+
+    What uses a fixture that long.txt names is long, too.
+    """
     lines = LONG.read_text().splitlines()
     names = tuple(line for line in lines if line and not line.startswith("#"))
     for item in items:
         file, _, _ = item.nodeid.partition("::")
+        item.add_marker(file.split("/")[1])
         used = (f"{file}::{fixture}" for fixture in getattr(item, "fixturenames", ()))
         # A test that is named, or its file, folder or first parameter, begins so.
         if item.nodeid.startswith(names) or not {*names}.isdisjoint(used):

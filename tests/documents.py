@@ -12,25 +12,33 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
+def blocks_of(page: Path, language: str) -> Iterator[str]:
+    """Yield a page's blocks of code in a language."""
+    for found in BLOCK.finditer(page.read_text()):
+        if found[1] == language:
+            yield found[2]
+
+
 def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Yield the blocks of all pages, each with its page."""
     for page in PAGES:
-        for found in BLOCK.finditer(page.read_text()):
-            if found[1] == language:
-                yield str(page.relative_to(ROOT)), found[2]
+        for text in blocks_of(page, language):
+            yield str(page.relative_to(ROOT)), text
 
 
 def steps(page: str, *containing: str) -> list[list[list[str]]]:
-    """Give a page's shell blocks that contain one of some words, as commands."""
+    """Return a page's shell blocks that contain one of some words, as commands."""
     return [
         [
             words
             for line in text.replace("\\\n", " ").splitlines()
             if (words := shlex.split(line, comments=True))
         ]
-        for name, text in blocks("sh")
-        if name == page and any(words in text for words in containing or [""])
+        for text in blocks_of(ROOT / page, "sh")
+        if any(words in text for words in containing or [""])
     ]
 
 
 def lines_of(page: str, *containing: str) -> list[list[str]]:
+    """Return the commands of these blocks."""
     return [line for block in steps(page, *containing) for line in block]
