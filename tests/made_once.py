@@ -23,7 +23,10 @@ _DAY_S = 24 * 3600
 def digest_of_sources() -> str:
     """Return a digest of the package, of these helpers and of the pinned packages."""
     digest = hashlib.sha256()
-    sources = [*ROOT.glob("medray/**/*.py"), *ROOT.glob("tests/*.py")]
+    sources = [
+        *ROOT.joinpath("medray").rglob("*.py"),
+        *Path(__file__).parent.glob("*.py"),
+    ]
     for path in [*sorted(sources), ROOT / "constraints.txt"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
