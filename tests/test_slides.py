@@ -1,4 +1,5 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,8 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
     first, stamp = slide_digest(str(path)), slide_stamp(str(path))
     assert slide_digest(str(path)) == first
     path.write_bytes(b"a" * 999 + b"b")
+    # As if a second later: file systems may tell times in steps of milliseconds.
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 1))
     assert slide_digest(str(path)) != first
     assert slide_stamp(str(path)) != stamp
     with open(tmp_path / "large.tif", "wb") as file:
