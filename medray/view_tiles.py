@@ -31,6 +31,7 @@ from medray.grid import Rectangle
 from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.readable import read_readable
+from medray.slides.thumbnail import block_means
 from medray.store import omezarr
 from medray.truths import nearest_labels, read_known, read_truth
 
@@ -220,7 +221,7 @@ def _reduced(pixels: UInt8, region: Rectangle, scale: float, read: Rectangle) ->
     if scale == 1 and pixels.shape[:2] == (region.height, region.width):
         return pixels
     if scale == round(scale) and read.height:  # exact, where resizing rounds twice
-        whole = np.asarray(Image.fromarray(pixels).reduce(round(scale)))
+        whole = block_means(pixels, round(scale))
         if whole.shape[:2] == (region.height, region.width):
             return whole
     y0, x0 = region.y * scale - read.y, region.x * scale - read.x

@@ -1,8 +1,10 @@
 """Fixtures shared by all tests."""
 
 import importlib
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,30 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 
 LONG = Path(__file__).parent / "long.txt"
+
+
+def _forget() -> None:
+    """Put back what tests and the commands that they run change for their process."""
+    logger = logging.getLogger("medray")
+    logger.handlers.clear()  # a command's write to the stderr that its test had
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        # Sums over other numbers of threads have other last digits.
+        torch.set_num_threads(os.cpu_count() or 1)
+        torch.manual_seed(0)  # pytest-randomly seeds Python's and NumPy's generators
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """Tests come in any order: none sees what another one left behind.
+
+    Also after a test, for fixtures of modules are made before those of functions.
+    """
+    _forget()
+    yield
+    _forget()
 
 
 @pytest.fixture(scope="session")

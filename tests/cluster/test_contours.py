@@ -1,6 +1,5 @@
 """Single cells with outlines of nucleus and cytoplasm, ingested."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -90,7 +89,6 @@ def test_what_is_wrong_with_a_cell_costs_only_that_cell(
     contoured_cells: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "cells"
     shutil.copytree(contoured_cells, folder)
@@ -100,8 +98,6 @@ def test_what_is_wrong_with_a_cell_costs_only_that_cell(
     (crops / "001_02_nuc.dat").write_text("10,10\n400,10\n10,20\n")
     (crops / "001_03_cyt.dat").unlink()
     (crops / "001_04.bmp").unlink()
-    # The command's own logging would keep warnings from pytest.
-    monkeypatch.setattr(logging.getLogger("medray"), "propagate", True)
     # The same cell under another name, in the split that tests.
     for suffix in (".bmp", "_nuc.dat", "_cyt.dat"):
         shutil.copy(crops / f"002_01{suffix}", crops / f"900_01{suffix}")

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -153,7 +152,6 @@ def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> No
 def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
     cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("medray").propagate = True
     folder = tmp_path / "xray"
     for split, patients in (("train", 6), ("test", 2)):
         write_cells(folder / split, patients=patients, each=2)

@@ -200,9 +200,6 @@ def test_annotations_that_do_not_fit(
     (notes / "unknown.svg").write_text(f'{head}<rect data-class="x" width="9"/></svg>')
     bow = '<polygon points="0,0 512,512 512,0 0,512"/>'
     (notes / "crossed.svg").write_text(f"{head}{bow}</svg>")
-    import logging
-
-    logging.getLogger("medray").propagate = True
     with caplog.at_level("WARNING"):
         summary = ingest(
             [str(tmp_path / "in")], annotations=str(notes), out=str(tmp_path / "out")

@@ -85,8 +85,14 @@ def mask_from_regions(
     return mask
 
 
-def plain_loop(pixels: np.ndarray, windows: Windows, stitch: str) -> np.ndarray:
-    """The whole slide in one process, one window at a time."""
+def plain_loop(
+    pixels: np.ndarray, windows: Windows, stitch: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The whole slide in one process, one window at a time.
+
+    Returns:
+        The mask, and how much likelier its class is than the next.
+    """
     height, width = pixels.shape[:2]
     size = windows.size
     pad = ((0, max(0, size - height)), (0, max(0, size - width)), (0, 0))
@@ -112,7 +118,9 @@ def plain_loop(pixels: np.ndarray, windows: Windows, stitch: str) -> np.ndarray:
                     slice(lefts[j] - x, lefts[j + 1] - x),
                 )
                 total[:, *core] = probability[:, *inside]
-    return total.argmax(axis=0)[:height, :width].astype(np.uint8)
+    total = (total / total.sum(axis=0))[:, :height, :width]
+    *_, second, first = np.sort(total, axis=0)
+    return total.argmax(axis=0).astype(np.uint8), first - second
 
 
 def noise(height: int, width: int, seed: int) -> np.ndarray:
@@ -160,10 +168,12 @@ def test_the_mask_is_that_of_a_plain_loop(
 ) -> None:
     pixels, windows = noise(height, width, seed), Windows(64, 64 - overlap)
     mask = mask_from_regions(pixels, windows, 70, stitch=stitch)
-    different = (mask != plain_loop(pixels, windows, stitch)).mean()
-    # The loop divides by counts in float64 and predicts in batches of one: where two
-    # classes are as likely to seven digits, it may decide otherwise.
-    assert different <= 1e-4
+    expected, lead = plain_loop(pixels, windows, stitch)
+    # The loop adds in float64 and predicts in batches of one, whose float32 sums have
+    # another order: where two classes are as likely to five digits it may decide
+    # otherwise, whatever the size of the slide. Everywhere else it may not.
+    sure = lead > 1e-5
+    np.testing.assert_array_equal(mask[sure], expected[sure])
 
 
 def test_real_sizes_give_the_same_mask() -> None:

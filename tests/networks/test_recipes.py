@@ -205,5 +205,7 @@ def test_weights_that_cannot_be_downloaded_say_what_to_bring(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    # It keeps the proxies of the first request that any test of this process made.
+    monkeypatch.setattr("urllib.request._opener", None)
     with pytest.raises(ConfigError, match=f"bring .*{named}.*weights: FILE"):
         build_segmenter(architecture, 2, "imagenet")
