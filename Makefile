@@ -8,7 +8,7 @@ STAMP := .venv/.complete
 
 VIV := benchmarks/viv/dist/page.js
 
-.PHONY: demo test test-slow lint docs setup clean constraints
+.PHONY: demo test test-slow costs lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -21,6 +21,11 @@ test-slow: $(STAMP) ## the tests that take minutes
 	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
 	$(BIN)/pytest -m "slow and not alone" -n 2 --dist loadfile
 	$(BIN)/pytest -m "slow and alone"
+
+costs: $(STAMP) ## what `make test` costs, into docs/checks.md
+	rm -rf build/costs
+	-$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --costs build/costs
+	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
 lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["costs"]  # active with --costs
+
 # These machines are shared: how long an example takes says nothing.
 settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")
