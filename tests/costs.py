@@ -162,19 +162,16 @@ def tables(notes: list[Row]) -> str:
     return "\n\n".join([total, *parts, _by_fixture(notes), _by_file(notes)])
 
 
-def _kinds(notes: Iterable[Row]) -> dict[str, str]:
+def _kinds(notes: list[Row]) -> dict[str, str]:
     """Return of what kind each process is, by its key."""
-    kinds: dict[str, str] = {}
-    for row in notes:
-        key = row["key"]
-        if row["kind"] in ("test", "collection", "session"):
-            kinds[key] = "tests"
-        elif row["kind"] == "process":
-            kinds.setdefault(key, _python_kind(row["name"].split()))
-    for row in notes:
-        if row["kind"] == "seen":
-            kinds.setdefault(row["key"], _program_kind(row["name"]))
-    return kinds
+    found: dict[str, dict[str, str]] = {
+        kind: {row["key"]: row["name"] for row in notes if row["kind"] == kind}
+        for kind in ("fork", "seen", "process", "collection", "session")
+    }
+    kinds = dict.fromkeys(found["fork"], "forks of Python")
+    kinds |= {key: _program_kind(name) for key, name in found["seen"].items()}
+    kinds |= {key: _python_kind(text.split()) for key, text in found["process"].items()}
+    return kinds | dict.fromkeys([*found["collection"], *found["session"]], "tests")
 
 
 def _python_kind(words: list[str]) -> str:
@@ -191,6 +188,8 @@ def _python_kind(words: list[str]) -> str:
 def _program_kind(name: str) -> str:
     if name.startswith("chrom"):
         return "browsers"
+    if name.startswith(("python", "pytest", "ray::")):
+        return "forks of Python"
     return "Ray's servers" if name in ("raylet", "gcs_server") else "other programs"
 
 

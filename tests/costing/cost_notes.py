@@ -44,6 +44,7 @@ SESSIONS = (
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _open = threading.local()
+_path = ""  # of this process's file
 
 
 def stat(pid: int | str) -> tuple[str, str, float]:
@@ -154,19 +155,24 @@ class _Finder:
         return spec
 
 
-def _begin() -> None:
-    """Note that this process is there; a fork, which goes on in its parent's, as well."""
+def _begin(kind: str) -> None:
+    """Note that this process is there."""
     global _path
     _path = os.path.join(FOLDER, f"{stat('self')[0]}.jsonl")
+    note(kind, " ".join(sys.orig_argv))
+
+
+def _fork() -> None:
+    """Note a fork, which may become another program at once, as Ray's servers do."""
     _open.__dict__.clear()
-    note("process", " ".join(sys.orig_argv))
+    _begin("fork")
 
 
 def _end() -> None:
     note("end", "", cpu=time.process_time())
 
 
-_begin()
-os.register_at_fork(after_in_child=_begin)
+_begin("process")
+os.register_at_fork(after_in_child=_fork)
 atexit.register(_end)
 sys.meta_path.insert(0, _Finder())
