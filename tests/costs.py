@@ -214,9 +214,10 @@ def _by_process(
         ]
         for kind, keys in groups.items()
     ]
+    rows.sort(key=lambda row: -row[4])
     rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
     head = ["processes", "number", "with torch", "importing it, CPU s", "all, CPU s"]
-    return _table(head, sorted(rows, key=lambda row: -row[4]))
+    return _table(head, rows)
 
 
 def _by_span(notes: list[Row], kinds: Mapping[str, str]) -> str:
