@@ -12,7 +12,7 @@ VIV := benchmarks/viv/dist/page.js
 BASE := $(or $(MEDRAY_CI_BASE),recent)
 BUDGET := 1200
 
-.PHONY: demo test test-ci test-slow durations viewers lint docs setup clean constraints
+.PHONY: demo test test-ci test-slow durations costs viewers lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -35,6 +35,11 @@ durations: ## keep how long the tests of the last `make test-slow` took
 viewers: $(STAMP)
 	$(UV) pip install --quiet --python .venv -c constraints.txt --group viewers
 	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
+
+costs: $(STAMP) ## what `make test` costs, into docs/checks.md
+	rm -rf build/costs
+	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs build/costs
+	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
 lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check

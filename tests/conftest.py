@@ -16,6 +16,8 @@ from xdist.scheduler import LoadFileScheduling
 
 pytest_plugins = ("selection",)
 
+pytest_plugins = ["costs"]  # active with --costs
+
 # These machines are shared: how long an example takes says nothing.
 settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")

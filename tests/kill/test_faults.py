@@ -46,7 +46,8 @@ def start(
     command += ["--precision", "float32", *more]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     if faulty:
-        environment["PYTHONPATH"] = str(FAULTY)
+        path = [os.environ.get("PYTHONPATH", ""), str(FAULTY)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     return subprocess.Popen(
         command,
         env=environment,
