@@ -22,7 +22,7 @@ test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not alone" -n 2 --dist loadfile
 	$(BIN)/pytest -m "slow and alone"
 
-lint: $(STAMP) ## style, layers and types
+lint: $(STAMP) ## style, and types; who imports Ray or torch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
