@@ -96,7 +96,7 @@ class Prober:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        with contextlib.suppress(BrokenPipeError):  # a path that it did not live to read
+        with contextlib.suppress(BrokenPipeError):  # what it did not live to read
             self._process.stdin.close()
 
 
