@@ -41,7 +41,7 @@ costs: $(STAMP) ## what `make test` costs, into docs/checks.md
 	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs build/costs
 	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
-lint: $(STAMP) ## style, layers and types
+lint: $(STAMP) ## style, and types; who imports Ray or torch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -92,7 +92,7 @@ def read_parts(
                 fn_args=(recipe, data, steps, losses),
                 batch_size=None,
                 num_cpus=0.25,
-                concurrency=readers,
+                compute=ray.data.TaskPoolStrategy(size=readers),
             )
             .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         )

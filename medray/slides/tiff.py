@@ -11,6 +11,7 @@ import math
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,8 @@ class TiffSlide(Slide):
             self._file = files.open_file(uri)
         except FileNotFoundError as error:
             raise SlideError(f"{uri}: cannot be opened ({error})") from error
+        # A slide that a cache drops may still be read: its last reader closes it.
+        weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         try:
             self._tiff = tifffile.TiffFile(self._file, name=os.path.basename(uri))

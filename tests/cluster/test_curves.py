@@ -41,7 +41,8 @@ def metrics(cluster: None, folder: Path) -> Any:
 
 
 def truth_of(folder: Path, slide: str) -> Any:
-    return np.asarray(Image.open(folder / "truth" / f"{slide}.png"))
+    with Image.open(folder / "truth" / f"{slide}.png") as picture:
+        return np.asarray(picture)
 
 
 def found_of(folder: Path, slide: str) -> Any:

@@ -64,7 +64,9 @@ def run(dataset: str, out: Path, recipe: Recipe) -> dict:
 
 
 def history(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same(one: dict, other: dict) -> None:

@@ -349,7 +349,9 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
         resumed = trained(out)
     for name, value in whole["network"].items():
         assert torch.equal(value, resumed["network"][name]), name
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["train"] for line in lines] == ["head", "adaptive", "all"]
     assert lines[1]["importance"] == weighed
     assert set(lines[1]["learning"]) == wanted

@@ -304,7 +304,7 @@ def ended() -> Iterator[list[subprocess.Popen]]:
     yield processes
     for process in processes:
         process.terminate()
-        process.wait(120)
+        process.communicate(timeout=120)
 
 
 def test_the_command_serves_until_it_is_told_to_stop(
@@ -340,7 +340,8 @@ def test_the_command_serves_until_it_is_told_to_stop(
         subprocess.run([*line, "-sSf"], cwd=tmp_path, check=True, capture_output=True)
         for line in curls
     ]
-    assert Image.open(tmp_path / "mask.png").size == (640, 768)
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert mask.size == (640, 768)
     assert json.loads(told[1].stdout)["type"] == "FeatureCollection"
     found = re.search(r"metrics +(http://\S+)", said)
     assert found is not None, said

@@ -239,10 +239,10 @@ def test_a_killed_command_goes_on_and_the_weights_are_the_same(
     command = [sys.executable, "-m", "medray.cli", "train", str(tmp_path / "r.yaml")]
     command += ["--data", str(dataset), "--out", str(out)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    said = (tmp_path / "said").open("w+")
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=said
-    )
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stderr=said
+        )
     while epochs_of(out) < 2:
         assert process.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.2)

@@ -158,21 +158,21 @@ def test_others_that_fill_the_nodes_do_not_starve_it(
     while len(hands) < 2 and process.poll() is None:
         time.sleep(0.1)
         hands = titled(b"ray::RegionIO")
-    others = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", OTHERS],
         env=os.environ | {"RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert others.stdout is not None
-        assert any(line.startswith("waiting for 2") for line in others.stdout)
-        for pid in hands:
-            os.kill(pid, signal.SIGKILL)
-        answer, _ = process.communicate(timeout=200)
-    finally:
-        process.kill()
-        others.kill()
+    ) as others:
+        try:
+            assert others.stdout is not None
+            assert any(line.startswith("waiting for 2") for line in others.stdout)
+            for pid in hands:
+                os.kill(pid, signal.SIGKILL)
+            answer, _ = process.communicate(timeout=200)
+        finally:
+            process.kill()
+            others.kill()
     assert process.returncode == 0, answer
     summary = json.loads(answer.splitlines()[-1])
     assert (summary["done"], summary["failed"]) == (6, {})
@@ -230,7 +230,7 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
     assert process.returncode == 0, answer
     # The first epoch was not done again, and none is missing.
     assert history.read_text().startswith(first.splitlines()[0])
-    epochs = [json.loads(line)["epoch"] for line in history.open()]
+    epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
     assert epochs == [0, 1, 2]
     load_model(str(out))
 

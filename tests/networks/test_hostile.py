@@ -4,6 +4,7 @@ The files are made by tests/hostile.py from a seed and fed to processes that pla
 them as a run's do. A process that dies or hangs is noted, and replaced.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -70,8 +71,9 @@ class Prober:
 
     @staticmethod
     def _listen(process: subprocess.Popen, answers: queue.Queue) -> None:
-        for line in process.stdout:
-            answers.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                answers.put(line)
         answers.put("")
 
     def probe(self, kind: str, path: Path) -> Told:
@@ -94,6 +96,8 @@ class Prober:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # what it did not live to read
+            self._process.stdin.close()
 
 
 def feed(kind: str, paths: Iterable[Path], folder: Path) -> list[Told]:

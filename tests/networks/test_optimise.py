@@ -85,5 +85,5 @@ def test_the_average_follows_weights_and_statistics() -> None:
         model.running_mean = torch.tensor([value])
         average.update_parameters(model)
         expected = value if step == 0 else 0.75 * expected + 0.25 * value
-    assert float(average.module.weight) == pytest.approx(expected)
+    assert average.module.weight.item() == pytest.approx(expected)
     assert float(average.module.running_mean) == pytest.approx(expected)

@@ -182,7 +182,7 @@ def test_weights_of_another_encoder_are_named(tmp_path: Path) -> None:
         build_segmenter(architecture, 2, str(tmp_path / "w.pth"))
     with pytest.raises(ConfigError, match="there is no such file"):
         build_segmenter(architecture, 2, str(tmp_path / "absent.pth"))
-    (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    (tmp_path / "code.pth").write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ConfigError, match="code.pth.*expected"):
         build_segmenter(architecture, 2, str(tmp_path / "code.pth"))
 

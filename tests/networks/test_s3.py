@@ -109,7 +109,8 @@ def test_objects_that_stand_for_folders_are_no_files(
     for folder in ("", "a/", "a/b/"):
         url = f"{proxy.endpoint}/{place.removeprefix('s3://')}/{folder}"
         request = urllib.request.Request(url, data=b"", method="PUT")
-        assert urllib.request.urlopen(request).status == 200
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 200
     assert files.list_files(place) == {"a/b/c": 1, "empty": 0}
     assert files.list_folder(place) == ["a", "empty"]
 

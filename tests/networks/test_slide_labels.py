@@ -116,7 +116,8 @@ def run(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def rows_of(place: Path) -> list[dict]:
     if place.suffix == ".csv":
-        return list(csv.DictReader(place.open()))
+        with place.open() as file:
+            return list(csv.DictReader(file))
     return pq.read_table(place).to_pylist()
 
 
@@ -273,9 +274,9 @@ def test_predictions_beat_chance_and_attention_finds_the_tiles(
         # Where attention is greatest the picture is lightest: y, x of tile 3 or 7.
         top = tiles[int(attention.argmax())]
         assert (top["y"] // SIDE, top["x"] // SIDE) in {(0, 3), (1, 3)}
-        picture = Image.open(run / "heatmaps" / f"{row['slide']}.png")
-        assert picture.size == (2 * SIDE, 3 * SIDE // 2)
-        light = np.asarray(picture).sum(axis=2)
+        with Image.open(run / "heatmaps" / f"{row['slide']}.png") as picture:
+            assert picture.size == (2 * SIDE, 3 * SIDE // 2)
+            light = np.asarray(picture).sum(axis=2)
         y, x = top["y"] // 2 + SIDE // 4, top["x"] // 2 + SIDE // 4
         assert light[y, x] == light.max()
 

@@ -27,7 +27,8 @@ def test_real_outlines_and_masks_give_the_same_labels(
     ious = []
     for path in sorted((shared_data / "he_seg" / folder / "svg").glob("*.svg")):
         mask_path = path.parents[1] / "masks" / f"{path.stem}.png"
-        truth = np.asarray(Image.open(mask_path).convert("L")) > 0
+        with Image.open(mask_path) as mask:
+            truth = np.asarray(mask.convert("L")) > 0
         height, width = truth.shape
         size = {"height": height, "width": width}
         drawn = read_annotation(str(path), **size, classes=ONE)
