@@ -14,10 +14,6 @@ from hypothesis import settings
 from made_once import made_once, unchanged
 from xdist.scheduler import LoadFileScheduling
 
-pytest_plugins = ("selection",)
-
-pytest_plugins = ["costs"]  # active with --costs
-
 # These machines are shared: how long an example takes says nothing.
 settings.register_profile("medray", deadline=None)
 settings.load_profile("medray")
@@ -36,6 +32,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 # those beside them.
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 
+pytest_plugins = ["selection", "costs"]
 LONG = Path(__file__).parent / "long.txt"
 
 

@@ -187,7 +187,7 @@ def test_one_test_of_each_fault_and_page_is_essential(
 def test_a_selection_without_a_test_is_no_failure() -> None:
     """The kills are essential, and left out by the mark."""
     command = [sys.executable, "-m", "pytest", str(functions()[KILLED]), "-q"]
-    command += ["--touched-since", "HEAD", "--budget", "0", "-m", "gpu"]
+    command += ["--touched-since", "HEAD", "--budget", "0", "-m", "unit"]
     environment = {k: v for k, v in os.environ.items() if "XDIST" not in k}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True
