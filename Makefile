@@ -38,7 +38,7 @@ viewers: $(STAMP)
 
 costs: $(STAMP) ## what `make test` costs, into docs/checks.md
 	rm -rf build/costs
-	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs build/costs
+	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs=build/costs
 	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
 lint: $(STAMP) ## style, and types; who imports Ray or torch

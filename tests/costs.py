@@ -1,4 +1,4 @@
-"""What the tests cost: `pytest ... --costs FOLDER`, then `python tests/costs.py FOLDER`.
+"""What the tests cost: `pytest ... --costs=FOLDER`, then `python tests/costs.py FOLDER`.
 
 With `--costs` all processes of a run of tests, Ray's as well, write into the folder what
 they spend (costing/cost_notes.py); here are the spans that only pytest knows, the CPU
