@@ -8,7 +8,7 @@ STAMP := .venv/.complete
 
 VIV := benchmarks/viv/dist/page.js
 
-.PHONY: demo test test-slow lint docs setup clean constraints
+.PHONY: demo test test-slow golden golden-update lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -21,6 +21,12 @@ test-slow: $(STAMP) ## the tests that take minutes
 	@$(MAKE) --no-print-directory $(VIV) || echo "no Viv without npm: its tests are left out"
 	$(BIN)/pytest -m "slow and not alone" -n 2 --dist loadfile
 	$(BIN)/pytest -m "slow and alone"
+
+golden: $(STAMP) ## is what medray makes of fixed inputs still the same?
+	$(BIN)/python tests/golden/golden.py
+
+golden-update: $(STAMP) ## keep what it makes now; the commit says why it changed
+	$(BIN)/python tests/golden/golden.py --update
 
 lint: $(STAMP) ## style, layers and types
 	$(BIN)/ruff check
