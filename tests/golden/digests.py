@@ -156,7 +156,6 @@ def digest_tiff(path: Path) -> str:
         found = [
             [
                 list(level.keyframe.tile or ()),
-                [str(level.keyframe.tags.get(tag)) for tag in ()],
                 level.keyframe.get_resolution(),
                 digest_array(level.asarray()),
             ]

@@ -115,7 +115,7 @@ def of_report(name: str, report: Path) -> Found:
 
 
 def write_model(
-    name: str, kind: str = "pan", seed: int = 4, /, **contract: Any
+    name: str, kind: str = "pan", *, seed: int = 4, **contract: Any
 ) -> Path:
     """Write a model folder with random weights: noise, but always the same noise."""
     folder = Work.folder / "models" / name
@@ -191,7 +191,7 @@ CONTRACTS: dict[str, dict[str, Any]] = {
     "mpp=none": {"mpp": None},
     "stain=macenko": {"stain": "macenko"},
     "zscore": {"zscore": True, "mean": (0.0,) * 3, "std": (1.0,) * 3},
-    "classes=3": {"classes": Classes(("background", "tumour", "stroma"))},
+    "classes=3": {"seed": 6, "classes": Classes(("background", "tumour", "stroma"))},
 }
 
 
@@ -221,8 +221,8 @@ def ensemble(name: str, vote: bool) -> Found:
     """Masks of three models together."""
     models = [
         write_model("first"),
-        write_model("b", "pan", 5),
-        write_model("c", "pan", 9),
+        write_model("b", seed=5),
+        write_model("c", seed=9),
     ]
     run = infer(name, inputs.slides() / "slides", models, options_of(vote=vote))
     yield from of_run(name, run)
@@ -238,7 +238,7 @@ def contract(name: str, **contract: Any) -> Found:
 
 def classifier(name: str) -> Found:
     """Heat maps of a classifier."""
-    model = write_model("classifier", "classifier")
+    model = write_model("classifier", "classifier", seed=6)
     options = options_of(probabilities=True)
     yield from of_run(name, infer(name, inputs.slides() / "slides", [model], options))
 
@@ -466,17 +466,18 @@ def to_review(name: str) -> Found:
 
 def copies(name: str) -> Found:
     """Copies for other viewers."""
+    run, data = everything(), slide_data()
     for kind, source, words in [
-        ("ome-zarr", everything, ("--with-image",)),
-        ("ome-zarr-0.4", everything, ()),
-        ("ome-zarr-0.4", everything, ("--with-image",)),
-        ("ome-zarr-0.4", slide_data, ()),
-        ("ome-tiff", everything, ()),
-        ("tiff", everything, ()),
+        ("ome-zarr", run, ("--with-image",)),
+        ("ome-zarr-0.4", run, ()),
+        ("ome-zarr-0.4", run, ("--with-image",)),
+        ("ome-zarr-0.4", data, ()),
+        ("ome-tiff", run, ()),
+        ("tiff", run, ()),
     ]:
-        this = "-".join([kind, source.__name__, *words])
+        this = f"{kind}-of-{'data' if source == data else 'run'}{'-image' * len(words)}"
         out = Work.folder / "copies" / this
-        medray("convert", source(), "--to", kind, "--out", out, *words)
+        medray("convert", source, "--to", kind, "--out", out, *words)
         pattern = "*.zarr" if "zarr" in kind else "*.tif"
         yield f"{name}/{this}", digest_files(out, pattern)
 
