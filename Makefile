@@ -12,7 +12,7 @@ VIV := benchmarks/viv/dist/page.js
 BASE := $(or $(MEDRAY_CI_BASE),recent)
 BUDGET := 1200
 
-.PHONY: demo test test-ci test-slow durations costs viewers lint docs setup clean constraints
+.PHONY: demo test test-ci test-slow durations costs golden golden-update viewers lint docs setup clean constraints
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -40,6 +40,12 @@ costs: $(STAMP) ## what `make test` costs, into docs/checks.md
 	rm -rf build/costs
 	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs=build/costs
 	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
+
+golden: $(STAMP) ## is what medray makes of fixed inputs still the same?
+	$(BIN)/python tests/golden/golden.py
+
+golden-update: $(STAMP) ## keep what it makes now; the commit says why it changed
+	$(BIN)/python tests/golden/golden.py --update
 
 lint: $(STAMP) ## style, and types; who imports Ray or torch
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ from medray.evaluate import Evaluation, evaluate
 from medray.infer import infer
 from medray.ingest import ingest
 from medray.recipe import Recipe, Schedule
+from medray.run import Options
 from medray.settings import write_settings
 from medray.synth import generate
 from medray.train import train
@@ -19,11 +20,15 @@ log = logging.getLogger(__name__)
 _SLIDES, _NEW_SLIDES, _EPOCHS = 12, 4, 5
 
 
-def demo(out: str) -> Evaluation:
+def demo(
+    out: str, *, recipe: Recipe | None = None, options: Options | None = None
+) -> Evaluation:
     """Generate slides, ingest, train, infer on slides never seen, and evaluate.
 
     Args:
         out: Folder to work in; what is finished there is not done again.
+        recipe: How to train; by default a U-Net for minutes.
+        options: How to infer; by default the model's way.
 
     Returns:
         The evaluation on the new slides.
@@ -40,13 +45,18 @@ def demo(out: str) -> Evaluation:
         fractions=(0.8, 0.2, 0.0),
         out=str(folder / "dataset"),
     )
-    recipe = str(folder / "recipe.yaml")
-    write_settings(recipe, Recipe(schedule=Schedule(epochs=_EPOCHS)))
-    train(recipe, data=str(folder / "dataset"), out=str(folder / "model"))
+    recipe = recipe or Recipe(schedule=Schedule(epochs=_EPOCHS))
+    write_settings(str(folder / "recipe.yaml"), recipe)
+    train(
+        str(folder / "recipe.yaml"),
+        data=str(folder / "dataset"),
+        out=str(folder / "model"),
+    )
     infer(
         [str(new / "slides")],
         model=str(folder / "model"),
         out=str(folder / "run"),
+        options=options,
     )
     return evaluate(
         str(folder / "run"),

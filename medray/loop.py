@@ -30,6 +30,7 @@ import ray.train
 import torch
 from PIL import Image
 
+from medray import cluster
 from medray.dataset import read_dataset, read_morphology
 from medray.errors import FormatError, MedrayError
 from medray.feed import Part, Place, read_parts, val_batch
@@ -77,7 +78,8 @@ def run_worker(config: Row) -> str | None:
     rank, size = context.get_world_rank(), context.get_world_size()
     team = Team(rank, size, choose_device(), context.get_local_world_size())
     if team.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // team.neighbours))
+        # As many as Ray counts: a container may have fewer than its machine.
+        torch.set_num_threads(max(1, cluster.cpus_per_node() // team.neighbours))
     recipe = from_dict(Recipe, config["recipe"], "recipe")
     contract = from_dict(ModelConfig, config["contract"], "model.yaml")
     try:

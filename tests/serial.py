@@ -1,25 +1,31 @@
 """Runs and trainings in one process and one loop: what the distributed must equal."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medray.clean import Cleaning
 from medray.commit import Commit, changed_slides
 from medray.errors import MedrayError
-from medray.grid import Rectangle, region_windows
-from medray.infer import _plan, _slide_row, settings_of, slides_within
+from medray.infer import (
+    _plan,
+    _slide_row,
+    region_pixels,
+    settings_of,
+    slides_within,
+)
 from medray.loop import train_as
-from medray.models.canvas import RegionPixels
 from medray.models.config import ModelConfig
 from medray.models.learner import Team
 from medray.models.predict import Predictor
-from medray.plan import wanted_windows
 from medray.progress import Progress
 from medray.recipe import Recipe
 from medray.region import finish_slide, read_region, write_region
-from medray.run import Options, open_run
+from medray.run import Options, RunSettings, open_run
 from medray.slides.listing import find_slides
 from medray.store.ledger import Ledger
 from medray.train import Training, train_with
@@ -34,17 +40,38 @@ class CrashError(Exception):
 def infer(
     slides: Path,
     predictor: Predictor,
-    model: Path,
+    model: Path | Sequence[Path],
     out: Path,
     options: Options,
     crash_after: int = -1,
 ) -> Commit:
     """Do what is missing of a run; die after so many regions, if that is not below 0."""
-    settings = settings_of([str(model)], options)
-    run = str(out)
+    models = [model] if isinstance(model, Path) else model
+    settings = settings_of([str(folder) for folder in models], options)
+    if options.coarse > 1:
+        assert settings.model_mpp is not None
+        coarse = replace(
+            settings,
+            model_mpp=settings.model_mpp * options.coarse,
+            options=replace(
+                settings.options, coarse=1, outlines=False, clean=Cleaning()
+            ),
+        )
+        _work_off(slides, predictor, coarse, f"{out}/coarse", -1)
+    return _work_off(slides, predictor, settings, str(out), crash_after)
+
+
+def _work_off(
+    slides: Path,
+    predictor: Predictor,
+    settings: RunSettings,
+    run: str,
+    crash_after: int,
+) -> Commit:
     open_run(run, settings)
     ledger = Ledger(run)
-    wanted, areas = slides_within(find_slides([str(slides)]), options.within)
+    within = settings.options.within
+    wanted, areas = slides_within(find_slides([str(slides)]), within)
     commit = Commit(ledger, _slide_row)
     progress = Progress("serial", len(wanted))
 
@@ -84,10 +111,7 @@ def infer(
 
 
 def _predict(predictor: Predictor, row: dict, pixels, settings) -> dict:
-    size = (row["height"], row["width"])
-    windows, how = settings.windows, settings.options.prediction
-    plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
-    source = RegionPixels(pixels, plan, *size, wanted_windows(row, settings))
+    source = region_pixels(settings, row, pixels)
     (result,) = predictor.predict([source])
     layers = {
         name: getattr(result, name)

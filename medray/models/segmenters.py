@@ -65,10 +65,12 @@ def _build(architecture: Architecture, classes: int, weights: str | None) -> nn.
         from medray.models.highres import HighresUnet
 
         return HighresUnet(architecture.encoder, classes, weights)
+    # An encoder under timm's own name names its weights, too; smp takes True for them.
+    named = architecture.encoder.startswith("tu-") and weights is not None
     model: nn.Module = smp.create_model(
         architecture.name,
         encoder_name=architecture.encoder,
-        encoder_weights=weights,
+        encoder_weights=True if named else weights,
         in_channels=3,
         classes=classes,
     )

@@ -118,7 +118,8 @@ def plain_loop(
                     slice(lefts[j] - x, lefts[j + 1] - x),
                 )
                 total[:, *core] = probability[:, *inside]
-    total = (total / total.sum(axis=0))[:, :height, :width]
+    total = total[:, :height, :width]
+    total /= total.sum(axis=0)
     *_, second, first = np.sort(total, axis=0)
     return total.argmax(axis=0).astype(np.uint8), first - second
 

@@ -137,7 +137,7 @@ def test_every_segmenter_learns_a_field_by_heart(name: str, encoder: str) -> Non
             p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters()
         )
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
 
 

@@ -120,7 +120,9 @@ def test_a_pixel_belongs_to_the_area_that_holds_its_centre(
     labels = rasterise([Area(polygon, None)], ONE, **size)
     rows, columns = (np.indices((side, side)) + 0.5) * downsample
     inside = shapely.contains_xy(polygon, columns, rows)
-    sure = shapely.distance(polygon.boundary, shapely.points(columns, rows)) > 1e-6
+    with np.errstate(divide="ignore", invalid="ignore"):  # edges of nearly no length
+        distance = shapely.distance(polygon.boundary, shapely.points(columns, rows))
+    sure = distance > 1e-6
     np.testing.assert_array_equal(labels[sure], inside[sure])
 
 
