@@ -34,6 +34,7 @@ os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 
 pytest_plugins = ["selection", "costs"]
 LONG = Path(__file__).parent / "long.txt"
+WITHOUT_TORCH = {"unit", "files", "programs"}
 
 
 def _forget() -> None:
@@ -47,6 +48,8 @@ def _forget() -> None:
         # Sums over other numbers of threads have other last digits.
         torch.set_num_threads(os.cpu_count() or 1)
         torch.manual_seed(0)  # pytest-randomly seeds Python's and NumPy's generators
+        # By default it warns once a process, and fails whichever test comes first.
+        torch.set_warn_always(True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,15 @@ def forgetful() -> Iterator[None]:
     _forget()
     yield
     _forget()
+
+
+@pytest.fixture(autouse=True)
+def without_torch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test of a folder without torch that imports torch."""
+    there = "torch" in sys.modules
+    yield
+    if request.path.parent.name in WITHOUT_TORCH and not there:
+        assert "torch" not in sys.modules, "imports torch: it belongs in tests/networks"
 
 
 @pytest.fixture(scope="session")

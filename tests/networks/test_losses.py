@@ -98,7 +98,9 @@ def test_l2_counts_the_weights_above_the_encoder() -> None:
     with torch.no_grad():
         model.score8.bias.fill_(100)  # type: ignore[union-attr]
     loss = SegmentationLoss(Loss(l2=0.1))
-    assert float(loss.of_weights(model)) == pytest.approx(0.1 * total, rel=1e-5)
+    assert float(loss.of_weights(model).detach()) == pytest.approx(
+        0.1 * total, rel=1e-5
+    )
     assert SegmentationLoss(Loss()).of_weights(model) == 0
     assert not isinstance(model.encoder[0], nn.ConvTranspose2d)
 
