@@ -40,13 +40,13 @@ class CrashError(Exception):
 def infer(
     slides: Path,
     predictor: Predictor,
-    model: Path | Sequence[Path],
+    model: Path | str | Sequence[Path],
     out: Path,
     options: Options,
     crash_after: int = -1,
 ) -> Commit:
     """Do what is missing of a run; die after so many regions, if that is not below 0."""
-    models = [model] if isinstance(model, Path) else model
+    models = [model] if isinstance(model, Path | str) else model
     settings = settings_of([str(folder) for folder in models], options)
     if options.coarse > 1:
         assert settings.model_mpp is not None

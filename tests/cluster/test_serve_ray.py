@@ -117,9 +117,15 @@ def address(cluster: None) -> Iterator[str]:
 def deploy(
     address: str, name: str, model: str, report: str = "", replicas: int = 1
 ) -> str:
-    """Serve a model under a prefix of its own; the application's name is unique here."""
+    """Serve a model under a prefix of its own, if it is not served yet.
+
+    The application's name is unique here.
+    """
     from ray import serve as ray_serve
 
+    application = f"{name}-{os.getpid()}"
+    if application in ray_serve.status().applications:
+        return f"{address}/{name}"
     bounds = Bounds(timeout_s=120.0, max_mbyte=5.0)
     how = ServeSettings(
         model=model,
@@ -130,16 +136,17 @@ def deploy(
         bounds=bounds,
     )
     app = serve._deploy(how, token_digest(TOKEN))
-    ray_serve.run(app, name=f"{name}-{os.getpid()}", route_prefix=f"/{name}")
+    ray_serve.run(app, name=application, route_prefix=f"/{name}")
     return f"{address}/{name}"
 
 
-@pytest.fixture(scope="module")
+# Not of the module: test_replicas_come_with_the_requests takes all others away.
+@pytest.fixture
 def segmenter_url(address: str, model: Path) -> str:
     return deploy(address, "segmenter", str(model))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def classifier_url(address: str, classifier: str, truth: Truth) -> str:
     return deploy(address, "classifier", classifier, truth.report)
 
@@ -293,6 +300,7 @@ def test_replicas_come_with_the_requests(
         time.sleep(3)  # of both replicas' answers
         enough.set()
         answers = [answer for those in clients for answer in those]
+    ray_serve.delete(f"growing-{os.getpid()}")
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
 

@@ -1,7 +1,5 @@
 """Splits, ids, tissue, ledger, metrics, report, command line: small promises."""
 
-import importlib
-import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import medray
 from medray import cli
 from medray.classes import Classes
 from medray.dataset import split_slides
@@ -288,14 +285,6 @@ def test_a_report_of_thousands_of_slides_stays_small(tmp_path: Path) -> None:
     assert len(page) < 5_000_000
     assert "2500 better slides are left out" in page
     assert len(slides_to_show(slides)) == 8
-
-
-def test_functions_stay_functions_when_their_modules_are_imported() -> None:
-    for name in ("evaluate", "infer", "ingest", "train", "tune"):
-        importlib.import_module(f"medray.{name}")
-    for name in medray.__all__:
-        assert inspect.isfunction(getattr(medray, name)), name
-        assert inspect.isfunction(getattr(medray, name)), name
 
 
 # --- command line ---------------------------------------------------------------------
