@@ -242,9 +242,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("long")
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    """Give all tests of tests/cluster to one process, so that they share one Ray."""
-    return _Scheduling(config, log)
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: Any
+) -> LoadFileScheduling | None:
+    """Give all quick tests of tests/cluster to one process: they share one Ray.
+
+    The long ones are most of a run's work, and so go to all processes, by files.
+    """
+    quick = config.option.markexpr == "not long"
+    return _Scheduling(config, log) if quick else None
 
 
 class _Scheduling(LoadFileScheduling):
