@@ -149,7 +149,9 @@ def silent(suite: Suite) -> list[str]:
 def test_every_test_asserts_something() -> None:
     paths = {p.relative_to(TESTS).with_suffix(""): p for p in TESTS.rglob("*.py")}
     suite = read_suite({str(name): path.read_text() for name, path in paths.items()})
-    assert ("programs/test_suite", "test_every_test_asserts_something") in collected(suite)
+    assert ("programs/test_suite", "test_every_test_asserts_something") in collected(
+        suite
+    )
     assert silent(suite) == []
 
 
