@@ -238,11 +238,12 @@ def watching(environment: dict[str, str], run: Path) -> Iterator[Watched]:
 
     thread = threading.Thread(target=read)
     thread.start()
-    try:
-        yield watched
-    finally:
-        process.kill()
-        thread.join()
+    with process:  # which waits for it, and closes what it wrote to
+        try:
+            yield watched
+        finally:
+            process.kill()
+            thread.join()
 
 
 def committed(run: Path) -> int:
@@ -264,14 +265,14 @@ def infer(
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", str(run), "--everywhere"]
     command += ["--region", str(REGION), "--precision", "float32"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    while process.poll() is None:
-        meanwhile()
-        time.sleep(0.2)
-    assert process.stdout is not None
-    answer = process.stdout.read()
+    ) as process:
+        while process.poll() is None:
+            meanwhile()
+            time.sleep(0.2)
+        assert process.stdout is not None
+        answer = process.stdout.read()
     if process.returncode:
         raise RuntimeError(f"medray infer ended with {process.returncode}: {answer}")
     found: dict[str, Any] = json.loads(answer.splitlines()[-1])
