@@ -142,6 +142,14 @@ def lanes() -> int:
     return gpus() or max(1, len(_cpus()))
 
 
+def lanes_there() -> int:
+    """Give how many of these devices are there now; one while the first is awaited."""
+    if not gpus():
+        return lanes()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(int(node["Resources"].get("GPU", 0)) for node in alive))
+
+
 def _cpus() -> list[int]:
     found = (int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])
     return [count for count in found if count]

@@ -7,10 +7,11 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Gauge
 
 from medray.commit import HEADER, Commit, Row
 from medray.errors import StoreError
@@ -20,6 +21,8 @@ from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
 
+# Regions after which it is known how fast they go: the first wait for the model, too.
+_MEASURED = 16
 # Seconds after a signal in which regions under way may still be completed.
 _GRACE_S = 15.0
 
@@ -92,16 +95,59 @@ class _Told:
         self.slides = Counter("medray_slides_done_total", "Slides finished.")
         self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
         self.regions = Counter("medray_regions_done_total", "Regions committed.")
+        self.waiting = Gauge("medray_regions_waiting", "Regions that wait for a lane.")
         self.before = (0, 0, 0)
 
-    def tell(self, commit: Commit) -> None:
-        """Add what has been committed since the last time."""
+    def tell(self, commit: Commit, waiting: float) -> None:
+        """Add what has been committed since the last time; say how much waits."""
+        self.waiting.set(waiting)
         now = (commit.done, len(commit.failed), commit.regions)
         counters = (self.slides, self.failures, self.regions)
         for counter, value, before in zip(counters, now, self.before, strict=True):
             if value > before:
                 counter.inc(value - before)
         self.before = now
+
+
+@dataclass
+class _Backlog:
+    """How much work waits, as far as it is known.
+
+    Attributes:
+        slides: Slides that are not planned yet.
+        planned: Slides that are.
+        found: Regions that those have.
+        done: Regions that came back from processes.
+    """
+
+    slides: int
+    planned: int = 0
+    found: int = 0
+    done: int = 0
+
+    def waiting(self, regions: int) -> float:
+        """Estimate the regions that wait: these, and those of slides to be planned."""
+        return regions + self.slides * self.found / max(1, self.planned)
+
+
+def is_worth_another(
+    waiting: float, done: int, there_s: float, processes: int, start_s: float
+) -> bool:
+    """Tell whether one more process pays.
+
+    It does if what waits takes those that are there, or are coming, longer than the
+    slowest of them took to come: a machine that is bought for less finds nothing to do.
+
+    Args:
+        waiting: Regions that wait.
+        done: Regions that were done so far.
+        there_s: Seconds that processes have been there for them, all together.
+        processes: How many there are, those that are coming included.
+        start_s: Seconds that the slowest took to come; 0: none has come yet.
+    """
+    if done < _MEASURED or not start_s:
+        return False
+    return waiting * there_s / done / processes > start_s
 
 
 def drive(
@@ -133,6 +179,7 @@ def drive(
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
     planned: deque[Row] = deque()  # regions
     planning = 0
+    backlog = _Backlog(len(todo))
     told = _Told()
 
     def note(row: Row) -> None:
@@ -144,16 +191,20 @@ def drive(
         nonlocal planning
         for pool, row, result in poll(workers, hands):
             if pool is hands:
+                backlog.done += 1
                 note(row | _outcome_of(row, result))
             elif "todo" in row:
                 commit.finished(row, result, progress)
             else:
                 planning -= 1
                 header, regions = _plan_of(row, result)
+                backlog.slides -= 1
+                backlog.planned += 1
+                backlog.found += len(regions)
                 planned.extend(header | region for region in regions)
                 if not regions:
                     note(header)
-        told.tell(commit)
+        told.tell(commit, backlog.waiting(len(planned)))
 
     with stopping() as asked:
         while slides or planned or workers.busy or hands.busy:
@@ -168,7 +219,10 @@ def drive(
             while slides and workers.room > 0 and len(planned) < most:
                 planning += len(slides[0])
                 workers.give(slides.popleft())
-            if len(planned) > packet * hands.size:
+            waiting = backlog.waiting(len(planned))
+            if is_worth_another(
+                waiting, backlog.done, hands.there_s, hands.size, hands.start_s
+            ):
                 hands.grow()
             # Full packets; but a hand with nothing to do gets what there is.
             enough = packet if planning and hands.busy else 1
@@ -182,7 +236,7 @@ def drive(
             if workers.awaited or hands.awaited:
                 take()
     commit.close(progress)
-    told.tell(commit)
+    told.tell(commit, 0)
 
 
 def _outcome_of(row: Row, result: Any) -> Row:

@@ -77,9 +77,10 @@ def lane_resources() -> dict[str, float]:
 
 
 def start_lanes(work: Work, slides: int) -> Pool:
-    """Start a lane for each device, but no more than slides; it may grow.
+    """Start a lane for each device that is there, but no more than slides.
 
-    Where GPUs come on request, a night of one small slide asks for one.
+    Where GPUs come on request there may be none yet: then for one. More are asked for
+    by the work that is found (`medray.drive`).
     """
     # While one packet's last regions are written the next is predicted.
     actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=budget.PACKETS)
@@ -89,7 +90,7 @@ def start_lanes(work: Work, slides: int) -> Pool:
     return Pool(
         start,
         "work",
-        min(cluster.lanes(), slides),
+        min(cluster.lanes_there(), slides),
         most=cluster.lanes(),
         calls=budget.PACKETS,
         patience=lambda _: patience,

@@ -37,6 +37,7 @@ _SAY_STUCK = 60.0
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    asked_at: float
     node: str = ""  # its id
     calls: int = 0
     alone: bool = False  # with one row that may have killed another
@@ -60,6 +61,11 @@ class Pool:
     kills is found out and costs no other row. An actor that dies with its node speaks
     against no row. An actor whose node is told to go gets nothing more, and another
     takes its place.
+
+    Attributes:
+        start_s: Seconds from asking for an actor until it was there, of the slowest;
+            a machine may have had to be bought for it. 0: none is there yet.
+        there_s: Seconds that actors have been there, all together.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class Pool:
         self._again: deque[tuple[Row, tuple[str, ...]]] = deque()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
+        self.start_s = self.there_s = 0.0
         self._looked_at = self._stuck_since = time.monotonic()
         for _ in range(actors):
             self._start_actor()
@@ -155,6 +162,7 @@ class Pool:
             if ready in self._starting:
                 ray.get(ready)
                 actor = self._starting.pop(ready)
+                self.start_s = max(self.start_s, time.monotonic() - actor.asked_at)
                 actor.node = cluster.node_of(actor.handle)
                 self._actors.append(actor)
             else:
@@ -190,6 +198,7 @@ class Pool:
         now = time.monotonic()
         if now - self._looked_at < 1:
             return
+        self.there_s += len(self._actors) * (now - self._looked_at)
         self._looked_at = now
         for call in self._calls.values():
             if self._patience is None or not call.rows or call.actor.hung:
@@ -233,7 +242,7 @@ class Pool:
         handle = self._start()
         # Only an actor that runs is given rows: where its node is gone, the next may
         # have to wait for another node.
-        self._starting[handle.__ray_ready__.remote()] = _Actor(handle)
+        self._starting[handle.__ray_ready__.remote()] = _Actor(handle, time.monotonic())
 
     def _start_calls(self) -> None:
         while self._again and (idle := self._least_busy(0)):

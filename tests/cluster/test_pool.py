@@ -149,8 +149,12 @@ def test_a_pool_grows_as_far_as_it_may(tmp_path: Path) -> None:
     with Pool(begin, "work", 1, most=2) as pool:
         pool.grow()
         pool.grow()
-        assert pool.size == 2
+        assert (pool.size, pool.start_s, pool.there_s) == (2, 0, 0)
         while len(pool.awaited) and pool.room < 2:
             poll(pool)
+        assert pool.start_s > 0
         assert sorted(run(pool, packets(6, 1))) == [(i, 2 * i) for i in range(6)]
+        time.sleep(1.1)  # it counts by the second
+        pool.look_after()
+        assert pool.there_s > 1
     assert len({p.read_text() for p in tmp_path.iterdir()}) == 2

@@ -34,6 +34,9 @@ pytestmark = [
 ]
 
 
+SLIDES = 20
+
+
 @pytest.fixture(scope="session")
 def model(slow_model: Path) -> Path:
     return slow_model
@@ -48,8 +51,9 @@ def scaling() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
-    for seed in range(6):
-        scene = draw_scene(seed, height=1100, width=1400)
+    # So many regions that one node would need longer for them than another to come.
+    for seed in range(SLIDES):
+        scene = draw_scene(seed, height=1500, width=2000)
         write_slide(folder, f"s{seed}", scene, layout="pyramid")
     return folder
 
@@ -84,7 +88,7 @@ def test_nodes_come_for_the_work_and_go_after_it_and_a_lost_one_costs_nothing(
 
         summary = infer(scaling, many, model, run, take_away)
         wait_until(lambda: not watched.samples[-1][1], 120)
-    assert (summary["done"], summary["failed"]) == (6, {})
+    assert (summary["done"], summary["failed"]) == (SLIDES, {})
     assert killed
     assert max(len(there) for _, there, _ in before) == 2
     used = [sum(gpus[1] for gpus in there.values()) for _, there, _ in before]
@@ -99,14 +103,17 @@ def test_nodes_come_for_the_work_and_go_after_it_and_a_lost_one_costs_nothing(
     assert masks(run) == masks(tmp_path / "alone")
 
 
-def test_one_small_slide_brings_one_gpu(
+def test_a_few_small_slides_bring_one_gpu(
     scaling: dict[str, str], model: Path, tmp_path: Path
 ) -> None:
-    write_slide(tmp_path / "slides", "s", draw_scene(1, height=600, width=700))
+    """Machines are asked for by the regions that wait, not by slides."""
+    for seed in range(4):
+        scene = draw_scene(seed, height=600, width=700)
+        write_slide(tmp_path / "slides", f"s{seed}", scene)
     run = tmp_path / "run"
     with watching(scaling, run) as watched:
         summary = infer(scaling, tmp_path / "slides", model, run)
-        assert (summary["done"], summary["failed"]) == (1, {})
+        assert (summary["done"], summary["failed"]) == (4, {})
         wait_until(lambda: not watched.samples[-1][1], 120)
     assert len(watched.nodes) == 1
 

@@ -60,7 +60,7 @@ def depends(name: str) -> frozenset[str]:
         ("medray/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
         ("medray/doctor.py", {"test_doctor_tells_a_wrong_token"}, {JOBS, README}),
         ("recipes/unet.yaml", {README, "test_every_recipe_trains"}, {SERVED, KILLED}),
-        ("k8s/new.yaml", {"test_one_small_slide_brings_one_gpu"}, {SERVED, README}),
+        ("k8s/new.yaml", {"test_a_few_small_slides_bring_one_gpu"}, {SERVED, README}),
         ("tests/serial.py", {X_RAYS, SIGNALLED}, {KILLED}),  # X_RAYS by `usefixtures`
         ("README.md", {README, VIEWED, EMBEDDED}, {X_RAYS, SERVED, SIGNALLED}),
         ("docs/training.md", {X_RAYS}, {README, VIEWED, SERVED}),
