@@ -87,6 +87,8 @@ def _build_parser() -> argparse.ArgumentParser:
         help="measure nucleus and cytoplasm by SIPaKMeD's .dat contours (with --side)",
     )
 
+    _add_partial_ok(sub)
+
     sub = command("train", "a recipe and a dataset into a model")
     sub.add_argument("recipe", metavar="RECIPE", help="YAML file, see recipes/")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
@@ -124,11 +126,13 @@ def _build_parser() -> argparse.ArgumentParser:
     sub = command("infer", "slides and a model into masks")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
+    _add_partial_ok(sub)
     _add_run_options(sub)
 
     sub = command("embed", "slides and a frozen encoder into features of tiles")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", required=True, metavar="FEATURES", help="folder to make")
+    _add_partial_ok(sub)
     sub.add_argument(
         "--encoder", required=True, metavar="NAME", help="a network's name in timm"
     )
@@ -217,10 +221,29 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_run_options(sub)
 
+    sub = command("submit", "a command to a Ray cluster as a job, and see it through")
+    sub.add_argument("words", nargs="+", metavar="-- COMMAND", help="what the job does")
+    sub.add_argument("--job", required=True, metavar="ID", help="one that is followed")
+    sub.add_argument("--address", help="http://HOST:8265 (RAY_API_SERVER_ADDRESS)")
+    sub.add_argument("--stage", default="", help="shown in Ray's dashboard")
+    sub.add_argument(
+        "--wait",
+        type=_positive,
+        default=1800.0,
+        metavar="S",
+        help="seconds that no head may answer (1800)",
+    )
+
     sub = command("doctor", "what is wrong with packages, GPUs, Ray, storage")
     sub.add_argument("--model", metavar="MODEL", help="look at this one too")
     sub.add_argument("--out", metavar="URI", help="look whether it can be written")
     sub.add_argument("--address", help="of Ray: HOST:PORT or http://HOST:8265")
+    sub.add_argument(
+        "--kubernetes",
+        action="store_true",
+        help="look at the cluster of kubectl's context, or of this pod",
+    )
+    sub.add_argument("--namespace", help="medray's there (medray, or this pod's)")
 
     sub = command("explain", "what in images speaks for a class")
     sub.add_argument("model", metavar="MODEL", help="from train")
@@ -308,6 +331,15 @@ def _build_parser() -> argparse.ArgumentParser:
 
     command("conformance", "check that stitching can be trusted here")
     return parser
+
+
+def _add_partial_ok(sub: argparse.ArgumentParser) -> None:
+    """Add what makes exit code 3 a success, for those that restart what fails."""
+    sub.add_argument(
+        "--partial-ok",
+        action="store_true",
+        help="exit with 0, not 3, if some slides failed",
+    )
 
 
 def _add_run_options(sub: argparse.ArgumentParser) -> None:

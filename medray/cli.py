@@ -1,7 +1,7 @@
 """The command `medray`: parse, call one function, print, exit.
 
-Exit codes: 0 success, 3 some slides failed, 2 wrong request, 1 failure; 130 or 143 when
-Ctrl-C or SIGTERM stopped it.
+Exit codes: 0 success, 3 some slides failed (0 with --partial-ok), 2 wrong request, 1
+failure; 130 or 143 when Ctrl-C or SIGTERM stopped it.
 """
 
 from __future__ import annotations
@@ -254,7 +254,27 @@ def _nightly(args: argparse.Namespace) -> Any:
 def _doctor(args: argparse.Namespace) -> Any:
     from medray.doctor import doctor
 
-    return doctor(model=args.model, out=args.out, address=args.address)
+    if args.namespace and not args.kubernetes:
+        raise ConfigError("--namespace goes with --kubernetes")
+    return doctor(
+        model=args.model,
+        out=args.out,
+        address=args.address,
+        kubernetes=args.kubernetes,
+        namespace=args.namespace,
+    )
+
+
+def _submit(args: argparse.Namespace) -> Any:
+    from medray.submit import submit
+
+    return submit(
+        args.words,
+        job=args.job,
+        address=args.address,
+        wait=args.wait,
+        stage=args.stage,
+    )
 
 
 def _explain(args: argparse.Namespace) -> Any:
@@ -380,6 +400,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "evaluate": _evaluate,
     "export": _export,
     "nightly": _nightly,
+    "submit": _submit,
     "doctor": _doctor,
     "explain": _explain,
     "serve": _serve,
@@ -416,7 +437,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(args, 1, {"error": f"{error}"}, f"medray {args.command}: {error}")
     failed = getattr(result, "failed", {})
     values = dataclasses.asdict(result)
-    code = getattr(result, "code", 3 if failed else 0)
+    some_failed = 0 if getattr(args, "partial_ok", False) else 3
+    code = getattr(result, "code", some_failed if failed else 0)
     return _say(args, code, values, in_words(args.command, values))
 
 

@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from medray.errors import MedrayError
 from medray.models.config import model_digest, read_config
 from medray.store import files
+from medray.submit import TOKEN_ADVICE, auth_token
 
 Status = Literal["ok", "WARN", "FAIL"]
 
@@ -74,7 +75,12 @@ class Diagnosis:
 
 
 def doctor(
-    *, model: str | None = None, out: str | None = None, address: str | None = None
+    *,
+    model: str | None = None,
+    out: str | None = None,
+    address: str | None = None,
+    kubernetes: bool = False,
+    namespace: str | None = None,
 ) -> Diagnosis:
     """Look at packages, memory, GPUs, and at a model, a place and a cluster if named.
 
@@ -83,7 +89,17 @@ def doctor(
         out: Where a run is to be written.
         address: Of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto, or the http://
             address of its dashboard; None: RAY_ADDRESS, if that is set.
+        kubernetes: Look at the Kubernetes cluster of kubectl's context or, in a pod, of
+            this pod.
+        namespace: Where medray is there; None: this pod's, or `medray`.
+
+    Raises:
+        ConfigError: `kubernetes` without its package.
     """
+    if kubernetes:
+        from medray.doctor_kubernetes import check_kubernetes
+
+        return Diagnosis(check_kubernetes(namespace))
     findings = [check_packages(importlib.metadata.requires("medray") or ())]
     findings.append(check_bytecode())
     findings += check_memory(_memory_limit(), shutil.disk_usage(_SHARED_MEMORY).total)
@@ -230,7 +246,7 @@ def check_ray(address: str) -> list[Finding]:
 
 
 def _check_dashboard(address: str) -> Finding:
-    token = _token()
+    token = auth_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # /api/version answers anybody; this one asks for the token.
     try:
@@ -243,32 +259,13 @@ def _check_dashboard(address: str) -> Finding:
             there = json.loads(response.read())["ray_version"]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            return Finding("Ray", "FAIL", f"{address}: refuses the token", _TOKEN)
+            return Finding("Ray", "FAIL", f"{address}: refuses the token", TOKEN_ADVICE)
         return Finding("Ray", "FAIL", f"{address}: {error}", "is this a dashboard?")
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = getattr(error, "reason", None) or error
         mend = "see that the head runs, and that this is its dashboard (port 8265)"
         return Finding("Ray", "FAIL", f"{address}: no Ray answers ({said})", mend)
     return _versions_finding(address, {there})
-
-
-def _token() -> str:
-    """Give the token from where Ray looks for it."""
-    if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        return ""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
-    try:
-        return Path(path).expanduser().read_text().strip()
-    except OSError:
-        return ""
-
-
-_TOKEN = (
-    "give it the token of the head: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
-    "RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
-)
 
 
 def _versions_finding(where: str, versions: set[str]) -> Finding:
@@ -291,7 +288,7 @@ def _ask_cluster(address: str) -> list[Finding]:
         )
     except subprocess.TimeoutExpired:
         said = f"{address}: takes connections but gave no answer in {_CLUSTER_S:.0f} s"
-        mend = f"{_TOKEN}; if that is right look at the head's logs, and at its load"
+        mend = f"{TOKEN_ADVICE}; if that is right look at the head's logs and load"
         return [Finding("Ray", "FAIL", said, mend)]
     if asked.returncode:
         return [_refusal(address, asked.stderr)]
@@ -318,7 +315,8 @@ def _refusal(address: str, said: str) -> Finding:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "it said nothing"
     token = any(w in said for w in ("AuthenticationError", "Unauthenticated", "token"))
-    mend = _TOKEN if token else "see that the head runs, and that versions are equal"
+    other = "see that the head runs, and that versions are equal"
+    mend = TOKEN_ADVICE if token else other
     return Finding("Ray", "FAIL", f"{address}: {last}", mend)
 
 

@@ -29,6 +29,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         return _export_in_words(values)
     if "findings" in values:
         return _diagnosis_in_words(values)
+    if command == "submit":
+        return _job_in_words(values)
     if "handed_on" in values:
         return _night_in_words(values)
     if "squares" in values:
@@ -91,6 +93,13 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
     return "\n".join(lines)
+
+
+def _job_in_words(values: dict[str, Any]) -> str:
+    said = f"submit: {values['job']} {values['status']}, exit code {values['code']}"
+    if values["lost"]:
+        said += f"; submitted again {values['lost']} times, for the head was lost"
+    return said if values["status"] == "SUCCEEDED" else f"{said}: {values['message']}"
 
 
 def _viewing_in_words(values: dict[str, Any]) -> str:

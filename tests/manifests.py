@@ -163,12 +163,11 @@ def _broken_job(spec: Object) -> list[str]:
 
 @dataclass(frozen=True)
 class Entrypoint:
-    """What the shell of the head is given: `python FILE ARGUMENTS`, and what follows."""
+    """A job's command: `python FILE ARGUMENTS`."""
 
     where: str
     file: str
     arguments: list[str]
-    after: list[str]
 
 
 def entrypoints(objects: list[Object]) -> Iterator[Entrypoint]:
@@ -183,10 +182,17 @@ def entrypoints(objects: list[Object]) -> Iterator[Entrypoint]:
             words = shlex.split(spec.get("jobTemplate", spec)["entrypoint"])
         else:
             continue
-        ends = words.index("||") if "||" in words else len(words)
         assert words[0] == "python"
         where = f"{kind} {one['metadata']['name']}"
-        yield Entrypoint(where, words[1], words[2:ends], words[ends:])
+        yield Entrypoint(where, words[1], words[2:])
+
+
+def submitted(job: str, folder: Path) -> str:
+    """The entrypoint of a `RayJob NAME` or `RayCronJob NAME`, as the head gets it."""
+    built = with_components("gke-gpu", ["jobs", "raycronjob"], folder)
+    spec = find(built, *job.split())["spec"]
+    entrypoint: str = spec.get("jobTemplate", spec)["entrypoint"]
+    return entrypoint
 
 
 def pods(thing: Object) -> Iterator[tuple[str, Object]]:
