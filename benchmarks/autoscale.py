@@ -62,7 +62,14 @@ def ray_cluster(gpus: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def autoscaling(cluster: dict[str, Any], *, idle_s: float) -> dict[str, Any]:
+FAKE_NODES = (
+    "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+)
+
+
+def autoscaling(
+    cluster: dict[str, Any], *, idle_s: float, provider: str = FAKE_NODES
+) -> dict[str, Any]:
     """The autoscaler's configuration: KubeRay's, over nodes of this machine."""
     from ray.autoscaler._private.kuberay import autoscaling_config
 
@@ -80,8 +87,7 @@ def autoscaling(cluster: dict[str, Any], *, idle_s: float) -> dict[str, Any]:
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider."
-            "FakeMultiNodeProvider",
+            "module": provider,
             "gcs_address": f"127.0.0.1:{PORT}",
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
@@ -105,13 +111,24 @@ def processes(text: bytes, file: str = "cmdline") -> list[int]:
 
 
 @contextlib.contextmanager
-def scaled(gpus: int = 2, idle_s: float = 10.0) -> Iterator[dict[str, str]]:
-    """A head without CPUs that starts the groups' nodes; gives clients' environment."""
+def scaled(
+    gpus: int = 2, idle_s: float = 10.0, provider: str = FAKE_NODES, **variables: str
+) -> Iterator[dict[str, str]]:
+    """A head without CPUs that starts the groups' nodes; gives clients' environment.
+
+    Args:
+        gpus: How many there may be.
+        idle_s: Seconds after which an idle node goes.
+        provider: The class that starts nodes.
+        variables: Added to the environment of the head, and so of the autoscaler.
+    """
     # The folder of sockets must have a short name.
     folder = Path(tempfile.mkdtemp(prefix="mas", dir="/tmp"))
     cluster = ray_cluster(gpus, folder / "kustomize")
     config = folder / "autoscaling.yaml"
-    config.write_text(yaml.safe_dump(autoscaling(cluster, idle_s=idle_s)))
+    config.write_text(
+        yaml.safe_dump(autoscaling(cluster, idle_s=idle_s, provider=provider))
+    )
     labels = cluster["spec"]["headGroupSpec"]["labels"]
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1",
@@ -137,7 +154,9 @@ def scaled(gpus: int = 2, idle_s: float = 10.0) -> Iterator[dict[str, str]]:
     ]
     log = folder / "head.log"
     with log.open("w") as out:
-        head = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        head = subprocess.Popen(
+            command, env=environment | variables, stdout=out, stderr=out
+        )
     try:
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
