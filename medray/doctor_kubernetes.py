@@ -53,23 +53,23 @@ class Cluster:
             ForbiddenError: This user may not see it.
             OSError: The server does not answer, or not with that.
         """
-        request = self._api.param_serialize(
-            "GET",
-            path,
-            header_params={"Accept": "application/json"},
-            auth_settings=["BearerToken"],
-        )
         try:
-            answer = self._api.call_api(*request, _request_timeout=_ANSWER_S)
-            text = answer.read()
-        except Exception as error:  # of urllib3, which has many
-            raise OSError(f"{error}") from error
-        if answer.status == 404:
-            return None
-        if answer.status in (401, 403):
-            raise ForbiddenError(path)
-        if answer.status >= 400:
-            raise OSError(f"{path}: {answer.status} {text[:200]!r}")
+            text = self._api.call_api(
+                path,
+                "GET",
+                header_params={"Accept": "application/json"},
+                auth_settings=["BearerToken"],
+                _preload_content=False,
+                _return_http_data_only=True,
+                _request_timeout=_ANSWER_S,
+            ).data
+        except Exception as error:  # of urllib3, which has many, and ApiException
+            status = getattr(error, "status", None)
+            if status == 404:
+                return None
+            if status in (401, 403):
+                raise ForbiddenError(path) from error
+            raise OSError(f"{path}: {error}") from error
         found: Object = json.loads(text)
         return found
 

@@ -14,6 +14,9 @@ from autoscale import processes
 from heads import BIN, PORT, Head, head_node
 from manifests import ROOT, build, find
 
+import medray.leave
+from medray.lane import Lane
+
 pytestmark = pytest.mark.timeout(600)
 
 LANES = """
@@ -55,6 +58,11 @@ def hook() -> list[str]:
     ((python, *words),) = found
     assert python == "python"
     return [sys.executable, *words]
+
+
+def test_it_looks_for_the_lanes_that_there_are() -> None:
+    """By the name that Ray gives the processes of an actor."""
+    assert f"ray::{Lane.__name__}" == medray.leave._LANE
 
 
 def leave(environment: dict[str, str], pod: int = 0) -> tuple[str, float]:

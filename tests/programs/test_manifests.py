@@ -27,6 +27,8 @@ from manifests import (
     with_components,
 )
 
+from medray.doctor_kubernetes import _number
+
 KUBERNETES = "1.37"
 # Seconds that a Pending pod may be there for nothing, and that one may be Pending at all.
 SETTINGS = {
@@ -525,6 +527,21 @@ def test_overlays_have_few_values_to_change(overlay: str) -> None:
     said = json.dumps(built)
     assert all(value in said for value in values.values())
     assert all(one["metadata"]["name"] != "values" for one in built)
+
+
+def test_a_laptop_has_room_for_what_is_said() -> None:
+    """All pods of a night on kind, against the sum in docs/kubernetes.md."""
+    objects = build(ROOT / "k8s" / "overlays" / "cpu-kind")
+    cluster, night = find(objects, "RayCluster"), find(objects, "CronJob")
+    asked = [
+        pod["containers"][0]["resources"]["requests"]
+        for one in (cluster, night)
+        for _, pod in pods(one)
+    ] + [cluster["spec"]["autoscalerOptions"]["resources"]["requests"]]
+    cpus = sum(_number(one["cpu"]) for one in asked)
+    memory = sum(_number(one["memory"]) for one in asked) / 2**30
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    assert f"ask for {cpus:.1f} CPUs and\n{memory:.1f} GiB" in text
 
 
 def test_the_costs_follow_from_what_was_measured() -> None:
