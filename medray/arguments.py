@@ -222,8 +222,15 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_run_options(sub)
 
     sub = command("submit", "a command to a Ray cluster as a job, and see it through")
-    sub.add_argument("words", nargs="+", metavar="-- COMMAND", help="what the job does")
-    sub.add_argument("--job", required=True, metavar="ID", help="one that is followed")
+    sub.add_argument(
+        "words", nargs="+", metavar="COMMAND", help="what the job does, after --"
+    )
+    sub.add_argument(
+        "--job",
+        required=True,
+        metavar="ID",
+        help="its id; one that is there is followed",
+    )
     sub.add_argument("--address", help="http://HOST:8265 (RAY_API_SERVER_ADDRESS)")
     sub.add_argument("--stage", default="", help="shown in Ray's dashboard")
     sub.add_argument(
