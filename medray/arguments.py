@@ -215,7 +215,11 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--settle", type=float, default=60.0, metavar="S", help="unchanged for (60 s)"
     )
-    sub.add_argument("--night", metavar="YYYY-MM-DD", help="its date (today, UTC)")
+    sub.add_argument(
+        "--night",
+        metavar="YYYY-MM-DD",
+        help="its date (that of the evening: noon to noon, UTC)",
+    )
     sub.add_argument(
         "--tries", type=int, default=3, metavar="N", help="nights for a failure (3)"
     )

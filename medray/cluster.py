@@ -143,11 +143,11 @@ def lanes() -> int:
 
 
 def lanes_there() -> int:
-    """Give how many of these devices are there now; one while the first is awaited."""
-    if not gpus():
-        return lanes()
+    """Give how many devices may be had at once, others having to come; at least one."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return max(1, sum(int(node["Resources"].get("GPU", 0)) for node in alive))
+    if gpus() <= sum(int(node["Resources"].get("GPU", 0)) for node in alive):
+        return lanes()
+    return max(1, int(ray.available_resources().get("GPU", 0)))
 
 
 def _cpus() -> list[int]:

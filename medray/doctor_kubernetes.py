@@ -32,6 +32,7 @@ _GPU_MACHINES = (
     "nvidia.com/gpu.present",
     "feature.node.kubernetes.io/pci-10de.present",
 )
+_HEAD = "ray.io/cluster=medray,ray.io/node-type=head"  # not that of medray-serve
 _PLACEHOLDERS = re.compile(r"\b(PROJECT|ACCOUNT|BUCKET)\b")
 
 
@@ -193,16 +194,18 @@ def _check_operator(cluster: Cluster) -> Iterator[Finding]:
     if not ready:
         mend = f"see why: kubectl -n {where} describe pods"
         yield Finding(name, "FAIL", f"{said}; no replica is ready", mend)
-    elif _version(image.rpartition(":")[2]) < _KUBERAY:
+    elif "@" not in image and _version(image.rpartition(":")[2]) < _KUBERAY:
         wanted = ".".join(map(str, _KUBERAY))
         yield Finding(name, "WARN", said, f"k8s/ is for KubeRay {wanted} or newer")
     else:
         yield Finding(name, "ok", said)
-    if where != "kuberay-system":
+    policies = cluster.mine("networkpolicies", "apis/networking.k8s.io/v1")
+    let_in = [one for one in policies if one["metadata"]["name"] == "jobs-to-head"]
+    if let_in and f'"{where}"' not in json.dumps(let_in):
         yield Finding(
             "operator's namespace",
             "FAIL",
-            f"{where}; the network policies let in kuberay-system",
+            f"{where}, which the network policy jobs-to-head does not let in",
             f"write {where} into k8s/base/network.yaml (jobs-to-head), and apply",
         )
     if not gates.get("RayCronJob") and cluster.mine("raycronjobs", "apis/ray.io/v1"):
@@ -260,7 +263,7 @@ def _check_head(cluster: Cluster) -> Iterator[Finding]:
         and pod["metadata"]["labels"].get("ray.io/node-type") == "head"
     ]
     if not any(_is_ready(pod) for pod in pods):
-        mend = f"kubectl -n {cluster.namespace} describe pods -l ray.io/node-type=head"
+        mend = f"kubectl -n {cluster.namespace} describe pods -l {_HEAD}"
         yield Finding("head", "FAIL", "its pod is not ready", mend)
         return
     yield Finding("head", "ok", "its pod is ready")
@@ -274,8 +277,8 @@ def _check_head(cluster: Cluster) -> Iterator[Finding]:
                 "WARN",
                 f"the RayCluster says {GPUS_LABEL}={wanted}, the head that runs was "
                 f"started with {running} and asks for no more",
-                "when no job runs: kubectl -n "
-                f"{cluster.namespace} delete pod -l ray.io/node-type=head",
+                "when no job runs: "
+                f"kubectl -n {cluster.namespace} delete pod -l {_HEAD}",
             )
 
 
@@ -295,10 +298,15 @@ def _check_gpus(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("GPUs", "ok", "none are asked for; workers predict on CPUs")
         return
     said = f"{asked} at most, in {', '.join(g['groupName'] for g in groups)}"
-    most = sum(g["maxReplicas"] * _gpus_of(g) for g in groups)
-    if asked > most:
+    quotas = cluster.mine("resourcequotas")
+    most = {g["groupName"]: g["maxReplicas"] * _gpus_of(g) for g in groups} | {
+        f"quota {quota['metadata']['name']}": int(_number(hard[f"requests.{_GPU}"]))
+        for quota in quotas
+        if f"requests.{_GPU}" in (hard := quota["spec"].get("hard", {}))
+    }
+    if few := [f"{name} has {count}" for name, count in most.items() if count < asked]:
         mend = "set maxReplicas, the quota and the label by `gpus` of values.yaml"
-        yield Finding("GPUs", "FAIL", f"{said}: the groups have {most}", mend)
+        yield Finding("GPUs", "FAIL", f"{said}: {', '.join(few)}", mend)
     nodes = cluster.items("/api/v1/nodes")
     there = sum(int(n["status"].get("allocatable", {}).get(_GPU, 0)) for n in nodes)
     blind = [
@@ -350,7 +358,7 @@ def _check_quota(cluster: Cluster) -> Iterator[Finding]:
                 "Events `exceeded quota` after an eviction pass by themselves",
             )
         else:
-            yield Finding(name, "ok", f"room in all of {', '.join(sorted(hard))}")
+            yield Finding(name, "ok", f"nothing is used up: {', '.join(sorted(hard))}")
 
 
 _UNITS = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
@@ -420,11 +428,6 @@ def _check_pods(cluster: Cluster) -> Iterator[Finding]:
                     "push the image, mend its name in values.yaml, or let the nodes "
                     "read that registry (imagePullSecrets of the service accounts)",
                 )
-            ended = container.get("lastState", {}).get("terminated", {})
-            if ended.get("reason") == "OOMKilled":
-                fine = False
-                mend = "give it more memory, requests and limits alike"
-                yield Finding(name, "WARN", "was ended for its memory", mend)
         for condition in status.get("conditions", []):
             if condition.get("reason") == "Unschedulable":
                 fine = False
@@ -435,10 +438,24 @@ def _check_pods(cluster: Cluster) -> Iterator[Finding]:
                     "a machine may be coming (some minutes); else compare what it "
                     "asks for with what nodes have, their taints and labels",
                 )
+    for event in cluster.mine("events"):
+        # KubeRay deletes a pod whose Ray has ended; only the event tells how.
+        if (
+            event.get("reason") == "DeletedHeadPod"
+            and _OUT_OF_MEMORY in event["message"]
+        ):
+            fine = False
+            yield Finding(
+                "head",
+                "WARN",
+                f"was ended for its memory, {event.get('lastTimestamp', '')}",
+                "give it more in k8s/base/raycluster.yaml, requests and limits alike",
+            )
     if fine:
         yield Finding("pods", "ok", f"{len(pods)} in {cluster.namespace}, none waits")
 
 
+_OUT_OF_MEMORY = "OOMKilled"
 _NO_IMAGE = (
     "ErrImagePull",
     "ImagePullBackOff",

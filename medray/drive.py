@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from medray import cluster
 from medray.commit import HEADER, Commit, Row
 from medray.errors import StoreError
 from medray.faults import bound_memory, failure
@@ -21,7 +22,7 @@ from medray.pool import Pool, poll
 from medray.progress import Progress
 from medray.store.ledger import Ledger
 
-# Regions after which it is known how fast they go: the first wait for the model, too.
+# Regions that show how fast they go, after as many that waited for the model, too.
 _MEASURED = 16
 # Seconds after a signal in which regions under way may still be completed.
 _GRACE_S = 15.0
@@ -59,6 +60,9 @@ def start_workers(
 ) -> Pool:
     """Start the slide workers: one for every four cores, none without a slide.
 
+    Where nodes come on request there may be no core yet: they may grow to one for each
+    lane.
+
     Args:
         plan: Gives a slide's (header, regions to do).
         finish: Gives what finishing adds to a header; it may raise.
@@ -74,7 +78,9 @@ def start_workers(
         # What is finished takes longer the more regions it has.
         return patience * max(1, len(row.get("records", ())))
 
-    return Pool(start, "work", max(1, min(cpus // 4, slides)), patience=allowed)
+    workers = max(1, min(cpus // 4, slides))
+    most = min(cluster.lanes(), slides)
+    return Pool(start, "work", workers, most=most, patience=allowed)
 
 
 @contextlib.contextmanager
@@ -111,23 +117,42 @@ class _Told:
 
 @dataclass
 class _Backlog:
-    """How much work waits, as far as it is known.
+    """How much work waits, and how fast it goes, as far as it is known.
 
     Attributes:
         slides: Slides that are not planned yet.
         planned: Slides that are.
         found: Regions that those have.
         done: Regions that came back from processes.
+        first: The same, and the seconds that processes had been there, when the model
+            was loaded everywhere.
     """
 
     slides: int
     planned: int = 0
     found: int = 0
     done: int = 0
+    first: tuple[int, float] | None = None
 
     def waiting(self, regions: int) -> float:
         """Estimate the regions that wait: these, and those of slides to be planned."""
         return regions + self.slides * self.found / max(1, self.planned)
+
+    def asks_for_more(self, regions: int, hands: Pool) -> bool:
+        """Tell whether one more process pays.
+
+        Args:
+            regions: Regions that are planned and given to nobody. None: those who are
+                there wait for plans themselves.
+            hands: The processes.
+        """
+        if self.first is None and self.done >= _MEASURED:
+            self.first = self.done, hands.there_s
+        if self.first is None or not regions:
+            return False
+        done, there_s = self.done - self.first[0], hands.there_s - self.first[1]
+        waiting = self.waiting(regions)
+        return is_worth_another(waiting, done, there_s, hands.size, hands.start_s)
 
 
 def is_worth_another(
@@ -140,8 +165,8 @@ def is_worth_another(
 
     Args:
         waiting: Regions that wait.
-        done: Regions that were done so far.
-        there_s: Seconds that processes have been there for them, all together.
+        done: Regions that were done since the model was loaded.
+        there_s: Seconds that processes have been there since, all together.
         processes: How many there are, those that are coming included.
         start_s: Seconds that the slowest took to come; 0: none has come yet.
     """
@@ -219,10 +244,9 @@ def drive(
             while slides and workers.room > 0 and len(planned) < most:
                 planning += len(slides[0])
                 workers.give(slides.popleft())
-            waiting = backlog.waiting(len(planned))
-            if is_worth_another(
-                waiting, backlog.done, hands.there_s, hands.size, hands.start_s
-            ):
+            if slides and workers.room <= 0 and not planned:
+                workers.grow()
+            if backlog.asks_for_more(len(planned), hands):
                 hands.grow()
             # Full packets; but a hand with nothing to do gets what there is.
             enough = packet if planning and hands.busy else 1

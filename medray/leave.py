@@ -43,7 +43,7 @@ def leave(within: float) -> str:
     head = raylet.value("--gcs-address")
     host, _, port = head.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), _KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
     except OSError as error:
         return f"no head answers at {head} ({error})"
     command = [

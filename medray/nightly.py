@@ -135,7 +135,7 @@ def nightly(
             it cannot be sent is only a warning.
         settle: Seconds between two looks at new files; a file that changed in between
             is left to the next night.
-        night: Its date, YYYY-MM-DD; None: today, UTC.
+        night: Its date, YYYY-MM-DD; None: that of this night (`night_of`).
         tries: After so many nights a slide that fails is given up.
         options: How; by default the model's way.
 
@@ -188,9 +188,18 @@ def nightly(
     return _result(watch.out, summary, start)
 
 
+def night_of(moment: datetime.datetime) -> str:
+    """Return the date of a night: that of its evening, from noon to noon UTC.
+
+    So a night that is taken up again after midnight is still the same.
+    """
+    utc = moment.astimezone(datetime.UTC)
+    return (utc - datetime.timedelta(hours=12)).date().isoformat()
+
+
 def _date(night: str | None) -> str:
     if night is None:
-        return datetime.datetime.now(datetime.UTC).date().isoformat()
+        return night_of(datetime.datetime.now(datetime.UTC))
     try:
         return datetime.datetime.strptime(night, "%Y-%m-%d").date().isoformat()
     except ValueError as error:

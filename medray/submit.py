@@ -11,11 +11,15 @@ under the same id the job is found again, also by another process after this one
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import aiohttp
 
 from medray.errors import ConfigError, MedrayError
+from medray.interrupt import StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ class Submitted:
         status: SUCCEEDED, FAILED or STOPPED.
         message: What Ray says of it.
         lost: How often it was submitted again because the head was lost.
-        code: Exit code of its command; 1 where there is none.
+        code: Exit code of its command; 1 where there is none, or a signal ended it.
     """
 
     job: str
@@ -81,7 +86,12 @@ def submit(
     Raises:
         ConfigError: No address, or the head refuses the token or the job.
         MedrayError: No head answers, or it was lost too often.
+        StoppedError: SIGTERM; the job goes on.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", job):
+        raise ConfigError(
+            f"job: expected an id of letters, digits, dots, - and _; found {job!r}"
+        )
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
@@ -93,7 +103,18 @@ def submit(
         "submission_id": job,
         "metadata": {"stage": stage} if stage else {},
     }
-    return asyncio.run(_see_through(address.rstrip("/"), body, wait))
+    return asyncio.run(_until_told(_see_through(address.rstrip("/"), body, wait)))
+
+
+async def _until_told(following: Coroutine[Any, Any, Submitted]) -> Submitted:
+    """Follow a job until SIGTERM, which the first process of a pod else ignores."""
+    task = asyncio.ensure_future(following)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError as error:
+        said = "no longer followed; the job itself goes on"
+        raise StoppedError(signal.SIGTERM, said) from error
 
 
 def auth_token() -> str:
@@ -118,36 +139,55 @@ async def _see_through(address: str, body: dict[str, Any], wait: float) -> Submi
         headers={"Authorization": f"Bearer {token}"} if token else {},
         timeout=aiohttp.ClientTimeout(total=_ANSWER_S),
     )
-    seen, lost, shown = False, 0, 0
+    there, lost, shown = False, 0, 0
+    silent_since: float | None = None
     async with session:
-        head = _Head(session, address, wait)
+        head = _Head(session, address)
         while True:
-            found = await head.ask("GET", f"/api/jobs/{job}")
-            if found is None:
-                if seen:
-                    lost, shown = lost + 1, 0
+            try:
+                found = await head.find(job)
+                if found is not None and found["status"] in _ENDED:
+                    return _result(job, found, lost)
+                if found is None and there:
+                    there, lost, shown = False, lost + 1, 0
                     log.warning("the head was lost, and %s with it: once more", job)
-                if lost > _LOSSES:
+                    if lost > _LOSSES:
+                        raise MedrayError(
+                            f"{job}: the head was lost {lost} times while it ran; see "
+                            f"why it ends: kubectl describe raycluster"
+                        )
+                if found is None:
+                    await head.start(body)
+                    log.info("submitted %s: %s", job, body["entrypoint"])
+                elif not there:
+                    log.info("%s is there already; following it", job)
+                there, silent_since = True, None
+                shown = await head.follow(job, shown)
+            except _NoAnswerError as error:
+                now = time.monotonic()
+                if silent_since is None:
+                    silent_since = now
+                    log.info("%s: no answer (%s); waiting for a head", address, error)
+                if now - silent_since >= wait:
                     raise MedrayError(
-                        f"{job}: the head was lost {lost} times while it ran; see why "
-                        f"it ends, such as its memory (`kubectl describe pod`)"
-                    )
-                await head.ask("POST", "/api/jobs/", body)
-                log.info("submitted %s: %s", job, body["entrypoint"])
-            elif found["status"] in _ENDED:
-                return _result(job, found, lost)
-            elif not seen:
-                log.info("%s is there already; following it", job)
-            seen = True
-            shown = await head.follow(job, shown)
+                        f"{address}: no head has answered for {wait:.0f} s ({error}); "
+                        f"see whether its pod runs, then run the same command again"
+                    ) from error
+                await asyncio.sleep(_REST_S)
 
 
 def _result(job: str, found: dict[str, Any], lost: int) -> Submitted:
     status, code = found["status"], found.get("driver_exit_code")
     if code is None:
         code = int(status != "SUCCEEDED")
+    # A signal that ended the job is none to whoever looks at this process.
+    code = code if 0 <= code < 128 else 1
     message = " ".join(str(found.get("message") or "").split())
-    return Submitted(job, status, message[:1000], lost, int(code))
+    return Submitted(job, status, message[:1000], lost, code)
+
+
+class _NoAnswerError(Exception):
+    """There is no head now, or it cannot do what it is asked yet."""
 
 
 class _Head:
@@ -156,43 +196,43 @@ class _Head:
     See https://docs.ray.io/en/latest/cluster/running-applications/job-submission/rest.html.
     """
 
-    def __init__(
-        self, session: aiohttp.ClientSession, address: str, wait: float
-    ) -> None:
-        self._session, self._address, self._wait = session, address, wait
+    def __init__(self, session: aiohttp.ClientSession, address: str) -> None:
+        self._session, self._address = session, address
 
-    async def ask(
+    async def find(self, job: str) -> dict[str, Any] | None:
+        """Return what is known of a job; None: there is none of this id."""
+        status, text = await self._ask("GET", f"/api/jobs/{job}")
+        if status == 404:
+            return None
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    async def start(self, body: dict[str, Any]) -> None:
+        """Submit a job.
+
+        Where that fails it may have been taken all the same: look for it again.
+        """
+        status, text = await self._ask("POST", "/api/jobs/", body)
+        if status == 404:
+            raise ConfigError(f"{self._address}: takes no jobs ({text[:200]})")
+
+    async def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None
-    ) -> dict[str, Any] | None:
-        """Return the answer, once there is one; None: there is no such job."""
-        uri, waited = self._address + path, 0.0
-        while True:
-            try:
-                async with self._session.request(method, uri, json=body) as answer:
-                    if answer.status < 400:
-                        found: dict[str, Any] = await answer.json()
-                        return found
-                    text = (await answer.text())[:500]
-                    status = answer.status
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                status, text = 0, f"{error}" or type(error).__name__
-            if status == 404:
-                return None
-            if status in (401, 403):
-                raise ConfigError(f"{uri}: refuses the token; {TOKEN_ADVICE}")
-            if method == "POST" and "already exists" in text:
-                return {}  # an earlier answer was lost
-            if 400 <= status < 500:
-                raise ConfigError(f"{uri}: {text}")
-            if waited >= self._wait:
-                raise MedrayError(
-                    f"{uri}: no head has answered for {self._wait:.0f} s ({text}); "
-                    f"see whether its pod runs, then run the same command again"
-                )
-            if not waited:
-                log.info("%s: no answer (%s); waiting for a head", uri, text)
-            await asyncio.sleep(_REST_S)
-            waited += _REST_S
+    ) -> tuple[int, str]:
+        uri = self._address + path
+        try:
+            async with self._session.request(method, uri, json=body) as answer:
+                status, text = answer.status, await answer.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _NoAnswerError(f"{error}" or type(error).__name__) from error
+        if status in (401, 403):
+            raise ConfigError(f"{uri}: refuses the token; {TOKEN_ADVICE}")
+        if status >= 500:  # the head is there, its agent that starts jobs not yet
+            last = text.strip().splitlines()[-1:] or [""]
+            raise _NoAnswerError(f"{method}: {status} {last[0][:300]}")
+        if status >= 400 and status != 404:
+            raise ConfigError(f"{uri}: {text[:500]}")
+        return status, text
 
     async def follow(self, job: str, shown: int) -> int:
         """Print what a job writes, until it ends or the head does.

@@ -85,28 +85,40 @@ CASES: dict[str, tuple[str, str, bool, list[dict[str, str]]]] = {
     "many slides failed": (
         "MedrayQuarantineAboveLimit",
         *("2h", True),
-        # The run's process ends, and its series with it: what it said counts.
-        [series(FAILED, "1+1x9 _x200"), series(DONE, "10+9x9 _x200")],
+        [series(FAILED, "0+0x9 1+1x9 10+0x200"), series(DONE, "0+0x9 9+9x9 90+0x200")],
+    ),
+    # Ray's agent on the head keeps counters of processes that have ended.
+    "many failed two days ago": (
+        "MedrayQuarantineAboveLimit",
+        *("50h", False),
+        [
+            series(FAILED, "0+0x9 1+1x9 10+0x4000"),
+            series(DONE, "0+0x9 9+9x9 90+0x4000"),
+        ],
+    ),
+    "all failed after a month of good nights": (
+        "MedrayQuarantineAboveLimit",
+        *("2h", True),
+        [series(FAILED, "3+0x9 4+1x59 63+0x200"), series(DONE, "30000+0x300")],
     ),
     "one of few failed": (
         "MedrayQuarantineAboveLimit",
         *("2h", False),
-        [series(FAILED, "1+0x200"), series(DONE, "4+0x200")],
+        [series(FAILED, "0+0x9 1+0x200"), series(DONE, "0+0x9 4+0x200")],
     ),
     "few of many failed": (
         "MedrayQuarantineAboveLimit",
         *("2h", False),
-        [series(FAILED, "6+0x200"), series(DONE, "900+0x200")],
-    ),
-    "all failed": (
-        "MedrayQuarantineAboveLimit",
-        *("2h", True),
-        [series(FAILED, "6+0x200")],
+        [series(FAILED, "0+0x9 6+0x200"), series(DONE, "0+0x9 900+0x200")],
     ),
     "a GPU that is idle": ("MedrayGpuIdle", "20m", True, [series(GPU, "0+0x60")]),
     "a GPU that was just idle": (
         *("MedrayGpuIdle", "20m", False),
         [series(GPU, "90+0x10 0+0x60")],
+    ),
+    "a GPU that Ray cannot read, and that works": (
+        *("MedrayGpuIdle", "20m", False),
+        [series(GPU, "0+0x60"), series('ray_medray_regions_total{pod="p"}', "0+9x60")],
     ),
     "a GPU that works": ("MedrayGpuIdle", "20m", False, [series(GPU, "70+0x60")]),
 }

@@ -1,5 +1,6 @@
 """Nights: what is new, what is told, one at a time; a simulated week."""
 
+import datetime
 import json
 import os
 import statistics
@@ -22,7 +23,7 @@ from medray.catalog import Found, Outcome, current, note_files, note_outcomes
 from medray.drift import Slide, run_values, stain_values, watch
 from medray.errors import ConfigError
 from medray.inbox import Watch, plan_night
-from medray.nightly import nightly
+from medray.nightly import night_of, nightly
 from medray.slides.scanner import scanner_of
 from medray.store import files
 
@@ -365,3 +366,19 @@ def test_nights_in_a_bucket(
         (slide,) = plan_night(watched, {}, "2026-01-02")["slides"]
         assert slide["file"] == "a.tif"
         assert slide["digest"] == digest(b"new")
+
+
+@pytest.mark.parametrize(
+    ("moment", "night"),
+    [
+        ("2026-11-30T22:00:00+00:00", "2026-11-30"),
+        ("2026-12-01T00:30:00+00:00", "2026-11-30"),  # taken up again after midnight
+        ("2026-12-01T09:00:00+00:00", "2026-11-30"),
+        ("2026-12-01T12:00:00+00:00", "2026-12-01"),
+        ("2026-11-30T22:00:00-06:00", "2026-11-30"),  # evenings elsewhere
+        ("2026-11-30T22:00:00+09:00", "2026-11-30"),
+        ("2027-01-01T03:00:00+01:00", "2026-12-31"),
+    ],
+)
+def test_a_night_has_the_date_of_its_evening(moment: str, night: str) -> None:
+    assert night_of(datetime.datetime.fromisoformat(moment)) == night
