@@ -10,7 +10,7 @@ from medray.errors import SlideError
 from medray.slides.image import ArraySlide, open_image
 from medray.slides.omezarr import ZarrSlide
 from medray.slides.openslide import OpenSlideSlide
-from medray.slides.slide import Level, Slide
+from medray.slides.slide import Level, NeedsOpenSlideError, Slide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
 
@@ -33,8 +33,9 @@ def open_slide(
 
     Args:
         uri: Path or address (s3://, gs://, az://).
-        reader: `auto` takes tifffile, and OpenSlide for what is no TIFF: a TIFF that
-            tifffile or medray's checks refuse is damaged.
+        reader: `auto` takes tifffile, and OpenSlide for what is no TIFF or must be put
+            together (NeedsOpenSlideError): any other TIFF that tifffile or medray's
+            checks refuse is damaged.
 
     Raises:
         SlideError: It is absent, damaged, or of no known format.
@@ -49,6 +50,17 @@ def open_slide(
         return OpenSlideSlide(uri)
     try:
         return TiffSlide(uri)
+    except NeedsOpenSlideError as error:
+        if reader == "tifffile":
+            raise
+        if not os.path.isfile(uri):
+            raise SlideError(
+                f"{error}; only OpenSlide does, copy it to a disk"
+            ) from error
+        try:
+            return OpenSlideSlide(uri)
+        except SlideError as other:
+            raise SlideError(f"{error}; {other}") from other
     except SlideError as error:
         if reader == "tifffile" or not os.path.isfile(uri) or _is_tiff(uri):
             raise
