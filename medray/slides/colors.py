@@ -83,6 +83,11 @@ def _check_palette(uri: str, frame: Any, bits: int, samples: int) -> None:
             f"{uri}: expected a palette of {3 << bits} values, found "
             f"{np.size(frame.colormap)}; the header is damaged"
         )
+    if frame.compression in JPEG:
+        raise SlideError(
+            f"{uri}: holds indices of a palette under JPEG, which does not keep them; "
+            f"expected a lossless compression, save it as RGB"
+        )
     if samples > 1:
         raise SlideError(
             f"{uri}: holds {samples} samples a pixel, expected one with a palette; "
