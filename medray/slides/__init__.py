@@ -53,14 +53,7 @@ def open_slide(
     except NeedsOpenSlideError as error:
         if reader == "tifffile":
             raise
-        if not os.path.isfile(uri):
-            raise SlideError(
-                f"{error}; only OpenSlide does, copy it to a disk"
-            ) from error
-        try:
-            return OpenSlideSlide(uri)
-        except SlideError as other:
-            raise SlideError(f"{error}; {other}") from other
+        return _by_openslide(uri, error)
     except SlideError as error:
         if reader == "tifffile" or not os.path.isfile(uri) or _is_tiff(uri):
             raise
@@ -69,6 +62,27 @@ def open_slide(
         except SlideError:
             # What tifffile said is the more helpful; OpenSlide only says no.
             raise error from None
+
+
+def _by_openslide(uri: str, needed: NeedsOpenSlideError) -> Slide:
+    """Open a TIFF by OpenSlide, if it takes it for the vendor that it is of.
+
+    Raises:
+        SlideError: It does not, or is not installed, or the file is not on a disk.
+    """
+    if not os.path.isfile(uri):
+        raise SlideError(f"{needed}; only OpenSlide reads it, copy it to a disk")
+    try:
+        slide = OpenSlideSlide(uri)
+    except SlideError as error:
+        raise SlideError(f"{needed}; {error}") from error
+    if needed.vendor not in ("", slide.format):
+        slide.close()
+        raise SlideError(
+            f"{needed}; OpenSlide takes it for {slide.format}, expected "
+            f"{needed.vendor}: the file is damaged, or convert it to a pyramidal TIFF"
+        )
+    return slide
 
 
 @functools.lru_cache(maxsize=4)

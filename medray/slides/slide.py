@@ -22,7 +22,16 @@ _MOST_OBLONG = 1.01
 
 
 class NeedsOpenSlideError(SlideError):
-    """A TIFF that OpenSlide may read and tifffile would read wrong, or not at all."""
+    """A TIFF that OpenSlide may read and tifffile would read wrong, or not at all.
+
+    Attributes:
+        vendor: What OpenSlide must take it for; "" if it does not matter.
+    """
+
+    def __init__(self, message: str, vendor: str = "") -> None:
+        """Take the message and OpenSlide's name of the vendor."""
+        super().__init__(message)
+        self.vendor = vendor
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,13 @@ def choose_image(uri: str, tiff: Any) -> ChosenImage:
         raise SlideError(f"{uri}: the TIFF holds no image")
     if tiff.is_bif or _has_iscan(tiff):
         raise NeedsOpenSlideError(
-            f"{uri}: a Ventana BIF, whose tiles overlap and must be stitched"
+            f"{uri}: a Ventana BIF, whose tiles overlap and must be stitched",
+            "ventana",
         )
     if tiff.is_trestle:
         raise NeedsOpenSlideError(
-            f"{uri}: a Trestle TIFF, whose tiles overlap and must be stitched"
+            f"{uri}: a Trestle TIFF, whose tiles overlap and must be stitched",
+            "trestle",
         )
     if tiff.is_svs:
         return _choose_svs(tiff)
@@ -166,7 +168,9 @@ def _choose_scn(uri: str, tiff: Any) -> ChosenImage:
     series = list(tiff.series)
     views = _scn_views(tiff.scn_metadata or "")
     if len(views) != len(series) or series[0].kind != "scn":
-        raise NeedsOpenSlideError(f"{uri}: its Leica XML does not go with its images")
+        raise NeedsOpenSlideError(
+            f"{uri}: its Leica XML does not go with its images", "leica"
+        )
     scans = [
         (one, view)
         for one, (view, macro) in zip(series, views, strict=True)
@@ -174,7 +178,8 @@ def _choose_scn(uri: str, tiff: Any) -> ChosenImage:
     ]
     if len(scans) > 1:
         raise NeedsOpenSlideError(
-            f"{uri}: holds {len(scans)} scans of one glass, to be put together"
+            f"{uri}: holds {len(scans)} scans of one glass, to be put together",
+            "leica",
         )
     if not scans:
         raise SlideError(
@@ -221,7 +226,9 @@ def _choose_philips(uri: str, tiff: Any) -> ChosenImage:
     """Take the tiled pages; the XML says the sizes of levels without their padding."""
     series = tiff.series[0]
     if series.kind != "philips":
-        raise NeedsOpenSlideError(f"{uri}: its Philips XML does not go with its levels")
+        raise NeedsOpenSlideError(
+            f"{uri}: its Philips XML does not go with its levels", "philips"
+        )
     levels = tuple((level.pages[0],) for level in series.levels)
     mpp = square_mpp(uri, *series.mpp) if series.mpp else None
     return ChosenImage("philips", levels, mpp)
@@ -416,6 +423,6 @@ def _resolution_mpp(uri: str, page: Any) -> tuple[float | None, str]:
     if microns is None or x is None:
         return None, ""
     if microns == 25400.0 and round(x, 2) in _PRINTERS_DPI:
-        note = f"mpp unknown: its {x:g} dpi are a printer's or screen's; give --mpp"
+        note = f"its {x:g} dpi are a printer's or screen's, not taken for its mpp"
         return None, note
     return square_mpp(uri, microns / x, microns / y if y else None), ""

@@ -414,6 +414,89 @@ def test_channels_of_an_ndpi_are_not_levels(tmp_path: Path) -> None:
         open_slide(path)
 
 
+def scn(images: list[tuple[str, int, int, int, int, int]]) -> str:
+    """Leica's XML of images (name, offset, width, height in nm, first page, pages)."""
+    parts = []
+    for name, offset, width, height, ifd, count in images:
+        pixels = "".join(f'<dimension r="{r}" ifd="{ifd + r}"/>' for r in range(count))
+        parts.append(
+            f'<image name="{name}"><pixels>{pixels}</pixels><view offsetX="{offset}" '
+            f'offsetY="{offset}" sizeX="{width}" sizeY="{height}"/></image>'
+        )
+    name = "http://www.leica-microsystems.com/scn/2010/10/01"
+    glass = '<collection sizeX="2600000" sizeY="7000000">'
+    body = f"{glass}{''.join(parts)}</collection>"
+    return f'<?xml version="1.0"?>\n<scn xmlns="{name}">{body}</scn>'
+
+
+def test_the_macro_of_an_scn_is_not_the_slide(tmp_path: Path) -> None:
+    path, scan = tmp_path / "x.scn", picture(128, 192)
+    macro = ("macro", 0, 2600000, 7000000, 0, 1)
+    one = ("scan", 900000, 192 * 400, 128 * 400, 1, 2)
+    for images, levels in (([macro, one], 2), ([macro], 0), ([macro, one, one], 0)):
+        with tifffile.TiffWriter(path) as tiff:
+            options = {"photometric": "rgb", "metadata": None, "tile": (64, 64)}
+            tiff.write(picture(140, 52), description=scn(images), **options)
+            tiff.write(scan, **options)
+            tiff.write(scan[::2, ::2].copy(), **options)
+        if not levels:
+            with pytest.raises(SlideError, match=r"scan it again|2 scans of one glass"):
+                open_slide(path, reader="tifffile")
+            continue
+        np.testing.assert_array_equal(whole(path), scan)
+        with open_slide(path) as slide:
+            assert (slide.format, len(slide.levels)) == ("scn", levels)
+            assert slide.mpp == pytest.approx(0.4)
+            assert "of 2 images" in slide.note
+
+
+def test_tiles_that_overlap_are_left_to_openslide(tmp_path: Path) -> None:
+    path = tmp_path / "x.bif"
+    xmp = b'<EncodeInfo Ver="2"><SlideInfo><iScan ScanRes="0.25"/></SlideInfo></EncodeInfo>'
+    tags = [(700, 1, len(xmp), xmp, True)]
+    options = {"photometric": "rgb", "metadata": None, "tile": (64, 64)}
+    tifffile.imwrite(path, picture(128, 128), extratags=tags, **options)
+    for reader in ("tifffile", "auto"):  # OpenSlide does not take this one either
+        with pytest.raises(SlideError, match=r"x\.bif: a Ventana BIF.*stitched"):
+            open_slide(path, reader=reader)
+
+
+def test_levels_of_any_factor_as_openslide_has_them(tmp_path: Path) -> None:
+    path, rgb = tmp_path / "x.tif", picture(320, 480)
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None}
+    options["tile"] = (64, 64)
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(rgb, **options)
+        tiff.write(rgb[::5, ::5].copy(), subfiletype=1, **options)
+        tiff.write(picture(90, 64), photometric="rgb", metadata=None, subfiletype=1)
+    with open_slide(path) as slide, openslide.OpenSlide(path) as other:
+        sizes = [(level.width, level.height) for level in slide.levels]
+        assert sizes == list(other.level_dimensions) == [(480, 320), (96, 64)]
+        np.testing.assert_array_equal(slide.read(0, 0, 64, 96, 1), rgb[::5, ::5])
+
+
+def test_of_several_images_the_one_that_is_read_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(picture(50, 40), photometric="rgb", metadata=None)
+        tiff.write(picture(200, 300), photometric="rgb", metadata=None)
+    np.testing.assert_array_equal(whole(path), picture(200, 300))
+    with open_slide(path) as slide:
+        assert slide.note == "of 2 images that of 200 x 300 pixels is read"
+
+
+@pytest.mark.parametrize(("dpi", "known"), [(300, False), (96, False), (101600, True)])
+def test_dots_per_inch_of_a_printer_are_no_mpp(
+    tmp_path: Path, dpi: int, known: bool
+) -> None:
+    path = tmp_path / "x.tif"
+    resolution = {"resolution": (dpi, dpi), "resolutionunit": "INCH"}
+    tifffile.imwrite(path, picture(), photometric="rgb", metadata=None, **resolution)
+    with open_slide(path) as slide:
+        assert slide.mpp == (pytest.approx(0.25) if known else None)
+        assert (f"{dpi} dpi" in slide.note) != known
+
+
 def test_pixels_that_are_not_square_are_refused(tmp_path: Path) -> None:
     for down, square in ((4e4, True), (4.02e4, True), (3e4, False)):
         path = tmp_path / "x.tif"
