@@ -256,6 +256,63 @@ def test_what_is_no_picture_is_refused_by_name(
         open_slide(path)
 
 
+def test_the_range_that_a_camera_declares_counts(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    grey = np.linspace(0, 1023, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for said, expected in ((1023, grey * (255 / 1023)), (65535, grey >> 8)):
+        tags = [(281, 3, 1, said, True)]
+        tifffile.imwrite(path, grey, extratags=tags, metadata=None)
+        eight = np.rint(expected).astype(np.uint8)
+        assert far(whole(path), np.repeat(eight[..., None], 3, 2)) <= 1
+
+
+def test_alpha_of_grey_and_grey_of_one_bit(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    both = np.full((32, 32, 2), (40, 100), np.uint8)
+    options: dict[str, Any] = {"metadata": None, "planarconfig": "contig"}
+    options |= {"photometric": "minisblack", "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(path, both, **options)
+    on_white = round(40 * 100 / 255 + 155)
+    assert far(whole(path), np.full((32, 32, 3), on_white, np.uint8)) <= 1
+    bits = np.arange(32 * 32).reshape(32, 32) % 3 == 0
+    Image.fromarray((bits * 255).astype(np.uint8)).convert("1").save(path)
+    black_and_white = np.repeat((bits * 255).astype(np.uint8)[..., None], 3, 2)
+    np.testing.assert_array_equal(whole(path), black_and_white)
+
+
+def test_subsampled_ycbcr_without_jpeg_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    options = {"photometric": "ycbcr", "subsampling": (1, 1), "metadata": None}
+    tifffile.imwrite(path, to_ycbcr(picture()), compression="lzw", **options)
+    assert far(whole(path), picture()) <= 3
+    tag(path, "YCbCrSubSampling", (2, 2))
+    with pytest.raises(SlideError, match="subsampled"):
+        open_slide(path, reader="tifffile")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_headers_raise_nothing_else(tmp_path: Path, seed: int) -> None:
+    path, rng = tmp_path / "x.scn", np.random.default_rng(seed)
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None}
+    text = scn([("scan", 9, 4000, 4000, 0, 2)])
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(picture(64, 64), description=text, tile=(64, 64), **options)
+        tiff.write(picture(32, 32), tile=(64, 64), **options)
+    content = path.read_bytes()
+    ends = {"read": 0, "refused": 0}
+    for _ in range(60):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(changed), 30):
+            changed[place if place < 900 else place % 900] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            whole(path)
+            ends["read"] += 1
+        except SlideError:
+            ends["refused"] += 1
+    assert sum(ends.values()) == 60
+
+
 def test_raw_samples_under_the_number_of_a_jpeg_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.svs"
     description = "Aperio Image Library|AppMag = 20|MPP = 0.5"
