@@ -31,7 +31,7 @@ class Shipped(TiffSlide):
     tiles: dict[int, bytes]
 
     def take(self, y: int, x: int) -> dict[int, bytes]:
-        page = self._pages[0]
+        page = self._pages[0][0]
         indices = _touched(page.keyframe, 1, y, x, SIDE, SIDE)
         return {index: self._segment_bytes(page, 0, index) for index in indices}
 

@@ -220,8 +220,11 @@ def _plan_slide(
         "regions": len(rows),
         "classes": settings.classes.names,
     }
+    notes = [slide.note] if slide.note else []
     if facts["mpp"] is None:
-        facts["note"] = "no mpp in the file (give --mpp); unknown to all that follows"
+        notes.append("no mpp in the file (give --mpp); unknown to all that follows")
+    if notes:
+        facts["note"] = "; ".join(notes)
     return facts, rows
 
 

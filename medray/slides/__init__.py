@@ -10,7 +10,7 @@ from medray.errors import SlideError
 from medray.slides.image import ArraySlide, open_image
 from medray.slides.omezarr import ZarrSlide
 from medray.slides.openslide import OpenSlideSlide
-from medray.slides.slide import Level, Slide
+from medray.slides.slide import Level, NeedsOpenSlideError, Slide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
 
@@ -33,8 +33,9 @@ def open_slide(
 
     Args:
         uri: Path or address (s3://, gs://, az://).
-        reader: `auto` takes tifffile, and OpenSlide for what is no TIFF: a TIFF that
-            tifffile or medray's checks refuse is damaged.
+        reader: `auto` takes tifffile, and OpenSlide for what is no TIFF or must be put
+            together (NeedsOpenSlideError): any other TIFF that tifffile or medray's
+            checks refuse is damaged.
 
     Raises:
         SlideError: It is absent, damaged, or of no known format.
@@ -49,6 +50,10 @@ def open_slide(
         return OpenSlideSlide(uri)
     try:
         return TiffSlide(uri)
+    except NeedsOpenSlideError as error:
+        if reader == "tifffile":
+            raise
+        return _by_openslide(uri, error)
     except SlideError as error:
         if reader == "tifffile" or not os.path.isfile(uri) or _is_tiff(uri):
             raise
@@ -57,6 +62,27 @@ def open_slide(
         except SlideError:
             # What tifffile said is the more helpful; OpenSlide only says no.
             raise error from None
+
+
+def _by_openslide(uri: str, needed: NeedsOpenSlideError) -> Slide:
+    """Open a TIFF by OpenSlide, if it takes it for the vendor that it is of.
+
+    Raises:
+        SlideError: It does not, or is not installed, or the file is not on a disk.
+    """
+    if not os.path.isfile(uri):
+        raise SlideError(f"{needed}; only OpenSlide reads it, copy it to a disk")
+    try:
+        slide = OpenSlideSlide(uri)
+    except SlideError as error:
+        raise SlideError(f"{needed}; {error}") from error
+    if needed.vendor not in ("", slide.format):
+        slide.close()
+        raise SlideError(
+            f"{needed}; OpenSlide takes it for {slide.format}, expected "
+            f"{needed.vendor}: the file is damaged, or convert it to a pyramidal TIFF"
+        )
+    return slide
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,17 +6,19 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from medray.errors import SlideError
+from medray.slides.colors import on_white
 from medray.slides.slide import Level, Slide, check_rectangle
-from medray.slides.tiff import on_white
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
 
 # These formats are decoded whole; larger fields should come as tiled TIFF.
 _MAX_PIXELS = 2**28
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I")
+_ORIENTATION = 274
 Image.MAX_IMAGE_PIXELS = None  # bounded here instead
 
 
@@ -46,8 +48,12 @@ class ArraySlide(Slide):
 def open_image(uri: str) -> ArraySlide:
     """Read a PNG, JPEG or BMP as a slide without resolution.
 
+    It is turned as its EXIF Orientation says, as browsers and editors show it; grey of
+    16 bits keeps its upper 8.
+
     Raises:
-        SlideError: The file cannot be read or is too large for these formats.
+        SlideError: The file cannot be read, holds other colours than RGB, or is too
+            large for these formats.
     """
     try:
         data = files.read_bytes(uri)
@@ -58,10 +64,12 @@ def open_image(uri: str) -> ArraySlide:
                 f"{uri}: {height} x {width} pixels, at most {_MAX_PIXELS} are read "
                 f"from {picture.format}; convert it to a tiled TIFF"
             )
-        transparent = "A" in picture.mode or "transparency" in picture.info
-        pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
-        slide = ArraySlide(on_white(pixels) if transparent else pixels, uri)
+        turned = picture.getexif().get(_ORIENTATION, 1)
+        pixels = _to_rgb(uri, ImageOps.exif_transpose(picture))
+        slide = ArraySlide(pixels, uri)
         slide.format = str(picture.format).lower()
+        if turned != 1:
+            slide.note = f"turned as its EXIF Orientation {turned} says"
     except SlideError:
         raise
     except Exception as error:  # Pillow's plugins raise exceptions of many kinds
@@ -70,3 +78,20 @@ def open_image(uri: str) -> ArraySlide:
             f"{type(error).__name__}: {error}"
         ) from error
     return slide
+
+
+def _to_rgb(uri: str, picture: Image.Image) -> UInt8:
+    """Return the pixels (H, W, 3) uint8 RGB of a picture, laid on white."""
+    if picture.mode not in _MODES:
+        raise SlideError(
+            f"{uri}: holds {picture.mode} pixels, expected RGB or grey; convert it to "
+            f"RGB, the colours depend on its profile"
+        )
+    if picture.mode.startswith("I"):  # 16 bits; Pillow would cut them at 255
+        grey = np.asarray(picture)
+        pixels = (grey >> 8).astype(np.uint8)
+        pixels[grey == picture.info.get("transparency", -1)] = 255
+        return np.repeat(pixels[..., None], 3, axis=2)
+    transparent = "A" in picture.mode or "transparency" in picture.info
+    pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
+    return on_white(pixels) if transparent else pixels

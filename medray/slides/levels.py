@@ -105,6 +105,7 @@ def _working(
     width = max(1, round(chosen.width / scale))
     downsample = chosen.downsample * scale
     working_mpp = None if mpp is None else mpp * downsample
+    note = "; ".join(filter(None, [slide.note, note]))
     return Working(level, scale, height, width, downsample, working_mpp, note)
 
 

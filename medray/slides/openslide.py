@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import SlideError
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
-from medray.slides.tiff import on_white
+from medray.slides.colors import on_white
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, square_mpp
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -27,7 +27,8 @@ class OpenSlideSlide(Slide):
         self._slide = _open(uri)
         properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
-        self.mpp = sane_mpp(_number(properties.get("openslide.mpp-x")))
+        x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        self.mpp = square_mpp(uri, x, y)
         self.magnification = _number(properties.get("openslide.objective-power"))
         sizes = zip(
             self._slide.level_dimensions, self._slide.level_downsamples, strict=True

@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from medray.errors import SlideError
+
 UInt8 = npt.NDArray[np.uint8]
 
 # Larger sides are no slides but broken or hostile headers.
@@ -15,6 +17,21 @@ MAX_SIDE = 2**20
 SANE_MPP = (0.01, 100.0)
 """Coarser or finer pixels are no microscope's; a tag that has them means something
 else."""
+
+_MOST_OBLONG = 1.01
+
+
+class NeedsOpenSlideError(SlideError):
+    """A TIFF that OpenSlide may read and tifffile would read wrong, or not at all.
+
+    Attributes:
+        vendor: What OpenSlide must take it for; "" if it does not matter.
+    """
+
+    def __init__(self, message: str, vendor: str = "") -> None:
+        """Take the message and OpenSlide's name of the vendor."""
+        super().__init__(message)
+        self.vendor = vendor
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class Slide(Protocol):
         levels: Level 0 is the largest.
         mpp: Microns per pixel of level 0; None when the file does not say.
         magnification: Of the objective; None when the file does not say.
+        note: What the user should know of how it is read ("" if nothing).
     """
 
     uri: str
@@ -48,6 +66,7 @@ class Slide(Protocol):
     levels: tuple[Level, ...]
     mpp: float | None
     magnification: float | None
+    note: str = ""
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle, in pixels of `level`, that lies inside the level.
@@ -98,3 +117,26 @@ def sane_mpp(value: float | None) -> float | None:
     if value is None or not SANE_MPP[0] <= value <= SANE_MPP[1]:
         return None
     return value
+
+
+def square_mpp(uri: str, x: float | None, y: float | None) -> float | None:
+    """Return the microns per pixel of both axes.
+
+    Args:
+        uri: Of the file, for the message.
+        x: Microns per pixel across; None when the file does not say.
+        y: The same down.
+
+    Returns:
+        `x` if a microscope can have it, else None.
+
+    Raises:
+        SlideError: They are more than 1 % apart.
+    """
+    x, y = sane_mpp(x), sane_mpp(y)
+    if x and y and not 1 / _MOST_OBLONG <= x / y <= _MOST_OBLONG:
+        raise SlideError(
+            f"{uri}: its pixels are {x:g} um wide and {y:g} um high, expected square "
+            f"ones; resample it, or correct its resolution (mpp) if that is wrong"
+        )
+    return x

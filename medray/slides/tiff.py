@@ -6,10 +6,10 @@ their bytes in the file into one array.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
-import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from defusedxml import ElementTree
+from PIL import Image
 
 from medray.errors import SlideError, StoreError
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
+from medray.slides.colors import JPEG, check_colors, to_rgb
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle
+from medray.slides.vendors import choose_image
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
@@ -30,18 +32,8 @@ UInt8 = npt.NDArray[np.uint8]
 _MAX_SEGMENT_BYTES = 1 << 30
 # No slide has so many labels, thumbnails, levels and planes.
 _MAX_PAGES = 500
-_JPEG_END = b"\xff\xd9"
-_MICRONS = {
-    "m": 1e6,
-    "cm": 1e4,
-    "mm": 1e3,
-    "µm": 1.0,
-    "um": 1.0,
-    "nm": 1e-3,
-    "pm": 1e-6,
-    "Å": 1e-4,
-    "in": 25400.0,
-}
+_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+_ALT_JPEG, _ORIENTATION = 33007, 274
 # What is wrong with a file is said by SlideError, once.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
@@ -66,9 +58,16 @@ class TiffSlide(Slide):
         self._lock = threading.Lock()
         try:
             self._tiff = tifffile.TiffFile(self._file, name=os.path.basename(uri))
-            self._pages = list(self._find_pages())
-            self.levels = _levels(uri, self._pages)
-            self.format, self.mpp, self.magnification = _facts(self._tiff)
+            self._check_count()
+            image = choose_image(uri, self._tiff)
+            self._pages = image.levels
+            for page in itertools.chain(*self._pages):
+                _check_page(uri, page, page.keyframe)
+                self._check_33007(page)
+            self.levels = _levels(uri, [page for page, *_ in self._pages])
+            self.format, self.mpp = image.format, image.mpp
+            self.magnification = image.magnification
+            self.note = "; ".join(filter(None, [image.note, *self._remarks()]))
             self._size = self._file.seek(0, os.SEEK_END)
         except (SlideError, StoreError):
             self._file.close()
@@ -81,8 +80,8 @@ class TiffSlide(Slide):
                 f"not a slide"
             ) from error
 
-    def _find_pages(self) -> Iterator[Any]:
-        """Give the page of each level, largest first."""
+    def _check_count(self) -> None:
+        """Bound how many images the header declares before they are looked at."""
         for count, image in enumerate(self._tiff.pages):
             levels = len(getattr(image, "subifds", None) or ())
             if count == _MAX_PAGES or levels > _MAX_PAGES:
@@ -90,29 +89,135 @@ class TiffSlide(Slide):
                     f"{self.uri}: declares more than {_MAX_PAGES} images or levels; "
                     f"the file is damaged or not a slide"
                 )
-        if not self._tiff.series:
-            raise SlideError(f"{self.uri}: the TIFF holds no image")
-        series = self._tiff.series[0]
-        for level in series.levels:
-            page = level.pages[0]
-            if page is None:
-                raise SlideError(f"{self.uri}: a level of the pyramid is missing")
-            _check_page(self.uri, page, page.keyframe)
-            yield page
+
+    def _check_33007(self, page: Any) -> None:
+        """Refuse Aperio's raw YCbCr, which has the number of a kind of JPEG."""
+        if page.keyframe.compression != _ALT_JPEG:
+            return
+        places = zip(page.dataoffsets, page.databytecounts, strict=False)
+        first = next((offset for offset, count in places if offset and count), None)
+        start = _JPEG_START if first is None else self._read_at(first, 2)
+        if start != _JPEG_START:
+            raise SlideError(
+                f"{self.uri}: compression 33007 holds raw samples here, expected JPEG; "
+                f"export it again with JPEG or without compression"
+            )
+
+    def _remarks(self) -> Iterator[str]:
+        """Give what the user should know of its tags and tiles."""
+        turned = int(self._pages[0][0].keyframe.tags.valueof(_ORIENTATION, 1))
+        if turned != 1:
+            yield (
+                f"its tag Orientation ({turned}) is not applied; other programs may "
+                f"show it turned, check that its annotation lies right"
+            )
+        if self.format == "philips":
+            return
+        for level, pages in enumerate(self._pages):
+            counts = np.concatenate([np.asarray(p.databytecounts) for p in pages])
+            missing = int(np.count_nonzero(counts == 0))
+            if missing:
+                how = "unreadable"
+                if self._knows_missing(level):
+                    how = f"computed from level {level - 1}"
+                yield (
+                    f"{missing} of {len(counts)} tiles or strips of level {level} were "
+                    f"never stored: {how}"
+                )
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle; see medray.slides.slide.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
-        page = self._pages[level]
+        parts = [
+            self._read_page(page, level, y, x, height, width)
+            for page in self._pages[level]
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return np.stack([part[..., 0] for part in parts], axis=2)
+
+    def _read_page(
+        self, page: Any, level: int, y: int, x: int, height: int, width: int
+    ) -> UInt8:
+        """Read a rectangle of one page as RGB."""
         frame = page.keyframe
         planes = frame.samplesperpixel if frame.planarconfig == 2 else 1
-        samples = frame.samplesperpixel
-        raw = np.empty((height, width, samples), frame.dtype)
         touched = [*_touched(frame, planes, y, x, height, width)]
-        for index, data in self._stored(page, level, touched):
-            plane = index // (len(page.dataoffsets) // planes)
-            self._decode_into(raw, page, level, index, data, plane, y, x)
-        return _to_rgb(raw, frame)
+        offsets, counts = page.dataoffsets, page.databytecounts
+        missing = [i for i in touched if not (offsets[i] and counts[i])]
+        if missing and not self._knows_missing(level):
+            raise SlideError(
+                f"{self.uri}: segment {missing[0]} of level {level} was never stored; "
+                f"what lay there is unknown, copy or scan the slide again"
+            )
+        shape = (height, width, frame.samplesperpixel)
+        raw = (np.zeros if missing else np.empty)(shape, frame.dtype)
+        stored = (
+            [i for i in touched if offsets[i] and counts[i]] if missing else touched
+        )
+        each = len(offsets) // planes
+        for index, data in self._stored(page, level, stored):
+            self._decode_into(raw, page, level, index, data, index // each, y, x)
+        rgb = to_rgb(raw, frame)
+        for index in missing:
+            self._fill(rgb, frame, level, index % each, y, x)
+        return rgb
+
+    def _knows_missing(self, level: int) -> bool:
+        """Tell whether it is known what a tile would show that was never stored."""
+        # Philips leaves out glass. Aperio's tiles are in the finer level.
+        return self.format == "philips" or (self.format == "svs" and level > 0)
+
+    def _fill(
+        self, rgb: UInt8, frame: Any, level: int, index: int, y: int, x: int
+    ) -> None:
+        """Paint one missing tile or strip: white, or the means of the finer level."""
+        rows, columns = _segment_size(frame)
+        across = math.ceil(frame.imagewidth / columns)
+        top, left = index // across * rows, index % across * columns
+        bottom = min(top + rows, frame.imagelength)
+        right = min(left + columns, frame.imagewidth)
+        y0, y1 = max(y, top), min(y + rgb.shape[0], bottom)
+        x0, x1 = max(x, left), min(x + rgb.shape[1], right)
+        target = rgb[y0 - y : y1 - y, x0 - x : x1 - x]
+        if self.format == "philips":
+            target[...] = 255
+            return
+        # The whole tile, so that its pixels do not depend on the rectangle.
+        whole = self._reduced(level, top, left, bottom, right)
+        target[...] = whole[y0 - top : y1 - top, x0 - left : x1 - left]
+
+    def _reduced(
+        self, level: int, top: int, left: int, bottom: int, right: int
+    ) -> UInt8:
+        """Compute a rectangle of a level as means of the next finer level's pixels."""
+        coarse, fine = self.levels[level], self.levels[level - 1]
+        down, across = fine.height / coarse.height, fine.width / coarse.width
+        box = (left * across, top * down, right * across, bottom * down)
+        x0, y0, x1, y1 = (
+            math.floor(box[0]),
+            math.floor(box[1]),
+            math.ceil(box[2]),
+            math.ceil(box[3]),
+        )
+        x1, y1 = min(x1, fine.width), min(y1, fine.height)
+        if 3 * (y1 - y0) * (x1 - x0) > _MAX_SEGMENT_BYTES:
+            raise SlideError(
+                f"{self.uri}: a tile of level {level} was never stored, and is too "
+                f"large to be computed from level {level - 1}; copy or scan the slide "
+                f"again"
+            )
+        pixels = self.read(y0, x0, y1 - y0, x1 - x0, level - 1)
+        inside = (
+            box[0] - x0,
+            box[1] - y0,
+            min(box[2], fine.width) - x0,
+            min(box[3], fine.height) - y0,
+        )
+        picture = Image.fromarray(pixels).resize(
+            (right - left, bottom - top), Image.Resampling.BOX, inside
+        )
+        return np.asarray(picture)
 
     def _decode_into(
         self,
@@ -120,7 +225,7 @@ class TiffSlide(Slide):
         page: Any,
         level: int,
         index: int,
-        data: bytes | None,
+        data: bytes,
         plane: int,
         y: int,
         x: int,
@@ -128,10 +233,10 @@ class TiffSlide(Slide):
         """Decode one tile or strip and copy its part of the rectangle."""
         frame = page.keyframe
         options = {}
-        if frame.compression in (6, 7, 34892, 33007):
+        if frame.compression in JPEG:
             options = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
             # libjpeg fills up what is missing with grey, and only warns.
-            if data and frame.jpegheader is None and _JPEG_END not in data[-64:]:
+            if frame.jpegheader is None and not _has_end(data):
                 raise SlideError(
                     f"{self.uri}: segment {index} of level {level} is a JPEG without "
                     f"an end; the file is damaged there"
@@ -148,9 +253,6 @@ class TiffSlide(Slide):
         y0, y1 = max(y, top), min(y + raw.shape[0], top + height)
         x0, x1 = max(x, left), min(x + raw.shape[1], left + width)
         target = raw[y0 - y : y1 - y, x0 - x : x1 - x]
-        if segment is None:  # a tile that was never stored is glass
-            target[...] = np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 0
-            return
         part = segment[0, y0 - top : y1 - top, x0 - left : x1 - left]
         if part.shape[:2] != target.shape[:2]:
             raise SlideError(
@@ -165,11 +267,10 @@ class TiffSlide(Slide):
 
     def _stored(
         self, page: Any, level: int, indices: list[int]
-    ) -> Iterator[tuple[int, bytes | None]]:
-        """Give the stored bytes of tiles or strips; None of what was never stored."""
+    ) -> Iterator[tuple[int, bytes]]:
+        """Give the stored bytes of tiles or strips."""
         offsets, counts = page.dataoffsets, page.databytecounts
-        stored = [index for index in indices if counts[index]]
-        for index in stored:
+        for index in indices:
             if offsets[index] + counts[index] > self._size:
                 raise SlideError(
                     f"{self.uri}: segment {index} of level {level} ends at byte "
@@ -178,13 +279,15 @@ class TiffSlide(Slide):
                 )
         found: Iterator[bytes]
         if files.is_local(self.uri):
-            found = (self._read_at(offsets[i], counts[i]) for i in stored)
+            found = (self._read_at(offsets[i], counts[i]) for i in indices)
         else:  # of an object all at once, a request for each would take its time
-            starts, lengths = [offsets[i] for i in stored], [counts[i] for i in stored]
-            found = iter(files.read_ranges(self.uri, starts, lengths) if stored else ())
-        for index in indices:
-            data = next(found) if counts[index] else None
-            if data is not None and len(data) != counts[index]:
+            starts = [offsets[i] for i in indices]
+            lengths = [counts[i] for i in indices]
+            found = iter(
+                files.read_ranges(self.uri, starts, lengths) if indices else ()
+            )
+        for index, data in zip(indices, found, strict=True):
+            if len(data) != counts[index]:
                 raise SlideError(
                     f"{self.uri}: segment {index} of level {level} should hold "
                     f"{counts[index]} bytes, found {len(data)}; the file is cut off, "
@@ -215,22 +318,12 @@ def _check_page(uri: str, page: Any, frame: Any) -> None:
             f"{uri}: declares {height} x {width} pixels, at most {MAX_SIDE} a side "
             f"are read; the header is damaged"
         )
-    if frame.dtype is None or frame.dtype.kind not in "ub" or frame.dtype.itemsize > 2:
+    if frame.imagedepth > 1 or (frame.is_tiled and frame.tiledepth > 1):
         raise SlideError(
-            f"{uri}: holds {frame.bitspersample}-bit samples of type {frame.dtype}, "
-            f"expected 8 or 16 bit unsigned; convert it first"
+            f"{uri}: its tags ImageDepth and TileDepth are {frame.imagedepth} and "
+            f"{frame.tiledepth}, of a volume; expected 1, convert it to a TIFF without"
         )
-    if frame.photometric not in (0, 1, 2, 3, 6) or frame.samplesperpixel > 4:
-        raise SlideError(
-            f"{uri}: holds {frame.samplesperpixel} samples a pixel, photometric "
-            f"{frame.photometric!s}; expected RGB, RGBA, grey or palette"
-        )
-    colors = 3 << frame.bitspersample
-    if frame.photometric == 3 and np.size(frame.colormap) != colors:
-        raise SlideError(
-            f"{uri}: expected a palette of {colors} values, found "
-            f"{np.size(frame.colormap)}; the header is damaged"
-        )
+    check_colors(uri, frame)
     rows, columns = _segment_size(frame)
     decoded = rows * columns * frame.samplesperpixel * frame.dtype.itemsize
     if decoded > _MAX_SEGMENT_BYTES:
@@ -258,6 +351,14 @@ def _segment_size(frame: Any) -> tuple[int, int]:
     return max(1, min(rows, frame.imagelength)), frame.imagewidth
 
 
+def _has_end(data: bytes) -> bool:
+    """Tell whether a JPEG has its end marker, whatever pads it after that."""
+    if _JPEG_END in data[-64:]:
+        return True
+    # Inside the scan that follows the last SOS marker no other marker has this code.
+    return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
+
+
 def _levels(uri: str, pages: list[Any]) -> tuple[Level, ...]:
     sizes = [(p.keyframe.imagelength, p.keyframe.imagewidth) for p in pages]
     height, width = sizes[0]
@@ -267,53 +368,6 @@ def _levels(uri: str, pages: list[Any]) -> tuple[Level, ...]:
             raise SlideError(f"{uri}: level of {h} x {w} is larger than level 0")
         levels.append(Level(h, w, (height / h + width / w) / 2))
     return tuple(levels)
-
-
-def _facts(tiff: Any) -> tuple[str, float | None, float | None]:
-    """Give format, microns per pixel and magnification, as the tags say."""
-    page = tiff.series[0].pages[0].keyframe
-    description = page.description or ""
-    if tiff.is_svs:
-        values = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*)", description))
-        return "svs", sane_mpp(_float(values.get("MPP"))), _float(values.get("AppMag"))
-    if tiff.is_ome:
-        return "ome-tiff", sane_mpp(_ome_mpp(tiff.ome_metadata)), None
-    if tiff.is_ndpi:
-        magnification = page.ndpi_tags.get("Magnification") if page.ndpi_tags else None
-        return "ndpi", _resolution_mpp(page), _float(magnification)
-    kinds = ("scn", "bif", "qpi", "philips")
-    name = next((k for k in kinds if getattr(tiff, f"is_{k}", False)), "tiff")
-    return name, _resolution_mpp(page), None
-
-
-def _float(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and number > 0 else None
-
-
-def _ome_mpp(xml: str | None) -> float | None:
-    """Read PhysicalSizeX of the first image (OME schema 2016-06)."""
-    if not xml:
-        return None
-    for element in ElementTree.fromstring(xml).iter():
-        if element.tag.rpartition("}")[2] == "Pixels":
-            size = _float(element.get("PhysicalSizeX"))
-            unit = _MICRONS.get(element.get("PhysicalSizeXUnit", "µm"))
-            return size * unit if size and unit else None
-    return None
-
-
-def _resolution_mpp(page: Any) -> float | None:
-    """Read XResolution and ResolutionUnit (TIFF 6.0, section 8)."""
-    tag, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
-    microns = {2: 25400.0, 3: 1e4}.get(int(unit.value) if unit else 2)
-    if tag is None or microns is None:
-        return None
-    numerator, denominator = tag.value if len(tag.value) == 2 else (0, 1)
-    return sane_mpp(microns * denominator / numerator) if numerator else None
 
 
 # --- pixels ---------------------------------------------------------------------------
@@ -330,35 +384,3 @@ def _touched(
         for row in range(y // rows, (y + height - 1) // rows + 1):
             for column in range(x // columns, (x + width - 1) // columns + 1):
                 yield (plane * down + row) * across + column
-
-
-def _to_rgb(raw: npt.NDArray[Any], frame: Any) -> UInt8:
-    """Turn samples (H, W, S) of 1, 8 or 16 bit into (H, W, 3) uint8 RGB.
-
-    16 bit samples keep their upper 8 bits; RGBA is laid on white.
-    """
-    if frame.photometric == 3:
-        colormap = np.reshape(frame.colormap, (3, -1))  # 16 bit by the standard
-        scale = 8 if colormap.max(initial=0) > 255 else 0
-        palette = (colormap >> scale).astype(np.uint8)
-        return np.moveaxis(palette[:, raw[..., 0]], 0, 2)
-    if frame.bitspersample == 1 or raw.dtype.kind == "b":
-        raw = raw.astype(np.uint8) * 255
-    if raw.dtype.itemsize == 2:
-        raw = (raw >> 8).astype(np.uint8)
-    if frame.photometric == 0:
-        raw = 255 - raw
-    if raw.shape[2] == 3:
-        return raw
-    if raw.shape[2] <= 2:  # grey, perhaps with alpha
-        return np.repeat(raw[..., :1], 3, axis=2)
-    return on_white(raw)
-
-
-def on_white(rgba: UInt8) -> UInt8:
-    """Lay (H, W, 4) uint8 RGBA on white: (H, W, 3) uint8."""
-    color, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
-    blended: UInt8 = ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(
-        np.uint8
-    )
-    return blended

@@ -159,7 +159,7 @@ def test_only_the_bytes_of_a_region_are_fetched(
     rng = np.random.default_rng(0)
     with open_slide(remote) as ours, open_slide(local) as theirs:
         assert ours.levels == theirs.levels
-        page = ours._pages[0]
+        page = ours._pages[0][0]
         for _ in range(10):
             side = int(rng.integers(200, 600))
             level = ours.levels[0]
