@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 
-SLIDES = 20
+SLIDES = 14
 
 
 @pytest.fixture(scope="session")
