@@ -49,6 +49,7 @@ from medray.run import (
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
 from medray.slides.levels import read_working, working_of
+from medray.slides.listing import SlideFile
 from medray.store import files, omezarr
 from medray.truths import find_truths, name_in, read_known, read_truth
 
@@ -117,9 +118,14 @@ def evaluate(
     if not files.exists(table):
         raise ConfigError(f"{table} is missing; run `medray infer` to its end")
     rows: list[Row] = files.read_table(table).to_pylist()
+    matched = match_truths(rows, truth, settings.classes, split)
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
-    matched = match_truths(rows, truth, settings.classes, split)
+        matched = [row for row in matched if row["slide"] in slides]
+        if not matched:
+            raise ConfigError(
+                f"{truth}: none of the {len(slides)} slides asked for has a truth there"
+            )
     groups = read_cohorts(cohorts) if cohorts else {}
     inputs = _digest(matched, settings.digest(), groups)
     report = files.join(out, "report.html")
@@ -184,19 +190,22 @@ def match_truths(
     """Give the run's rows that have a truth, with `truth` and `kind` added.
 
     Args:
-        rows: Of the run's slides.parquet.
+        rows: Of the run's slides.parquet, all of them: what belongs to one slide is
+            not free for another.
         truth: Dataset, or folder of annotations named like the slides.
         classes: Of the run.
         split: With a dataset: only its slides of this split.
 
     Raises:
-        ConfigError: The request is wrong, or no row has a truth.
+        ConfigError: The request is wrong, no row has a truth, or one truth could be
+            that of several.
     """
-    places, kind = find_truths(truth, classes, split)
+    slides = [SlideFile(row["slide"], row["uri"]) for row in rows]
+    places, kind = find_truths(slides, truth, classes, split)
     matched = [
-        row | {"truth": places[name], "kind": kind}
+        row | {"truth": places[row["slide"]], "kind": kind}
         for row in rows
-        if (name := name_in(row["slide"], places))
+        if row["slide"] in places
     ]
     if not matched:
         raise ConfigError(
@@ -210,19 +219,20 @@ def match_truths(
     return matched
 
 
-def with_truth(slides: Iterable[str], truth: str, classes: Classes) -> set[str]:
-    """Tell which slides have a truth.
+def with_truth(slides: Iterable[SlideFile], truth: str, classes: Classes) -> set[str]:
+    """Return the ids of the slides that have a truth.
 
     Args:
-        slides: Ids, as in a run.
+        slides: All that may have one, as in a run.
         truth: Dataset, or folder of annotations named like the slides.
         classes: Of the model.
 
     Raises:
-        ConfigError: The dataset has other classes.
+        ConfigError: The dataset has other classes, or one truth could be that of
+            several slides.
     """
-    places, _ = find_truths(truth, classes)
-    return {slide for slide in slides if name_in(slide, places)}
+    places, _ = find_truths(list(slides), truth, classes)
+    return set(places)
 
 
 def evaluated_slides(out: str) -> set[str]:
