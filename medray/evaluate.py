@@ -51,7 +51,7 @@ from medray.slides.digest import slide_stamp
 from medray.slides.levels import read_working, working_of
 from medray.slides.listing import SlideFile
 from medray.store import files, omezarr
-from medray.truths import find_truths, name_in, read_known, read_truth
+from medray.truths import find_truths, name_in, read_known, read_truth, truth_note
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -360,6 +360,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
     for item in rows:
         left[json.loads(item["row"])["slide"]] += 1
     errors: dict[str, str] = {}
+    notes: dict[str, str] = {}
     levels: Any = 0
     of_slides: dict[str, Any] = {}  # the levels of those under way
     best: dict[str, dict[str, list[Place]]] = {}
@@ -370,6 +371,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
                 errors.setdefault(slide, result["error"])
             else:
                 counts[slide] += np.asarray(result["counts"])
+                notes[slide] = result["note"]
                 found = np.asarray(result.get("levels", 0))
                 of_slides[slide] = of_slides.get(slide, 0) + found
                 for heading, squares in result["places"].items():
@@ -387,7 +389,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
         [
             SlideReport(slide, "failed", errors[slide], None, None)
             if slide in errors
-            else SlideReport(slide, "done", "", counts[slide], None)
+            else SlideReport(slide, "done", notes.get(slide, ""), counts[slide], None)
             for slide in counts
         ],
         levels if np.ndim(levels) else None,
@@ -439,6 +441,7 @@ def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
             stored = omezarr.open_level(probabilities_uri(run, slide))
             shares = stored[(slice(None), *region.slices())][:, known]
             result["levels"] = count_levels(true, found, shares).tolist()
+        result["note"] = truth_note(row, classes)
         wrong = known & (truth != predicted)
         result["places"] = {_WRONG: _places_in(wrong, region)}
         if "uncertainty" in settings.layers:

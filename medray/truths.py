@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.annotations import Area, rasterise, read_annotation, read_extent
+from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.matching import list_annotations, match_names, slide_names
 from medray.classes import AnyClass, Classes
 from medray.dataset import labels_uri, read_dataset
@@ -116,9 +116,8 @@ def read_truth(
     downsample = row["downsample"] * factor
     size = (row["level0_height"], row["level0_width"])
     if row["kind"] == "annotation":
-        areas = _areas(row["truth"], *size, classes)
         return rasterise(
-            areas,
+            _marks(row["truth"], *size, classes).areas,
             classes,
             y=region.y,
             x=region.x,
@@ -145,7 +144,7 @@ def read_known(
     if row["kind"] != "annotation":
         return None
     size = (row["level0_height"], row["level0_width"])
-    extent = _extent(row["truth"], *size, classes)
+    extent = _marks(row["truth"], *size, classes).extent
     if not extent:
         return None
     drawn = rasterise(
@@ -159,6 +158,17 @@ def read_known(
     )
     known: npt.NDArray[np.bool_] = drawn > 0
     return known
+
+
+def truth_note(row: Mapping[str, Any], classes: Classes) -> str:
+    """Return what the user should know of a slide's truth; empty if there is nothing.
+
+    Args and errors are those of `read_truth`.
+    """
+    if row["kind"] != "annotation":
+        return ""
+    size = (row["level0_height"], row["level0_width"])
+    return "; ".join(_marks(row["truth"], *size, classes).notes)
 
 
 def nearest_labels(
@@ -204,10 +214,5 @@ def nearest_labels(
 
 
 @functools.lru_cache(maxsize=4)
-def _areas(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
-    return read_annotation(uri, height=height, width=width, classes=classes)
-
-
-@functools.lru_cache(maxsize=4)
-def _extent(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
-    return read_extent(uri, height=height, width=width, classes=classes)
+def _marks(uri: str, height: int, width: int, classes: Classes) -> Annotation:
+    return read_marks(uri, height=height, width=width, classes=classes)

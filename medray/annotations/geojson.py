@@ -4,37 +4,92 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import shapely
 
-from medray.annotations.area import Area, Ring, areal, fill
+from medray.annotations.area import Area, Note, Ring, areal, fill
 from medray.classes import Classes
 from medray.errors import SlideError
 
+_COLOURS = {"color", "colorRGB"}
 
-def parse_geojson(uri: str, data: bytes) -> list[Area]:
+
+def parse_geojson(uri: str, data: bytes, note: Note) -> list[Area]:
     """Read the polygons of a feature, a list of features or a FeatureCollection.
 
-    Points and lines are passed over. The class is `classification.name`.
+    The children of a feature, as QuPath's hierarchy has them, follow it. Points and
+    lines are left out with a note. The class is `classification`, see `_class_of`.
 
     Raises:
-        SlideError: It is no GeoJSON, or a coordinate is not a finite number.
+        SlideError: It is no GeoJSON, a geometry or class is of an unknown form, or a
+            coordinate is not a finite number.
     """
     document = json.loads(data)
     areas = []
-    for feature in _features(uri, document):
+    flat: Counter[str] = Counter()
+    planes = set()
+    for feature in _all_features(_features(uri, document)):
         properties = feature.get("properties") or {}
-        stated = properties.get("classification")
-        name = stated.get("name") if isinstance(stated, dict) else stated
+        class_name = _class_of(properties.get("classification"))
         geometry = feature.get("geometry") or {}
-        parts = [_polygon(rings) for rings in _polygons(geometry)]
+        if stated := geometry.get("plane"):
+            planes.add((stated.get("z", 0), stated.get("t", 0)))
+        parts = [_polygon(rings) for rings in _polygons(geometry, flat)]
         polygon = parts[0] if len(parts) == 1 else areal(shapely.union_all(parts))
         if not polygon.is_empty:
-            areas.append(Area(polygon, str(name) if name else None))
+            areas.append(Area(polygon, class_name))
+    if flat:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
+        note(f"has shapes without an area ({kinds}); left out")
+    if len(planes) > 1:
+        note(f"has outlines on {len(planes)} planes (z, t); drawn onto one")
     return areas
+
+
+def _all_features(features: Sequence[Any]) -> Iterator[Any]:
+    """Give features and, after each, its children, in the order of the document."""
+    waiting = list(reversed(features))
+    while waiting:
+        feature = waiting.pop()
+        yield feature
+        for holder in (feature.get("properties") or {}, feature):
+            children = holder.get("childObjects") or []
+            if not all(isinstance(child, dict) for child in children):
+                raise SlideError(
+                    "expected features as childObjects, found something else; export "
+                    "it again as GeoJSON"
+                )
+            waiting += reversed(children)
+
+
+def _class_of(stated: Any) -> str | None:
+    """Return the class that a classification states, as QuPath shows it.
+
+    It is a name, or an object with a `name`, or with `names` where QuPath derived a
+    class from others: `{"names": ["Stroma", "CD3"]}` is the class `Stroma: CD3`.
+
+    Raises:
+        SlideError: It is of another form.
+    """
+    names = [stated]
+    if isinstance(stated, dict):
+        names = stated["names"] if "names" in stated else [stated.get("name")]
+        if not {"name", "names"} & stated.keys() and stated.keys() - _COLOURS:
+            names = [0]
+    if names in ([], [None], [""]):
+        return None
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name for name in names
+    ):
+        raise SlideError(
+            f"expected a classification with a name or a list of names, found "
+            f"{json.dumps(stated)[:80]}; name the class of that annotation"
+        )
+    return ": ".join(names)
 
 
 def _features(uri: str, document: Any) -> list[Any]:
@@ -51,7 +106,12 @@ def _features(uri: str, document: Any) -> list[Any]:
     return document
 
 
-def _polygons(geometry: Any) -> Iterator[Any]:
+def _polygons(geometry: Any, flat: Counter[str]) -> Iterator[Any]:
+    """Give the rings of each polygon, and count what has no area in `flat`.
+
+    Raises:
+        SlideError: A geometry is none of GeoJSON (RFC 7946), such as a circle.
+    """
     kind = geometry.get("type")
     if kind == "Polygon":
         yield geometry["coordinates"]
@@ -59,7 +119,14 @@ def _polygons(geometry: Any) -> Iterator[Any]:
         yield from geometry["coordinates"]
     elif kind == "GeometryCollection":
         for part in geometry["geometries"]:
-            yield from _polygons(part)
+            yield from _polygons(part, flat)
+    elif kind in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+        flat[kind] += 1
+    elif geometry:
+        raise SlideError(
+            f"expected a geometry of GeoJSON such as Polygon, found "
+            f"{str(kind)[:40]!r}; save that shape as a polygon"
+        )
 
 
 def _polygon(rings: Any) -> Any:
