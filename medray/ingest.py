@@ -186,8 +186,14 @@ def _plan_slide(
     height, width = slide.levels[0].height, slide.levels[0].width
     marks = Annotation([], [], ())
     if header["annotation"]:
-        made_of = (header["annotation"], header["digest"], height, width, settings)
-        marks = _marks(*made_of)
+        marks = _marks(
+            header["annotation"],
+            header["uri"],
+            header["digest"],
+            height,
+            width,
+            settings,
+        )
     regions = list(plan_regions(height, width, settings.region))
     # A flat slide of one region is decoded once: its tissue is found when it is read.
     at_cutting = len(regions) == 1 and len(slide.levels) == 1
@@ -238,10 +244,17 @@ def _patches_of(
 
 @functools.lru_cache(maxsize=4)
 def _marks(
-    uri: str, digest: str, height: int, width: int, settings: DatasetSettings
+    uri: str,
+    slide: str,
+    digest: str,
+    height: int,
+    width: int,
+    settings: DatasetSettings,
 ) -> Annotation:
     """Give what is annotated and where; the digest tells a replaced file apart."""
-    return read_marks(uri, height=height, width=width, classes=settings.classes)
+    return read_marks(
+        uri, height=height, width=width, classes=settings.classes, slide=slide
+    )
 
 
 def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
@@ -285,7 +298,9 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
         known = np.ones(pixels.shape[:2], np.uint8)
         if row["annotated"]:
             size = (row["height"], row["width"])
-            marks = _marks(row["annotation"], row["digest"], *size, settings)
+            marks = _marks(
+                row["annotation"], row["uri"], row["digest"], *size, settings
+            )
             labels = rasterise(marks.areas, settings.classes, **place)
             if row["partly"]:
                 known = rasterise(marks.extent, AnyClass(), **place)

@@ -105,7 +105,7 @@ def read_truth(
     """Give the true labels of a region.
 
     Args:
-        row: The slide's row in the run, with `truth` and `kind`.
+        row: The slide's row in the run, with its `uri`, and `truth` and `kind`.
         region: Pixels of the mask's level 0, divided by `factor`.
         classes: Names by label value.
         factor: Power of two by which the mask's level 0 is reduced.
@@ -117,7 +117,7 @@ def read_truth(
     size = (row["level0_height"], row["level0_width"])
     if row["kind"] == "annotation":
         return rasterise(
-            _marks(row["truth"], *size, classes).areas,
+            _marks(row["truth"], row.get("uri", ""), *size, classes).areas,
             classes,
             y=region.y,
             x=region.x,
@@ -144,7 +144,7 @@ def read_known(
     if row["kind"] != "annotation":
         return None
     size = (row["level0_height"], row["level0_width"])
-    extent = _marks(row["truth"], *size, classes).extent
+    extent = _marks(row["truth"], row.get("uri", ""), *size, classes).extent
     if not extent:
         return None
     drawn = rasterise(
@@ -168,7 +168,7 @@ def truth_note(row: Mapping[str, Any], classes: Classes) -> str:
     if row["kind"] != "annotation":
         return ""
     size = (row["level0_height"], row["level0_width"])
-    return "; ".join(_marks(row["truth"], *size, classes).notes)
+    return "; ".join(_marks(row["truth"], row.get("uri", ""), *size, classes).notes)
 
 
 def nearest_labels(
@@ -214,5 +214,7 @@ def nearest_labels(
 
 
 @functools.lru_cache(maxsize=4)
-def _marks(uri: str, height: int, width: int, classes: Classes) -> Annotation:
-    return read_marks(uri, height=height, width=width, classes=classes)
+def _marks(
+    uri: str, slide: str, height: int, width: int, classes: Classes
+) -> Annotation:
+    return read_marks(uri, height=height, width=width, classes=classes, slide=slide)

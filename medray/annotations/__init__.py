@@ -24,6 +24,7 @@ from medray.annotations.svg import parse_svg
 from medray.annotations.xml import parse_asap, parse_imagescope
 from medray.classes import Classes
 from medray.errors import MedrayError, SlideError
+from medray.slides.bounds import scanned_bounds
 from medray.store import files
 
 __all__ = [
@@ -94,13 +95,17 @@ def _is_extent(area: Area) -> bool:
     return (area.class_name or "").strip().casefold() == EXTENT.casefold()
 
 
-def read_areas(uri: str, *, height: int, width: int, classes: Classes) -> list[Area]:
+def read_areas(
+    uri: str, *, height: int, width: int, classes: Classes, slide: str = ""
+) -> list[Area]:
     """Return all areas of an annotation file, those of class `Region*` too."""
-    marks = read_marks(uri, height=height, width=width, classes=classes)
+    marks = read_marks(uri, height=height, width=width, classes=classes, slide=slide)
     return [*marks.areas, *marks.extent]
 
 
-def read_marks(uri: str, *, height: int, width: int, classes: Classes) -> Annotation:
+def read_marks(
+    uri: str, *, height: int, width: int, classes: Classes, slide: str = ""
+) -> Annotation:
     """Read an annotation file.
 
     Args:
@@ -108,6 +113,7 @@ def read_marks(uri: str, *, height: int, width: int, classes: Classes) -> Annota
         height: Level-0 pixels of the slide.
         width: Likewise.
         classes: Names by label value.
+        slide: Address of the slide, for its scanned bounds; empty: it has none.
 
     Raises:
         SlideError: The file is damaged, of another slide, or names an unknown class.
@@ -122,7 +128,7 @@ def read_marks(uri: str, *, height: int, width: int, classes: Classes) -> Annota
         if data[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(_MAX_BYTES + 1)
-        found = _parse(uri, data, height, width, classes, note)
+        found = _parse(uri, data, height, width, classes, note, slide)
         extent = [area for area in found if _is_extent(area)]
         areas = [area for area in found if not _is_extent(area)]
         areas = leave_out_unclassed(areas, classes, height, width, note)
@@ -149,7 +155,13 @@ def read_marks(uri: str, *, height: int, width: int, classes: Classes) -> Annota
 
 
 def _parse(
-    uri: str, data: bytes, height: int, width: int, classes: Classes, note: Note
+    uri: str,
+    data: bytes,
+    height: int,
+    width: int,
+    classes: Classes,
+    note: Note,
+    slide: str,
 ) -> list[Area]:
     """Tell the formats apart by their content: suffixes are often wrong."""
     if is_picture(data):
@@ -161,7 +173,8 @@ def _parse(
         start = start.decode("utf-16", "ignore").encode()
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] in (b"{", b"["):
-        return parse_geojson(uri, data, note)
+        bounds = scanned_bounds(slide, height=height, width=width)
+        return parse_geojson(uri, data, note, bounds)
     if start[:1] != b"<":
         found = f"a file that starts with {start[:16]!r}" if data else "an empty file"
         raise SlideError(f"{uri}: expected {_EXPECTED}, found {found}; {_REMEDY}")

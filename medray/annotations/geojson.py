@@ -10,19 +10,38 @@ from typing import Any
 
 import numpy as np
 import shapely
+from shapely import affinity
 
 from medray.annotations.area import Area, Note, Ring, areal, fill
 from medray.classes import Classes
 from medray.errors import SlideError
+from medray.grid import Rectangle
 
+_QUPATH_0_2 = {
+    "PathAnnotationObject",
+    "PathDetectionObject",
+    "PathCellObject",
+    "PathTileObject",
+    "TMACoreObject",
+    "PathRootObject",
+}
 _COLOURS = {"color", "colorRGB"}
 
 
-def parse_geojson(uri: str, data: bytes, note: Note) -> list[Area]:
+def parse_geojson(
+    uri: str, data: bytes, note: Note, bounds: Rectangle | None = None
+) -> list[Area]:
     """Read the polygons of a feature, a list of features or a FeatureCollection.
 
     The children of a feature, as QuPath's hierarchy has them, follow it. Points and
     lines are left out with a note. The class is `classification`, see `_class_of`.
+
+    Args:
+        uri: Named in errors.
+        data: The file.
+        note: Called with what was left out.
+        bounds: The scanned part of the slide, if it is not all of it. QuPath's
+            coordinates count from its corner.
 
     Raises:
         SlideError: It is no GeoJSON, a geometry or class is of an unknown form, or a
@@ -32,8 +51,10 @@ def parse_geojson(uri: str, data: bytes, note: Note) -> list[Area]:
     areas = []
     flat: Counter[str] = Counter()
     planes = set()
+    from_qupath = False
     for feature in _all_features(_features(uri, document)):
         properties = feature.get("properties") or {}
+        from_qupath |= "objectType" in properties or feature.get("id") in _QUPATH_0_2
         class_name = _class_of(properties.get("classification"))
         geometry = feature.get("geometry") or {}
         if stated := geometry.get("plane"):
@@ -47,7 +68,31 @@ def parse_geojson(uri: str, data: bytes, note: Note) -> list[Area]:
         note(f"has shapes without an area ({kinds}); left out")
     if len(planes) > 1:
         note(f"has outlines on {len(planes)} planes (z, t); drawn onto one")
+    if bounds is not None and areas:
+        return _from_slide_corner(areas, bounds, from_qupath, note)
     return areas
+
+
+def _from_slide_corner(
+    areas: list[Area], bounds: Rectangle, from_qupath: bool, note: Note
+) -> list[Area]:
+    """Move areas that count from the corner of the scanned part of the slide."""
+    _, _, right, bottom = shapely.total_bounds([area.polygon for area in areas])
+    where = f"scanned part (openslide.bounds, x {bounds.x}, y {bounds.y})"
+    if right > bounds.width + 1 or bottom > bounds.height + 1:
+        note(f"reaches beyond the {where}, so its origin is the corner of the slide")
+        return areas
+    if not from_qupath:
+        note(
+            f"its origin is in doubt: not written by QuPath, so taken as the corner of "
+            f"the slide, not of the {where}"
+        )
+        return areas
+    note(f"its origin is the corner of the {where}, as in QuPath; moved by that")
+    return [
+        Area(affinity.translate(area.polygon, bounds.x, bounds.y), area.class_name)
+        for area in areas
+    ]
 
 
 def _all_features(features: Sequence[Any]) -> Iterator[Any]:

@@ -24,6 +24,8 @@ from medray.annotations import (
 )
 from medray.classes import Classes
 from medray.errors import SlideError
+from medray.grid import Rectangle
+from medray.slides.bounds import scanned_bounds
 
 
 def test_unknown_and_missing_classes_are_named(tmp_path: Path) -> None:
@@ -412,3 +414,52 @@ def test_outlines_beside_the_slide_or_all_over_it_are_noted(tmp_path: Path) -> N
     assert drawn(uri)[1] == 81
     assert "cover the whole slide; left out" in marks(uri).notes[0]
     assert marks(geojson(tmp_path, inside)).notes == ()
+
+
+# --- slides of which the scanner filled a part ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("properties", "far", "moved", "said"),
+    [
+        ({"objectType": "annotation"}, 0, (70, 40), "as in QuPath; moved by that"),
+        ({}, 0, (0, 0), "its origin is in doubt"),
+        ({"objectType": "annotation"}, 300, (0, 0), "reaches beyond the scanned part"),
+    ],
+)
+def test_qupath_counts_from_the_corner_of_the_scanned_part(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    properties: dict[str, Any],
+    far: int,
+    moved: tuple[int, int],
+    said: str,
+) -> None:
+    def bounds(slide: str, *, height: int, width: int) -> Rectangle | None:
+        assert (height, width) == (1000, 1000)
+        return Rectangle(40, 70, 200, 300) if slide == "part.mrxs" else None
+
+    monkeypatch.setattr("medray.annotations.scanned_bounds", bounds)
+    uri = geojson(
+        tmp_path, feature((10 + far, 20, 30 + far, 50), "tumour", **properties)
+    )
+    size = {"height": 1000, "width": 1000, "classes": ONE}
+    found = read_marks(uri, **size, slide="part.mrxs")
+    x, y = moved
+    assert only(found.areas).bounds == (10 + far + x, 20 + y, 30 + far + x, 50 + y)
+    assert said in found.notes[0]
+    whole = read_marks(uri, **size, slide="whole.mrxs")
+    assert only(whole.areas).bounds == (10 + far, 20, 30 + far, 50)
+    assert whole.notes == ()
+
+
+def test_the_scanned_part_is_asked_of_vendors_slides_only(tmp_path: Path) -> None:
+    size = {"height": 9, "width": 9}
+    assert scanned_bounds("", **size) is None
+    assert scanned_bounds(str(tmp_path / "gone.tif"), **size) is None
+    pytest.importorskip("openslide")
+    with pytest.raises(SlideError, match=r"gone\.mrxs: is not there, and its bounds"):
+        scanned_bounds(str(tmp_path / "gone.mrxs"), **size)
+    (tmp_path / "damaged.mrxs").write_bytes(b"no slide")
+    with pytest.raises(SlideError, match=r"damaged\.mrxs: its bounds cannot be read"):
+        scanned_bounds(str(tmp_path / "damaged.mrxs"), **size)
