@@ -8,8 +8,11 @@ import pytest
 
 from medray.annotations.matching import match_annotations, match_names, slide_names
 from medray.classes import Classes
+from medray.commit import changed_slides
 from medray.errors import ConfigError
+from medray.slides.digest import slide_digest
 from medray.slides.listing import SlideFile, find_slides
+from medray.store.ledger import Ledger
 from medray.truths import find_truths
 
 
@@ -135,3 +138,29 @@ def test_a_dataset_knows_slides_by_their_address() -> None:
         assert match_names([file, other], labels) == {file.slide: "labels"}
     assert match_names([other], labels) == {}
     assert SlideFile("gone", "/data/x.tif").path == "gone"
+
+
+def test_a_slide_does_not_take_the_place_of_another(tmp_path: Path) -> None:
+    for site in ("south", "north"):
+        place(tmp_path / site, "n.tif")
+        (tmp_path / site / "n.tif").write_text(site)
+
+    def found(site: str) -> list[SlideFile]:
+        return find_slides([str(tmp_path / site)])
+
+    ledger = Ledger(str(tmp_path / "out"))
+    (row,) = changed_slides(found("south"), ledger)
+    digest = slide_digest(row["uri"])
+    done = {"status": "done", "message": "", "digest": digest}
+    names = ("slide", "uri", "annotation", "stamp")
+    ledger.commit_slide({name: row[name] for name in names} | done)
+    assert changed_slides(found("south"), ledger) == []
+    with pytest.raises(ConfigError, match=r"north/n\.tif: .*south/n\.tif, another"):
+        changed_slides(found("north"), ledger)
+    # Refused before anything was done.
+    assert changed_slides(found("south"), ledger) == []
+    # A copy, and what was moved, is the same slide.
+    (tmp_path / "north" / "n.tif").write_text("south")
+    (row,) = changed_slides(found("north"), ledger)
+    assert row["uri"].endswith("north/n.tif")
+    ledger.close()
