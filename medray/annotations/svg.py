@@ -112,9 +112,10 @@ def parse_svg(
             lines += len(rings) - len(closed)
             rings = closed
         polygon = fill(rings, _fill_rule(shape))
+        # An unknown class is an error, whatever carries it.
+        class_name, hole = _class_of([shape, *reversed(ancestors)], classes)
         if polygon.is_empty:
             continue
-        class_name, hole = _class_of([shape, *reversed(ancestors)], classes)
         outline = Outline(polygon, class_name, hole)
         unnamed = not hole and _class_of([shape], classes)[0] is None
         if unnamed and covers_slide(polygon, height, width):

@@ -438,3 +438,8 @@ def test_a_stroke_turned_into_a_path_is_noted(tmp_path: Path) -> None:
     assert "1 areas are but a thin frame around a hole" in notes
     ring = '<path d="M0 0H200V200H0z M9 9V191H191V9z"/>'
     assert "frame" not in marked(tmp_path, ring)[1]
+
+
+def test_an_unknown_class_is_an_error_even_of_an_empty_outline(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="unknown class 'x'.*the first is the backgr"):
+        marked(tmp_path, '<rect data-class="x" width="9"/>')
