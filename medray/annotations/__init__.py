@@ -150,6 +150,8 @@ def read_marks(
     extent = clip_to_slide(uri, extent, height, width, note)
     if not is_picture(data):  # the pixels of a mask do not overlap
         areas = draw_nested_last(areas, classes, note)
+        if not areas:
+            note("marks no area, so all that is annotated is background")
     note_extremes(areas, classes, height, width, note)
     return Annotation(areas, extent, tuple(notes))
 
