@@ -66,14 +66,16 @@ class Classes:
                 return 1
             raise SlideError(
                 f"an annotation carries no class, and it could be any of "
-                f"{list(self.names[1:])}; name its class in the annotation file"
+                f"{list(self.names[1:])}; name its class in the annotation file, or "
+                f"remove it"
             )
         if name in self.names:
             return self.names.index(name)
         close = difflib.get_close_matches(name, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise SlideError(
-            f"unknown class {name!r}; known classes: {list(self.names)}{hint}"
+            f"unknown class {name!r}; known classes: {list(self.names)}{hint} "
+            f"(--classes names them, the first is the background, whatever its name)"
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import MedrayError, SlideError, StoreError
+from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.faults import failure, too_large
 from medray.progress import Progress
 from medray.slides import Slide, opened
@@ -70,7 +70,14 @@ def changed_slides(
         wanted: The slides of the request.
         ledger: What earlier runs have finished.
         annotations: Address of the annotation, by slide.
+
+    Raises:
+        ConfigError: A done slide of the same id was made of another file, which is
+            still there.
     """
+    wanted = list(wanted)
+    for file in wanted:
+        _check_same_slide(file, ledger.slides.get(file.slide))
     rows = []
     for file in wanted:
         annotation = (annotations or {}).get(file.slide, "")
@@ -91,6 +98,27 @@ def changed_slides(
         rows.append(row | {"committed": {"digest": digest, "shards": shards}})
     ledger.flush()
     return rows
+
+
+def _check_same_slide(file: SlideFile, before: Row | None) -> None:
+    """Refuse to put a slide in the place of another one that has the same id.
+
+    A slide that was moved, copied or replaced is the same slide.
+    """
+    if before is None or before["status"] != "done" or before["uri"] == file.uri:
+        return
+    try:
+        if not files.exists(before["uri"]):
+            return
+        same = slide_digest(file.uri) == str(before["digest"]).partition("+")[0]
+    except (MedrayError, OSError):
+        return  # planning it will tell what is wrong
+    if not same:
+        raise ConfigError(
+            f"{file.uri}: gets the id {file.slide!r}, which is taken there by "
+            f"{before['uri']}, another slide; give another --out, or name the folder "
+            f"that holds both, so that their ids differ"
+        )
 
 
 def plan_one(

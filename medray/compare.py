@@ -274,9 +274,9 @@ def _pictures(
     """Draw slides; one that cannot be drawn has none, with a warning."""
     wanted = {row["slide"] for row in rows}
     table = files.read_table(files.join(runs[0], "slides.parquet")).to_pylist()
+    if truth is not None and wanted:
+        table = match_truths(table, files.absolute(truth), classes)
     done = [row for row in table if row["slide"] in wanted]
-    if truth is not None:
-        done = match_truths(done, files.absolute(truth), classes) if done else []
     found = dict.fromkeys(wanted, "")
     for row in done:
         try:

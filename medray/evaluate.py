@@ -49,8 +49,9 @@ from medray.run import (
 from medray.slides import open_slide, read_thumbnail
 from medray.slides.digest import slide_stamp
 from medray.slides.levels import read_working, working_of
+from medray.slides.listing import SlideFile
 from medray.store import files, omezarr
-from medray.truths import find_truths, name_in, read_known, read_truth
+from medray.truths import find_truths, name_in, read_known, read_truth, truth_note
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -117,9 +118,14 @@ def evaluate(
     if not files.exists(table):
         raise ConfigError(f"{table} is missing; run `medray infer` to its end")
     rows: list[Row] = files.read_table(table).to_pylist()
+    matched = match_truths(rows, truth, settings.classes, split)
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
-    matched = match_truths(rows, truth, settings.classes, split)
+        matched = [row for row in matched if row["slide"] in slides]
+        if not matched:
+            raise ConfigError(
+                f"{truth}: none of the {len(slides)} slides asked for has a truth there"
+            )
     groups = read_cohorts(cohorts) if cohorts else {}
     inputs = _digest(matched, settings.digest(), groups)
     report = files.join(out, "report.html")
@@ -184,19 +190,22 @@ def match_truths(
     """Give the run's rows that have a truth, with `truth` and `kind` added.
 
     Args:
-        rows: Of the run's slides.parquet.
+        rows: Of the run's slides.parquet, all of them: what belongs to one slide is
+            not free for another.
         truth: Dataset, or folder of annotations named like the slides.
         classes: Of the run.
         split: With a dataset: only its slides of this split.
 
     Raises:
-        ConfigError: The request is wrong, or no row has a truth.
+        ConfigError: The request is wrong, no row has a truth, or one truth could be
+            that of several.
     """
-    places, kind = find_truths(truth, classes, split)
+    slides = [SlideFile(row["slide"], row["uri"]) for row in rows]
+    places, kind = find_truths(slides, truth, classes, split)
     matched = [
-        row | {"truth": places[name], "kind": kind}
+        row | {"truth": places[row["slide"]], "kind": kind}
         for row in rows
-        if (name := name_in(row["slide"], places))
+        if row["slide"] in places
     ]
     if not matched:
         raise ConfigError(
@@ -210,19 +219,20 @@ def match_truths(
     return matched
 
 
-def with_truth(slides: Iterable[str], truth: str, classes: Classes) -> set[str]:
-    """Tell which slides have a truth.
+def with_truth(slides: Iterable[SlideFile], truth: str, classes: Classes) -> set[str]:
+    """Return the ids of the slides that have a truth.
 
     Args:
-        slides: Ids, as in a run.
+        slides: All that may have one, as in a run.
         truth: Dataset, or folder of annotations named like the slides.
         classes: Of the model.
 
     Raises:
-        ConfigError: The dataset has other classes.
+        ConfigError: The dataset has other classes, or one truth could be that of
+            several slides.
     """
-    places, _ = find_truths(truth, classes)
-    return {slide for slide in slides if name_in(slide, places)}
+    places, _ = find_truths(list(slides), truth, classes)
+    return set(places)
 
 
 def evaluated_slides(out: str) -> set[str]:
@@ -350,6 +360,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
     for item in rows:
         left[json.loads(item["row"])["slide"]] += 1
     errors: dict[str, str] = {}
+    notes: dict[str, str] = {}
     levels: Any = 0
     of_slides: dict[str, Any] = {}  # the levels of those under way
     best: dict[str, dict[str, list[Place]]] = {}
@@ -360,6 +371,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
                 errors.setdefault(slide, result["error"])
             else:
                 counts[slide] += np.asarray(result["counts"])
+                notes[slide] = result["note"]
                 found = np.asarray(result.get("levels", 0))
                 of_slides[slide] = of_slides.get(slide, 0) + found
                 for heading, squares in result["places"].items():
@@ -377,7 +389,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
         [
             SlideReport(slide, "failed", errors[slide], None, None)
             if slide in errors
-            else SlideReport(slide, "done", "", counts[slide], None)
+            else SlideReport(slide, "done", notes.get(slide, ""), counts[slide], None)
             for slide in counts
         ],
         levels if np.ndim(levels) else None,
@@ -429,6 +441,7 @@ def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
             stored = omezarr.open_level(probabilities_uri(run, slide))
             shares = stored[(slice(None), *region.slices())][:, known]
             result["levels"] = count_levels(true, found, shares).tolist()
+        result["note"] = truth_note(row, classes)
         wrong = known & (truth != predicted)
         result["places"] = {_WRONG: _places_in(wrong, region)}
         if "uncertainty" in settings.layers:

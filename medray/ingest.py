@@ -23,10 +23,9 @@ import ray
 
 from medray import cluster
 from medray.annotations import (
-    Area,
+    Annotation,
     rasterise,
-    read_annotation,
-    read_extent,
+    read_marks,
 )
 from medray.annotations.matching import match_annotations
 from medray.classes import AnyClass, Classes
@@ -185,18 +184,23 @@ def _plan_slide(
 ) -> tuple[Row, list[Row]]:
     """Give a slide's facts, and its regions that hold tissue or annotation."""
     height, width = slide.levels[0].height, slide.levels[0].width
-    areas: list[Area] = []
-    extent: list[Area] = []
+    marks = Annotation([], [], ())
     if header["annotation"]:
-        made_of = (header["annotation"], header["digest"], height, width, settings)
-        areas, extent = _areas(*made_of)
+        marks = _marks(
+            header["annotation"],
+            header["uri"],
+            header["digest"],
+            height,
+            width,
+            settings,
+        )
     regions = list(plan_regions(height, width, settings.region))
     # A flat slide of one region is decoded once: its tissue is found when it is read.
     at_cutting = len(regions) == 1 and len(slide.levels) == 1
     share = None
     if not at_cutting:
         share = tissue_share(slide, height, width, settings.patch)
-    bounds = [area.polygon.bounds for area in areas]
+    bounds = [area.polygon.bounds for area in marks.areas]
     rows = []
     for index, region in enumerate(regions):
         part = _patches_of(region, share, settings.patch)
@@ -215,12 +219,12 @@ def _plan_slide(
         "magnification": slide.magnification,
         "format": slide.format,
         "annotated": bool(header["annotation"]),
-        "partly": bool(extent),
-        "areas": len(areas),
+        "partly": bool(marks.extent),
+        "areas": len(marks.areas),
         "regions": len(rows),
         "classes": settings.classes.names,
     }
-    notes = [slide.note] if slide.note else []
+    notes = [*([slide.note] if slide.note else []), *marks.notes]
     if facts["mpp"] is None:
         notes.append("no mpp in the file (give --mpp); unknown to all that follows")
     if notes:
@@ -239,14 +243,17 @@ def _patches_of(
 
 
 @functools.lru_cache(maxsize=4)
-def _areas(
-    uri: str, digest: str, height: int, width: int, settings: DatasetSettings
-) -> tuple[list[Area], list[Area]]:
+def _marks(
+    uri: str,
+    slide: str,
+    digest: str,
+    height: int,
+    width: int,
+    settings: DatasetSettings,
+) -> Annotation:
     """Give what is annotated and where; the digest tells a replaced file apart."""
-    classes = settings.classes
-    return (
-        read_annotation(uri, height=height, width=width, classes=classes),
-        read_extent(uri, height=height, width=width, classes=classes),
+    return read_marks(
+        uri, height=height, width=width, classes=settings.classes, slide=slide
     )
 
 
@@ -291,10 +298,12 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
         known = np.ones(pixels.shape[:2], np.uint8)
         if row["annotated"]:
             size = (row["height"], row["width"])
-            areas, extent = _areas(row["annotation"], row["digest"], *size, settings)
-            labels = rasterise(areas, settings.classes, **place)
+            marks = _marks(
+                row["annotation"], row["uri"], row["digest"], *size, settings
+            )
+            labels = rasterise(marks.areas, settings.classes, **place)
             if row["partly"]:
-                known = rasterise(extent, AnyClass(), **place)
+                known = rasterise(marks.extent, AnyClass(), **place)
         tissue = row["tissue"]
         if tissue is None:
             size = (region.height, region.width)

@@ -239,7 +239,7 @@ def _finish(
     rows: dict[str, Row] = {}
     evaluation = None
     if plan["slides"]:
-        slides = [SlideFile(s["slide"], s["uri"], s["name"]) for s in plan["slides"]]
+        slides = [SlideFile(s["slide"], s["uri"]) for s in plan["slides"]]
         infer(slides, model=watch.models, out=run, options=watch.options)
         table = files.read_table(files.join(run, "slides.parquet"))
         rows = {row["slide"]: row for row in table.to_pylist()}
@@ -338,22 +338,27 @@ def _late(
     What stands under its name no more is left out: the truth may be of its successor.
     """
     done: dict[str, set[str]] = {}
+    slides: dict[str, SlideFile] = {}
     for row in catalog.values():
         names = zip(row["names"], row["stamps"], strict=True)
-        stands = any(stamp and slide_id(name) == row["slide"] for name, stamp in names)
-        if row["status"] == "done" and row["night"] < night and stands:
+        standing = [
+            name for name, stamp in names if stamp and slide_id(name) == row["slide"]
+        ]
+        if row["status"] == "done" and row["night"] < night and standing:
             done.setdefault(row["night"], set()).add(row["slide"])
+            uri = files.join(files.absolute(watch.inbox), standing[0])
+            slides[row["slide"]] = SlideFile(row["slide"], uri)
     missing = {
         earlier: done[earlier]
         - evaluated_slides(files.join(_folder(watch.out, earlier), "report"))
         for earlier in sorted(done)[-NIGHTS:]
     }
     # Looked for once: it may be a bucket with many.
-    known = with_truth(set().union(*missing.values()), truth, settings.classes)
+    wanted = set().union(*missing.values())
+    # All slides are matched, for what belongs to one is not free for another.
+    known = with_truth(slides.values(), truth, settings.classes) & wanted
     return {
-        earlier: sorted(slides & known)
-        for earlier, slides in missing.items()
-        if slides & known
+        earlier: sorted(ids & known) for earlier, ids in missing.items() if ids & known
     }
 
 

@@ -60,7 +60,7 @@ def plan_slide(
         blocks &= tissue_share(slide, height, width, BLOCK) > 0
     level0 = slide.levels[0]
     if within:
-        areas = areas_within(within, stamp, level0.height, level0.width)
+        areas = areas_within(within, slide.uri, stamp, level0.height, level0.width)
         blocks &= _touched(areas, working, blocks.shape)
     if coarse:
         blocks &= _found(coarse, blocks.shape)

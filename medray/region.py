@@ -311,7 +311,7 @@ def _within(row: Row, region: Rectangle) -> Blocks:
 
     size = (row["level0_height"], row["level0_width"])
     drawn: UInt8 = rasterise(
-        areas_within(row["within"], row["stamp"], *size),
+        areas_within(row["within"], row["uri"], row["stamp"], *size),
         AnyClass(),
         y=region.y,
         x=region.x,
@@ -323,7 +323,9 @@ def _within(row: Row, region: Rectangle) -> Blocks:
 
 
 @functools.lru_cache(maxsize=4)
-def areas_within(uri: str, stamp: str, height: int, width: int) -> list[Any]:
+def areas_within(
+    uri: str, slide: str, stamp: str, height: int, width: int
+) -> list[Any]:
     """Read the areas to stay within; their classes do not matter.
 
     They are kept at hand; the stamp, that of slide and annotation, tells a replaced
@@ -331,7 +333,7 @@ def areas_within(uri: str, stamp: str, height: int, width: int) -> list[Any]:
     """
     from medray.annotations import read_areas
 
-    return read_areas(uri, height=height, width=width, classes=AnyClass())
+    return read_areas(uri, height=height, width=width, classes=AnyClass(), slide=slide)
 
 
 def _unreadable(row: Row, region: Rectangle) -> UInt8:

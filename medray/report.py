@@ -54,7 +54,7 @@ class SlideReport:
     Attributes:
         slide: Its id.
         status: done or failed.
-        message: Why it failed.
+        message: Why it failed, or what to know of its truth.
         counts: (C, C) int64, see medray.metrics; None if it failed.
         overlay: Picture made by `draw_overlay`; None for most slides.
     """
@@ -326,7 +326,8 @@ def _slide_row(slide: SlideReport, names: Sequence[str]) -> dict[str, Any]:
         row[f"truth_px_{names[i]}"] = int(counts[i].sum())
         row[f"predicted_px_{names[i]}"] = int(counts[:, i].sum())
     if row["f1"] is None:
-        row["message"] = "nothing to find, nothing found"
+        nothing = "nothing to find, nothing found"
+        row["message"] = f"{nothing}; {slide.message}" if slide.message else nothing
     return row
 
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medray.annotations import (
-    ANNOTATION_SUFFIXES,
-    Area,
-    rasterise,
-    read_annotation,
-    read_extent,
-)
+from medray.annotations import Annotation, rasterise, read_marks
+from medray.annotations.matching import list_annotations, match_names, slide_names
 from medray.classes import AnyClass, Classes
 from medray.dataset import labels_uri, read_dataset
 from medray.errors import ConfigError, SlideError
 from medray.grid import Rectangle
-from medray.slides.listing import find_files, slide_id
+from medray.slides.listing import SlideFile
 from medray.store import files, omezarr
 
 log = logging.getLogger(__name__)
@@ -29,25 +24,40 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def find_truths(
-    truth: str, classes: Classes, split: str | None = None
+    slides: Sequence[SlideFile], truth: str, classes: Classes, split: str | None = None
 ) -> tuple[dict[str, str], str]:
-    """Give addresses of truths by slide, and what they are: labels or annotation.
+    """Return the address of each slide's truth by its id, and what they all are.
 
     Args:
+        slides: All of a run.
         truth: Dataset, or folder of annotations named like the slides.
         classes: Of the model.
         split: With a dataset: only its slides of this split.
 
+    Returns:
+        The addresses, and `labels` (of a dataset) or `annotation`.
+
     Raises:
-        ConfigError: The dataset has other classes, or there is a split but no dataset.
+        ConfigError: The dataset has other classes, there is a split but no dataset, or
+            one truth could be that of several slides.
+    """
+    names, kind = list_truths(truth, classes, split)
+    return match_names(slides, names), kind
+
+
+def list_truths(
+    truth: str, classes: Classes, split: str | None = None
+) -> tuple[dict[str, list[str]], str]:
+    """Return the names of each truth by its address, and what they all are.
+
+    Args, kinds and errors are those of `find_truths`; the names are what
+    `medray.annotations.matching.match_names` takes.
     """
     if files.exists(files.join(truth, "dataset.yaml")):
         return _dataset_truth(truth, classes, split), "labels"
     if split is not None:
         raise ConfigError(f"{truth}: --split needs a dataset, this is none")
-    found = find_files([truth], ANNOTATION_SUFFIXES)
-    places = {slide_id(path, ANNOTATION_SUFFIXES): uri for uri, path in found}
-    return places, "annotation"
+    return list_annotations(truth), "annotation"
 
 
 def name_in(slide: str, places: Mapping[str, str]) -> str | None:
@@ -56,7 +66,9 @@ def name_in(slide: str, places: Mapping[str, str]) -> str | None:
     return next((name for name in names if name in places), None)
 
 
-def _dataset_truth(truth: str, classes: Classes, split: str | None) -> dict[str, str]:
+def _dataset_truth(
+    truth: str, classes: Classes, split: str | None
+) -> dict[str, list[str]]:
     settings = read_dataset(truth)
     if settings.classes != classes:
         raise ConfigError(
@@ -79,7 +91,9 @@ def _dataset_truth(truth: str, classes: Classes, split: str | None) -> dict[str,
             partly[0],
         )
     return {
-        row["slide"]: labels_uri(truth, row["slide"])
+        labels_uri(truth, row["slide"]): slide_names(
+            SlideFile(row["slide"], row["uri"])
+        )[:-2]
         for row in rows
         if not row.get("partly")
     }
@@ -91,7 +105,7 @@ def read_truth(
     """Give the true labels of a region.
 
     Args:
-        row: The slide's row in the run, with `truth` and `kind`.
+        row: The slide's row in the run, with its `uri`, and `truth` and `kind`.
         region: Pixels of the mask's level 0, divided by `factor`.
         classes: Names by label value.
         factor: Power of two by which the mask's level 0 is reduced.
@@ -102,9 +116,8 @@ def read_truth(
     downsample = row["downsample"] * factor
     size = (row["level0_height"], row["level0_width"])
     if row["kind"] == "annotation":
-        areas = _areas(row["truth"], *size, classes)
         return rasterise(
-            areas,
+            _marks(row["truth"], row.get("uri", ""), *size, classes).areas,
             classes,
             y=region.y,
             x=region.x,
@@ -131,7 +144,7 @@ def read_known(
     if row["kind"] != "annotation":
         return None
     size = (row["level0_height"], row["level0_width"])
-    extent = _extent(row["truth"], *size, classes)
+    extent = _marks(row["truth"], row.get("uri", ""), *size, classes).extent
     if not extent:
         return None
     drawn = rasterise(
@@ -145,6 +158,17 @@ def read_known(
     )
     known: npt.NDArray[np.bool_] = drawn > 0
     return known
+
+
+def truth_note(row: Mapping[str, Any], classes: Classes) -> str:
+    """Return what the user should know of a slide's truth; empty if there is nothing.
+
+    Args and errors are those of `read_truth`.
+    """
+    if row["kind"] != "annotation":
+        return ""
+    size = (row["level0_height"], row["level0_width"])
+    return "; ".join(_marks(row["truth"], row.get("uri", ""), *size, classes).notes)
 
 
 def nearest_labels(
@@ -190,10 +214,7 @@ def nearest_labels(
 
 
 @functools.lru_cache(maxsize=4)
-def _areas(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
-    return read_annotation(uri, height=height, width=width, classes=classes)
-
-
-@functools.lru_cache(maxsize=4)
-def _extent(uri: str, height: int, width: int, classes: Classes) -> list[Area]:
-    return read_extent(uri, height=height, width=width, classes=classes)
+def _marks(
+    uri: str, slide: str, height: int, width: int, classes: Classes
+) -> Annotation:
+    return read_marks(uri, height=height, width=width, classes=classes, slide=slide)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from medray.annotations.matching import match_names
 from medray.errors import ConfigError, MedrayError
 from medray.report import AGREEMENT
 from medray.run import (
@@ -20,10 +21,10 @@ from medray.run import (
     raw_uri,
     read_run,
 )
-from medray.slides.listing import find_slides
+from medray.slides.listing import SlideFile, find_slides
 from medray.store import files, omezarr
 from medray.store.ledger import Ledger
-from medray.truths import find_truths, name_in
+from medray.truths import list_truths, name_in
 from medray.view_tiles import Place, last_zoom, open_unchanged, whole_step
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class ViewedRun:
         settings: Of run.yaml.
         report: Folder of an evaluation of it; empty when there is none.
         truth: Where the truth lies; empty when nobody said.
-        truths: Address of each truth, by slide.
+        truths: Names of each truth, by its address.
         kind: What they are: annotation or labels.
         scores: Row of each slide in the report.
         moved: Where slides lie now, by slide.
@@ -53,19 +54,27 @@ class ViewedRun:
     settings: RunSettings
     report: str = ""
     truth: str = ""
-    truths: Mapping[str, str] = field(default_factory=dict)
+    truths: Mapping[str, list[str]] = field(default_factory=dict)
     kind: str = ""
     scores: Mapping[str, Row] = field(default_factory=dict)
     moved: Mapping[str, str] = field(default_factory=dict)
     _rows: dict[str, Row] = field(default_factory=dict)
+    _truth_of: dict[str, str] = field(default_factory=dict)
     _read_at: float = -math.inf
 
     def rows(self) -> dict[str, Row]:
         """Give a row a slide: of slides.parquet, or of what is under way."""
         if time.monotonic() - self._read_at > _FRESH_S:
             self._rows = read_rows(self.uri)
+            slides = [SlideFile(slide, row["uri"]) for slide, row in self._rows.items()]
+            self._truth_of = match_names(slides, self.truths)
             self._read_at = time.monotonic()
         return self._rows
+
+    def truth_of(self, slide: str) -> str:
+        """Give the address of a slide's truth; empty when there is none."""
+        self.rows()
+        return self._truth_of.get(slide, "")
 
     def row(self, slide: str) -> Row:
         """Give the row of a slide.
@@ -103,11 +112,11 @@ def open_viewed(
         table = files.read_table(files.join(folder, "per_slide.parquet"))
         scores = {row["slide"]: row for row in table.to_pylist()}
     place = files.absolute(truth) if truth else str(metrics.get("truth", ""))
-    truths: dict[str, str] = {}
+    truths: dict[str, list[str]] = {}
     kind = ""
     try:
         if place:
-            truths, kind = find_truths(place, settings.classes)
+            truths, kind = list_truths(place, settings.classes)
     except MedrayError as error:
         if truth:
             raise
@@ -173,7 +182,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     slide, settings = row["slide"], viewed.settings
     moved = name_in(slide, viewed.moved)
     uri = viewed.moved[moved] if moved else row["uri"]
-    truth = viewed.truths.get(name_in(slide, viewed.truths) or "", "")
+    truth = viewed.truth_of(slide)
     common: Row = {"slide": slide, "uri": uri, "truth": truth}
     common |= {"kind": viewed.kind, "stamp": row["stamp"] or ""}
     common |= {"digest": row["digest"] or "", "version": version_of(row)}

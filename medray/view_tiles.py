@@ -291,7 +291,8 @@ def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> 
 
 def _truth_row(place: Place, step: float) -> dict[str, Any]:
     """Give what `read_truth` wants to know of a slide."""
-    row = {"truth": place.truth, "kind": place.kind, "downsample": step}
+    row: dict[str, Any] = {"truth": place.truth, "kind": place.kind, "uri": place.uri}
+    row["downsample"] = step
     return row | {"level0_height": place.height, "level0_width": place.width}
 
 

@@ -4,37 +4,137 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import shapely
+from shapely import affinity
 
-from medray.annotations.area import Area, Ring, areal, fill
+from medray.annotations.area import Area, Note, Ring, areal, fill
 from medray.classes import Classes
 from medray.errors import SlideError
+from medray.grid import Rectangle
+
+_QUPATH_0_2 = {
+    "PathAnnotationObject",
+    "PathDetectionObject",
+    "PathCellObject",
+    "PathTileObject",
+    "TMACoreObject",
+    "PathRootObject",
+}
+_COLOURS = {"color", "colorRGB"}
 
 
-def parse_geojson(uri: str, data: bytes) -> list[Area]:
+def parse_geojson(
+    uri: str, data: bytes, note: Note, bounds: Rectangle | None = None
+) -> list[Area]:
     """Read the polygons of a feature, a list of features or a FeatureCollection.
 
-    Points and lines are passed over. The class is `classification.name`.
+    The children of a feature, as QuPath's hierarchy has them, follow it. Points and
+    lines are left out with a note. The class is `classification`, see `_class_of`.
+
+    Args:
+        uri: Named in errors.
+        data: The file.
+        note: Called with what was left out.
+        bounds: The scanned part of the slide, if it is not all of it. QuPath's
+            coordinates count from its corner.
 
     Raises:
-        SlideError: It is no GeoJSON, or a coordinate is not a finite number.
+        SlideError: It is no GeoJSON, a geometry or class is of an unknown form, or a
+            coordinate is not a finite number.
     """
     document = json.loads(data)
     areas = []
-    for feature in _features(uri, document):
+    flat: Counter[str] = Counter()
+    planes = set()
+    from_qupath = False
+    for feature in _all_features(_features(uri, document)):
         properties = feature.get("properties") or {}
-        stated = properties.get("classification")
-        name = stated.get("name") if isinstance(stated, dict) else stated
+        from_qupath |= "objectType" in properties or feature.get("id") in _QUPATH_0_2
+        class_name = _class_of(properties.get("classification"))
         geometry = feature.get("geometry") or {}
-        parts = [_polygon(rings) for rings in _polygons(geometry)]
+        if stated := geometry.get("plane"):
+            planes.add((stated.get("z", 0), stated.get("t", 0)))
+        parts = [_polygon(rings) for rings in _polygons(geometry, flat)]
         polygon = parts[0] if len(parts) == 1 else areal(shapely.union_all(parts))
         if not polygon.is_empty:
-            areas.append(Area(polygon, str(name) if name else None))
+            areas.append(Area(polygon, class_name))
+    if flat:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
+        note(f"has shapes without an area ({kinds}); left out")
+    if len(planes) > 1:
+        note(f"has outlines on {len(planes)} planes (z, t); drawn onto one")
+    if bounds is not None and areas:
+        return _from_slide_corner(areas, bounds, from_qupath, note)
     return areas
+
+
+def _from_slide_corner(
+    areas: list[Area], bounds: Rectangle, from_qupath: bool, note: Note
+) -> list[Area]:
+    """Move areas that count from the corner of the scanned part of the slide."""
+    _, _, right, bottom = shapely.total_bounds([area.polygon for area in areas])
+    where = f"scanned part (openslide.bounds, x {bounds.x}, y {bounds.y})"
+    if right > bounds.width + 1 or bottom > bounds.height + 1:
+        note(f"reaches beyond the {where}, so its origin is the corner of the slide")
+        return areas
+    if not from_qupath:
+        note(
+            f"its origin is in doubt: not written by QuPath, so taken as the corner of "
+            f"the slide, not of the {where}"
+        )
+        return areas
+    note(f"its origin is the corner of the {where}, as in QuPath; moved by that")
+    return [
+        Area(affinity.translate(area.polygon, bounds.x, bounds.y), area.class_name)
+        for area in areas
+    ]
+
+
+def _all_features(features: Sequence[Any]) -> Iterator[Any]:
+    """Give features and, after each, its children, in the order of the document."""
+    waiting = list(reversed(features))
+    while waiting:
+        feature = waiting.pop()
+        yield feature
+        for holder in (feature.get("properties") or {}, feature):
+            children = holder.get("childObjects") or []
+            if not all(isinstance(child, dict) for child in children):
+                raise SlideError(
+                    "expected features as childObjects, found something else; export "
+                    "it again as GeoJSON"
+                )
+            waiting += reversed(children)
+
+
+def _class_of(stated: Any) -> str | None:
+    """Return the class that a classification states, as QuPath shows it.
+
+    It is a name, or an object with a `name`, or with `names` where QuPath derived a
+    class from others: `{"names": ["Stroma", "CD3"]}` is the class `Stroma: CD3`.
+
+    Raises:
+        SlideError: It is of another form.
+    """
+    names = [stated]
+    if isinstance(stated, dict):
+        names = stated["names"] if "names" in stated else [stated.get("name")]
+        if not {"name", "names"} & stated.keys() and stated.keys() - _COLOURS:
+            names = [0]
+    if names in ([], [None], [""]):
+        return None
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name for name in names
+    ):
+        raise SlideError(
+            f"expected a classification with a name or a list of names, found "
+            f"{json.dumps(stated)[:80]}; name the class of that annotation"
+        )
+    return ": ".join(names)
 
 
 def _features(uri: str, document: Any) -> list[Any]:
@@ -51,7 +151,12 @@ def _features(uri: str, document: Any) -> list[Any]:
     return document
 
 
-def _polygons(geometry: Any) -> Iterator[Any]:
+def _polygons(geometry: Any, flat: Counter[str]) -> Iterator[Any]:
+    """Give the rings of each polygon, and count what has no area in `flat`.
+
+    Raises:
+        SlideError: A geometry is none of GeoJSON (RFC 7946), such as a circle.
+    """
     kind = geometry.get("type")
     if kind == "Polygon":
         yield geometry["coordinates"]
@@ -59,7 +164,14 @@ def _polygons(geometry: Any) -> Iterator[Any]:
         yield from geometry["coordinates"]
     elif kind == "GeometryCollection":
         for part in geometry["geometries"]:
-            yield from _polygons(part)
+            yield from _polygons(part, flat)
+    elif kind in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+        flat[kind] += 1
+    elif geometry:
+        raise SlideError(
+            f"expected a geometry of GeoJSON such as Polygon, found "
+            f"{str(kind)[:40]!r}; save that shape as a polygon"
+        )
 
 
 def _polygon(rings: Any) -> Any:

@@ -67,11 +67,21 @@ def _read(
 
     Returns:
         The values, and by which factor they are smaller than the slide.
+
+    Raises:
+        SlideError: It is of another size, has colours, or is transparent elsewhere than
+            on the background.
     """
     values: npt.NDArray[Any]
     if data.startswith(_TIFF):
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             page: Any = tiff.pages[0]
+            others = [other for other in tiff.pages[1:] if other.shape == page.shape]
+            if others:
+                raise SlideError(
+                    f"{uri}: expected one mask, found {len(others) + 1} images of one "
+                    f"size; save the one that is meant as a file of its own"
+                )
             factor = _factor(uri, page.imagelength, page.imagewidth, height, width)
             values = np.asarray(page.asarray())
             if page.axes.startswith("S"):
@@ -89,6 +99,7 @@ def _read(
             ) from error
         factor = _factor(uri, picture.height, picture.width, height, width)
         values = np.asarray(picture)
+        _check_transparent_values(uri, values, picture.info.get("transparency"))
         if data.startswith(_PNG):
             depth, color = data[24], data[25]  # of the header (PNG 3, section 11.2.1)
             if depth == 16 and color != 0:
@@ -98,6 +109,8 @@ def _read(
             if depth in (2, 4) and color == 0:  # Pillow spreads these over 0 to 255
                 values = values // (255 // (2**depth - 1))
     if values.ndim == 3:
+        if values.shape[2] in (2, 4):
+            _check_alpha(uri, values[..., 0], values[..., -1])
         if values.shape[2] >= 3 and (values[..., 1:3] != values[..., :1]).any():
             raise SlideError(
                 f"{uri}: expected a mask of label values, found a colour image; save "
@@ -109,6 +122,49 @@ def _read(
             f"{uri}: expected a mask of height x width, found the shape {values.shape}"
         )
     return values, factor
+
+
+def _check_alpha(uri: str, values: npt.NDArray[Any], alpha: npt.NDArray[Any]) -> None:
+    """Refuse a mask whose values and alpha channel do not say the same.
+
+    It may be drawn with black on transparent: then the values are all 0.
+
+    Raises:
+        SlideError: A pixel is background by its value and not by its alpha, or the
+            other way round, and not all pixels are opaque.
+    """
+    opaque = alpha.max(initial=0) > 0 and (alpha == alpha.max()).all()
+    if not opaque and ((alpha > 0) != (values > 0)).any():
+        raise SlideError(
+            f"{uri}: expected label values, found an alpha channel that marks other "
+            f"pixels than the values do; save the mask without transparency"
+        )
+
+
+def _check_transparent_values(
+    uri: str, values: npt.NDArray[Any], transparent: Any
+) -> None:
+    """Refuse a palette or grey mask in which another value than 0 is transparent.
+
+    Args:
+        uri: Named in errors.
+        values: Of the mask.
+        transparent: As Pillow gives it: a value, or the alpha of each value as bytes.
+
+    Raises:
+        SlideError: There are such pixels.
+    """
+    if values.ndim != 2 or not isinstance(transparent, int | bytes):
+        return
+    clear = [transparent]
+    if isinstance(transparent, bytes):
+        clear = [value for value, alpha in enumerate(transparent) if alpha == 0]
+    found = [int(value) for value in np.unique(values) if value and value in clear]
+    if found:
+        raise SlideError(
+            f"{uri}: expected label values, found that pixels of the values {found} "
+            f"are transparent; save the mask without transparency"
+        )
 
 
 def _factor(uri: str, rows: int, columns: int, height: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,38 +11,54 @@ import shapely
 from shapely import affinity
 from shapely.geometry import Point, box
 
-from medray.annotations.area import Area, Ring, areal, fill, match_class
+from medray.annotations.area import Area, Note, Ring, areal, fill, match_class
 from medray.classes import Classes
 from medray.errors import SlideError
 
+_FLAT = {"3": "arrow", "4": "ruler"}
 
-def parse_asap(root: Any) -> list[Area]:
+
+def parse_asap(root: Any, note: Note) -> list[Area]:
     """Read ASAP's annotations; the class is the group that an annotation is part of.
 
-    Splines are taken by their points. Dots, point sets and measurements are passed
-    over.
+    Splines are taken by their points, rectangles by their corners or two opposite
+    ones. Dots, point sets and measurements are left out with a note.
 
     Raises:
         SlideError: A coordinate is missing or not a finite number.
     """
     areas = []
+    flat: Counter[str] = Counter()
     for annotation in root.iter("Annotation"):
-        if annotation.get("Type", "Polygon") not in ("Polygon", "Spline", "Rectangle"):
+        kind = annotation.get("Type", "Polygon").strip()
+        if kind in ("Dot", "PointSet", "Measurement", "None"):
+            flat[kind] += 1
             continue
+        if kind not in ("Polygon", "Spline", "Rectangle"):
+            raise SlideError(
+                f"expected an annotation of Type Polygon, Spline or Rectangle, found "
+                f"{kind[:40]!r}; draw it again as a polygon"
+            )
         points = [
             (_number(c, "Order", i), _number(c, "X"), _number(c, "Y"))
             for i, c in enumerate(annotation.iter("Coordinate"))
         ]
         points.sort(key=lambda point: point[0])
-        polygon = fill([np.array([(x, y) for _, x, y in points])])
+        ring: Ring = np.array([(x, y) for _, x, y in points]).reshape(-1, 2)
+        if kind == "Rectangle" and len(ring) == 2:
+            ring = _corners(ring)
+        polygon = fill([ring])
         group = annotation.get("PartOfGroup", "").strip()
         if not polygon.is_empty:
             areas.append(Area(polygon, None if group in ("", "None") else group))
+    _note_flat(flat, note)
     return areas
 
 
-def parse_imagescope(root: Any, classes: Classes) -> list[Area]:
+def parse_imagescope(root: Any, classes: Classes, note: Note) -> list[Area]:
     """Read ImageScope's layers; regions with NegativeROA are cut out of their layer.
+
+    Arrows, rulers and what else has no area is left out with a note.
 
     The class is the first known one of a layer's name, its attributes' names and
     values, a region's text and its attributes'; else the layer's name, though unknown.
@@ -50,14 +67,19 @@ def parse_imagescope(root: Any, classes: Classes) -> list[Area]:
         SlideError: A coordinate is missing or not a finite number.
     """
     areas = []
+    flat: Counter[str] = Counter()
     for layer in root.iter("Annotation"):
         positive: list[Area] = []
         negative = []
         for region in layer.iter("Region"):
-            polygon = _region(region)
+            kind = region.get("Type", "0").strip()
+            if kind not in ("0", "1", "2"):
+                flat[_FLAT.get(kind, f"type {kind[:20]}")] += 1
+                continue
+            polygon = _region(region, kind)
             if polygon.is_empty:
                 continue
-            if region.get("NegativeROA", "0").strip() == "1":
+            if region.get("NegativeROA", "0").strip().casefold() in ("1", "true"):
                 negative.append(polygon)
             else:
                 positive.append(Area(polygon, _class_of(layer, region, classes)))
@@ -67,25 +89,54 @@ def parse_imagescope(root: Any, classes: Classes) -> list[Area]:
             polygon = areal(area.polygon.difference(shapely.union_all(near)))
             if not polygon.is_empty:
                 areas.append(Area(polygon, area.class_name))
+    _note_flat(flat, note)
     return areas
 
 
-def _region(region: Any) -> Any:
-    """Give what a region encloses; boxes and ellipses may state two corners only."""
+def _note_flat(flat: Counter[str], note: Note) -> None:
+    if flat:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
+        note(f"has shapes without an area ({kinds}); left out")
+
+
+def _region(region: Any, kind: str) -> Any:
+    """Give what a region encloses.
+
+    Boxes and ellipses may state two corners only, ellipses also the four corners or
+    the four middles of the sides of the box around them. Some programs write more
+    points of an ellipse; these are its outline.
+
+    Raises:
+        SlideError: Three or four points say nothing clear of an ellipse, such as the
+            corners of a turned box.
+    """
     points = [(_number(v, "X"), _number(v, "Y")) for v in region.iter("Vertex")]
     ring: Ring = np.array(points, np.float64).reshape(-1, 2)
-    kind = region.get("Type", "0").strip()
-    if kind in ("3", "4"):  # arrows and rulers
-        return shapely.Polygon()
-    if kind == "2" and len(ring) >= 2:
+    distinct = np.unique(ring, axis=0)
+    if kind == "2" and 2 <= len(distinct) <= 4:
         (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
+        middle = [(x0 + x1) / 2, (y0 + y1) / 2]
+        on_x = np.isclose(distinct[:, :1], [x0, x1, middle[0]], rtol=0, atol=1)
+        on_y = np.isclose(distinct[:, 1:], [y0, y1, middle[1]], rtol=0, atol=1)
+        corners = (on_x[:, :2].any(axis=1) & on_y[:, :2].any(axis=1)).all()
+        middles = (on_x[:, 2] ^ on_y[:, 2]).all()
+        if not (corners or middles):
+            raise SlideError(
+                f"expected an ellipse by the corners of the box around it, found the "
+                f"points {distinct.tolist()}; draw it again as a polygon"
+            )
         circle = Point((x0 + x1) / 2, (y0 + y1) / 2).buffer(1, quad_segs=128)
         ellipse = affinity.scale(circle, (x1 - x0) / 2, (y1 - y0) / 2)
         return ellipse if ellipse.is_valid else shapely.Polygon()
     if kind == "1" and len(ring) == 2:
-        (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
-        ring = np.array(box(x0, y0, x1, y1).exterior.coords)
+        ring = _corners(ring)
     return fill([ring])
+
+
+def _corners(ring: Ring) -> Ring:
+    """Give the corners of the box around two points."""
+    (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
+    return np.array(box(x0, y0, x1, y1).exterior.coords)
 
 
 def _number(element: Any, name: str, default: float | None = None) -> float:

@@ -43,12 +43,25 @@ class SlideFile:
     Attributes:
         slide: Its id: unique in a request, safe as a file name.
         uri: Absolute path or address.
-        name: Its id before it was made unique; annotations are matched by it.
     """
 
     slide: str
     uri: str
-    name: str
+
+    @property
+    def path(self) -> str:
+        """The path that the id was made of: the end of `uri`, below what was named.
+
+        A run and a dataset store id and address of a slide, so every stage sees the
+        same path. If the id was not made of the address, it is the id.
+        """
+        parts = [part for part in self.uri.split("/") if part]
+        for count in range(1, len(parts) + 1):
+            path = "/".join(parts[-count:])
+            name = slide_id(path)
+            if self.slide in (name, _unique_id(name, self.uri)):
+                return unicodedata.normalize("NFC", path)
+        return self.slide
 
 
 def strip_suffix(name: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str | None:
@@ -80,6 +93,10 @@ def _short_hash(text: str) -> str:
     # Linux allows names that are no Unicode; Python has surrogates for their bytes.
     data = text.encode(errors="surrogateescape")
     return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
+def _unique_id(name: str, uri: str) -> str:
+    return f"{name}-{_short_hash(uri)}"
 
 
 def _walk(folder: str) -> list[str]:
@@ -197,6 +214,5 @@ def as_slides(found: Iterable[tuple[str, str]]) -> list[SlideFile]:
     slides = []
     for uri, name in named:
         unique = count[name.casefold()] == 1
-        slide = name if unique else f"{name}-{_short_hash(uri)}"
-        slides.append(SlideFile(slide, uri, name))
+        slides.append(SlideFile(name if unique else _unique_id(name, uri), uri))
     return slides

@@ -169,3 +169,68 @@ def test_a_bomb_for_a_mask_is_refused_before_it_is_decoded(
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
     with pytest.raises(SlideError, match="the mask is 30000 x 30000, the slide 300 x"):
         read_annotation(str(path), height=260, width=300, classes=Classes())
+
+
+@pytest.mark.parametrize("kind", ["LA png", "RGBA png", "RGBA tif", "LA tif"])
+def test_masks_with_an_alpha_channel(tmp_path: Path, kind: str) -> None:
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 10:20] = 255
+    channels = 1 if "LA" in kind else 3
+    path = tmp_path / f"a.{kind[-3:]}"
+
+    def write(values: np.ndarray, alpha: np.ndarray) -> None:
+        pixels = np.dstack([values] * channels + [alpha])
+        if kind.endswith("png"):
+            Image.fromarray(pixels).save(path)
+        else:
+            grey = "minisblack" if channels == 1 else "rgb"
+            tifffile.imwrite(
+                path,
+                pixels,
+                photometric=grey,
+                planarconfig="contig",
+                extrasamples=["unassalpha"],
+            )
+
+    opaque = np.full_like(mask, 255)
+    for alpha in (opaque, mask, mask // 2):
+        write(mask, alpha)
+        areas = read_annotation(str(path), height=20, width=30, classes=ONE)
+        labels = rasterise(areas, ONE, y=0, x=0, height=20, width=30)
+        np.testing.assert_array_equal(labels, mask > 0)
+    black = np.zeros_like(mask)
+    for values, alpha in ((black, mask), (opaque, mask), (mask, 255 - mask)):
+        write(values, alpha)
+        with pytest.raises(SlideError, match=r"a\.\w+: .*alpha channel"):
+            read_annotation(str(path), height=20, width=30, classes=ONE)
+
+
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_masks_with_transparent_values(tmp_path: Path, mode: str) -> None:
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 10:20] = 2
+    picture = Image.fromarray(mask)
+    if mode == "P":
+        picture = picture.convert("P")
+        picture.putpalette([0, 0, 0, 9, 9, 9, 99, 0, 0])
+    path = str(tmp_path / "a.png")
+    picture.save(path, transparency=0)
+    areas = read_annotation(path, height=20, width=30, classes=TWO)
+    assert only(areas).area == 100
+    picture.save(path, transparency=2)
+    with pytest.raises(SlideError, match=r"a\.png: .*values \[2\] are transparent"):
+        read_annotation(path, height=20, width=30, classes=TWO)
+
+
+def test_a_stack_of_masks_is_refused_and_a_pyramid_is_not(tmp_path: Path) -> None:
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:20, 10:20] = 1
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.stack([mask, mask]), photometric="minisblack")
+    with pytest.raises(SlideError, match=r"a\.tif: .*found 2 images of one size"):
+        read_annotation(str(path), height=40, width=60, classes=ONE)
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(mask, photometric="minisblack")
+        tiff.write(mask[::2, ::2], photometric="minisblack", subfiletype=1)
+    areas = read_annotation(str(path), height=40, width=60, classes=ONE)
+    assert only(areas).area == 100

@@ -4,16 +4,28 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from annotated import ONE, TWO, only, png, read, svg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapely import to_geojson
+from shapely.affinity import rotate, scale
 from shapely.geometry import Point, box
 
-from medray.annotations import Area, geojson_features, rasterise
+from medray.annotations import (
+    Annotation,
+    Area,
+    geojson_features,
+    rasterise,
+    read_marks,
+)
+from medray.classes import Classes
 from medray.errors import SlideError
+from medray.grid import Rectangle
+from medray.slides.bounds import scanned_bounds
 
 
 def test_unknown_and_missing_classes_are_named(tmp_path: Path) -> None:
@@ -197,3 +209,259 @@ def test_areas_are_cut_off_at_the_border(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="outside the slide of 1000 x 1000"):
         read(svg(tmp_path, '<rect x="2000" width="9" height="9"/>'))
     assert read(svg(tmp_path, "")) == []
+
+
+# --- what the user is told ------------------------------------------------------------
+
+
+def marks(uri: str, classes: Classes = ONE, size: int = 1000) -> Annotation:
+    return read_marks(uri, height=size, width=size, classes=classes)
+
+
+def geojson(tmp_path: Path, *features: dict[str, Any]) -> str:
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return str(path)
+
+
+def feature(
+    shape: tuple[int, int, int, int], classification: Any = None, **properties: Any
+) -> dict[str, Any]:
+    """A rectangle (x0, y0, x1, y1) as a feature."""
+    properties |= {"classification": classification} if classification else {}
+    geometry = json.loads(to_geojson(box(*shape)))
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+def drawn(uri: str, classes: Classes = ONE, size: int = 1000) -> list[int]:
+    """Pixels of each class."""
+    areas = marks(uri, classes, size).areas
+    labels = rasterise(areas, classes, y=0, x=0, height=size, width=size)
+    return np.bincount(labels.ravel(), minlength=len(classes)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("stated", "name"),
+    [
+        ({"names": ["Gland", "benign", "3"]}, "Gland: benign: 3"),
+        ({"names": ["stroma"], "color": [1, 2, 3]}, "stroma"),
+        ({"name": "stroma", "colorRGB": -1}, "stroma"),
+        ("stroma", "stroma"),
+    ],
+)
+def test_a_class_of_several_parts_has_the_name_that_qupath_shows(
+    tmp_path: Path, stated: Any, name: str
+) -> None:
+    uri = geojson(tmp_path, feature((0, 0, 9, 9), stated, isLocked=True))
+    classes = Classes(("nothing", "tumour", name))
+    assert [area.class_name for area in marks(uri, classes).areas] == [name]
+    with pytest.raises(SlideError, match=rf"a\.geojson: unknown class '{name}'"):
+        marks(uri)
+
+
+@pytest.mark.parametrize("stated", [{"label": "x"}, 7, ["x"], {"names": [1]}])
+def test_a_class_of_another_form_is_refused(tmp_path: Path, stated: Any) -> None:
+    uri = geojson(tmp_path, feature((0, 0, 9, 9), stated))
+    with pytest.raises(SlideError, match=r"a\.geojson: .*classification with a name"):
+        marks(uri)
+
+
+@pytest.mark.parametrize("stated", [None, {}, {"name": None}, {"color": [0, 0, 0]}])
+def test_outlines_without_a_class_are_taken_as_the_only_one_with_a_note(
+    tmp_path: Path, stated: Any
+) -> None:
+    uri = geojson(tmp_path, feature((0, 0, 9, 9), stated))
+    found = marks(uri)
+    assert [area.class_name for area in found.areas] == [None]
+    (note,) = found.notes
+    assert "1 outlines without a class were taken as 'tumour'" in note
+
+
+def test_outlines_without_a_class_are_left_out_beside_others(tmp_path: Path) -> None:
+    nest = feature((10, 10, 30, 30), {"name": "tumour"}, objectType="detection")
+    uri = geojson(tmp_path, feature((0, 0, 700, 700)), nest)
+    assert drawn(uri) == [1000**2 - 400, 400]
+    assert "1 of 2 outlines have no class, others have; left out" in marks(uri).notes[0]
+    with pytest.raises(SlideError, match=r"no class.*tumour.*stroma"):
+        marks(uri, TWO)
+    # The background's own class says nothing of the others.
+    uri = geojson(
+        tmp_path,
+        feature((0, 0, 100, 100)),
+        feature((10, 10, 30, 30), {"name": "background"}),
+    )
+    assert drawn(uri)[1] == 10000 - 400
+
+
+def test_children_follow_their_parents(tmp_path: Path) -> None:
+    inner = feature((20, 20, 30, 30), {"name": "stroma"})
+    outer = feature((0, 0, 50, 50), {"name": "tumour"}, childObjects=[inner])
+    beside = feature((100, 0, 110, 10), {"name": "tumour"})
+    root = {"type": "Feature", "geometry": None}
+    in_properties = root | {"properties": {"childObjects": [outer, beside]}}
+    direct = root | {"childObjects": [outer, beside]}
+    for whole in (in_properties, direct):
+        uri = geojson(tmp_path, whole)
+        names = [area.class_name for area in marks(uri, TWO).areas]
+        assert names == ["tumour", "stroma", "tumour"]
+        assert drawn(uri, TWO)[1:] == [2500 - 100 + 100, 100]
+    with pytest.raises(SlideError, match=r"a\.geojson: expected features as childO"):
+        marks(geojson(tmp_path, root | {"childObjects": ["x"]}))
+
+
+def test_geometries_that_geojson_does_not_have_are_refused(tmp_path: Path) -> None:
+    circle = {"type": "Circle", "coordinates": [50, 50], "radius": 9}
+    uri = geojson(tmp_path, {"type": "Feature", "geometry": circle})
+    with pytest.raises(SlideError, match=r"a\.geojson: .*'Circle'"):
+        marks(uri)
+
+
+def test_shapes_without_an_area_are_left_out_with_a_note(tmp_path: Path) -> None:
+    point = {"type": "Point", "coordinates": [5, 5]}
+    line = {"type": "LineString", "coordinates": [[5, 5], [9, 9]]}
+    uri = geojson(
+        tmp_path,
+        feature((0, 0, 9, 9), "tumour"),
+        *({"type": "Feature", "geometry": one} for one in (point, line, point)),
+    )
+    assert drawn(uri)[1] == 81
+    assert "1 LineString, 2 Point" in marks(uri).notes[0]
+    dot = '<Coordinate Order="0" X="5" Y="5"/>'
+    path = tmp_path / "b.xml"
+    path.write_text(
+        "<ASAP_Annotations><Annotations>"
+        f'<Annotation Type="Dot">{dot}</Annotation>'
+        "</Annotations></ASAP_Annotations>"
+    )
+    assert marks(str(path)).areas == []
+    dots, nothing = marks(str(path)).notes
+    assert "1 Dot" in dots
+    assert "marks no area" in nothing
+    path.write_text(path.read_text().replace("Dot", "Blob"))
+    with pytest.raises(SlideError, match=r"b\.xml: .*'Blob'"):
+        marks(str(path))
+
+
+def test_asap_rectangles_may_have_two_corners(tmp_path: Path) -> None:
+    corners = '<Coordinate X="10" Y="40"/><Coordinate X="30" Y="10"/>'
+    path = tmp_path / "a.xml"
+    path.write_text(
+        "<ASAP_Annotations><Annotations>"
+        f'<Annotation Type="Rectangle" PartOfGroup="tumour">{corners}</Annotation>'
+        "</Annotations></ASAP_Annotations>"
+    )
+    assert only(marks(str(path)).areas).bounds == (10, 10, 30, 40)
+
+
+def test_ellipses_are_read_as_other_programs_write_them(tmp_path: Path) -> None:
+    def ellipse(*points: tuple[float, float]) -> str:
+        vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
+        path = tmp_path / "a.xml"
+        path.write_text(
+            '<Annotations><Annotation Name="tumour"><Regions><Region Type="2">'
+            f"<Vertices>{vertices}</Vertices></Region></Regions></Annotation>"
+            "</Annotations>"
+        )
+        return str(path)
+
+    corners = [(100, 200), (300, 200), (300, 240), (100, 240)]
+    middles = [(200, 200), (300, 220), (200, 240), (100, 220)]
+    for points in (corners[::2], corners, [*corners, corners[0]], middles):
+        found = only(marks(ellipse(*points)).areas)
+        assert found.area == pytest.approx(math.pi * 100 * 20, rel=1e-3)
+        assert found.bounds == pytest.approx((100, 200, 300, 240))
+    turned = rotate(scale(Point(500, 500).buffer(1), 200, 50), 30)
+    outline = list(turned.exterior.coords)
+    assert only(marks(ellipse(*outline)).areas).area == pytest.approx(turned.area)
+    box_around = rotate(box(300, 450, 700, 550), 30).exterior.coords[:4]
+    with pytest.raises(SlideError, match=r"a\.xml: expected an ellipse by the corners"):
+        marks(ellipse(*box_around))
+
+
+def test_nothing_is_hidden_by_a_larger_outline_drawn_later(tmp_path: Path) -> None:
+    nests = [feature((x, 20, x + 10, 30), "stroma") for x in (20, 40)]
+    core = feature((22, 22, 25, 25), "tumour")
+    large = feature((0, 0, 100, 100), "tumour")
+    expected = [1000**2 - 10000, 10000 - 200 + 9, 200 - 9]
+    assert drawn(geojson(tmp_path, large, *nests, core), TWO) == expected
+    assert not marks(geojson(tmp_path, large, *nests, core), TWO).notes
+    for order in ([*nests, core, large], [core, *nests, large], [core, large, *nests]):
+        uri = geojson(tmp_path, *order)
+        assert drawn(uri, TWO) == expected
+        assert "of 4 outlines come before a larger one" in marks(uri, TWO).notes[0]
+
+
+def test_outlines_that_only_overlap_keep_their_order(tmp_path: Path) -> None:
+    small = feature((0, 0, 10, 10), "stroma")
+    large = feature((5, 0, 30, 10), "tumour")
+    uri = geojson(tmp_path, small, large)
+    assert drawn(uri, TWO)[1:] == [250, 50]
+    assert marks(uri, TWO).notes == ()
+    assert drawn(geojson(tmp_path, large, small), TWO)[1:] == [200, 100]
+
+
+def test_outlines_beside_the_slide_or_all_over_it_are_noted(tmp_path: Path) -> None:
+    inside = feature((0, 0, 9, 9), "tumour")
+    uri = geojson(tmp_path, inside, feature((2000, 0, 2009, 9), "tumour"))
+    assert "1 of 2 areas lie outside the slide" in marks(uri).notes[0]
+    uri = geojson(tmp_path, feature((0, 0, 1000, 995), "tumour"))
+    assert "cover 100% of the slide" in marks(uri).notes[0]
+    halves = (
+        feature((0, 0, 500, 1000), "stroma"),
+        feature((500, 0, 1000, 1000), "tumour"),
+    )
+    assert "cover 100% of the slide" in marks(geojson(tmp_path, *halves), TWO).notes[0]
+    # Without a class it is no more than the slide's own border.
+    uri = geojson(tmp_path, feature((0, 0, 1000, 1000)), feature((0, 0, 9, 9)))
+    assert drawn(uri)[1] == 81
+    assert "cover the whole slide; left out" in marks(uri).notes[0]
+    assert marks(geojson(tmp_path, inside)).notes == ()
+
+
+# --- slides of which the scanner filled a part ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("properties", "far", "moved", "said"),
+    [
+        ({"objectType": "annotation"}, 0, (70, 40), "as in QuPath; moved by that"),
+        ({}, 0, (0, 0), "its origin is in doubt"),
+        ({"objectType": "annotation"}, 300, (0, 0), "reaches beyond the scanned part"),
+    ],
+)
+def test_qupath_counts_from_the_corner_of_the_scanned_part(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    properties: dict[str, Any],
+    far: int,
+    moved: tuple[int, int],
+    said: str,
+) -> None:
+    def bounds(slide: str, *, height: int, width: int) -> Rectangle | None:
+        assert (height, width) == (1000, 1000)
+        return Rectangle(40, 70, 200, 300) if slide == "part.mrxs" else None
+
+    monkeypatch.setattr("medray.annotations.scanned_bounds", bounds)
+    uri = geojson(
+        tmp_path, feature((10 + far, 20, 30 + far, 50), "tumour", **properties)
+    )
+    size = {"height": 1000, "width": 1000, "classes": ONE}
+    found = read_marks(uri, **size, slide="part.mrxs")
+    x, y = moved
+    assert only(found.areas).bounds == (10 + far + x, 20 + y, 30 + far + x, 50 + y)
+    assert said in found.notes[0]
+    whole = read_marks(uri, **size, slide="whole.mrxs")
+    assert only(whole.areas).bounds == (10 + far, 20, 30 + far, 50)
+    assert whole.notes == ()
+
+
+def test_the_scanned_part_is_asked_of_vendors_slides_only(tmp_path: Path) -> None:
+    size = {"height": 9, "width": 9}
+    assert scanned_bounds("", **size) is None
+    assert scanned_bounds(str(tmp_path / "gone.tif"), **size) is None
+    pytest.importorskip("openslide")
+    with pytest.raises(SlideError, match=r"gone\.mrxs: is not there, and its bounds"):
+        scanned_bounds(str(tmp_path / "gone.mrxs"), **size)
+    (tmp_path / "damaged.mrxs").write_bytes(b"no slide")
+    with pytest.raises(SlideError, match=r"damaged\.mrxs: its bounds cannot be read"):
+        scanned_bounds(str(tmp_path / "damaged.mrxs"), **size)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shapely import affinity
 from shapely.geometry import box
 
-from medray.annotations import rasterise
+from medray.annotations import rasterise, read_marks
 from medray.errors import SlideError
 
 
@@ -288,3 +288,158 @@ def test_entity_bombs_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SlideError, match=r"b\.svg.*entity"):
         read(str(path))
+
+
+def marked(
+    tmp_path: Path, body: str, head: str = 'viewBox="0 0 1000 1000"'
+) -> tuple[float, str]:
+    """The area that a drawing marks as the foreground, and the notes."""
+    found = read_marks(svg(tmp_path, body, head), height=1000, width=1000, classes=ONE)
+    areas = [a.polygon.area for a in found.areas if ONE.value(a.class_name)]
+    return sum(areas), "; ".join(found.notes)
+
+
+_SQUARE = '<rect x="50" y="50" width="100" height="100" fill="none" stroke="red"/>'
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<rect width="100%" height="100%" fill="#eee"/>',
+        '<rect x="-5" y="-5" width="1010" height="1010"/>',
+        '<path style="fill:none;stroke:black" d="M0 0H1000V1000H0z"/>',
+        '<polygon points="4,4 996,4 996,996 4,996"/>',
+    ],
+)
+def test_a_rectangle_of_the_size_of_the_page_is_its_background(
+    tmp_path: Path, page: str
+) -> None:
+    for body in (page + _SQUARE, _SQUARE + page):
+        area, notes = marked(tmp_path, body)
+        assert area == 10000
+        assert "taken for its background; left out" in notes
+    # The class of a layer is meant for what was drawn in it.
+    area, notes = marked(tmp_path, f'<g id="tumour">{page}{_SQUARE}</g>')
+    assert area == 10000
+    # Alone it may be meant.
+    area, notes = marked(tmp_path, page)
+    assert area > 980_000
+    assert "of the slide; is that meant?" in notes
+
+
+def test_a_page_of_the_class_of_the_background_does_not_count(tmp_path: Path) -> None:
+    page = '<rect id="Background" width="1000" height="1000"/>'
+    for body in (page + _SQUARE, _SQUARE + page):
+        found = read(svg(tmp_path, body))
+        labels = rasterise(found, ONE, y=0, x=0, height=1000, width=1000)
+        assert labels.sum() == 10000
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        '<g visibility="hidden">{}</g>',
+        '<g style="visibility:collapse">{}</g>',
+        '<g opacity="0">{}</g>',
+        '<g style="opacity:0.0"><g>{}</g></g>',
+        '<style>.off{{visibility:hidden}}</style><g class="off">{}</g>',
+        '<g fill="none" stroke="none">{}</g>',
+        '<g fill="transparent">{}</g>',
+        '<g fill-opacity="0">{}</g>',
+        '<g fill="none" stroke="red" stroke-opacity="0">{}</g>',
+        '<g fill="none" stroke="red" stroke-width="0">{}</g>',
+        '<g fill="#ff000000">{}</g>',
+    ],
+)
+def test_what_cannot_be_seen_is_left_out(tmp_path: Path, hidden: str) -> None:
+    large = '<rect x="200" y="200" width="500" height="500"/>'
+    area, notes = marked(tmp_path, _SQUARE + hidden.format(large))
+    assert area == 10000
+    assert "1 outlines of the drawing cannot be seen; left out" in notes
+    with pytest.raises(SlideError, match=r"a\.svg: nothing in the drawing can be seen"):
+        marked(tmp_path, hidden.format(large))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        '<g visibility="hidden"><g visibility="visible">{}</g></g>',
+        '<g opacity="0.2" fill-opacity=".01">{}</g>',
+        '<g fill="url(#gradient)" stroke="none">{}</g>',
+        '<g fill="none" stroke="currentColor">{}</g>',
+        '<g fill="rgba(1,2,3,0.5)">{}</g>',
+    ],
+)
+def test_what_can_be_seen_counts(tmp_path: Path, shown: str) -> None:
+    large = '<rect x="200" y="200" width="500" height="500"/>'
+    area, notes = marked(tmp_path, _SQUARE + shown.format(large))
+    assert area == 260_000
+    assert "cannot be seen" not in notes
+
+
+@pytest.mark.parametrize("name", ["clip-path", "mask"])
+@pytest.mark.parametrize("where", ['{}="url(#c)"', 'style="{}:url(#c)"', 'class="cut"'])
+def test_what_is_cut_off_is_refused(tmp_path: Path, name: str, where: str) -> None:
+    tag = {"clip-path": "clipPath"}.get(name, name)
+    body = (
+        f"<style>.cut{{{name}:url(#c)}}</style>"
+        f'<defs><{tag} id="c"><rect width="90" height="90"/></{tag}></defs>'
+        f"<g {where.format(name)}>{_SQUARE}</g>"
+    )
+    with pytest.raises(SlideError, match=rf"a\.svg: .*cut off by {name}.*release"):
+        marked(tmp_path, body)
+
+
+def test_a_clip_path_around_the_whole_page_cuts_nothing(tmp_path: Path) -> None:
+    clip = (
+        '<clipPath id="c"><rect x="10" y="20" width="500" height="500"/></clipPath>'
+        f'<g clip-path="url(#c)">{_SQUARE}</g>'
+    )
+    assert marked(tmp_path, clip, 'viewBox="10 20 500 500"')[0] == 40000
+    for head in ('viewBox="10 20 501 500"', 'viewBox="9 20 500 500"'):
+        with pytest.raises(SlideError, match="clip-path"):
+            marked(tmp_path, clip, head)
+    moved = f'<g transform="translate(9 9)">{clip}</g>'
+    with pytest.raises(SlideError, match="clip-path"):
+        marked(tmp_path, moved, 'viewBox="10 20 500 500"')
+
+
+def test_open_strokes_are_lines_unless_nearly_closed(tmp_path: Path) -> None:
+    stroked = '<path d="{}" style="fill:none;stroke:black"/>'
+    for line in ("M300 300 L600 300 L600 600", "M300 300 C 300 600 600 600 600 300"):
+        area, notes = marked(tmp_path, _SQUARE + stroked.format(line))
+        assert area == 10000
+        assert "1 open lines of the drawing enclose nothing; left out" in notes
+    nearly = "M300 300 H600 V600 H300 V310"
+    assert marked(tmp_path, _SQUARE + stroked.format(nearly))[0] == 100_000
+    filled = '<path d="M300 300 L600 300 L600 600" stroke="black" fill="red"/>'
+    assert marked(tmp_path, _SQUARE + filled)[0] == 55_000
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_an_outline_drawn_twice_is_one(tmp_path: Path, order: tuple[int, ...]) -> None:
+    rings = [
+        f'<circle cx="500" cy="500" r="{radius}"/>' for radius in (200, 199, 198.5)
+    ]
+    area, notes = marked(tmp_path, "".join(rings[i] for i in order))
+    assert area == pytest.approx(math.pi * 200**2, rel=1e-3)
+    assert "2 of 3 outlines closely follow another" in notes
+    hole = '<circle cx="500" cy="500" r="{}"/>'
+    body = rings[0] + hole.format(100) + hole.format(99.5) + hole.format(50)
+    area, notes = marked(tmp_path, body)
+    assert area == pytest.approx(math.pi * (200**2 - 100**2 + 50**2), rel=1e-3)
+    assert "1 of 4 outlines closely follow another" in notes
+
+
+def test_a_stroke_turned_into_a_path_is_noted(tmp_path: Path) -> None:
+    frame = '<path d="M0 0H200V200H0z M1 1V199H199V1z"/>'
+    area, notes = marked(tmp_path, frame)
+    assert area == 200**2 - 198**2
+    assert "1 areas are but a thin frame around a hole" in notes
+    ring = '<path d="M0 0H200V200H0z M9 9V191H191V9z"/>'
+    assert "frame" not in marked(tmp_path, ring)[1]
+
+
+def test_an_unknown_class_is_an_error_even_of_an_empty_outline(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="unknown class 'x'.*the first is the backgr"):
+        marked(tmp_path, '<rect data-class="x" width="9"/>')
