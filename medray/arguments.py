@@ -58,7 +58,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="class names by label value, background first (background,tumour; of "
         "class folders their names)",
     )
-    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
+    _add_reading(sub)
     sub.add_argument("--groups", metavar="CSV", help="slide,group: patients")
     sub.add_argument("--splits", metavar="CSV", help="slide,split: train, val or test")
     sub.add_argument(
@@ -124,6 +124,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     sub = command("infer", "slides and a model into masks")
+    sub.usage = "%(prog)s SLIDES ... --model MODEL ... --out RUN [OPTIONS]"
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
     _add_partial_ok(sub)
@@ -139,7 +140,14 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--weights", required=True, metavar="FILE", help="its weights; see docs"
     )
-    sub.add_argument("--mpp", type=_positive, default=0.5, help="um per pixel (0.5)")
+    sub.add_argument(
+        "--tile-mpp",
+        type=_positive,
+        default=0.5,
+        metavar="UM",
+        help="um per pixel of the tiles (0.5)",
+    )
+    _add_reading(sub)
     sub.add_argument(
         "--tile", type=int, default=224, metavar="PX", help="side of a tile (224)"
     )
@@ -263,6 +271,7 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--class", dest="name", default="", help="to explain (the predicted one)"
     )
+    _add_reading(sub)
 
     sub = command("serve", "a model as an HTTP service")
     sub.add_argument("model", metavar="MODEL", help="from train or export")
@@ -372,7 +381,7 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="from train; several: ensemble",
     )
-    sub.add_argument("--mpp", type=_positive, help="um per pixel if a file is silent")
+    _add_reading(sub)
     _add_precision(sub)
     choice("--stitch", ("crop", "blend"), "windows' middles, or their mean")
     choice("--tta", ("none", "flips", "all"), "mirrored, turned windows too")
@@ -445,6 +454,33 @@ def _span(text: str) -> tuple[int, int]:
     if not (least.isdecimal() and (most or least).isdecimal()):
         raise argparse.ArgumentTypeError(f"expected MIN:MAX such as 1:4, found {text}")
     return int(least), int(most or least)
+
+
+def _add_reading(sub: argparse.ArgumentParser) -> None:
+    """Add what can be said of slides over what their files say."""
+    sub.add_argument(
+        "--mpp",
+        type=_mpp,
+        metavar="UM|CSV",
+        help="um per pixel, over the files'; of some: a CSV (slide,mpp)",
+    )
+    sub.add_argument(
+        "--scene",
+        type=int,
+        metavar="N",
+        help="of several slides in a file (0 is first)",
+    )
+    sub.add_argument(
+        "--plane", type=int, metavar="N", help="of several focal planes (0 is first)"
+    )
+
+
+def _mpp(text: str) -> float | str:
+    """Take a number, or the name of a CSV."""
+    try:
+        return _positive(text)
+    except ValueError:
+        return text
 
 
 def _positive(text: str) -> float:

@@ -39,7 +39,7 @@ def _ingest(args: argparse.Namespace) -> Any:
         out=args.out,
         annotations=args.annotations,
         classes=args.classes or ("background", "tumour"),
-        mpp=args.mpp,
+        **_reading(args),
         groups=args.groups,
         splits=args.splits,
         fractions=args.fractions,
@@ -47,8 +47,18 @@ def _ingest(args: argparse.Namespace) -> Any:
     )
 
 
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Gather what was said of slides over what their files say."""
+    return {"mpp": args.mpp, "scene": args.scene, "plane": args.plane}
+
+
 def _ingest_images(args: argparse.Namespace) -> Any:
     from medray.sheets import ingest_images
+
+    if isinstance(args.mpp, str) or args.scene is not None or args.plane is not None:
+        raise ConfigError(
+            "--side: expected of images --mpp as a number, without --scene and --plane"
+        )
 
     if len(args.slides) != 1 or args.annotations:
         raise ConfigError(
@@ -146,7 +156,8 @@ def _embed(args: argparse.Namespace) -> Any:
         encoder=args.encoder,
         weights=args.weights,
         out=args.out,
-        mpp=args.mpp,
+        tile_mpp=args.tile_mpp,
+        **_reading(args),
         tile=args.tile,
         tissue=args.tissue,
         precision=args.precision,
@@ -280,7 +291,9 @@ def _submit(args: argparse.Namespace) -> Any:
 def _explain(args: argparse.Namespace) -> Any:
     from medray.explain import explain
 
-    return explain(args.model, args.images, out=args.out, name=args.name)
+    return explain(
+        args.model, args.images, out=args.out, name=args.name, **_reading(args)
+    )
 
 
 def _serve(args: argparse.Namespace) -> Any:

@@ -20,6 +20,7 @@ from medray.faults import failure, too_large
 from medray.progress import Progress
 from medray.slides import Slide, opened
 from medray.slides.digest import slide_digest, stamp_of
+from medray.slides.levels import MPP_COLUMNS
 from medray.slides.listing import SlideFile
 from medray.store import files
 from medray.store.ledger import Ledger, slide_key
@@ -29,6 +30,9 @@ Row = dict[str, Any]
 
 # So many slides or regions in succession that storage does not give are no accident.
 _MOST_UNREACHED = 10
+
+GIVEN = ("given_mpp", "scene", "plane")
+"""What a slide's row tells of what the user said of it; see `SlideFile`."""
 
 HEADER = -1
 """Index of the row that speaks for a slide, not for one of its regions."""
@@ -84,10 +88,11 @@ def changed_slides(
         stamp = stamp_of(file.uri, annotation)
         row: Row = {"slide": file.slide, "uri": file.uri, "stamp": stamp}
         row["annotation"] = annotation
+        row |= {"given_mpp": file.mpp, "scene": file.scene, "plane": file.plane}
         before = ledger.slides.get(file.slide)
         if before is not None and before["status"] != "done":
             before = None
-        if before and stamp and before | row == before:
+        if before and stamp and all(before.get(k) == v for k, v in row.items()):
             continue
         if before:
             ledger.forget_slide(file.slide)
@@ -139,10 +144,11 @@ def plan_one(
         The header has an `error` where the slide cannot be planned, and `unchanged`,
         its finished row, where it is what it was though somebody touched it.
     """
-    names = ("slide", "uri", "annotation", "stamp")
+    names = ("slide", "uri", "annotation", "stamp", *GIVEN)
     header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
     try:
         digest = slide_digest(row["uri"])
+        digest += "".join(f"+{n}={row[n]:g}" for n in GIVEN if row[n] is not None)
         if row["annotation"]:
             digest += f"+{slide_digest(row['annotation'])}"
         header["digest"] = digest
@@ -150,7 +156,7 @@ def plan_one(
         if before and before["digest"] == digest:
             unchanged = before | {name: row[name] for name in names}
             return header | {"unchanged": unchanged}, []
-        facts, regions = cut(header, opened(row["uri"], row["stamp"]))
+        facts, regions = cut(header, opened(row))
         try:
             make(header | facts)
             regions = missing_regions(row, digest, regions, out)
@@ -201,6 +207,7 @@ WORKING = (
     "scale",
     "downsample",
     "mpp",
+    *MPP_COLUMNS,
     "height",
     "width",
     "level0_height",
@@ -389,6 +396,7 @@ def _outcome(header: Row, status: str, message: str) -> Row:
         "digest": header.get("digest"),
         "stamp": header["stamp"],
         "annotation": header.get("annotation", ""),
+        **{name: header.get(name) for name in GIVEN},
         "finished_at": now,
         "committed_at": time.time(),
     }

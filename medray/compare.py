@@ -37,7 +37,7 @@ from medray.report import (
 )
 from medray.run import RunSettings, mask_uri, read_run
 from medray.settings import to_dict
-from medray.slides import open_slide, read_thumbnail
+from medray.slides import open_row, read_thumbnail
 from medray.store import files, omezarr
 from medray.truths import read_known, read_truth
 from medray.verify import Difference, diff
@@ -297,7 +297,7 @@ def _picture(
         for run in runs
     )
     height, width = before.shape
-    with open_slide(row["uri"]) as slide:
+    with open_row(row) as slide:
         thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
     size = (width, height)
     rgb = np.asarray(Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX))

@@ -103,6 +103,8 @@ class Copy:
         image: The file or OME-Zarr with its pixels; "" to leave them out.
         working: How the image is read, so that it lies under the labels.
         layers: Its label images, the first of which stands alone without an image.
+        scene: Which of several slides in the image's file, if the user chose.
+        plane: Which of several focal planes, likewise.
     """
 
     slide: str
@@ -110,6 +112,8 @@ class Copy:
     image: str
     working: Working
     layers: tuple[Layer, ...]
+    scene: int | None = None
+    plane: int | None = None
 
     @property
     def made_of(self) -> str:
@@ -178,7 +182,9 @@ def _of_run(run: str, with_image: bool) -> tuple[list[Copy], dict[str, str]]:
             ]
         image = row["uri"] if with_image else ""
         working = working_of(row)
-        copies.append(Copy(slide, row["digest"], image, working, tuple(layers)))
+        chosen = {name: row.get(name) for name in ("scene", "plane")}
+        copy = Copy(slide, row["digest"], image, working, tuple(layers), **chosen)
+        copies.append(copy)
     return copies, failed
 
 
@@ -317,7 +323,9 @@ def _image_of(copy: Copy) -> _Image:
             f"{copy.image}: is not the file that the mask was made of; put that back, "
             f"or run `medray infer` again"
         )
-    return _Image(open_slide(copy.image), copy.working)
+    return _Image(
+        open_slide(copy.image, scene=copy.scene, plane=copy.plane), copy.working
+    )
 
 
 def _write_05(copy: Copy, target: str) -> None:

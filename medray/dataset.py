@@ -41,13 +41,14 @@ class DatasetSettings:
 
     Attributes:
         classes: Names by label value.
-        mpp: Microns per pixel of slides whose files do not say; None: not given.
+        mpp: What was said of the slides' microns per pixel, over what their files say:
+            a number, or a CSV; slides.parquet has each slide's.
         patch: Side of a patch (a chunk), pixels of level 0.
         region: Side of a region (a shard), pixels of level 0.
     """
 
     classes: Classes
-    mpp: float | None = None
+    mpp: float | str | None = None
     patch: int = omezarr.PATCH
     region: int = omezarr.REGION
 
@@ -62,9 +63,10 @@ def open_dataset(out: str, settings: DatasetSettings) -> None:
     if not files.exists(uri):
         write_settings(uri, settings)
         return
-    before = read_dataset(out)
-    if before != settings:
-        old, new = to_dict(before), to_dict(settings)
+    old, new = to_dict(read_dataset(out)), to_dict(settings)
+    # Slides whose mpp is said to be another one than before are made again.
+    old["mpp"] = new["mpp"]
+    if old != new:
         changed = ", ".join(
             f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]
         )

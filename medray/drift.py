@@ -80,8 +80,15 @@ def class_shares(dataset: str) -> dict[str, dict[str, float]]:
     }
 
 
-def stain_values(uri: str) -> dict[str, float]:
+def stain_values(
+    uri: str, scene: int | None = None, plane: int | None = None
+) -> dict[str, float]:
     """Measure a slide's staining on its tissue, at a coarse level.
+
+    Args:
+        uri: The slide.
+        scene: Which of several slides in the file; see `open_slide`.
+        plane: Which of several focal planes.
 
     Returns:
         Mean and standard deviation over the pixels of the optical densities of
@@ -91,7 +98,7 @@ def stain_values(uri: str) -> dict[str, float]:
     Raises:
         SlideError: The slide cannot be read.
     """
-    with open_slide(uri) as slide:
+    with open_slide(uri, scene=scene, plane=plane) as slide:
         rgb, _, damaged = read_thumbnail(slide, _THUMBNAIL)
     pixels = rgb[find_tissue(rgb) & ~damaged].astype(np.float64)
     if len(pixels) < _LEAST_TISSUE_PX:

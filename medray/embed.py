@@ -24,11 +24,13 @@ from medray.commit import Commit, Row, Summary, changed_slides, plan_one
 from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError
 from medray.features import FeatureSettings, parts_uri
+from medray.given import as_given
 from medray.lane import Layers, Work, start_lanes
 from medray.models.config import Precision
 from medray.progress import Progress
 from medray.settings import keep_settings
-from medray.slides.listing import find_slides
+from medray.slides import Slide
+from medray.slides.listing import SlideFile, find_slides
 from medray.store import files
 from medray.store.ledger import Ledger
 from medray.store.lock import locked
@@ -54,7 +56,10 @@ def embed(
     encoder: str,
     weights: str,
     out: str,
-    mpp: float = 0.5,
+    tile_mpp: float = 0.5,
+    mpp: float | str | None = None,
+    scene: int | None = None,
+    plane: int | None = None,
     tile: int = 224,
     tissue: float = 0.25,
     precision: Precision = "auto",
@@ -69,7 +74,11 @@ def embed(
         encoder: A network of timm, by its name there.
         weights: File of its weights: safetensors, or a state dict by torch.save.
         out: Folder to make.
-        mpp: Microns per pixel of the tiles.
+        tile_mpp: Microns per pixel of the tiles.
+        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
+            CSV (slide,mpp) with those of some.
+        scene: Which of several slides in a file, from 0 in the file's order.
+        plane: Which of several focal planes, from 0.
         tile: Their side, pixels.
         tissue: Least share of tissue of a tile.
         precision: Of the encoder's arithmetic; with float32 features are stored as
@@ -89,7 +98,7 @@ def embed(
     weights, out = files.absolute(weights), files.absolute(out)
     names = ("medray", "torch", "timm", "tifffile", "imagecodecs")
     settings = FeatureSettings(
-        encoder=settle_encoder(encoder, weights, tile=tile, mpp=mpp),
+        encoder=settle_encoder(encoder, weights, tile=tile, mpp=tile_mpp),
         weights=weights,
         tissue=tissue,
         precision=precision,
@@ -97,18 +106,18 @@ def embed(
         versions={name: importlib.metadata.version(name) for name in names},
     )
     with locked(out, "embed") as check:
-        return _embed(slides, settings, out, check)
+        found = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+        return _embed(found, settings, out, check)
 
 
 def _embed(
-    slides: Sequence[str],
+    wanted: list[SlideFile],
     settings: FeatureSettings,
     out: str,
     check: Callable[[], None],
 ) -> Summary:
     keep_settings(files.join(out, "features.yaml"), settings)
     ledger = Ledger(out)
-    wanted = find_slides(slides)
     todo = changed_slides(wanted, ledger)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
     skipped = len(wanted) - len(todo)
@@ -147,7 +156,11 @@ def _bound(settings: FeatureSettings) -> int:
 
 def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
     """Give a slide's header and the regions to do."""
-    return plan_one(row, out, lambda _, slide: plan_tiles(slide, settings))
+
+    def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
+        return plan_tiles(slide, settings, header["given_mpp"])
+
+    return plan_one(row, out, cut)
 
 
 def _work(settings: FeatureSettings, out: str) -> Work:

@@ -24,6 +24,7 @@ import ray
 from medray import cluster
 from medray.budget import bounds, check_budget, kept_layers
 from medray.errors import ConfigError, MedrayError
+from medray.given import as_given
 from medray.infer import settings_of, slides_within
 from medray.lane import lane_resources
 from medray.plan import count_windows, plan_slide
@@ -106,7 +107,13 @@ def estimate(
     if options.coarse > 1:
         raise ConfigError("coarse: what its second pass will do is not known before")
     settings = settings_of([model] if isinstance(model, str) else model, options)
-    wanted, areas = slides_within(find_slides(slides), options.within)
+    named = as_given(
+        find_slides(slides),
+        mpp=options.mpp,
+        scene=options.scene,
+        plane=options.plane,
+    )
+    wanted, areas = slides_within(named, options.within)
     chosen = wanted
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)
@@ -175,8 +182,10 @@ def _plan_some(
     found: list[tuple[str, Any]] = []
     for file in group:
         try:
-            with open_slide(file.uri) as slide:
-                facts, rows = plan_slide(slide, settings, areas.get(file.slide, ""))
+            with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
+                facts, rows = plan_slide(
+                    slide, settings, areas.get(file.slide, ""), given_mpp=file.mpp
+                )
         except (MedrayError, OSError) as error:
             found.append((file.slide, f"{error}"))
             continue

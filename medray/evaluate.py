@@ -46,7 +46,7 @@ from medray.run import (
     probabilities_uri,
     read_run,
 )
-from medray.slides import open_slide, read_thumbnail
+from medray.slides import open_row, read_thumbnail
 from medray.slides.digest import slide_stamp
 from medray.slides.levels import read_working, working_of
 from medray.slides.listing import SlideFile
@@ -493,7 +493,7 @@ def _overlay(row: Row, run: str, classes: Classes) -> bytes:
     known = read_known(row, whole, classes, 2**level)
     if known is not None:
         predicted = np.where(known, predicted, truth)
-    with open_slide(row["uri"]) as slide:
+    with open_row(row) as slide:
         thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
     picture = Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX)
     return draw_overlay(np.asarray(picture), truth, predicted, classes)
@@ -538,6 +538,6 @@ def _close_up(row: Row, place: Place, run: str, classes: Classes) -> bytes:
     known = read_known(row, part, classes)
     if known is not None:
         predicted = np.where(known, predicted, truth)
-    with open_slide(row["uri"]) as slide:
+    with open_row(row) as slide:
         rgb, _, _ = read_working(slide, working_of(row), part.y, part.x, height, width)
     return draw_overlay(rgb, truth, predicted, classes)

@@ -31,7 +31,7 @@ from medray.metrics import bootstrap
 from medray.pages import as_png, check_folder, data_uri, render
 from medray.slide_labels import SlideLabel, check_known, read_labels
 from medray.slide_model import read_seen_slides
-from medray.slides import open_slide
+from medray.slides import open_row
 from medray.slides.levels import choose_level, read_working
 from medray.store import files
 
@@ -219,8 +219,8 @@ def _most_attended(row: Row, what: Predictions, run: str) -> list[str]:
         settings, _ = read_features(what.features)
         attributes = read_slide(what.features, row["slide"]).attributes
         side, pictures = settings.encoder.tile, []
-        with open_slide(row["uri"]) as slide:
-            working = choose_level(slide, settings.encoder.mpp, None)
+        with open_row(row) as slide:
+            working = choose_level(slide, settings.encoder.mpp, row.get("given_mpp"))
             for tile in tiles[:_TILES]:
                 y, x = (round(tile[a] / attributes["downsample"]) for a in ("y", "x"))
                 size = (min(side, working.height - y), min(side, working.width - x))

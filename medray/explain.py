@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from medray.errors import ConfigError, SlideError
+from medray.given import as_given
 from medray.models import explain as maps
 from medray.models.config import ModelConfig, is_exported, model_digest, read_config
 from medray.models.folder import load_model
@@ -28,7 +29,7 @@ from medray.pages import as_png, data_uri, render
 from medray.samples import fullest_window
 from medray.sheets import read_resized
 from medray.slides import open_slide
-from medray.slides.listing import find_slides
+from medray.slides.listing import SlideFile, find_slides
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
@@ -53,7 +54,14 @@ class Explanation:
 
 
 def explain(
-    model: str, images: Sequence[str], *, out: str, name: str = ""
+    model: str,
+    images: Sequence[str],
+    *,
+    out: str,
+    name: str = "",
+    mpp: float | str | None = None,
+    scene: int | None = None,
+    plane: int | None = None,
 ) -> Explanation:
     """Draw what in images speaks for a class, and write a page of it.
 
@@ -63,6 +71,10 @@ def explain(
         out: Folder to make.
         name: Of the class; "": the one predicted (of a segmenter the commonest after
             the background).
+        mpp: Microns per pixel of level 0, over what the files say; or a CSV (slide,mpp)
+            with those of some.
+        scene: Which of several slides in a file, from 0 in the file's order.
+        plane: Which of several focal planes, from 0.
 
     Raises:
         ConfigError: The request is wrong, grad-cam is missing, or the encoder has no
@@ -77,10 +89,11 @@ def explain(
     explainer = Explainer(model)
     rows: list[Row] = []
     shown: list[Row] = []
-    for slide in find_slides(images):
+    slides = as_given(find_slides(images), mpp=mpp, scene=scene, plane=plane)
+    for slide in slides:
         row: Row = {"image": slide.slide}
         try:
-            pixels = _read(slide.uri, config)
+            pixels = _read(slide, config)
             label = config.classes.names.index(name) if name else None
             found = explainer.explain(pixels, label)
             pictures = {"image": as_png(pixels), "overlay": as_png(found.overlay)}
@@ -119,16 +132,16 @@ def explain(
     return Explanation(out, report, len(shown), failed)
 
 
-def _read(uri: str, config: ModelConfig) -> UInt8:
+def _read(file: SlideFile, config: ModelConfig) -> UInt8:
     """Read what the model looks at: (S, S, 3) uint8.
 
     A classifier of images sees the whole, resized as ingest does; any other model a
     window at its resolution, the one with the most tissue.
     """
     if config.classifies and config.mpp is None:
-        return read_resized({"uri": uri}, config.window.size)
-    with open_slide(uri) as slide:
-        return fullest_window(slide, config)
+        return read_resized({"uri": file.uri}, config.window.size)
+    with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
+        return fullest_window(slide, config, file.mpp)
 
 
 @dataclass(frozen=True)

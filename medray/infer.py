@@ -42,6 +42,7 @@ from medray.commit import (
 )
 from medray.drive import drive, keeping, start_workers
 from medray.errors import ConfigError, SlideError
+from medray.given import as_given
 from medray.grid import Rectangle, region_side, region_windows
 from medray.lane import Layers, Work, start_lanes
 from medray.models.config import (
@@ -119,6 +120,7 @@ def _infer(
     ready = [slide for slide in slides if isinstance(slide, SlideFile)]
     named = [slide for slide in slides if isinstance(slide, str)]
     wanted = ready + (find_slides(named) if named or not ready else [])
+    wanted = as_given(wanted, mpp=options.mpp, scene=options.scene, plane=options.plane)
     wanted, areas = slides_within(wanted, options.within)
     todo = changed_slides(wanted, ledger, areas)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
@@ -237,6 +239,8 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
         )
     if options.within:
         options = replace(options, within=files.absolute(options.within))
+    if isinstance(options.mpp, str):
+        options = replace(options, mpp=files.absolute(options.mpp))
     side = options.region or region_side(config.window, omezarr.PATCH)
     for folder in folders:
         check_runtime(folder)
@@ -288,7 +292,8 @@ def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
     def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
         within, stamp = header["annotation"], header["stamp"]
-        facts, regions = plan_slide(slide, settings, within, coarse, stamp)
+        given = header["given_mpp"]
+        facts, regions = plan_slide(slide, settings, within, coarse, stamp, given)
         return facts | {"classes": settings.classes.names}, regions
 
     def make(header: Row) -> None:

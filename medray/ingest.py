@@ -45,11 +45,13 @@ from medray.dataset import (
 from medray.drive import drive, keeping, start_workers
 from medray.errors import MedrayError
 from medray.faults import bound_memory, failure, too_large
+from medray.given import as_given
 from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, opened
 from medray.slides.digest import check_unchanged
+from medray.slides.levels import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
@@ -68,7 +70,9 @@ def ingest(
     out: str,
     annotations: str | None = None,
     classes: tuple[str, ...] = ("background", "tumour"),
-    mpp: float | None = None,
+    mpp: float | str | None = None,
+    scene: int | None = None,
+    plane: int | None = None,
     groups: str | None = None,
     splits: str | None = None,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
@@ -85,7 +89,10 @@ def ingest(
         annotations: Folder of SVG, GeoJSON, ASAP or ImageScope XML or mask images,
             named like their slides.
         classes: Names by label value, the background first.
-        mpp: Microns per pixel of slides whose files do not say.
+        mpp: Microns per pixel of level 0, over what the files say; or a CSV (slide,mpp)
+            with those of some.
+        scene: Which of several slides in a file, from 0 in the file's order.
+        plane: Which of several focal planes, from 0.
         groups: CSV (slide,group): slides of one group (patient) stay in one split.
         splits: CSV (slide,split) that says train, val or test itself.
         fractions: Shares of slides in train, val and test.
@@ -95,10 +102,11 @@ def ingest(
         ConfigError: The request is wrong, OUT was made with other settings, or another
             process works there.
     """
+    mpp = files.absolute(mpp) if isinstance(mpp, str) else mpp
     settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
     out = files.absolute(out)
     check_fractions(fractions)
-    wanted = find_slides(slides)
+    wanted = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
     matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
     split_of = read_splits(splits) if splits else None
@@ -215,7 +223,6 @@ def _plan_slide(
     facts = {
         "height": height,
         "width": width,
-        "mpp": slide.mpp or settings.mpp,
         "magnification": slide.magnification,
         "format": slide.format,
         "annotated": bool(header["annotation"]),
@@ -224,8 +231,12 @@ def _plan_slide(
         "regions": len(rows),
         "classes": settings.classes.names,
     }
+    mpp, said = settle_mpp(slide, header["given_mpp"])
+    facts |= {"mpp": mpp.x if mpp else None} | mpp_columns(slide, header["given_mpp"])
     notes = [*([slide.note] if slide.note else []), *marks.notes]
-    if facts["mpp"] is None:
+    if said:
+        notes.append(said)
+    if mpp is None:
         notes.append("no mpp in the file (give --mpp); unknown to all that follows")
     if notes:
         facts["note"] = "; ".join(notes)
@@ -293,7 +304,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     place = {"y": region.y, "x": region.x}
     place |= {"height": region.height, "width": region.width}
     try:
-        pixels = opened(row["uri"], row["stamp"]).read(**place)
+        pixels = opened(row).read(**place)
         labels = np.zeros(pixels.shape[:2], np.uint8)
         known = np.ones(pixels.shape[:2], np.uint8)
         if row["annotated"]:
@@ -368,6 +379,7 @@ _FACTS = (
     "height",
     "width",
     "mpp",
+    *MPP_COLUMNS,
     "magnification",
     "format",
     "annotated",

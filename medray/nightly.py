@@ -376,7 +376,11 @@ def _outcomes(
     that is added to `found`.
     """
     done = [s for s in plan["slides"] if rows[s["slide"]]["status"] == "done"]
-    measured = _measured([s for s in done if not _is_noted(catalog, s, plan["night"])])
+    measured = _measured(
+        [s for s in done if not _is_noted(catalog, s, plan["night"])],
+        settings.options.scene,
+        settings.options.plane,
+    )
     outcomes = {}
     for slide in plan["slides"]:
         name, row = slide["slide"], rows[slide["slide"]]
@@ -409,13 +413,15 @@ def _is_noted(catalog: Catalog, slide: Row, night: str) -> bool:
     return row is not None and row["status"] == "done" and row["night"] == night
 
 
-def _measured(slides: list[Row]) -> dict[str, tuple[str, dict[str, float]]]:
+def _measured(
+    slides: list[Row], scene: int | None = None, plane: int | None = None
+) -> dict[str, tuple[str, dict[str, float]]]:
     """Give scanner and staining of slides, read in Ray tasks."""
     if not slides:
         return {}
     cluster.connect()
     measure = ray.remote(num_cpus=1, max_retries=1)(_measure)
-    pending = {s["slide"]: measure.remote(s["uri"]) for s in slides}
+    pending = {s["slide"]: measure.remote(s["uri"], scene, plane) for s in slides}
     measured = {}
     for slide, reference in pending.items():
         try:
@@ -427,9 +433,11 @@ def _measured(slides: list[Row]) -> dict[str, tuple[str, dict[str, float]]]:
     return measured
 
 
-def _measure(uri: str) -> tuple[str, dict[str, float]]:
+def _measure(
+    uri: str, scene: int | None, plane: int | None
+) -> tuple[str, dict[str, float]]:
     try:
-        return scanner_of(uri), stain_values(uri)
+        return scanner_of(uri), stain_values(uri, scene, plane)
     except (MedrayError, OSError) as error:
         log.warning("%s: its staining cannot be measured (%s)", uri, error)
         return UNKNOWN, {}

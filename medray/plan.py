@@ -15,7 +15,7 @@ from medray.grid import Rectangle, plan_regions, region_windows, windows_over
 from medray.region import BLOCK, areas_within
 from medray.run import RunSettings, mask_uri
 from medray.slides import Slide
-from medray.slides.levels import Working, choose_level
+from medray.slides.levels import Working, choose_level, mpp_columns
 from medray.slides.tissue import tissue_share
 from medray.store import omezarr
 
@@ -29,6 +29,7 @@ def plan_slide(
     within: str = "",
     coarse: str = "",
     stamp: str = "",
+    given_mpp: float | None = None,
 ) -> tuple[Row, list[Row]]:
     """Plan the regions of a slide.
 
@@ -38,6 +39,7 @@ def plan_slide(
         within: Annotation inside whose areas to predict; "" for everywhere.
         coarse: Mask of the first pass; "" when there is none.
         stamp: Of slide and annotation: sizes and times.
+        given_mpp: Microns per pixel of level 0, over what the file says.
 
     Returns:
         The slide's facts, and a row for each region with something to predict: its
@@ -48,7 +50,7 @@ def plan_slide(
         SlideError: The slide does not suit the model, or cannot be read.
     """
     options = settings.options
-    working = choose_level(slide, settings.model_mpp, options.mpp)
+    working = choose_level(slide, settings.model_mpp, given_mpp)
     height, width = working.height, working.width
     regions = list(plan_regions(height, width, options.region))
     # A flat slide of one region is decoded once: its tissue is found when it is read.
@@ -69,7 +71,8 @@ def plan_slide(
         for i, r in enumerate(regions)
         if (part := _part(r, blocks)).any()
     ]
-    facts = asdict(working) | {
+    facts = asdict(working) | mpp_columns(slide, given_mpp)
+    facts |= {
         "level0_height": level0.height,
         "level0_width": level0.width,
         "regions": len(rows),

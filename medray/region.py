@@ -60,7 +60,7 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
     """
     start = time.time()
     try:
-        row, pixels = read_pixels(opened(row["uri"], row["stamp"]), row, settings)
+        row, pixels = read_pixels(opened(row), row, settings)
     except (MedrayError, OSError) as error:
         return row | failure(error, "slides"), None
     except MemoryError as error:

@@ -44,7 +44,11 @@ class Options:
 
     Attributes:
         prediction: How windows become classes.
-        mpp: Microns per pixel of slides whose files do not say; None: not given.
+        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
+            CSV (slide,mpp) with those of some; None: as the files say.
+        scene: Which of several slides in a file, from 0; None: by the format's rules.
+        plane: Which of several focal planes, from 0; None: the one in focus, or the
+            first.
         everywhere: Predict glass as well as tissue.
         within: Folder of annotations named like the slides: predict only inside their
             areas, and only slides that have one. None: everywhere.
@@ -58,7 +62,9 @@ class Options:
     """
 
     prediction: Prediction = field(default_factory=Prediction)
-    mpp: float | None = None
+    mpp: float | str | None = None
+    scene: int | None = None
+    plane: int | None = None
     everywhere: bool = False
     within: str | None = None
     coarse: int = 1
@@ -114,7 +120,10 @@ class RunSettings:
     def decisive(self) -> dict[str, Any]:
         """Give what decides the masks, as plain values."""
         values = to_dict(self) | {"models": None}
-        values["options"] = values["options"] | {"patience": None}
+        options = values["options"]
+        # What is said of single slides is part of their digests.
+        del options["scene"], options["plane"]
+        options |= {"patience": None, "mpp": None}
         return values
 
     def digest(self) -> str:

@@ -110,14 +110,18 @@ def _of_dataset(data: str, config: ModelConfig, count: int) -> Windows:
 def _of_slide(slide: Slide, config: ModelConfig, count: int) -> UInt8:
     """Take windows with tissue, spread evenly over a slide."""
     size = config.window.size
-    working = choose_level(slide, config.mpp, None)
+    # A generated scene, or a slide that does not say, serves as it is.
+    target = config.mpp if slide.mpp else None
+    working = choose_level(slide, target, None)
     share = tissue_share(slide, working.height, working.width, size)
     places = _spread(np.argwhere(share > 0).tolist(), count)
     windows = [_window(slide, working, size, *place) for place in places]
     return np.array(windows, np.uint8).reshape(-1, size, size, 3)
 
 
-def fullest_window(slide: Slide, config: ModelConfig) -> UInt8:
+def fullest_window(
+    slide: Slide, config: ModelConfig, given_mpp: float | None = None
+) -> UInt8:
     """Give the window of a slide with the most tissue, (S, S, 3) uint8.
 
     A slide smaller than a window is continued by its mirror image.
@@ -126,7 +130,7 @@ def fullest_window(slide: Slide, config: ModelConfig) -> UInt8:
         SlideError: The slide does not suit the model, or is damaged there.
     """
     size = config.window.size
-    working = choose_level(slide, config.mpp, None)
+    working = choose_level(slide, config.mpp, given_mpp)
     share = tissue_share(slide, working.height, working.width, size)
     row, column = np.unravel_index(int(share.argmax()), share.shape)
     return _window(slide, working, size, int(row), int(column))

@@ -99,7 +99,7 @@ class Class(BaseModel):
     height: int = Field(description="of the image, pixels", ge=1)
     width: int = Field(description="of the image, pixels", ge=1)
     mpp: float | None = Field(description="microns per pixel of the image")
-    mpp_from: Literal["image", "request", "assumed", "unknown"]
+    mpp_from: Literal["image", "request", "unknown"]
     note: str = Field(description="what was done to come to the model's resolution")
     model_digest: str
 
@@ -228,7 +228,7 @@ def build_api(
         ge=SANE_MPP[0],
         # Coarser ones cannot be brought to the model's.
         le=MOST_ENLARGED * works_at if works_at else SANE_MPP[1],
-        description="microns per pixel, if the image does not say",
+        description="microns per pixel, over what the image says",
     )
     posted: dict[str, Any] = {
         "openapi_extra": {"requestBody": _body()},
@@ -256,7 +256,7 @@ def build_api(
             for name, what in (
                 ("medray-model", "digest of the model"),
                 ("medray-mpp", "microns per pixel of the image, or unknown"),
-                ("medray-mpp-from", "image, request, assumed (the model's) or unknown"),
+                ("medray-mpp-from", "image, request or unknown"),
                 ("medray-note", "what was done to come to the model's resolution"),
             )
         },

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -71,9 +71,8 @@ class Prepared:
         height: Of the image (level 0), pixels.
         width: Likewise.
         mpp: Microns per pixel of the image; None: unknown and not needed.
-        mpp_from: Who says so: the `image` or the `request`; else it is `assumed` to be
-            the model's, or `unknown`.
-        note: What was done to come to the model's resolution ("" if nothing).
+        mpp_from: Who says so: the `image` or the `request`; else it is `unknown`.
+        note: What the user should know of how it was read ("" if nothing).
         pixels: (S, S, 3) uint8 of a classifier of whole images; else None.
         facts: The working level, as the plan has it.
         regions: Else each region's row, and its pixels; None where there is no tissue.
@@ -172,7 +171,7 @@ class Served:
 
         Args:
             path: A file, named by `SUFFIXES`.
-            mpp: Microns per pixel, if the image does not say.
+            mpp: Microns per pixel, over what the image says.
 
         Raises:
             TooLargeError: It has more pixels than are taken.
@@ -181,12 +180,16 @@ class Served:
         _check_header(path, self._max)
         if self._whole:
             return self._read_whole(path, mpp)
-        options = replace(self._settings.options, mpp=mpp)
-        settings = replace(self._settings, options=options)
+        settings = self._settings
         with open_slide(path) as slide:
             level = slide.levels[0]
             _check_pixels(level.height, level.width, self._max)
-            facts, rows = plan_slide(slide, settings)
+            if self._config.mpp and not (mpp or slide.mpp):
+                raise SlideError(
+                    f"{path}: does not say how many microns a pixel has, and the model "
+                    f"works at {self._config.mpp:g}; give ?mpp="
+                )
+            facts, rows = plan_slide(slide, settings, given_mpp=mpp)
             _check_pixels(facts["height"], facts["width"], self._max)
             regions = []
             for row in rows:
@@ -199,8 +202,8 @@ class Served:
         return Prepared(
             level.height,
             level.width,
-            *self._resolution(slide.mpp, mpp),
-            facts["note"] if facts["scale"] != 1.0 else "",
+            *_resolution(slide.mpp, mpp),
+            facts["note"],
             facts=facts,
             regions=regions,
         )
@@ -214,17 +217,8 @@ class Served:
         note = ""
         if (level.height, level.width) != (side, side):
             note = f"resized from {level.height} x {level.width} to {side} x {side}"
-        resolution = self._resolution(found, mpp)
+        resolution = _resolution(found, mpp)
         return Prepared(level.height, level.width, *resolution, note, pixels)
-
-    def _resolution(
-        self, found: float | None, given: float | None
-    ) -> tuple[float | None, str]:
-        """Give an image's microns per pixel, and who says so."""
-        if found or given:
-            return found or given, "image" if found else "request"
-        assumed = self._config.mpp
-        return assumed, "assumed" if assumed else "unknown"
 
     # --- predict ----------------------------------------------------------------------
 
@@ -304,7 +298,7 @@ class Served:
             "medray-model": self._settings.model_digest,
             "medray-mpp": "unknown" if image.mpp is None else f"{image.mpp:.6g}",
             "medray-mpp-from": image.mpp_from,
-            "medray-note": image.note,
+            "medray-note": image.note.encode("ascii", "replace").decode(),
         }
         if form == "geojson":
             areas = trace(labels, classes, downsample=facts["downsample"])
@@ -312,6 +306,13 @@ class Served:
         else:
             body, media_type = _as_png(labels, image.height, image.width), "image/png"
         return Answer(body, media_type, headers, image.height * image.width)
+
+
+def _resolution(found: float | None, given: float | None) -> tuple[float | None, str]:
+    """Give an image's microns per pixel, and who says so."""
+    if given:
+        return given, "request"
+    return found, "image" if found else "unknown"
 
 
 def image_format(start: bytes) -> str | None:

@@ -33,7 +33,12 @@ from medray.features import (
 from medray.grid import plan_regions
 from medray.slides import Slide, opened
 from medray.slides.digest import check_unchanged
-from medray.slides.levels import choose_level, read_working, working_of
+from medray.slides.levels import (
+    choose_level,
+    mpp_columns,
+    read_working,
+    working_of,
+)
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tissue import tissue_share
 from medray.store import files
@@ -46,12 +51,15 @@ Bool = npt.NDArray[np.bool_]
 _THUMBNAIL = 1024  # pixels
 
 
-def plan_tiles(slide: Slide, settings: FeatureSettings) -> tuple[Row, list[Row]]:
+def plan_tiles(
+    slide: Slide, settings: FeatureSettings, given_mpp: float | None = None
+) -> tuple[Row, list[Row]]:
     """Plan the regions of a slide.
 
     Args:
         slide: The slide.
         settings: Of the folder of features.
+        given_mpp: Microns per pixel of level 0, over what the file says.
 
     Returns:
         The slide's facts, and a row for each region with tissue: its `index`, its
@@ -62,7 +70,7 @@ def plan_tiles(slide: Slide, settings: FeatureSettings) -> tuple[Row, list[Row]]
         SlideError: The slide does not suit the encoder, or cannot be read.
     """
     side = settings.encoder.tile
-    working = choose_level(slide, settings.encoder.mpp, None)
+    working = choose_level(slide, settings.encoder.mpp, given_mpp)
     share = tissue_share(slide, working.height, working.width, side)
     # A slide smaller than a tile has one.
     rows, columns = (max(1, n // side) for n in (working.height, working.width))
@@ -78,7 +86,8 @@ def plan_tiles(slide: Slide, settings: FeatureSettings) -> tuple[Row, list[Row]]
         first, size = (part.y + ys[0], part.x + xs[0]), tiles.shape
         region = [int(n) * side for n in (*first, *size)]
         found.append({"index": index, "region": region, "tiles": tiles.tolist()})
-    facts = asdict(working) | {
+    facts = asdict(working) | mpp_columns(slide, given_mpp)
+    facts |= {
         "level0_height": slide.levels[0].height,
         "level0_width": slide.levels[0].width,
         "regions": len(found),
@@ -110,7 +119,7 @@ def read_tiles(row: Row, settings: FeatureSettings) -> tuple[Row, UInt8 | None]:
     y, x, height, width = row["region"]
     bottom, right = min(y + height, row["height"]), min(x + width, row["width"])
     try:
-        slide = opened(row["uri"], row["stamp"])
+        slide = opened(row)
         size = (bottom - y, right - x)
         pixels, damaged, why = read_working(slide, working_of(row), y, x, *size)
     except (MedrayError, OSError) as error:
@@ -213,7 +222,7 @@ def finish_tiles(settings: FeatureSettings, out: str, row: Row) -> Row:
     # By their places: how the slide was cut into regions must not be seen.
     order = np.lexsort((coords[:, 1], coords[:, 0]))
     arrays = {"features": features[order], "coords": coords[order]}
-    thumbnail, _, _ = read_thumbnail(opened(row["uri"], row["stamp"]), _THUMBNAIL)
+    thumbnail, _, _ = read_thumbnail(opened(row), _THUMBNAIL)
     picture = io.BytesIO()
     Image.fromarray(thumbnail).save(picture, "JPEG", quality=90)
     files.write_bytes(thumbnail_uri(out, row["slide"]), picture.getvalue())

@@ -186,6 +186,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     common: Row = {"slide": slide, "uri": uri, "truth": truth}
     common |= {"kind": viewed.kind, "stamp": row["stamp"] or ""}
     common |= {"digest": row["digest"] or "", "version": version_of(row)}
+    common |= {"scene": row.get("scene"), "plane": row.get("plane")}
     probabilities = ""
     if settings.options.prediction.probabilities:
         probabilities = probabilities_uri(viewed.uri, slide)
@@ -212,7 +213,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     return _under_way(viewed, common, layers)
 
 
-def _under_way(viewed: ViewedRun, common: Row, layers: dict[str, str]) -> Place:
+def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
     """Place a slide of which there is no row yet, by the attributes of its mask."""
     slide = common["slide"]
     mask = mask_uri(viewed.uri, slide)

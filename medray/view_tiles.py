@@ -78,6 +78,8 @@ class Place:
         truth: Annotation file, or OME-Zarr of labels.
         kind: Which of the two: annotation or labels.
         version: Another one, other pixels.
+        scene: Which of several slides in the file, if the user chose.
+        plane: Which of several focal planes, likewise.
     """
 
     slide: str
@@ -96,6 +98,8 @@ class Place:
     truth: str = ""
     kind: str = ""
     version: str = ""
+    scene: int | None = None
+    plane: int | None = None
 
 
 # --- geometry -------------------------------------------------------------------------
@@ -158,11 +162,13 @@ def open_unchanged(place: Place) -> Slide:
             f"{place.uri}: the slide is gone; if it was moved, give --slides with its "
             f"folder"
         ) from error
-    return _opened(place.uri, now, place.stamp, place.digest)
+    return _opened(place.uri, now, place.stamp, place.digest, place.scene, place.plane)
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(uri: str, now: str, stamp: str, digest: str) -> Slide:
+def _opened(
+    uri: str, now: str, stamp: str, digest: str, scene: int | None, plane: int | None
+) -> Slide:
     """Keep the slides at hand open; the stamp tells a replaced file apart."""
     # With an annotation that restricts the run, both have its stamp and digest behind.
     same = f"{stamp} ".startswith(f"{now} ")
@@ -171,7 +177,7 @@ def _opened(uri: str, now: str, stamp: str, digest: str) -> Slide:
             f"{uri}: the slide changed since the run, its mask would not fit; run "
             f"`medray infer` again, or give --slides with the folder of the original"
         )
-    return open_slide(uri)
+    return open_slide(uri, scene=scene, plane=plane)
 
 
 def slide_tile(slide: Slide, region: Rectangle, step: int) -> UInt8:

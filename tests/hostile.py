@@ -370,13 +370,14 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
         classes=Classes(),
         windows=Windows(128, 96),
         model_mpp=0.5,
-        options=Options(region=512, mpp=0.5),
+        options=Options(region=512),
     )
 
     def slide(path: str) -> str:
         (found,) = find_slides([path])
         row = {"slide": found.slide, "uri": found.uri, "stamp": stamp_of(found.uri)}
-        row |= {"annotation": "", "before": "null"}
+        row |= {"annotation": "", "before": "null", "given_mpp": 0.5}
+        row |= {"scene": None, "plane": None}
         row |= {"committed": {"digest": "", "shards": {}}}
         header, regions = _plan(row, settings, out)
         if "error" in header:

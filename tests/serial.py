@@ -11,6 +11,7 @@ import torch
 from medray.clean import Cleaning
 from medray.commit import Commit, changed_slides
 from medray.errors import MedrayError
+from medray.given import as_given
 from medray.infer import (
     _plan,
     _slide_row,
@@ -71,7 +72,14 @@ def _work_off(
     open_run(run, settings)
     ledger = Ledger(run)
     within = settings.options.within
-    wanted, areas = slides_within(find_slides([str(slides)]), within)
+    options = settings.options
+    found = as_given(
+        find_slides([str(slides)]),
+        mpp=options.mpp,
+        scene=options.scene,
+        plane=options.plane,
+    )
+    wanted, areas = slides_within(found, within)
     commit = Commit(ledger, _slide_row)
     progress = Progress("serial", len(wanted))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from medray.errors import SlideError
 from medray.slides.image import ArraySlide, open_image
@@ -13,11 +14,13 @@ from medray.slides.openslide import OpenSlideSlide
 from medray.slides.slide import Level, NeedsOpenSlideError, Slide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
+from medray.slides.vendors import check_choice
 
 __all__ = [
     "ArraySlide",
     "Level",
     "Slide",
+    "open_row",
     "open_slide",
     "opened",
     "read_thumbnail",
@@ -27,20 +30,39 @@ __all__ = [
 def open_slide(
     uri: str | os.PathLike[str],
     *,
+    scene: int | None = None,
+    plane: int | None = None,
     reader: Literal["auto", "tifffile", "openslide"] = "auto",
 ) -> Slide:
     """Open a slide; nothing but headers is read.
 
     Args:
         uri: Path or address (s3://, gs://, az://).
+        scene: Which of several slides in the file, from 0 in the file's order; None: by
+            the format's rules.
+        plane: Which of several focal planes, from 0; None: the one in focus, or the
+            first.
         reader: `auto` takes tifffile, and OpenSlide for what is no TIFF or must be put
             together (NeedsOpenSlideError): any other TIFF that tifffile or medray's
             checks refuse is damaged.
 
     Raises:
-        SlideError: It is absent, damaged, or of no known format.
+        SlideError: It is absent, damaged, of no known format, or has no such scene or
+            plane.
     """
     uri = os.fspath(uri)
+    slide = _open(uri, scene, plane, reader)
+    if not isinstance(slide, TiffSlide):  # the other readers know one image a file
+        try:
+            check_choice(uri, "scene", scene, 1)
+            check_choice(uri, "plane", plane, 1)
+        except SlideError:
+            slide.close()
+            raise
+    return slide
+
+
+def _open(uri: str, scene: int | None, plane: int | None, reader: str) -> Slide:
     lower = uri.lower()
     if lower.rstrip("/").endswith(".zarr"):
         return ZarrSlide(uri.rstrip("/"))
@@ -49,7 +71,7 @@ def open_slide(
     if reader == "openslide":
         return OpenSlideSlide(uri)
     try:
-        return TiffSlide(uri)
+        return TiffSlide(uri, scene, plane)
     except NeedsOpenSlideError as error:
         if reader == "tifffile":
             raise
@@ -85,10 +107,29 @@ def _by_openslide(uri: str, needed: NeedsOpenSlideError) -> Slide:
     return slide
 
 
+def open_row(row: Mapping[str, Any]) -> Slide:
+    """Open a slide as its row says: its `uri`, and `scene` and `plane` if it has them.
+
+    Raises:
+        SlideError: As `open_slide`.
+    """
+    return open_slide(row["uri"], scene=row.get("scene"), plane=row.get("plane"))
+
+
+def opened(row: Mapping[str, Any]) -> Slide:
+    """Open a slide as its row says, or give it where it is among the last four.
+
+    Its `stamp` tells a replaced file apart.
+
+    Raises:
+        SlideError: As `open_slide`.
+    """
+    return _opened(row["uri"], row["stamp"], row.get("scene"), row.get("plane"))
+
+
 @functools.lru_cache(maxsize=4)
-def opened(uri: str, stamp: str) -> Slide:
-    """Keep the slides at hand open; the stamp tells a replaced file apart."""
-    return open_slide(uri)
+def _opened(uri: str, stamp: str, scene: int | None, plane: int | None) -> Slide:
+    return open_slide(uri, scene=scene, plane=plane)
 
 
 def _is_tiff(path: str) -> bool:

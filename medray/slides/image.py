@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from medray.errors import SlideError
 from medray.slides.colors import on_white
-from medray.slides.slide import Level, Slide, check_rectangle
+from medray.slides.slide import Level, Mpp, Slide, check_rectangle
 from medray.store import files
 
 UInt8 = npt.NDArray[np.uint8]
@@ -26,7 +26,7 @@ class ArraySlide(Slide):
     """An array (H, W, 3) uint8 RGB as a slide; see medray.slides.slide.Slide."""
 
     format = "array"
-    mpp: float | None = None
+    resolution: Mpp | None = None
     magnification: float | None = None
 
     def __init__(self, pixels: UInt8, uri: str = "array") -> None:

@@ -12,12 +12,13 @@ from scipy import sparse
 
 from medray.errors import SlideError
 from medray.slides.readable import read_readable
-from medray.slides.slide import Slide
+from medray.slides.slide import Mpp, Slide
 
 UInt8 = npt.NDArray[np.uint8]
 
 # Training augments sizes by more than this, so no resampling is worth its blur.
 _TOLERANCE = 1.15
+_SAME_MPP = 0.01
 MOST_ENLARGED = 2.0
 """Finer detail than the scanner saw cannot be invented."""
 
@@ -51,6 +52,49 @@ def working_of(row: dict[str, Any]) -> Working:
     return Working(**{name: row[name] for name in names})
 
 
+MPP_COLUMNS = ("mpp_x", "mpp_y", "mpp_from")
+"""What a slide's row tells of the microns per pixel of its level 0."""
+
+
+def settle_mpp(slide: Slide, given_mpp: float | None) -> tuple[Mpp | None, str]:
+    """Decide on the microns per pixel of level 0.
+
+    Args:
+        slide: The slide.
+        given_mpp: What the user says, which overrules the file; None: nothing.
+
+    Returns:
+        None where nobody says; and a note where the file is overruled.
+
+    Raises:
+        SlideError: The file's pixels are not square, and the user says nothing.
+    """
+    found = slide.resolution
+    if given_mpp is None:
+        if found is not None and not found.is_square:
+            raise SlideError(
+                f"{slide.uri}: its pixels are {found.x:g} um wide and {found.y:g} um "
+                f"high by its {found.source}, expected square ones; resample it, or "
+                f"give --mpp if the file is wrong"
+            )
+        return found, ""
+    given = Mpp(given_mpp, given_mpp, "--mpp")
+    if found is None or (found.is_square and abs(found.x / given_mpp - 1) < _SAME_MPP):
+        return given, ""
+    return given, f"--mpp {given_mpp:g} overrules the file's {found}"
+
+
+def mpp_columns(slide: Slide, given_mpp: float | None) -> dict[str, Any]:
+    """Return the `MPP_COLUMNS` of a slide's row.
+
+    Raises:
+        SlideError: As `settle_mpp`.
+    """
+    mpp, _ = settle_mpp(slide, given_mpp)
+    values = (mpp.x, mpp.y, mpp.source) if mpp else (None, None, "")
+    return dict(zip(MPP_COLUMNS, values, strict=True))
+
+
 def choose_level(
     slide: Slide, target_mpp: float | None, given_mpp: float | None
 ) -> Working:
@@ -62,26 +106,27 @@ def choose_level(
     Args:
         slide: The slide.
         target_mpp: Microns per pixel of the model; None: level 0, whatever it is.
-        given_mpp: Microns per pixel of level 0 to assume if the file does not say.
+        given_mpp: Microns per pixel of level 0, over what the file says.
 
     Raises:
-        SlideError: The slide is too coarse for the model.
+        SlideError: Nobody says how large its pixels are, or the slide is too coarse for
+            the model.
     """
-    mpp = slide.mpp or given_mpp
-    if target_mpp is None or mpp is None:
-        note = ""
-        if target_mpp is not None:
-            mpp = target_mpp
-            note = (
-                f"no mpp in the file: level 0 taken as {target_mpp:g} um per pixel; "
-                f"give --mpp if it is not"
-            )
-        return _working(slide, 0, 1.0, mpp, note)
+    settled, said = settle_mpp(slide, given_mpp)
+    mpp = settled.x if settled else None
+    if target_mpp is None:
+        return _working(slide, 0, 1.0, mpp, said)
+    if mpp is None:
+        raise SlideError(
+            f"{slide.uri}: does not say how many microns a pixel has, and the model "
+            f"works at {target_mpp:g}; give --mpp, a number or a CSV with the columns "
+            f"slide and mpp"
+        )
     each = [mpp * level.downsample for level in slide.levels]
     off = [abs(math.log(value / target_mpp)) for value in each]
     best = off.index(min(off))
     if off[best] <= math.log(_TOLERANCE):
-        return _working(slide, best, 1.0, mpp, "")
+        return _working(slide, best, 1.0, mpp, said)
     finer = [level for level, value in enumerate(each) if value < target_mpp]
     level = finer[-1] if finer else 0
     scale = target_mpp / each[level]
@@ -89,12 +134,12 @@ def choose_level(
         found = ", ".join(f"{value:.3g}" for value in each)
         raise SlideError(
             f"{slide.uri}: the model works at {target_mpp:g} um per pixel, the slide's "
-            f"levels have {found}, too coarse to enlarge; give --mpp if the file is "
-            f"wrong, or train a model at one of these"
+            f"levels have {found} ({settled.source if settled else ''}), too coarse "
+            f"to enlarge; give --mpp if that is wrong, or train a model at one of these"
         )
     how = "averaged down from" if scale > 1 else "enlarged from"
     note = f"{how} {each[level]:.3g} to {target_mpp:g} um per pixel"
-    return _working(slide, level, scale, mpp, note)
+    return _working(slide, level, scale, mpp, "; ".join(filter(None, [said, note])))
 
 
 def _working(

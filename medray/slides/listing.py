@@ -43,10 +43,16 @@ class SlideFile:
     Attributes:
         slide: Its id: unique in a request, safe as a file name.
         uri: Absolute path or address.
+        mpp: Microns per pixel of level 0, as the user says; None: as the file says.
+        scene: Which of several slides in the file; None: by the format's rules.
+        plane: Which of several focal planes; None: the one in focus, or the first.
     """
 
     slide: str
     uri: str
+    mpp: float | None = None
+    scene: int | None = None
+    plane: int | None = None
 
     @property
     def path(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import FormatError, MedrayError, SlideError, StoreError
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, sane_mpp
+from medray.slides.slide import MAX_SIDE, Level, Mpp, Slide, check_rectangle, mpp_of
 from medray.store import omezarr
 
 UInt8 = npt.NDArray[np.uint8]
@@ -35,7 +35,7 @@ class ZarrSlide(Slide):
             scales: Any = omezarr.open_group(uri).attrs["ome"]["multiscales"][0]  # type: ignore[index,call-overload]
             paths = [str(level["path"]) for level in scales["datasets"]]
             self._arrays = [omezarr.open_level(uri, int(path)) for path in paths]
-            self.mpp = sane_mpp(_mpp(scales))
+            self.resolution = _mpp(scales)
         except StoreError:
             raise
         except (MedrayError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -89,9 +89,10 @@ def _check_sizes(uri: str, arrays: list[Any]) -> None:
             )
 
 
-def _mpp(scales: Any) -> float | None:
-    if scales["axes"][-1].get("unit") != "micrometer":
+def _mpp(scales: Any) -> Mpp | None:
+    axes = scales["axes"][-2:]
+    if any(axis.get("unit") != "micrometer" for axis in axes):
         return None
     transforms = scales["datasets"][0]["coordinateTransformations"]
     scale = next(t["scale"] for t in transforms if t["type"] == "scale")
-    return float(scale[-1])
+    return mpp_of(float(scale[-1]), float(scale[-2]), "OME-Zarr scale")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from medray.errors import SlideError
 from medray.slides.colors import on_white
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, square_mpp
+from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, mpp_of
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -28,7 +28,7 @@ class OpenSlideSlide(Slide):
         properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
         x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        self.mpp = square_mpp(uri, x, y)
+        self.resolution = mpp_of(x, y, "openslide.mpp-x")
         self.magnification = _number(properties.get("openslide.objective-power"))
         sizes = zip(
             self._slide.level_dimensions, self._slide.level_downsamples, strict=True

@@ -21,6 +21,31 @@ else."""
 _MOST_OBLONG = 1.01
 
 
+@dataclass(frozen=True)
+class Mpp:
+    """Microns per pixel of level 0.
+
+    Attributes:
+        x: Across.
+        y: Down.
+        source: What says so, such as `XResolution` or `--mpp`.
+    """
+
+    x: float
+    y: float
+    source: str
+
+    @property
+    def is_square(self) -> bool:
+        """Whether both are the same within 1 %."""
+        return 1 / _MOST_OBLONG <= self.x / self.y <= _MOST_OBLONG
+
+    def __str__(self) -> str:
+        """Name the value and where it comes from."""
+        both = f"{self.x:.6g}" if self.is_square else f"{self.x:.6g} x {self.y:.6g}"
+        return f"{both} um per pixel ({self.source})"
+
+
 class NeedsOpenSlideError(SlideError):
     """A TIFF that OpenSlide may read and tifffile would read wrong, or not at all.
 
@@ -56,7 +81,7 @@ class Slide(Protocol):
         uri: Path or address.
         format: What it is, such as `svs`, `ome-tiff`, `png`.
         levels: Level 0 is the largest.
-        mpp: Microns per pixel of level 0; None when the file does not say.
+        resolution: Microns per pixel of level 0; None when the file does not say.
         magnification: Of the objective; None when the file does not say.
         note: What the user should know of how it is read ("" if nothing).
     """
@@ -64,9 +89,14 @@ class Slide(Protocol):
     uri: str
     format: str
     levels: tuple[Level, ...]
-    mpp: float | None
+    resolution: Mpp | None
     magnification: float | None
     note: str = ""
+
+    @property
+    def mpp(self) -> float | None:
+        """Microns per pixel of level 0 across; None when the file does not say."""
+        return self.resolution.x if self.resolution else None
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle, in pixels of `level`, that lies inside the level.
@@ -119,24 +149,21 @@ def sane_mpp(value: float | None) -> float | None:
     return value
 
 
-def square_mpp(uri: str, x: float | None, y: float | None) -> float | None:
-    """Return the microns per pixel of both axes.
+def mpp_of(x: float | None, y: float | None, source: str) -> Mpp | None:
+    """Return what a file says of its microns per pixel.
 
     Args:
-        uri: Of the file, for the message.
         x: Microns per pixel across; None when the file does not say.
         y: The same down.
+        source: What says so.
 
     Returns:
-        `x` if a microscope can have it, else None.
-
-    Raises:
-        SlideError: They are more than 1 % apart.
+        None where a microscope can have neither. A file that says one of them only is
+        taken to have square pixels, and its source tells.
     """
     x, y = sane_mpp(x), sane_mpp(y)
-    if x and y and not 1 / _MOST_OBLONG <= x / y <= _MOST_OBLONG:
-        raise SlideError(
-            f"{uri}: its pixels are {x:g} um wide and {y:g} um high, expected square "
-            f"ones; resample it, or correct its resolution (mpp) if that is wrong"
-        )
-    return x
+    if x is None or y is None:
+        known = x or y
+        missing = "y" if x else "x"
+        return Mpp(known, known, f"{source}; {missing} not given") if known else None
+    return Mpp(x, y, source)

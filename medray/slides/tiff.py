@@ -41,8 +41,15 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 class TiffSlide(Slide):
     """A TIFF file as a slide; see medray.slides.slide.Slide."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(
+        self, uri: str, scene: int | None = None, plane: int | None = None
+    ) -> None:
         """Open the file and read its headers.
+
+        Args:
+            uri: Path or address.
+            scene: Which of several slides in it; see `choose_image`.
+            plane: Which of several focal planes.
 
         Raises:
             SlideError: It is no TIFF, or one that cannot be a slide.
@@ -59,13 +66,13 @@ class TiffSlide(Slide):
         try:
             self._tiff = tifffile.TiffFile(self._file, name=os.path.basename(uri))
             self._check_count()
-            image = choose_image(uri, self._tiff)
+            image = choose_image(uri, self._tiff, scene, plane)
             self._pages = image.levels
             for page in itertools.chain(*self._pages):
                 _check_page(uri, page, page.keyframe)
                 self._check_33007(page)
             self.levels = _levels(uri, [page for page, *_ in self._pages])
-            self.format, self.mpp = image.format, image.mpp
+            self.format, self.resolution = image.format, image.mpp
             self.magnification = image.magnification
             self.note = "; ".join(filter(None, [image.note, *self._remarks()]))
             self._size = self._file.seek(0, os.SEEK_END)

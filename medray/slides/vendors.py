@@ -14,7 +14,7 @@ from typing import Any
 from defusedxml import ElementTree
 
 from medray.errors import SlideError
-from medray.slides.slide import NeedsOpenSlideError, sane_mpp, square_mpp
+from medray.slides.slide import Mpp, NeedsOpenSlideError, mpp_of
 
 _MICRONS = {
     "m": 1e6,
@@ -27,12 +27,26 @@ _MICRONS = {
     "Å": 1e-4,
     "in": 25400.0,
 }
+# What ImageJ writes for its units (TIFF's ResolutionUnit is then none).
+_IMAGEJ_MICRONS = {
+    "micron": 1.0,
+    "microns": 1.0,
+    "um": 1.0,
+    "µm": 1.0,
+    "\\u00B5m": 1.0,
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "inch": 25400.0,
+}
 _XMP = 700
 _NDPI_LENS, _NDPI_FOCUS = 65421, 65424
 _OTHER_IMAGE = re.compile(r"\b(label|macro|overview|thumbnail|map)\b", re.IGNORECASE)
 _RGB_NAMES = (("red", "green", "blue"), ("r", "g", "b"))
-# What editors and printers write; no scanner counts dots per inch.
-_PRINTERS_DPI = (72, 96, 100, 120, 144, 150, 200, 240, 250, 300, 350, 400, 600, 1200)
+# 1200 dots per inch and fewer are a screen's, a printer's or an office scanner's.
+_COARSEST_TAGGED = 25400 / 1200 * 0.99
+# 1 dot per inch and the like mean nothing to anyone and need no note.
+_COARSEST_NOTED = 25400 / 71
 
 
 @dataclass(frozen=True)
@@ -50,21 +64,28 @@ class ChosenImage:
 
     format: str
     levels: tuple[tuple[Any, ...], ...]
-    mpp: float | None
+    mpp: Mpp | None
     magnification: float | None = None
     note: str = ""
 
 
-def choose_image(uri: str, tiff: Any) -> ChosenImage:
+def choose_image(
+    uri: str, tiff: Any, scene: int | None = None, plane: int | None = None
+) -> ChosenImage:
     """Return the image that is the slide.
 
     Args:
         uri: Of the file, for messages.
         tiff: tifffile's TiffFile.
+        scene: Which of several slides in the file, from 0 in the file's order; None:
+            by the format's rules.
+        plane: Which of several focal planes, from 0; None: the one in focus, or the
+            first.
 
     Raises:
         NeedsOpenSlideError: tifffile reads the format's tiles, not the slide.
-        SlideError: Nothing in it is a slide in colours or grey.
+        SlideError: Nothing in it is a slide in colours or grey, or there is no such
+            scene or plane.
     """
     if not len(tiff.pages):
         raise SlideError(f"{uri}: the TIFF holds no image")
@@ -79,16 +100,39 @@ def choose_image(uri: str, tiff: Any) -> ChosenImage:
             "trestle",
         )
     if tiff.is_svs:
-        return _choose_svs(tiff)
+        check_choice(uri, "scene", scene, 1)
+        return _choose_svs(uri, tiff, plane)
     if tiff.is_ndpi:
-        return _choose_ndpi(uri, tiff)
+        check_choice(uri, "scene", scene, 1)
+        return _choose_ndpi(uri, tiff, plane)
     if tiff.is_scn:
-        return _choose_scn(uri, tiff)
+        return _choose_scn(uri, tiff, scene, plane)
     if tiff.is_philips:
+        check_choice(uri, "scene", scene, 1)
+        check_choice(uri, "plane", plane, 1)
         return _choose_philips(uri, tiff)
     if tiff.is_ome:
-        return _choose_ome(uri, tiff)
-    return _choose_generic(uri, tiff)
+        return _choose_ome(uri, tiff, scene, plane)
+    return _choose_generic(uri, tiff, scene, plane)
+
+
+def check_choice(uri: str, what: str, asked: int | None, count: int) -> None:
+    """Refuse a scene or plane that a file does not have.
+
+    Args:
+        uri: Of the file, for the message.
+        what: `scene` or `plane`.
+        asked: Its number, from 0; None: not asked for.
+        count: How many there are.
+
+    Raises:
+        SlideError: There are not so many.
+    """
+    if asked is not None and not 0 <= asked < count:
+        there = f"{what}s 0 to {count - 1}" if count > 1 else f"one {what} only"
+        raise SlideError(
+            f"{uri}: has {there}, found --{what} {asked}; give another or leave it away"
+        )
 
 
 # --- vendors --------------------------------------------------------------------------
@@ -100,26 +144,38 @@ def _has_iscan(tiff: Any) -> bool:
     return any(isinstance(xmp, bytes) and b"<iScan" in xmp for xmp in found)
 
 
-def _choose_svs(tiff: Any) -> ChosenImage:
+def _choose_svs(uri: str, tiff: Any, plane: int | None) -> ChosenImage:
     """Take the first page, and as its levels the tiled pages of its proportions.
 
     The thumbnail, the label and the macro are stored as strips.
     """
     first, *others = tiff.pages
     pages = [first, *(page for page in others if page.is_tiled and _fits(first, page))]
-    levels = _largest_first(pages)
+    by_size: dict[tuple[int, int], list[Any]] = {}
+    for page in pages:
+        by_size.setdefault(_size(page.keyframe), []).append(page)
+    count = min(map(len, by_size.values()))
+    check_choice(uri, "plane", plane, count)
+    levels = _largest_first([of_size[plane or 0] for of_size in by_size.values()])
     note = ""
     if len(levels) < len(pages):
-        note = (
-            f"{len(pages) // len(levels)} focal planes: the first of each level is read"
-        )
+        note = _focal_planes(count, "the first of each level", plane)
     description = first.description or ""
     values = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*)", description))
-    mpp = sane_mpp(_number(values.get("MPP")))
+    both = _number(values.get("MPP"))
+    mpp = mpp_of(both, both, "Aperio MPP")
     return ChosenImage("svs", levels, mpp, _number(values.get("AppMag")), note)
 
 
-def _choose_ndpi(uri: str, tiff: Any) -> ChosenImage:
+def _focal_planes(count: int, read: str, chosen: int | None) -> str:
+    """Say which of several focal planes is read, and how to choose."""
+    if chosen is not None:
+        return f"{count} focal planes: --plane {chosen} is read"
+    how = f"; --plane 0 to {count - 1} chooses" if count > 1 else ""
+    return f"{count} focal planes: {read} is read{how}"
+
+
+def _choose_ndpi(uri: str, tiff: Any, plane: int | None) -> ChosenImage:
     """Take the pages of an objective, in the focal plane nearest to offset 0.
 
     The macro and the map have a negative magnification.
@@ -141,16 +197,16 @@ def _choose_ndpi(uri: str, tiff: Any) -> ChosenImage:
             f"{uri}: the NDPI holds {len(of_first)} images of one size and focus, "
             f"channels of fluorescence; expected a slide in bright field"
         )
-    nearest = min(of_first, key=abs)
-    levels = _largest_first([page for page in pages if focus[id(page)] == nearest])
+    offsets = sorted(of_first)
+    check_choice(uri, "plane", plane, len(offsets))
+    chosen = min(offsets, key=abs) if plane is None else offsets[plane]
+    levels = _largest_first([page for page in pages if focus[id(page)] == chosen])
     note = ""
-    if len(of_first) > 1:
-        note = (
-            f"{len(of_first)} focal planes: that of offset {nearest / 1000:g} um is "
-            f"read"
-        )
+    if len(offsets) > 1:
+        read = f"that of offset {chosen / 1000:g} um"
+        note = _focal_planes(len(offsets), read, plane)
     page = levels[0][0]
-    mpp = _resolution_mpp(uri, page)[0]
+    mpp = _resolution_mpp(page)[0]
     magnification = _number(page.tags.valueof(_NDPI_LENS))
     return ChosenImage("ndpi", levels, mpp, magnification, note)
 
@@ -163,7 +219,9 @@ def _offset(page: Any) -> float:
         return 0.0
 
 
-def _choose_scn(uri: str, tiff: Any) -> ChosenImage:
+def _choose_scn(
+    uri: str, tiff: Any, scene: int | None, plane: int | None
+) -> ChosenImage:
     """Take the scan; the macro is the image whose view is the whole collection's."""
     series = list(tiff.series)
     views = _scn_views(tiff.scn_metadata or "")
@@ -176,7 +234,7 @@ def _choose_scn(uri: str, tiff: Any) -> ChosenImage:
         for one, (view, macro) in zip(series, views, strict=True)
         if not macro
     ]
-    if len(scans) > 1:
+    if len(scans) > 1 and scene is None:
         raise NeedsOpenSlideError(
             f"{uri}: holds {len(scans)} scans of one glass, to be put together",
             "leica",
@@ -185,15 +243,14 @@ def _choose_scn(uri: str, tiff: Any) -> ChosenImage:
         raise SlideError(
             f"{uri}: holds the macro of the glass only, expected a scan; scan it again"
         )
-    (scan, view), others = scans[0], len(series) - 1
-    levels, note = _planes(uri, scan)
+    check_choice(uri, "scene", scene, len(scans))
+    (scan, view), others = scans[scene or 0], len(series) - 1
+    levels, note = _planes(uri, scan, plane)
     page = levels[0][0].keyframe
-    mpp, _ = _resolution_mpp(uri, page)
+    mpp, _ = _resolution_mpp(page)
     if mpp is None and view:
-        mpp = square_mpp(
-            uri,
-            *(nm / 1000 / px for nm, px in zip(view, _size(page)[::-1], strict=True)),
-        )
+        x, y = (nm / 1000 / px for nm, px in zip(view, _size(page)[::-1], strict=True))
+        mpp = mpp_of(x, y, "Leica view")
     if others:
         note = _joined(note, f"scan {scan.name!r} of {others + 1} images is read")
     return ChosenImage("scn", levels, mpp, note=note)
@@ -230,11 +287,14 @@ def _choose_philips(uri: str, tiff: Any) -> ChosenImage:
             f"{uri}: its Philips XML does not go with its levels", "philips"
         )
     levels = tuple((level.pages[0],) for level in series.levels)
-    mpp = square_mpp(uri, *series.mpp) if series.mpp else None
+    x, y = series.mpp or (None, None)
+    mpp = mpp_of(x, y, "Philips DICOM_PIXEL_SPACING")
     return ChosenImage("philips", levels, mpp)
 
 
-def _choose_ome(uri: str, tiff: Any) -> ChosenImage:
+def _choose_ome(
+    uri: str, tiff: Any, scene: int | None, plane: int | None
+) -> ChosenImage:
     """Take the image of the finest resolution that no name makes a label or macro."""
     # The XML of a set names the images of its other files too.
     own = [
@@ -244,9 +304,12 @@ def _choose_ome(uri: str, tiff: Any) -> ChosenImage:
     ]
     if not own:
         raise SlideError(f"{uri}: the OME-TIFF's image lies in other files; give these")
-    named = [one for one in own if not _OTHER_IMAGE.search(one.name)]
-    slides = named or own
-    if all(one.mpp for one in slides):
+    check_choice(uri, "scene", scene, len(own))
+    slides = [one for one in own if not _OTHER_IMAGE.search(one.name)] or own
+    candidates = len(slides)
+    if scene is not None:
+        slides = [own[scene]]
+    elif all(one.mpp for one in slides):
         finest = min(min(one.mpp) for one in slides)
         slides = [one for one in slides if min(one.mpp) < finest * 1.01]
     series = max(slides, key=lambda one: _area(one.keyframe))
@@ -255,39 +318,39 @@ def _choose_ome(uri: str, tiff: Any) -> ChosenImage:
             f"{uri}: the OME-TIFF's image lies in several files, expected one; save it "
             f"as one file"
         )
-    levels, note = _planes(uri, series)
-    if len(named or own) > 1:
-        note = _joined(
-            f"image {series.name!r} is read, of {len(own)} in the file", note
-        )
-    x, y = series.mpp or (None, None)
-    if x is None:
-        x, y = _ome_mpp(tiff.ome_metadata)
-    mpp = square_mpp(uri, x, y)
+    levels, note = _planes(uri, series, plane)
+    if candidates > 1:
+        number = own.index(series)
+        read = f"image {series.name!r} is read, of {len(own)} (--scene {number})"
+        note = _joined(read, note)
+    x, y = _ome_mpp(tiff, series)
+    mpp = mpp_of(x, y, "OME PhysicalSizeX")
     magnification = _number(series.attrs.get("magnification"))
     return ChosenImage("ome-tiff", levels, mpp, magnification, note)
 
 
-def _ome_mpp(xml: str | None) -> tuple[float | None, float | None]:
-    """Read PhysicalSizeX and Y (OME schema 2016-06) of the only image, in microns."""
+def _ome_mpp(tiff: Any, series: Any) -> tuple[float | None, float | None]:
+    """Read PhysicalSizeX and Y (OME schema 2016-06) of an image, in microns."""
     pixels = [
-        e for e in ElementTree.fromstring(xml or "<OME/>").iter() if _tag(e) == "Pixels"
+        element
+        for element in ElementTree.fromstring(tiff.ome_metadata or "<OME/>").iter()
+        if _tag(element) == "Pixels"
     ]
+    if len(pixels) != len(tiff.series):  # which is whose cannot be told
+        x, y = series.mpp or (None, None)
+        return x, y
+    own = pixels[[id(one) for one in tiff.series].index(id(series))]
     found: list[float | None] = []
     for axis in "XY":
-        size = (
-            _number(pixels[0].get(f"PhysicalSize{axis}")) if len(pixels) == 1 else None
-        )
-        unit = (
-            _MICRONS.get(pixels[0].get(f"PhysicalSize{axis}Unit", "µm"))
-            if size
-            else None
-        )
+        size = _number(own.get(f"PhysicalSize{axis}"))
+        unit = _MICRONS.get(own.get(f"PhysicalSize{axis}Unit", "µm"))
         found.append(size * unit if size and unit else None)
     return found[0], found[1]
 
 
-def _choose_generic(uri: str, tiff: Any) -> ChosenImage:
+def _choose_generic(
+    uri: str, tiff: Any, scene: int | None, plane: int | None
+) -> ChosenImage:
     """Take the first image in full resolution, and what is a level of it.
 
     As OpenSlide does; where it opens nothing, for the first image is of strips, the
@@ -303,9 +366,12 @@ def _choose_generic(uri: str, tiff: Any) -> ChosenImage:
         raise SlideError(f"{uri}: the TIFF holds no image")
     chosen = full[0]
     largest = max(full, key=lambda one: _area(one.keyframe))
-    if name == "tiff" and not chosen.keyframe.is_tiled:
+    check_choice(uri, "scene", scene, len(full))
+    if scene is not None:
+        chosen = full[scene]
+    elif name == "tiff" and not chosen.keyframe.is_tiled:
         chosen = largest
-    levels, note = _planes(uri, chosen)
+    levels, note = _planes(uri, chosen, plane)
     if len(levels[0]) == 1:
         first = levels[0][0].keyframe
         reduced = [
@@ -319,45 +385,56 @@ def _choose_generic(uri: str, tiff: Any) -> ChosenImage:
         levels = _largest_first([*pages, *reduced])
     if _area(largest.keyframe) > _area(chosen.keyframe) or chosen is not full[0]:
         size = "{} x {}".format(*_size(chosen.keyframe))
-        note = _joined(note, f"of {len(full)} images that of {size} pixels is read")
-    mpp, said = _resolution_mpp(uri, levels[0][0].keyframe)
+        number = full.index(chosen)
+        read = f"of {len(full)} images that of {size} pixels is read (--scene {number})"
+        note = _joined(note, read)
+    mpp, said = _resolution_mpp(levels[0][0].keyframe)
     return ChosenImage(name, levels, mpp, note=_joined(note, said))
 
 
 # --- pages ----------------------------------------------------------------------------
 
 
-def _planes(uri: str, series: Any) -> tuple[tuple[tuple[Any, ...], ...], str]:
+def _planes(
+    uri: str, series: Any, plane: int | None
+) -> tuple[tuple[tuple[Any, ...], ...], str]:
     """Return the pages of each level, and a note if others are left out.
 
     Raises:
-        SlideError: Its planes are channels, of which nobody can tell the colours.
+        SlideError: Its planes are channels, of which nobody can tell the colours; or
+            there is no such plane.
     """
-    if any(level.pages[0] is None for level in series.levels):
-        raise SlideError(f"{uri}: a level of the pyramid is missing")
     sizes = {
         axis: size
         for axis, size in zip(series.axes, series.shape, strict=True)
         if axis not in "YXS" and size > 1
     }
-    firsts = tuple((level.pages[0],) for level in series.levels)
-    if not sizes:
-        return firsts, ""
     said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if set(sizes) <= {"Z", "T"}:
-        return firsts, f"several planes ({said}): the first is read"
+    count, order = math.prod(sizes.values()), [plane or 0]
     if sizes == {"C": 3} and "S" not in series.axes:
-        names = tuple(str(value).lower() for value in series.coords.get("C", ()))
-        for colors in _RGB_NAMES:
-            if sorted(names) == sorted(colors):
-                order = [names.index(color) for color in colors]
-                planes = (
-                    tuple(level.pages[i] for i in order) for level in series.levels
-                )
-                return tuple(planes), ""
-    if "C" not in sizes and "S" in series.axes:
-        return firsts, f"several images ({said}): the first is read"
-    raise SlideError(
+        count = 1
+        names = [str(value).lower() for value in series.coords.get("C", ())]
+        if sorted(names) not in [sorted(colors) for colors in _RGB_NAMES]:
+            raise SlideError(_channels(uri, said))
+        order = [next(i for i, n in enumerate(names) if n[0] == c) for c in "rgb"]
+    elif not (set(sizes) <= {"Z", "T"} or ("C" not in sizes and "S" in series.axes)):
+        raise SlideError(_channels(uri, said))
+    check_choice(uri, "plane", plane, count)
+    levels = tuple(tuple(level.pages[i] for i in order) for level in series.levels)
+    if any(page is None for page in levels[0]):
+        raise SlideError(f"{uri}: the image of the plane to read is missing")
+    if any(page is None for level in levels for page in level):
+        raise SlideError(f"{uri}: a level of the pyramid is missing")
+    if count == 1:
+        return levels, ""
+    if plane is not None:
+        return levels, f"several planes ({said}): --plane {plane} is read"
+    read = f"several planes ({said}): the first is read"
+    return levels, f"{read}; --plane 0 to {count - 1} chooses"
+
+
+def _channels(uri: str, said: str) -> str:
+    return (
         f"{uri}: holds several channels or planes of grey ({said}), expected RGB; save "
         f"it as RGB, or name its channels Red, Green and Blue if they are"
     )
@@ -405,7 +482,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) and number > 0 else None
 
 
-def _resolution_mpp(uri: str, page: Any) -> tuple[float | None, str]:
+def _resolution_mpp(page: Any) -> tuple[Mpp | None, str]:
     """Read X- and YResolution and ResolutionUnit (TIFF 6.0, section 8).
 
     Returns:
@@ -413,16 +490,22 @@ def _resolution_mpp(uri: str, page: Any) -> tuple[float | None, str]:
     """
     unit = page.tags.get("ResolutionUnit")
     microns = {2: 25400.0, 3: 1e4}.get(int(unit.value) if unit else 2)
-    per_unit: list[float | None] = []
+    source, found = "XResolution", page.description or ""
+    if microns is None and found.startswith("ImageJ"):
+        named = re.search(r"^unit=(.*?)\s*$", found, re.MULTILINE)
+        microns = _IMAGEJ_MICRONS.get(named[1]) if named else None
+        source = "ImageJ unit"
+    if microns is None:
+        return None, ""
+    per_pixel: list[float | None] = []
     for name in ("XResolution", "YResolution"):
         tag = page.tags.get(name)
         value = (0, 1) if tag is None else tag.value
         numerator, denominator = value if len(value) == 2 else (0, 1)
-        per_unit.append(numerator / denominator if numerator and denominator else None)
-    x, y = per_unit
-    if microns is None or x is None:
-        return None, ""
-    if microns == 25400.0 and round(x, 2) in _PRINTERS_DPI:
-        note = f"its {x:g} dpi are a printer's or screen's, not taken for its mpp"
-        return None, note
-    return square_mpp(uri, microns / x, microns / y if y else None), ""
+        known = numerator and denominator
+        per_pixel.append(microns * denominator / numerator if known else None)
+    x, y = per_pixel
+    if source == "XResolution" and x and x >= _COARSEST_TAGGED:
+        note = f"its {25400 / x:g} dpi are a screen's or printer's, not its mpp"
+        return None, note if x < _COARSEST_NOTED else ""
+    return mpp_of(x, y, source), ""

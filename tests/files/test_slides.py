@@ -355,9 +355,12 @@ def test_the_level_is_chosen_by_resolution(tmp_path: Path) -> None:
         assert finer.height == round(level0.height / 0.6)
         with pytest.raises(SlideError, match=r"0\.1.*0\.25, 0\.5, 1.*too coarse"):
             choose_level(slide, 0.1, None)
-    unknown = choose_level(ArraySlide(np.zeros((4, 4, 3), np.uint8)), 0.5, None)
-    assert unknown.level == 0
-    assert "--mpp" in unknown.note
+    unknown = ArraySlide(np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(SlideError, match=r"does not say.*works at 0\.5; give --mpp"):
+        choose_level(unknown, 0.5, None)
+    assert choose_level(unknown, None, None).mpp is None
+    given = choose_level(unknown, 0.5, 0.25)
+    assert (given.level, given.scale, given.mpp) == (0, 2.0, 0.5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from medray.errors import SlideError
 from medray.slides import open_slide
-from medray.slides.levels import choose_level
+from medray.slides.levels import choose_level, settle_mpp
 from medray.slides.readable import read_readable
 
 openslide = pytest.importorskip("openslide")
@@ -462,6 +462,9 @@ def test_the_focused_plane_of_an_ndpi(tmp_path: Path, first: int) -> None:
         np.testing.assert_array_equal(slide.read(0, 0, 64, 96), planes[0])
         assert "3 focal planes" in slide.note
         assert "focal" in choose_level(slide, None, None).note
+    for plane, offset in enumerate(sorted(offsets)):
+        with open_slide(path, plane=plane) as slide:
+            np.testing.assert_array_equal(slide.read(0, 0, 64, 96), planes[offset])
 
 
 def test_channels_of_an_ndpi_are_not_levels(tmp_path: Path) -> None:
@@ -499,6 +502,9 @@ def test_the_macro_of_an_scn_is_not_the_slide(tmp_path: Path) -> None:
         if not levels:
             with pytest.raises(SlideError, match=r"scan it again|2 scans of one glass"):
                 open_slide(path, reader="tifffile")
+            if len(images) == 3:
+                with open_slide(path, scene=0) as slide:
+                    np.testing.assert_array_equal(slide.read(0, 0, 128, 192), scan)
             continue
         np.testing.assert_array_equal(whole(path), scan)
         with open_slide(path) as slide:
@@ -539,7 +545,8 @@ def test_of_several_images_the_one_that_is_read_is_noted(tmp_path: Path) -> None
         tiff.write(picture(200, 300), photometric="rgb", metadata=None)
     np.testing.assert_array_equal(whole(path), picture(200, 300))
     with open_slide(path) as slide:
-        assert slide.note == "of 2 images that of 200 x 300 pixels is read"
+        said = "of 2 images that of 200 x 300 pixels is read (--scene 1)"
+        assert slide.note == said
 
 
 @pytest.mark.parametrize(("dpi", "known"), [(300, False), (96, False), (101600, True)])
@@ -561,12 +568,20 @@ def test_pixels_that_are_not_square_are_refused(tmp_path: Path) -> None:
         tifffile.imwrite(
             path, picture(), photometric="rgb", metadata=None, **resolution
         )
-        if square:
-            with open_slide(path) as slide:
-                assert slide.mpp == pytest.approx(0.25)
-        else:
-            with pytest.raises(SlideError, match="square"):
-                open_slide(path)
+        with open_slide(path) as slide:
+            assert (slide.resolution.x, slide.resolution.y) == (
+                pytest.approx(0.25),
+                pytest.approx(1e4 / down),
+            )
+            if square:
+                assert settle_mpp(slide, None) == (slide.resolution, "")
+            else:
+                with pytest.raises(SlideError, match=r"0\.25 um wide.*square.*--mpp"):
+                    settle_mpp(slide, None)
+            told, note = settle_mpp(slide, 0.5)
+            assert (told.x, told.y, told.source) == (0.5, 0.5, "--mpp")
+            assert note.startswith("--mpp 0.5 overrules the file's 0.25")
+            assert "XResolution" in note
 
 
 # --- missing tiles --------------------------------------------------------------------
