@@ -203,7 +203,7 @@ class Served:
             level.height,
             level.width,
             *_resolution(slide.mpp, mpp),
-            facts["note"],
+            facts["note"].replace("--mpp ", "?mpp="),
             facts=facts,
             regions=regions,
         )

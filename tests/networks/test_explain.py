@@ -218,6 +218,10 @@ def test_a_segmenter_says_where_a_class_is_not(segmenter: Path, tmp_path: Path) 
     command = ["explain", str(tmp_path / "sure"), str(images), "--out", str(out)]
     assert main(command) == 3
     rows = json.loads((out / "explain.json").read_text())["images"]
+    assert "give --mpp" in rows[0]["error"]
+    command += ["--mpp", "0.5"]
+    assert main(command) == 3
+    rows = json.loads((out / "explain.json").read_text())["images"]
     assert [row.get("class") for row in rows] == ["mild", "mild", None]
     assert rows[0]["share"] == 1.0
     assert main([*command, "--class", "severe"]) == 3
