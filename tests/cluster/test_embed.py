@@ -63,7 +63,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_slide(folder, "fine", scene, mpp=0.25, layout="pyramid")
     write_slide(folder, "small", draw_scene(2, height=80, width=60))
     glass = np.full((512, 512, 3), 244, np.uint8)
-    tifffile.imwrite(folder / "glass.tif", glass, photometric="rgb")
+    said = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(folder / "glass.tif", glass, photometric="rgb", **said)
     whole = (folder / "plain.tif").read_bytes()
     (folder / "wreck.tif").write_bytes(whole[:300])
     return folder
@@ -216,7 +217,7 @@ def test_lanes_make_the_same(
     weights: str,
     tmp_path: Path,
 ) -> None:
-    how = {"encoder": ENCODER, "weights": weights, "tile": TILE, "mpp": 0.5}
+    how = {"encoder": ENCODER, "weights": weights, "tile": TILE, "tile_mpp": 0.5}
     how |= {"precision": "float32", "out": str(tmp_path), "region": 3}
     found = embed([str(inputs)], **how)
     assert (found.done, found.regions > 4, set(found.failed)) == (4, True, {"wreck"})
@@ -229,7 +230,7 @@ def test_lanes_make_the_same(
     again = embed([str(inputs)], **how)
     assert (again.done, again.skipped, again.regions) == (0, 4, 0)
     with pytest.raises(ConfigError, match=r"other settings \(.*mpp: 0.5 -> 1.0"):
-        embed([str(inputs)], **how | {"mpp": 1.0})
+        embed([str(inputs)], **how | {"tile_mpp": 1.0})
 
 
 def test_wrong_encoders_are_answered(

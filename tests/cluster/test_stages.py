@@ -143,11 +143,11 @@ def check_bad_inbox(
     rows = table(out)
     assert set(summary.failed) == set(bad)
     done = {name for name, row in rows.items() if row["status"] == "done"}
-    assert done == GOOD | (set(BAD) - set(bad))
+    assert done == (GOOD | set(BAD)) - set(bad)
     for name, message in bad.items():
         assert rows[name]["status"] == "failed"
         assert message in rows[name]["message"]
-        assert f"{name}.tif" in rows[name]["message"]
+        assert f"{name.replace('_', ' ')}.tif" in rows[name]["message"]
     inside = {path.resolve() for path in out.rglob("*")}
     assert all(path.is_relative_to(out.resolve()) for path in inside)
     assert not list(inbox.parent.glob("escape*"))
@@ -165,6 +165,7 @@ def test_bad_slides_cost_a_row_each_in_infer(
     shutil.copytree(bad_inbox, inbox)
     summary = infer([str(inbox)], model=str(model), out=str(run))
     bad = {name: BAD[name] for name in ("empty", "text")}
+    bad["no_mpp"] = "works at 0.5; give --mpp, a number or a CSV"
     check_bad_inbox(summary, run, inbox, bad)
     before = table(run)
     # A slide that is cut off is predicted as far as it goes.
@@ -172,15 +173,21 @@ def test_bad_slides_cost_a_row_each_in_infer(
     assert "cut.tif" in cut["note"]
     assert "cannot be read" in cut["note"]
     assert 0 < cut["unreadable_px"] < cut["height"] * cut["width"]
-    assert "--mpp" in before["no_mpp"]["note"]
     # What was mended or replaced is done again, and nothing else: not what is touched.
     for name in BAD:
         shutil.copy(inbox / "a" / "same.tif", inbox / f"{name}.tif")
     shutil.copy(slides / "slides" / "slide_003.tif", inbox / "b" / "same.tif")
     (inbox / "a" / "same.tif").touch()
-    again = infer([str(inbox)], model=str(model), out=str(run))
-    assert (again.done, again.skipped, again.failed) == (4, 3, {})
+    said = tmp_path / "mpp.csv"
+    said.write_text("slide,mpp\nno mpp.tif,0.25\n")
+    options = Options(mpp=str(said))
+    again = infer([str(inbox)], model=str(model), out=str(run), options=options)
+    assert (again.done, again.skipped, again.failed) == (5, 2, {})
     after = table(run)
+    found = after.pop("no_mpp")
+    assert (found["mpp_x"], found["mpp_y"], found["mpp_from"]) == (0.25, 0.25, "--mpp")
+    assert (found["mpp"], found["scale"]) == (0.5, 2.0)
+    assert after["a__same"]["mpp_from"].startswith("XResolution")
     changed = {n for n in after if after[n]["digest"] != before[n]["digest"]}
     assert changed == {*BAD, "b__same"}
 
@@ -284,7 +291,13 @@ def test_blank_glass_is_left_out_and_probabilities_are_kept_on_request(
     pixels = rng.integers(240, 250, (1024, 1536, 3), dtype=np.uint8)
     pixels[:400, :400] = draw_scene(3, height=400, width=400).pixels
     tifffile.imwrite(
-        tmp_path / "a.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None
+        tmp_path / "a.tif",
+        pixels,
+        tile=(256, 256),
+        photometric="rgb",
+        metadata=None,
+        resolution=(20_000, 20_000),
+        resolutionunit="CENTIMETER",
     )
     run = tmp_path / "r"
     summary = infer(
