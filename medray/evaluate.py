@@ -19,7 +19,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -356,6 +356,7 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
     classes = len(settings.classes)
     zero = np.zeros((classes, classes), np.int64)
     counts = {row["slide"]: zero.copy() for row in done}
+    readings = {row["slide"]: _reading(row) for row in done}
     left = {row["slide"]: 0 for row in done}
     for item in rows:
         left[json.loads(item["row"])["slide"]] += 1
@@ -389,7 +390,14 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
         [
             SlideReport(slide, "failed", errors[slide], None, None)
             if slide in errors
-            else SlideReport(slide, "done", notes.get(slide, ""), counts[slide], None)
+            else SlideReport(
+                slide,
+                "done",
+                notes.get(slide, ""),
+                counts[slide],
+                None,
+                readings[slide],
+            )
             for slide in counts
         ],
         levels if np.ndim(levels) else None,
@@ -401,6 +409,15 @@ def _count(done: list[Row], run: str, settings: RunSettings) -> _Found:
             for heading, of in sorted(best.items(), reverse=True)
         },
     )
+
+
+def _reading(row: Row) -> str:
+    """Say how a slide of a run was read."""
+    said = row.get("note") or ""
+    if row.get("mpp_x"):
+        mpp = f"{row['mpp_x']:.4g} um per pixel ({row['mpp_from']})"
+        said = f"{mpp}; {said}" if said else mpp
+    return said
 
 
 def _largest(places: Iterable[Place], count: int) -> list[Place]:
@@ -500,9 +517,7 @@ def _overlay(row: Row, run: str, classes: Classes) -> bytes:
 
 
 def _with_overlay(result: SlideReport, overlay: bytes | None) -> SlideReport:
-    return SlideReport(
-        result.slide, result.status, result.message, result.counts, overlay
-    )
+    return replace(result, overlay=overlay)
 
 
 def _show_places(

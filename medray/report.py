@@ -57,6 +57,7 @@ class SlideReport:
         message: Why it failed, or what to know of its truth.
         counts: (C, C) int64, see medray.metrics; None if it failed.
         overlay: Picture made by `draw_overlay`; None for most slides.
+        reading: How its pixels were read: microns per pixel, their source, and notes.
     """
 
     slide: str
@@ -64,6 +65,7 @@ class SlideReport:
     message: str
     counts: Counts | None
     overlay: bytes | None
+    reading: str = ""
 
 
 def read_counts(out: str) -> dict[str, Counts | None]:
@@ -316,6 +318,7 @@ def _schema(names: Sequence[str]) -> pa.Schema:
 def _slide_row(slide: SlideReport, names: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(_schema(names).names)
     row |= {"slide": slide.slide, "status": slide.status, "message": slide.message}
+    row["reading"] = slide.reading  # for the page alone; no column of the tables
     counts = slide.counts
     if counts is None:
         return row

@@ -309,6 +309,11 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
         "kinds": _legend(("", *AGREEMENT), COLORS)[: 4 if len(classes) > 2 else 3],
         "facts": {
             "Model": viewed.settings.names,
+            "Slide": (
+                f"{row['mpp_x']:.4g} µm per pixel ({row['mpp_from']})"
+                if row.get("mpp_x")
+                else ""
+            ),
             "Mask": f"{row['mpp']:.3g} µm per pixel" if done and row["mpp"] else "",
             "Pixels": f"{place.width} \N{MULTIPLICATION SIGN} {place.height}",
         }

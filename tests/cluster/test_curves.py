@@ -89,6 +89,7 @@ def test_the_page_shows_them_and_the_worst_places(folder: Path, metrics: Any) ->
     assert "By scanner" in page
     assert "other patients of the same kind" in page
     assert "average precision" in page
+    assert "um per pixel (XResolution)" in page
     squares = []
     for name, values in (
         ("wrong", truth_of(folder, "s0") != found_of(folder, "s0")),
