@@ -61,10 +61,12 @@ def slides(folder: Path) -> None:
             )
         write_slide(folder / "slides", name, scene, **how)
         write_svg(folder / "svg", name, scene)
-    # Its file says no microns per pixel.
+    # Its file says no microns per pixel; the tables do.
     Image.fromarray(draw_scene(60, height=400, width=500).pixels).save(
         folder / "slides" / "s5.png"
     )
+    (folder / "mpp.csv").write_text("slide,mpp\ns5,0.5\n")
+    (folder / "finer.csv").write_text("slide,mpp\ns5,0.25\n")
     damaged = folder / "slides" / "s3.tif"
     with tifffile.TiffFile(damaged) as tiff:
         offset = tiff.pages.first.dataoffsets[3]

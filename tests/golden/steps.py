@@ -134,6 +134,9 @@ def write_model(
 
 def options_of(**chosen: Any) -> Options:
     """Sort what is chosen about a run, as the command line does."""
+    mpp = chosen.setdefault("mpp", "mpp.csv")
+    if isinstance(mpp, str):
+        chosen["mpp"] = str(inputs.slides() / mpp)
 
     def part(cls: type[Any]) -> Any:
         names = {field.name for field in dataclasses.fields(cls)}
@@ -162,7 +165,8 @@ def infer(name: str, slides: Path, models: list[Path], options: Options) -> Path
 # docs/checks.md.
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "mpp=0.25": {"mpp": 0.25},
+    "mpp=0.25": {"mpp": "finer.csv"},
+    "mpp=0.6 of all": {"mpp": 0.6},
     "stitch=blend": {"stitch": "blend"},
     "tta=flips": {"tta": "flips"},
     "tta=all": {"tta": "all"},
@@ -208,7 +212,8 @@ def option(name: str, **chosen: Any) -> Found:
 @made
 def everything(folder: Path) -> None:
     """A run with many options, by the command and through Ray."""
-    words = ("--model", write_model("first"), "--out", folder, *ALL)
+    said = inputs.slides() / "mpp.csv"
+    words = ("--model", write_model("first"), "--out", folder, "--mpp", said, *ALL)
     medray("infer", inputs.slides() / "slides", *words)
 
 
@@ -514,7 +519,10 @@ def real_slides(name: str) -> Found:
     for path in sorted((SHARED / "wsi").iterdir()):
         yield f"{name}/{path.name}", of_slide(path)
     model = write_model("coarse", mpp=2.0)
-    run = infer(name, SHARED / "wsi", [model], options_of(mpp=0.5, outlines=True))
+    said = Work.folder / "real.csv"
+    said.write_text("slide,mpp\nTCGA-CR-7395-01A-01-TS1,0.5\n")
+    options = options_of(mpp=str(said), outlines=True)
+    run = infer(name, SHARED / "wsi", [model], options)
     yield from of_run(name, run)
 
 
