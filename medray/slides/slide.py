@@ -59,6 +59,7 @@ class Slide(Protocol):
         mpp: Microns per pixel of level 0; None when the file does not say.
         magnification: Of the objective; None when the file does not say.
         note: What the user should know of how it is read ("" if nothing).
+        absent: Share of level 0 of which the header tells that it is not in the file.
     """
 
     uri: str
@@ -67,6 +68,7 @@ class Slide(Protocol):
     mpp: float | None
     magnification: float | None
     note: str = ""
+    absent: float = 0.0
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle, in pixels of `level`, that lies inside the level.
