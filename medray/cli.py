@@ -47,6 +47,18 @@ def _ingest(args: argparse.Namespace) -> Any:
     )
 
 
+def _check(args: argparse.Namespace) -> Any:
+    from medray.check import check
+
+    return check(
+        args.slides,
+        annotations=args.annotations,
+        classes=args.classes,
+        mpp=args.mpp,
+        out=args.out,
+    )
+
+
 def _ingest_images(args: argparse.Namespace) -> Any:
     from medray.sheets import ingest_images
 
@@ -391,6 +403,7 @@ class Conformance:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "check": _check,
     "ingest": _ingest,
     "train": _train,
     "tune": _tune,
