@@ -313,12 +313,12 @@ def class_areas(areas: Sequence[Area], classes: Classes) -> list[tuple[int, floa
     shown = polygons.copy()
     for under, over in hidden.items():
         # One that hides part of these, and is of this class, has that part itself.
-        cover = shapely.union_all(polygons[over])
+        cover = shapely.disjoint_subset_union_all(polygons[over])
         shown[under] = shapely.difference(polygons[under], cover)
     return [
         (
             int(np.count_nonzero(values == value)),
-            float(shapely.union_all(shown[values == value]).area),
+            float(shapely.disjoint_subset_union_all(shown[values == value]).area),
         )
         for value in range(len(classes))
     ]

@@ -108,8 +108,18 @@ def _check_sizes(uri: str, arrays: list[Any]) -> None:
 
 
 def _rectangles(found: Any) -> list[Rectangle]:
-    """Read what `omezarr.note_unreadable` wrote."""
-    return [Rectangle(*map(int, place)) for place in found]
+    """Read what `omezarr.note_unreadable` wrote.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    places = [Rectangle(*place) for place in found]
+    for place in places:
+        if {type(place.y), type(place.x), type(place.height), type(place.width)} != {
+            int
+        }:
+            raise TypeError(f"unreadable: expected whole numbers, found {place}")
+    return places
 
 
 def _mpp(scales: Any) -> float | None:

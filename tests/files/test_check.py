@@ -395,6 +395,23 @@ def test_what_was_never_stored_is_neither_background_nor_tissue(
             slide.read(0, 0, 8, 8, len(slide.levels) - 1)
 
 
+@pytest.mark.parametrize("noted", [7, [7], [[0, 0, 9]], [[0, 0, 1e999, 9]], ["abcd"]])
+def test_damaged_notes_of_what_is_unreadable_are_refused(
+    tmp_path: Path, noted: Any
+) -> None:
+    uri = str(tmp_path / "x.zarr")
+    omezarr.create_image(uri, 64, 64, mpp=None, name="x", attributes={})
+    omezarr.note_unreadable(uri, [[0, 0, 9, 9]])
+    with open_slide(uri) as slide:
+        assert slide.absent == 81 / 64**2
+    top = tmp_path / "x.zarr" / "zarr.json"
+    metadata = json.loads(top.read_text())
+    metadata["attributes"]["unreadable"] = noted
+    top.write_text(json.dumps(metadata))
+    with pytest.raises(SlideError, match="expected an OME-Zarr"):
+        open_slide(uri)
+
+
 def test_a_slide_that_lacks_too_much_is_refused_by_both(tmp_path: Path) -> None:
     write_slide(tmp_path / "slides" / "x.tif", 1024, 768, tile=(128, 128))
     lose_tiles(tmp_path / "slides" / "x.tif", {*range(5)})
