@@ -37,7 +37,6 @@ from medray.classes import AnyClass, Classes
 from medray.errors import MedrayError
 from medray.faults import too_large
 from medray.isolated import LostError, call_each
-from medray.pages import INK, check_folder, data_uri, render
 from medray.progress import Progress
 from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.listing import SlideFile, find_slides
@@ -49,6 +48,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""
+_BORDER = "#1d2429"  # of what is annotated; the pages' ink
 _MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
 # Each may take the memory that decoding one file needs, see medray.faults.
@@ -60,10 +60,10 @@ class Checked:
     """What slides and annotations are to medray.
 
     Attributes:
-        slides: A row a slide, in order of their ids, with `slide`, `status` (`ok` or
-            `refused`), `message` (why), `uri`, `format`, `height` and `width` (pixels
-            of level 0), `levels` (how many), `mpp` (microns per pixel of level 0) and
-            `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
+        slides: A row a slide, in order of their addresses, with `slide`, `status` (`ok`
+            or `refused`), `message` (why), `uri`, `format`, `height` and `width`
+            (pixels of level 0), `levels` (how many), `mpp` (microns per pixel of level
+            0) and `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
             `partly`, `areas`, of each class but the background `areas_NAME`,
             `share_NAME` (of the slide's pixels) and `mm2_NAME`, and `note`. None where
             a refused slide does not tell, or there is no annotation.
@@ -104,6 +104,9 @@ def check(
         ConfigError: The request is wrong: there are no slides, an annotation could be
             that of several, or OUT holds a report of another kind.
     """
+    # Not in the processes that open slides: matplotlib takes its time to be imported.
+    from medray.pages import check_folder
+
     known = Classes(tuple(classes))
     wanted = find_slides(slides)
     names = list_annotations(annotations) if annotations is not None else {}
@@ -309,7 +312,7 @@ def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
     )
     if marks.extent:
         border = _border(draw(marks.extent, AnyClass()) > 0)
-        shown[border & (across % 8 < 5)] = _rgb(INK)
+        shown[border & (across % 8 < 5)] = _rgb(_BORDER)
     labels = draw(marks.areas, classes)
     for value in np.unique(labels[labels > 0]).tolist():
         shown[_border(labels == value)] = _rgb(classes.colors[value])
@@ -346,6 +349,8 @@ def _rgb(code: str) -> tuple[int, int, int]:
 
 def _page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
     """Fill the page: what is refused first, then what has a note, then the rest."""
+    from medray.pages import data_uri, render
+
     order = sorted(
         checked.slides, key=lambda row: (row["status"] == "ok", not row["note"])
     )

@@ -98,8 +98,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
 
 
 def _check_in_words(values: dict[str, Any]) -> str:
-    head = ("", "slide", "pixels", "levels", "um", "format", "annotation", "areas")
-    table = [head, *map(_check_cells, values["slides"])]
+    head = ("", "slide", "height x width", "levels", "um", "format", "annotation")
+    table = [(*head, "areas"), *map(_check_cells, values["slides"])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     lines = rows[:1]
