@@ -7,7 +7,10 @@ gets a new process. Run as a program this module is such a process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +20,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from medray.faults import bound_memory
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h; the parent is the thread of the call
 
 
 class LostError(Exception):
@@ -106,10 +111,14 @@ def call_each(
 
 def _start() -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
     ours, theirs = Pipe()
+    # The same modules as here, not those of the current folder.
+    path = os.pathsep.join(filter(None, sys.path))
+    numbers = [str(theirs.fileno()), str(os.getpid())]
     with theirs:
         # In a session of its own, so that Ctrl-C reaches the command alone.
         process = subprocess.Popen(
-            [sys.executable, "-m", "medray.isolated", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "medray.isolated", *numbers],
+            env=os.environ | {"PYTHONPATH": path},
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -118,7 +127,11 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
     return process, ours
 
 
-def _serve(descriptor: int) -> None:
+def _serve(descriptor: int, parent: int) -> None:
+    # However the command ends: while a decoder hangs nothing else would tell.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        return
     bound_memory()
     with contextlib.suppress(EOFError), Connection(descriptor) as pipe:
         while True:
@@ -127,4 +140,4 @@ def _serve(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(*map(int, sys.argv[1:]))

@@ -7,14 +7,17 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import hostile
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import shapely
 import tifffile
@@ -362,6 +365,22 @@ def test_a_call_that_kills_or_hangs_costs_only_itself() -> None:
     assert "signal 11" in str(lost[dies])
     assert "more than 8 s" in str(lost[hangs])
     assert "code 1" in str(lost[raises])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
+    os.mkfifo(tmp_path / "x.png")  # whoever opens it waits
+    words = ["-m", "medray.cli", "check", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-P", *words], stderr=-3) as command:
+        process = psutil.Process(command.pid)
+        deadline = time.monotonic() + 60
+        while not (readers := process.children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(readers) == 1
+        command.send_signal(how)
+        assert command.wait(60) == (130 if how == signal.SIGINT else -how)
+        gone, alive = psutil.wait_procs(readers, timeout=60)
+        assert (len(gone), alive) == (1, [])
 
 
 # --- tiles that were never stored -----------------------------------------------------
