@@ -13,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import Pipe
@@ -35,6 +36,7 @@ class Isolated:
         """Start nothing yet."""
         self._running: tuple[subprocess.Popen[bytes], Connection[Any, Any]] | None
         self._running = None
+        self._lock, self._closed = threading.Lock(), False
 
     def call(self, function: Callable[[Any], Any], task: Any, limit_s: float) -> Any:
         """Return what `function(task)` returns there.
@@ -48,9 +50,12 @@ class Isolated:
         Raises:
             LostError: The process ended, or took too long.
         """
-        if self._running is None:
-            self._running = _start()
-        process, pipe = self._running
+        with self._lock:
+            if self._closed:
+                raise LostError("was not started: the command ends")
+            if self._running is None:
+                self._running = _start()
+            process, pipe = self._running
         try:
             pipe.send((function, task))
             if pipe.poll(limit_s):
@@ -59,17 +64,23 @@ class Isolated:
         except (EOFError, OSError):
             code = process.wait()
             how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        self.close()
+        self._end()
         raise LostError(how)
 
-    def close(self) -> None:
-        """End the process."""
-        if self._running is not None:
-            process, pipe = self._running
-            self._running = None
+    def _end(self) -> None:
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            process, pipe = running
             process.kill()
             process.wait()
             pipe.close()
+
+    def close(self) -> None:
+        """End the process; from another thread too, while a call waits for it."""
+        with self._lock:
+            self._closed = True
+        self._end()
 
 
 def call_each(
