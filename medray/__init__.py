@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medray.check import check
     from medray.evaluate import evaluate
     from medray.infer import infer
     from medray.ingest import ingest
@@ -20,9 +21,19 @@ if TYPE_CHECKING:
     from medray.train import train
     from medray.tune import tune
 
-__all__ = ["evaluate", "infer", "ingest", "open_mask", "open_slide", "train", "tune"]
+__all__ = [
+    "check",
+    "evaluate",
+    "infer",
+    "ingest",
+    "open_mask",
+    "open_slide",
+    "train",
+    "tune",
+]
 
 _HOME = {
+    "check": "medray.check",
     "evaluate": "medray.evaluate",
     "infer": "medray.infer",
     "ingest": "medray.ingest",

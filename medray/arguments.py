@@ -46,6 +46,19 @@ def _build_parser() -> argparse.ArgumentParser:
     sub = command("demo", "the whole way on generated slides, with a report")
     sub.add_argument("--out", default="demo", help="folder to work in (demo)")
 
+    sub = command("check", "slides and annotations as medray understands them")
+    sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
+    sub.add_argument("--out", metavar="DIR", help="for check.html and slides.csv")
+    sub.add_argument("--annotations", metavar="DIR", help="files named like the slides")
+    sub.add_argument(
+        "--classes",
+        type=_names,
+        default=("background", "tumour"),
+        metavar="A,B",
+        help="class names by label value, background first (background,tumour)",
+    )
+    _add_reading(sub)
+
     sub = command("ingest", "slides and annotations into a dataset")
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", required=True, metavar="DATASET", help="dataset to make")

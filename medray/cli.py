@@ -52,6 +52,18 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
     return {"mpp": args.mpp, "scene": args.scene, "plane": args.plane}
 
 
+def _check(args: argparse.Namespace) -> Any:
+    from medray.check import check
+
+    return check(
+        args.slides,
+        annotations=args.annotations,
+        classes=args.classes,
+        **_reading(args),
+        out=args.out,
+    )
+
+
 def _ingest_images(args: argparse.Namespace) -> Any:
     from medray.sheets import ingest_images
 
@@ -404,6 +416,7 @@ class Conformance:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "check": _check,
     "ingest": _ingest,
     "train": _train,
     "tune": _tune,

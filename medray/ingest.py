@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from medray.annotations import (
 )
 from medray.annotations.matching import match_annotations
 from medray.classes import AnyClass, Classes
-from medray.commit import Commit, Row, Summary, changed_slides, plan_one
+from medray.commit import Commit, Row, Summary, add_note, changed_slides, plan_one
 from medray.dataset import (
     LABELS,
     DatasetSettings,
@@ -43,7 +43,7 @@ from medray.dataset import (
     write_patches,
 )
 from medray.drive import drive, keeping, start_workers
-from medray.errors import MedrayError
+from medray.errors import MedrayError, SlideError
 from medray.faults import bound_memory, failure, too_large
 from medray.given import as_given
 from medray.grid import Rectangle, plan_regions
@@ -53,6 +53,7 @@ from medray.slides import ArraySlide, Slide, opened
 from medray.slides.digest import check_unchanged
 from medray.slides.levels import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.listing import SlideFile, find_slides
+from medray.slides.readable import MOST_UNREADABLE, check_readable, read_readable
 from medray.slides.tissue import tissue_share
 from medray.store import files, omezarr
 from medray.store.digests import digests_below
@@ -191,6 +192,7 @@ def _plan_slide(
     header: Row, slide: Slide, settings: DatasetSettings
 ) -> tuple[Row, list[Row]]:
     """Give a slide's facts, and its regions that hold tissue or annotation."""
+    check_readable(slide)
     height, width = slide.levels[0].height, slide.levels[0].width
     marks = Annotation([], [], ())
     if header["annotation"]:
@@ -304,7 +306,8 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
     place = {"y": region.y, "x": region.x}
     place |= {"height": region.height, "width": region.width}
     try:
-        pixels = opened(row).read(**place)
+        slide = opened(row)
+        pixels, damaged, why = read_readable(slide, **place)
         labels = np.zeros(pixels.shape[:2], np.uint8)
         known = np.ones(pixels.shape[:2], np.uint8)
         if row["annotated"]:
@@ -315,6 +318,12 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
             labels = rasterise(marks.areas, settings.classes, **place)
             if row["partly"]:
                 known = rasterise(marks.extent, AnyClass(), **place)
+        # What was never seen is no background: no patch that touches it is listed.
+        unreadable = []
+        for y, x, height, width in damaged:
+            labels[y : y + height, x : x + width] = 0
+            known[y : y + height, x : x + width] = 0
+            unreadable.append([region.y + y, region.x + x, height, width])
         tissue = row["tissue"]
         if tissue is None:
             size = (region.height, region.width)
@@ -323,6 +332,7 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
         return failure(error, "slides")
     except MemoryError as error:
         return {"error": too_large(row, error)}
+    record: Row = {"unreadable": unreadable, "why": why} if unreadable else {}
     try:
         uri = slide_uri(out, row["slide"])
         written = [(uri, omezarr.write_region(uri, region, np.moveaxis(pixels, 2, 0)))]
@@ -330,13 +340,13 @@ def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
             uri = labels_uri(out, row["slide"])
             written.append((uri, omezarr.write_region(uri, region, labels)))
         if row["regions"] == 1:
-            _finish(row, out)
+            _finish(row | {"records": {row["index"]: record}}, out)
     except (MedrayError, OSError) as error:
         return failure(error, "run")
     patches = list(_count_patches(region, labels, known, tissue, settings))
     times = {"cut_at": start, "cut_s": time.time() - start}
     shards = digests_below(out, written)
-    return {"record": {"patches": patches, "files": shards} | times}
+    return {"record": record | {"patches": patches, "files": shards} | times}
 
 
 def _count_patches(
@@ -367,10 +377,17 @@ def _finish(header: Row, out: str) -> Row:
     """Fill the coarser levels, once all regions are written."""
     check_unchanged(header)
     slide = header["slide"]
+    if unreadable := _unreadable(header["records"].values()):
+        omezarr.note_unreadable(slide_uri(out, slide), unreadable)
     omezarr.build_pyramid(slide_uri(out, slide))
     if omezarr.read_attributes(labels_uri(out, slide)):
         omezarr.build_pyramid(labels_uri(out, slide))
     return {}
+
+
+def _unreadable(records: Iterable[Row]) -> list[list[int]]:
+    """Give what of a slide could not be read: (y, x, height, width), level 0."""
+    return [place for record in records for place in record.get("unreadable", ())]
 
 
 # --- commit ---------------------------------------------------------------------------
@@ -391,13 +408,27 @@ _FACTS = (
 
 
 def _slide_row(header: Row, regions: list[Row]) -> Row:
-    """Sum up a finished slide for slides.parquet."""
+    """Sum up a finished slide for slides.parquet.
+
+    Raises:
+        SlideError: Too much of it could not be read.
+    """
     row: Row = {key: header.get(key) for key in _FACTS}
+    if unreadable := _unreadable(regions):
+        pixels = sum(height * width for _, _, height, width in unreadable)
+        share = pixels / (header["height"] * header["width"])
+        why = next(region["why"] for region in regions if "why" in region)
+        said = f"{share:.2%} of its pixels cannot be read: {why}"
+        if share > MOST_UNREADABLE:
+            raise SlideError(f"{header['uri']}: {said}")
+        add_note(row, f"{said}; no patch touches them")
+        # Its labels are not known all over, as those of a slide annotated in part.
+        row["partly"] = row["annotated"]
     patches = [patch for region in regions for patch in region["patches"]]
     counts = np.zeros(len(header["classes"]), np.int64)
     for patch in patches:
         counts += np.asarray(patch["class_px"])
-    if not header["partly"]:
+    if not row["partly"]:
         counts[0] += header["height"] * header["width"] - counts.sum()
     if header["annotated"]:
         names = zip(header["classes"], counts.tolist(), strict=True)

@@ -68,7 +68,9 @@ class Progress:
         # Since the first region: before it the workers start.
         elapsed = max(1e-3, time.monotonic() - self._since)
         share = max(0, 1 - 1 / max(1, self._regions)) / elapsed
-        note = f"{self._regions} regions, {self._regions * share:.2g}/s, "
-        note += f"{self._megapixels * share:.3g} MPix/s"
-        note += f", {self._failed} failed" if self._failed else ""
-        self._bar.update(self._task, advance=advance, note=note)
+        notes = [f"{self._failed} failed"] if self._failed else []
+        if self._regions:
+            rate = f"{self._regions * share:.2g}/s"
+            speed = f"{self._megapixels * share:.3g} MPix/s"
+            notes = [f"{self._regions} regions", rate, speed, *notes]
+        self._bar.update(self._task, advance=advance, note=", ".join(notes))

@@ -23,6 +23,8 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         lines = [f"{verb}  {path}" for path in values["removed"]]
         size = f"{values['bytes'] / 2**20:.1f} MiB"
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
+    if command == "check":
+        return _check_in_words(values)
     if command == "view":
         return _viewing_in_words(values)
     if "speed_up" in values:
@@ -93,6 +95,50 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             f"{command}: {values['evaluated']} slides evaluated, {len(failed)} failed"
         )
     return "\n".join(lines)
+
+
+def _check_in_words(values: dict[str, Any]) -> str:
+    head = ("", "slide", "height x width", "levels", "um", "format", "annotation")
+    table = [(*head, "areas"), *map(_check_cells, values["slides"])]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    lines = rows[:1]
+    for line, row in zip(rows[1:], values["slides"], strict=True):
+        said = row["message"] or row["note"]
+        lines += [line, *([f"         {said}"] if said else [])]
+    lines += [f"not used  {uri}" for uri in values["unused"]]
+    lines += [f"without   {slide}" for slide in values["bare"]]
+    if values["page"]:
+        lines += [f"page      {values['page']}", f"out       {values['out']}"]
+    lines.append(
+        f"check: {len(values['slides'])} slides, {len(values['failed'])} refused, "
+        f"{len(values['bare'])} without annotation; {len(values['unused'])} "
+        f"annotations not used"
+    )
+    return "\n".join(lines)
+
+
+def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Give the cells of a slide's line; a dash is what is not known."""
+    size = f"{row['height']} x {row['width']}" if row["height"] else "-"
+    mpp = "-" if row["mpp"] is None else f"{row['mpp']:.4g} ({row['mpp_from']})"
+    areas = []
+    for key, count in row.items():
+        name = key.removeprefix("areas_")
+        if name != key and count:
+            mm2 = row[f"mm2_{name}"]
+            size_mm2 = "" if mm2 is None else f" {mm2:.3g} mm2"
+            areas.append(f"{name} {count}{size_mm2} {100 * row[f'share_{name}']:.3g} %")
+    return (
+        row["status"],
+        row["slide"],
+        size,
+        str(row["levels"] or "-"),
+        mpp,
+        row["format"] or "-",
+        row["annotation"].rpartition("/")[2] or "-",
+        ", ".join(areas) or "-",
+    )
 
 
 def _job_in_words(values: dict[str, Any]) -> str:

@@ -41,8 +41,7 @@ def match_annotations(
         return {}
     names = list_annotations(annotations)
     matched = match_names(wanted, names)
-    used = set(matched.values())
-    idle = [uri for uri in names if uri not in used and uri not in _uris(wanted)]
+    idle = unused_annotations(wanted, names, matched)
     if idle:
         shown = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
         log.warning("%d annotations belong to no slide, not used: %s", len(idle), shown)
@@ -51,6 +50,20 @@ def match_annotations(
         shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         log.warning("%d slides have no annotation: %s", len(bare), shown)
     return matched
+
+
+def unused_annotations(
+    wanted: Sequence[SlideFile], names: Iterable[str], matched: Mapping[str, str]
+) -> list[str]:
+    """Return the addresses of annotations that belong to no slide, or are second ones.
+
+    Args:
+        wanted: All slides of the request.
+        names: Addresses of all annotations.
+        matched: From `match_names`.
+    """
+    taken = {*matched.values(), *_uris(wanted)}
+    return [uri for uri in names if uri not in taken]
 
 
 def list_annotations(annotations: str) -> dict[str, list[str]]:

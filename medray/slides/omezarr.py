@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import FormatError, MedrayError, SlideError, StoreError
+from medray.grid import Rectangle
 from medray.slides.slide import MAX_SIDE, Level, Mpp, Slide, check_rectangle, mpp_of
 from medray.store import omezarr
 
@@ -32,10 +33,12 @@ class ZarrSlide(Slide):
         """
         self.uri = uri
         try:
-            scales: Any = omezarr.open_group(uri).attrs["ome"]["multiscales"][0]  # type: ignore[index,call-overload]
+            attributes: Any = omezarr.open_group(uri).attrs
+            scales = attributes["ome"]["multiscales"][0]
             paths = [str(level["path"]) for level in scales["datasets"]]
             self._arrays = [omezarr.open_level(uri, int(path)) for path in paths]
             self.resolution = _mpp(scales)
+            self._unreadable = _rectangles(attributes.get(omezarr.UNREADABLE, []))
         except StoreError:
             raise
         except (MedrayError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -52,10 +55,25 @@ class ZarrSlide(Slide):
         self.levels = tuple(
             Level(h, w, float(2**level)) for level, (h, w) in enumerate(sizes)
         )
+        if self._unreadable:
+            pixels = sum(place.height * place.width for place in self._unreadable)
+            self.absent = pixels / math.prod(sizes[0])
+            self.note = (
+                f"{self.absent:.2%} of it could not be read from the slide that it was "
+                f"made of"
+            )
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle; see medray.slides.slide.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
+        for place in self._unreadable:
+            top, left = place.y >> level, place.x >> level
+            bottom, right = -(-place.bottom >> level), -(-place.right >> level)
+            if top < y + height and bottom > y and left < x + width and right > x:
+                raise SlideError(
+                    f"{self.uri}: could not be read at y={place.y} x={place.x} from "
+                    f"the slide that it was made of; make it again of a whole one"
+                )
         try:
             part = self._arrays[level][:, y : y + height, x : x + width]
         except FormatError as error:
@@ -87,6 +105,21 @@ def _check_sizes(uri: str, arrays: list[Any]) -> None:
                 f"0 has {top}; expected half as many a side at each level, at most "
                 f"{MAX_SIDE}, in shards of at most 1 GiB; the metadata are damaged"
             )
+
+
+def _rectangles(found: Any) -> list[Rectangle]:
+    """Read what `omezarr.note_unreadable` wrote.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    places = [Rectangle(*place) for place in found]
+    for place in places:
+        if {type(place.y), type(place.x), type(place.height), type(place.width)} != {
+            int
+        }:
+            raise TypeError(f"unreadable: expected whole numbers, found {place}")
+    return places
 
 
 def _mpp(scales: Any) -> Mpp | None:

@@ -12,6 +12,27 @@ UInt8 = npt.NDArray[np.uint8]
 
 # Side of the blocks that are readable or not, in pixels of the level; the usual tile.
 _BLOCK = 256
+MOST_UNREADABLE = 0.1
+"""Share of a slide's pixels from which it is refused as damaged.
+
+Scanners that lose tiles lose single ones, as Aperio's encoder did. A slide
+that lacks more than a tenth was exported in part, or cut off while it was copied, and
+what is counted on the rest of it is no longer of this slide.
+"""
+
+
+def check_readable(slide: Slide) -> None:
+    """Refuse a slide whose header tells that much of level 0 cannot be read.
+
+    Raises:
+        SlideError: More than `MOST_UNREADABLE` of it is absent.
+    """
+    if slide.absent > MOST_UNREADABLE:
+        raise SlideError(
+            f"{slide.uri}: {slide.absent:.0%} of level 0 is not in the file, at most "
+            f"{MOST_UNREADABLE:.0%} may be ({slide.note}); copy, export or scan the "
+            f"slide again"
+        )
 
 
 def read_readable(

@@ -84,6 +84,7 @@ class Slide(Protocol):
         resolution: Microns per pixel of level 0; None when the file does not say.
         magnification: Of the objective; None when the file does not say.
         note: What the user should know of how it is read ("" if nothing).
+        absent: Share of level 0 of which the header tells that it is not in the file.
     """
 
     uri: str
@@ -92,6 +93,7 @@ class Slide(Protocol):
     resolution: Mpp | None
     magnification: float | None
     note: str = ""
+    absent: float = 0.0
 
     @property
     def mpp(self) -> float | None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from medray.errors import SlideError, StoreError
 from medray.slides.colors import JPEG, check_colors, to_rgb
+from medray.slides.readable import MOST_UNREADABLE
 from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle
 from medray.slides.vendors import choose_image
 from medray.store import files
@@ -71,11 +72,12 @@ class TiffSlide(Slide):
             for page in itertools.chain(*self._pages):
                 _check_page(uri, page, page.keyframe)
                 self._check_33007(page)
-            self.levels = _levels(uri, [page for page, *_ in self._pages])
             self.format, self.resolution = image.format, image.mpp
             self.magnification = image.magnification
-            self.note = "; ".join(filter(None, [image.note, *self._remarks()]))
             self._size = self._file.seek(0, os.SEEK_END)
+            remarks = [image.note, *self._remarks()]
+            self.note = "; ".join(filter(None, remarks))
+            self.levels = _levels(uri, [page for page, *_ in self._pages])
         except (SlideError, StoreError):
             self._file.close()
             raise
@@ -118,19 +120,60 @@ class TiffSlide(Slide):
                 f"its tag Orientation ({turned}) is not applied; other programs may "
                 f"show it turned, check that its annotation lies right"
             )
-        if self.format == "philips":
-            return
+        yield from self._leave_out_absent()
+
+    def _leave_out_absent(self) -> Iterator[str]:
+        """Leave out levels of which too many tiles were never stored.
+
+        Yields:
+            What the user should know of absent tiles.
+
+        Raises:
+            SlideError: Level 0 is such a level.
+        """
+        kept = []
         for level, pages in enumerate(self._pages):
-            counts = np.concatenate([np.asarray(p.databytecounts) for p in pages])
-            missing = int(np.count_nonzero(counts == 0))
-            if missing:
-                how = "unreadable"
-                if self._knows_missing(level):
-                    how = f"computed from level {level - 1}"
+            never, beyond = self._count_absent(pages)
+            count = sum(len(page.databytecounts) for page in pages)
+            said = f"{never} of {count} tiles or strips of level {level} were never"
+            kept.append(pages)
+            if never and self._knows_missing(level):
+                yield f"{said} stored: computed from level {level - 1}"
+            elif never > MOST_UNREADABLE * count:
+                if level == 0:
+                    raise SlideError(
+                        f"{self.uri}: {said} stored, at most {MOST_UNREADABLE:.0%} may "
+                        f"be missing; what lay there is unknown, copy, export or scan "
+                        f"the slide again"
+                    )
+                kept.pop()
+                yield f"{said} stored: this level is not used"
+            elif never:
+                yield f"{said} stored: unreadable"
+            if beyond:
                 yield (
-                    f"{missing} of {len(counts)} tiles or strips of level {level} were "
-                    f"never stored: {how}"
+                    f"{beyond} of {count} tiles or strips of level {level} lie beyond "
+                    f"the end of the file, which is cut off: unreadable"
                 )
+            if level == 0:
+                self.absent = (beyond + never) / count
+        self._pages = tuple(kept)
+
+    def _count_absent(self, pages: tuple[Any, ...]) -> tuple[int, int]:
+        """Count tiles or strips never stored, and those that the file's end cuts."""
+        offsets, counts = (
+            np.concatenate([np.asarray(part, np.uint64) for part in parts])
+            for parts in (
+                [page.dataoffsets for page in pages],
+                [page.databytecounts for page in pages],
+            )
+        )
+        absent = (offsets == 0) | (counts == 0)
+        end = np.uint64(self._size)
+        left = end - np.minimum(offsets, end)  # the sum of both may overflow
+        beyond = int(np.count_nonzero(~absent & (counts > left)))
+        never = 0 if self.format == "philips" else int(np.count_nonzero(absent))
+        return never, beyond
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
         """Read a rectangle; see medray.slides.slide.Slide.read."""

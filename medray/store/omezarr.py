@@ -238,6 +238,26 @@ def seal(
     return found, root
 
 
+UNREADABLE = "unreadable"
+"""Key in a group's attributes: what of a slide could not be read, and so is white."""
+
+
+def note_unreadable(uri: str, places: Sequence[Sequence[int]]) -> None:
+    """Note in an image what of the slide it was made of could not be read.
+
+    Args:
+        uri: The OME-Zarr; creating it again takes the note away.
+        places: Rectangles (y, x, height, width) in pixels of level 0.
+
+    Raises:
+        StoreError: The place cannot be read or written.
+    """
+    top = files.join(uri, _GROUP)
+    metadata = files.read_json(top)
+    metadata["attributes"][UNREADABLE] = [list(place) for place in places]
+    files.write_bytes(top, json.dumps(metadata, indent=2).encode())
+
+
 def _create_arrays(
     group: zarr.Group,
     shapes: list[tuple[int, ...]],

@@ -67,7 +67,7 @@ def made(cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = lay_out(tmp_path_factory.mktemp("readme"), slides)
     with contextlib.chdir(folder):
         names = run(lines_of("README.md", "medray ingest"))
-    assert names == ["ingest", "train", "infer", "evaluate"]
+    assert names == ["check", "ingest", "train", "infer", "evaluate"]
     return folder
 
 
@@ -84,7 +84,8 @@ def test_the_tutorial(made: Path, slides: Path, tmp_path: Path) -> None:
     with contextlib.chdir(tmp_path):
         lines = lines_of("docs/tutorial.md")
         names = run(line for line in lines if line[1] not in ("train", "view"))
-    assert names == ["ingest", "infer", "evaluate"]
+    assert names == ["check", "ingest", "infer", "evaluate"]
+    assert (tmp_path / "checked" / "check.html").exists()
     assert (tmp_path / "report" / "report.html").exists()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from medray.errors import SlideError
 from medray.slides import open_slide
 from medray.slides.levels import choose_level, settle_mpp
-from medray.slides.readable import read_readable
+from medray.slides.readable import check_readable, read_readable
 
 openslide = pytest.importorskip("openslide")
 
@@ -623,12 +623,98 @@ def test_a_missing_tile_of_an_svs_is_computed_from_the_finer_level(
 
 
 def test_a_missing_tile_is_unreadable_and_noted(tmp_path: Path) -> None:
-    path, rgb = tmp_path / "x.tif", picture(512, 512)
+    path, rgb = tmp_path / "x.tif", picture(768, 1024)
     tifffile.imwrite(path, rgb, tile=(256, 256), photometric="rgb", metadata=None)
-    lose_tile(path, 0, 3)
+    lose_tile(path, 0, 7)
     with open_slide(path) as slide:
-        pixels, damaged, why = read_readable(slide, 0, 0, 512, 512)
-        assert damaged == [(256, 256, 256, 256)]
+        pixels, damaged, why = read_readable(slide, 0, 0, 768, 1024)
+        assert damaged == [(256, 768, 256, 256)]
         assert "never stored" in why
-        assert "1 of 4 tiles" in slide.note
+        assert "1 of 12 tiles" in slide.note
+        assert slide.absent == 1 / 12
     np.testing.assert_array_equal(pixels[:256], rgb[:256])
+
+
+def lose_tiles(path: Path, page: int, lost: int) -> None:
+    """Give a page's first tiles no bytes."""
+    with tifffile.TiffFile(path) as tiff:
+        counts = list(tiff.pages[page].databytecounts)
+    tag(path, "TileByteCounts", [0] * lost + counts[lost:], page)
+
+
+@pytest.mark.parametrize("kind", ["tif", "svs"])
+@pytest.mark.parametrize(("lost", "readable"), [(0, True), (3, True), (4, False)])
+def test_a_slide_that_lacks_more_than_a_tenth_is_refused(
+    tmp_path: Path, kind: str, lost: int, readable: bool
+) -> None:
+    path = tmp_path / f"x.{kind}"
+    if kind == "svs":
+        write_svs(path, picture(320, 384))  # 30 tiles of 64
+    else:
+        options = {"photometric": "rgb", "metadata": None, "tile": (64, 64)}
+        tifffile.imwrite(path, picture(320, 384), **options)
+    lose_tiles(path, 0, lost)
+    if readable:
+        with open_slide(path) as slide:
+            assert slide.absent == lost / 30
+            assert bool(slide.note) == bool(lost)
+    else:
+        with pytest.raises(SlideError, match="4 of 30 tiles .* at most 10%"):
+            open_slide(path)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_level_that_lacks_more_than_a_tenth_is_not_used(
+    tmp_path: Path, lost: int
+) -> None:
+    path, rgb = tmp_path / "x.tif", picture(512, 768)
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None, "tile": (64, 64)}
+    with tifffile.TiffWriter(path) as tiff:  # of 96, 24 and 6 tiles
+        for level, step in enumerate((1, 2, 4)):
+            reduced = {"subfiletype": 1} if level else {}
+            tiff.write(rgb[::step, ::step], **options, **reduced)
+    lose_tiles(path, 1, 1 + lost)
+    with open_slide(path) as slide:
+        assert slide.absent == 0.0
+        sizes = [level.width for level in slide.levels]
+        assert sizes == ([768, 384, 192] if lost == 1 else [768, 192])
+        assert f"{1 + lost} of 24 tiles" in slide.note
+        last = len(slide.levels) - 1
+        found = slide.read(0, 0, 128, 192, last)
+    np.testing.assert_array_equal(found, rgb[::4, ::4])
+
+
+def test_philips_leaves_out_glass(tmp_path: Path) -> None:
+    path, rgb = tmp_path / "x.tiff", picture(256, 384)
+    spacings = "".join(
+        '<DataObject ObjectType="PixelDataRepresentation"><Attribute '
+        f'Name="DICOM_PIXEL_SPACING">"{mm}" "{mm}"</Attribute></DataObject>'
+        for mm in ("0.00025", "0.0005")
+    )
+    text = (
+        '<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">'
+        f"<Attribute><Array>{spacings}</Array></Attribute></DataObject>"
+    )
+    options = {"photometric": "rgb", "tile": (64, 64), "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(rgb, description=text, software="Philips DP v1.0", **options)
+        tiff.write(rgb[::2, ::2], subfiletype=1, **options)
+    lose_tiles(path, 0, 6)
+    with open_slide(path) as slide:
+        assert (slide.format, slide.absent, slide.note) == ("philips", 0.0, "")
+        assert (slide.read(0, 0, 64, 384) == 255).all()
+        np.testing.assert_array_equal(slide.read(64, 64, 64, 128), rgb[64:128, 64:192])
+
+
+def test_tiles_beyond_the_end_of_a_file_are_noted(tmp_path: Path) -> None:
+    path, rgb = tmp_path / "x.tif", picture(512, 512)
+    tifffile.imwrite(path, rgb, tile=(64, 64), photometric="rgb", metadata=None)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 3 * 64 * 64 * 5])
+    with open_slide(path) as slide:
+        assert slide.absent == 5 / 64
+        assert "5 of 64 tiles or strips of level 0 lie beyond the end" in slide.note
+        check_readable(slide)
+    path.write_bytes(whole[: len(whole) - 3 * 64 * 64 * 7])
+    with open_slide(path) as slide, pytest.raises(SlideError, match="11% of level 0"):
+        check_readable(slide)

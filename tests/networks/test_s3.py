@@ -16,6 +16,7 @@ import pytest
 import s3
 import serial
 
+import medray
 from medray.errors import ConfigError, StoreError
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
@@ -199,6 +200,27 @@ def test_a_large_slide_is_opened_by_a_small_part_of_it(
 OPTIONS = Options(
     region=512, prediction=Prediction(precision="float32", quality=True), outlines=True
 )
+
+
+def test_slides_in_a_bucket_are_checked_as_on_a_disk(
+    bucket: tuple[str, s3.Proxy], slides: Path
+) -> None:
+    place, _ = bucket
+    upload(slides, place)
+    files.write_bytes(files.join(place, "in", "text.svs"), b"no slide")
+    out = files.join(place, "checked")
+    found = medray.check(
+        [files.join(place, "in")],
+        annotations=files.join(place, "annotations"),
+        out=out,
+    )
+    local = medray.check([f"{slides}/in"], annotations=f"{slides}/annotations").slides
+    assert {*found.failed} == {"text"}
+    addresses = dict.fromkeys(("uri", "annotation"))
+    assert [row | addresses for row in found.slides if row["slide"] != "text"] == [
+        row | addresses for row in local
+    ]
+    assert {*download(out)} == {"check.html", "slides.csv"}
 
 
 @pytest.fixture(scope="module")
