@@ -28,6 +28,7 @@ from medray.lane import Layers, Work, start_lanes
 from medray.models.config import Precision
 from medray.progress import Progress
 from medray.settings import keep_settings
+from medray.slides.cache import log_copies
 from medray.slides.listing import find_slides
 from medray.store import files
 from medray.store.ledger import Ledger
@@ -111,6 +112,7 @@ def _embed(
     wanted = find_slides(slides)
     todo = changed_slides(wanted, ledger)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
+    log_copies(row["uri"] for row in todo)
     skipped = len(wanted) - len(todo)
     if not todo:
         return Summary(out, 0, skipped, {}, 0, 0.0)

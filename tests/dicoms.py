@@ -109,11 +109,12 @@ def _write_image(
         for r, c in places
     ]
     parts = scan.parts if volume else 1
-    each = math.ceil(len(frames) / parts)
+    parts = min(parts, len(frames))
+    bounds = [len(frames) * part // parts for part in range(parts + 1)]
     name = f"{kind[0]}{level}"
     written = []
     for part in range(parts):
-        span = slice(part * each, (part + 1) * each)
+        span = slice(bounds[part], bounds[part + 1])
         uid = generate_uid(entropy_srcs=[scan.uid, name, str(part)])
         data = _header(uid, scan, kind, pixels, level, size)
         data.NumberOfFrames = len(frames[span])
@@ -130,7 +131,7 @@ def _write_image(
             )
             data.InConcatenationNumber = part + 1
             data.InConcatenationTotalNumber = parts
-            data.ConcatenationFrameOffsetNumber = part * each
+            data.ConcatenationFrameOffsetNumber = bounds[part]
         if scan.codec == "raw":
             data.PixelData = b"".join(frames[span])
         else:

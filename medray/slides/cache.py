@@ -24,11 +24,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from medray.errors import ConfigError, SlideError, StoreError
-from medray.slides.members import Member
+from medray.errors import ConfigError, MedrayError, SlideError, StoreError
+from medray.slides import dicom
+from medray.slides.listing import SLIDE_SUFFIXES
+from medray.slides.members import SEVERAL_FILES, Member, slide_members
 from medray.store import files
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ SIZE_VARIABLE = "MEDRAY_SLIDE_CACHE_GIB"
 """At most so many GiB of copies are kept."""
 _DEFAULT_GIB = 50.0
 
+_COPIED = (*SEVERAL_FILES, *dicom.SUFFIXES, ".bif")
+_READERS = 16
 _NEW, _LOCK, _GONE = ".new", ".lock", ".gone"
 # For others to have read what takes up the room; a region is read in seconds.
 _WAIT_S, _LOOK_S = 120.0, 0.2
@@ -106,6 +111,49 @@ def local_copy(members: Sequence[Member]) -> Iterator[Path]:
         with _locked(entry, fcntl.LOCK_EX):
             if not entry.is_dir():
                 _make(entry, members, size, most)
+
+
+def copied_bytes(uris: Iterable[str]) -> tuple[int, int]:
+    """Return how many of these slides will be copied, and their bytes together.
+
+    By their names: a TIFF of an object store that only OpenSlide can put together
+    shows when it is opened.
+    """
+    wanted = [
+        uri
+        for uri in uris
+        if not files.is_local(uri)
+        and (uri.lower().endswith(_COPIED) or not uri.lower().endswith(SLIDE_SUFFIXES))
+    ]
+    with ThreadPoolExecutor(_READERS) as readers:
+        sizes = [size for size in readers.map(_size, wanted) if size]
+    return len(sizes), sum(sizes)
+
+
+def _size(uri: str) -> int:
+    """Return the bytes of a slide; 0 if it cannot be opened, which planning says."""
+    try:
+        return sum(member.size for member in slide_members(uri))
+    except (MedrayError, OSError):
+        return 0
+
+
+def log_copies(uris: Iterable[str]) -> None:
+    """Say what a run over these slides will copy, if anything.
+
+    Raises:
+        ConfigError: The bound of the cache is no positive number.
+    """
+    count, size = copied_bytes(uris)
+    if count:
+        log.info(
+            "%d slides, %s, are copied whole from their store to the nodes that read "
+            "them: to %s, at most %s of each node at once",
+            count,
+            _gib(size),
+            cache_folder(),
+            _gib(cache_bytes()),
+        )
 
 
 def _key(members: Sequence[Member]) -> str:

@@ -8,12 +8,13 @@ them. All instances of a series that lie in one folder are one slide. Its addres
     FOLDER/SeriesInstanceUID    where it holds several
 
 File names do not matter. OpenSlide reads the pixels; of the instances only headers are
-read here, up to the group 0020.
+read here, up to the size of the level.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,13 @@ from medray.store import files
 
 SUFFIXES = (".dcm", ".dicom")
 
+_DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _UID = re.compile(r"[0-9]+(\.[0-9]+){3,}")
 _MAGIC_AT, _MAGIC = 128, b"DICM"
 _READERS = 16
-_LAST_GROUP = 0x0020
+# The last that is wanted; behind it are colour profiles of megabytes.
+_LAST_TAG = 0x00480007
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Instance:
         whole: ConcatenationUID; "" if it is no part of a concatenation.
         part: InConcatenationNumber, from 1.
         parts: InConcatenationTotalNumber; 0 when the file does not say.
+        frames: NumberOfFrames that this file holds.
+        tiles: That cover the level once.
+        sparse: It says of each tile where it lies; some may not be stored.
         damaged: It cannot be read; nothing else is known.
     """
 
@@ -60,6 +66,9 @@ class Instance:
     whole: str = ""
     part: int = 0
     parts: int = 0
+    frames: int = 0
+    tiles: int = 0
+    sparse: bool = False
     damaged: bool = False
 
 
@@ -97,41 +106,57 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
         if file.read(4) != _MAGIC:
             return None
         file.seek(0)
-        data = _parsed(uri, file)
+        try:
+            import pydicom.config
+            from pydicom.filereader import read_partial
+        except ImportError as error:
+            raise SlideError(
+                f"{uri}: is DICOM, and pydicom is not installed; pip install "
+                f"'medray[openslide]'"
+            ) from error
+        # Values that break a rule of form are no reason to warn for each instance.
+        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+        try:
+            data = read_partial(file, lambda tag, *_: tag > _LAST_TAG)
+            return _instance(uri, stamp, data)
+        except (SlideError, StoreError):
+            raise
+        except Exception as error:  # pydicom raises what a broken file leads it to
+            raise SlideError(
+                f"{uri}: expected DICOM, its header cannot be read "
+                f"({type(error).__name__}: {error}); copy it again"
+            ) from error
+
+
+def _instance(uri: str, stamp: str, data: Any) -> Instance:
+    kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+    if not data.get("SeriesInstanceUID") and kind != _DIRECTORY_CLASS:
+        raise SlideError(
+            f"{uri}: expected DICOM with a SeriesInstanceUID, found none; the file is "
+            f"damaged or cut off, copy it again"
+        )
     flavor = [str(value) for value in data.get("ImageType") or ()]
-    is_slide = data.get("SOPClassUID") == _SLIDE_CLASS
+    tile, whole = (
+        [int(data.get(f"{of}{side}") or 0) for side in ("Rows", "Columns")]
+        for of in ("", "TotalPixelMatrix")
+    )
     return Instance(
         uri=uri,
         stamp=stamp,
-        kind=str(getattr(data.get("SOPClassUID"), "name", "no SOP class")),
+        kind=str(getattr(kind, "name", kind)),
         series=str(data.get("SeriesInstanceUID") or ""),
         uid=str(data.get("SOPInstanceUID") or ""),
-        flavor=flavor[2] if is_slide and len(flavor) > 2 else "",
+        flavor=flavor[2] if kind == _SLIDE_CLASS and len(flavor) > 2 else "",
         resampled=len(flavor) > 3 and flavor[3] == "RESAMPLED",
         whole=str(data.get("ConcatenationUID") or ""),
         part=int(data.get("InConcatenationNumber") or 0),
         parts=int(data.get("InConcatenationTotalNumber") or 0),
+        frames=int(data.get("NumberOfFrames") or 0),
+        tiles=math.prod(
+            -(-a // b) if b else 0 for a, b in zip(whole, tile, strict=True)
+        ),
+        sparse=data.get("DimensionOrganizationType") == "TILED_SPARSE",
     )
-
-
-def _parsed(uri: str, file: Any) -> Any:
-    """Read the data elements up to group 0020."""
-    try:
-        from pydicom.filereader import read_partial
-    except ImportError as error:
-        raise SlideError(
-            f"{uri}: is DICOM, and pydicom is not installed; pip install "
-            f"'medray[openslide]'"
-        ) from error
-    try:
-        return read_partial(file, lambda tag, *_: tag.group > _LAST_GROUP)
-    except StoreError:
-        raise
-    except Exception as error:  # pydicom raises what a broken file leads it to
-        raise SlideError(
-            f"{uri}: expected DICOM, its header cannot be read "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from error
 
 
 def read_folder(folder: str) -> list[Instance]:
@@ -258,4 +283,16 @@ def check_series(uri: str, instances: list[Instance]) -> None:
                 f"{uri}: part {', '.join(missing)} of {count} of the concatenation "
                 f"that {beside.rpartition('/')[2]} is of is missing; copy the whole "
                 f"series"
+            )
+    for one in volume:
+        images = [one]
+        if one.whole:
+            images = [other for other in volume if other.whole == one.whole]
+        frames = sum(image.frames for image in images)
+        # A tile too few moves all that come after it. Planes come one after the other.
+        if not one.sparse and (not frames or not one.tiles or frames % one.tiles):
+            raise SlideError(
+                f"{uri}: {one.uri.rpartition('/')[2]} holds {frames} tiles, expected "
+                f"{one.tiles}, or a multiple, of a TILED_FULL image; it is damaged, "
+                f"copy it again"
             )
