@@ -262,13 +262,14 @@ def _dicom_slides(
     no_slides: list[dicom.Instance] = []
     for uri, relative in group.items():
         one = instances.get(uri)
-        if one and one.flavor and one.series in series:
-            address = dicom.series_address(folder, one.series, series)
-            above = relative.rpartition("/")[0]
-            path = above or folder.rpartition("/")[2]
-            if address != folder:
-                path = f"{above}/{one.series}".lstrip("/")
-            slides[address] = path
+        above, _, name = relative.rpartition("/")
+        its = one.series if one and one.flavor else name
+        if its in series:
+            address = dicom.series_address(folder, its, series)
+            alone = above or folder.rpartition("/")[2]
+            slides[address] = (
+                alone if address == folder else f"{above}/{its}".lstrip("/")
+            )
         elif uri in named or (one and one.damaged):
             slides[uri] = relative
         elif one:
