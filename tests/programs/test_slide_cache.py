@@ -1,7 +1,5 @@
 """Slides that only OpenSlide reads, from buckets: copied whole, bounded, shared."""
 
-import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import s3
 from dicoms import Scan, picture, write_series
+from read_copies import SIZE, copies, prepare, size_of, start_reader, upload
 from several_files import write_mrxs, write_vms
 
 from medray.errors import ConfigError, SlideError, StoreError
@@ -24,8 +23,6 @@ from medray.slides.members import slide_members
 from medray.store import files
 
 pytest.importorskip("openslide")
-
-SIZE = (512, 768)
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +49,8 @@ def bucket(
     files._bucket.cache_clear()
 
 
-def upload(folder: Path, address: str) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            files.write_bytes(files.join(address, name), path.read_bytes())
-
-
 def limit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setenv(cache.SIZE_VARIABLE, str(size / 2**30))
-
-
-def copies(tmp_path: Path) -> list[Path]:
-    """What lies in the cache beside its locks."""
-    root = tmp_path / "cache"
-    return sorted(p for p in root.iterdir() if p.suffix != ".lock")
-
-
-def size_of(uri: str) -> int:
-    return sum(member.size for member in slide_members(uri))
 
 
 def write_all(folder: Path) -> None:
@@ -282,45 +262,6 @@ def test_bounds_are_those_of_a_disk(
     size = {"height": SIZE[0], "width": SIZE[1]}
     there = scanned_bounds(f"{address}/m.mrxs", **size)
     assert there == scanned_bounds(f"{tmp_path}/slides/m.mrxs", **size)
-
-
-_READER = """
-import json, random, sys
-import numpy as np
-from dicoms import picture
-from medray.slides import open_slide
-uris, seed = json.loads(sys.argv[1]), int(sys.argv[2])
-chance = random.Random(seed)
-slides = {}
-for turn in range(25):
-    number = chance.randrange(len(uris))
-    if number not in slides or chance.random() < 0.2:
-        slides[number] = open_slide(uris[number])
-    y, x = chance.randrange(400), chance.randrange(600)
-    part = slides[number].read(y, x, 100, 150).astype(int)
-    off = np.abs(part - picture(512, 768, number)[y : y + 100, x : x + 150])
-    assert off.max() <= 8, (number, off.max())
-print("right")
-"""
-
-
-def start_reader(uris: list[str], seed: int) -> subprocess.Popen[str]:
-    """Read places of slides by chance in a process, and compare their pixels."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, "-c", _READER, json.dumps(uris), str(seed)],
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def prepare(address: str, folder: Path, count: int) -> list[str]:
-    for seed in range(count):
-        write_mrxs(folder / f"m{seed}.mrxs", picture(*SIZE, seed))
-    upload(folder, address)
-    return [f"{address}/m{seed}.mrxs" for seed in range(count)]
 
 
 def test_processes_share_a_cache_that_is_too_small(
