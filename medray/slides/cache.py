@@ -148,7 +148,7 @@ def log_copies(uris: Iterable[str]) -> None:
     if count:
         log.info(
             "%d slides, %s, are copied whole from their store to the nodes that read "
-            "them: to %s, at most %s of each node at once",
+            "them: to %s, at most %s on each node at once",
             count,
             _gib(size),
             cache_folder(),

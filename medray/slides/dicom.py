@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,7 @@ class Instance:
         frames: NumberOfFrames that this file holds.
         tiles: That cover the level once.
         sparse: It says of each tile where it lies; some may not be stored.
+        scanner: Maker and model.
         damaged: It cannot be read; nothing else is known.
     """
 
@@ -69,6 +71,7 @@ class Instance:
     frames: int = 0
     tiles: int = 0
     sparse: bool = False
+    scanner: str = ""
     damaged: bool = False
 
 
@@ -155,6 +158,10 @@ def _instance(uri: str, stamp: str, data: Any) -> Instance:
         tiles=math.prod(
             -(-a // b) if b else 0 for a, b in zip(whole, tile, strict=True)
         ),
+        scanner=" ".join(
+            str(data.get(name) or "")
+            for name in ("Manufacturer", "ManufacturerModelName")
+        ),
         sparse=data.get("DimensionOrganizationType") == "TILED_SPARSE",
     )
 
@@ -208,7 +215,7 @@ def find_series(uri: str) -> list[Instance] | None:
         SlideError: It is DICOM but not a slide, or not one only.
         StoreError: It cannot be read.
     """
-    above, _, name = uri.rpartition("/")
+    above, name = os.path.dirname(uri) or ".", os.path.basename(uri)
     stamp = stamp_of_file(uri)
     if stamp is not None:
         header = read_header(uri, stamp) if may_be_dicom(name) else None

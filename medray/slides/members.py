@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import configparser
 import functools
+import os
 from dataclasses import dataclass
 
 from medray.errors import SlideError
@@ -58,13 +59,13 @@ def slide_members(uri: str) -> tuple[Member, ...]:
     if lower.endswith(".mrxs"):
         return _mrxs(uri)
     if lower.endswith(SEVERAL_FILES):
-        folder = uri.rpartition("/")[0]
+        folder = os.path.dirname(uri) or "."
         own = _member(uri, files.stamp(uri))
         wanted, optional = _named_by_vms(uri, own.stamp)
         return (own, *_present(uri, uri, folder, wanted, optional))
     stamp = dicom.stamp_of_file(uri)
     maybe = stamp is None or dicom.may_be_dicom(uri)
-    if maybe and (instances := dicom.find_series(uri)):
+    if maybe and (instances := dicom.find_series(uri)) is not None:
         dicom.check_series(uri, instances)
         return tuple(_member(one.uri, one.stamp) for one in instances)
     return (_member(uri, stamp or files.stamp(uri)),)
@@ -79,7 +80,7 @@ def named_beside(uri: str) -> list[str]:
         StoreError: It cannot be read now.
     """
     wanted, optional = _named_by_vms(uri, files.stamp(uri))
-    folder = uri.rpartition("/")[0]
+    folder = os.path.dirname(uri) or "."
     return [files.join(folder, name) for name in (*wanted, *optional)]
 
 

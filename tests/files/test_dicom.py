@@ -16,6 +16,7 @@ from medray.slides import dicom, open_slide
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.members import slide_members
+from medray.slides.scanner import scanner_of
 
 pytest.importorskip("openslide")
 
@@ -87,6 +88,22 @@ def test_a_folder_of_one_series_is_the_slide(tmp_path: Path, suffix: str) -> Non
     assert {member.uri for member in slide_members(f"{case}")} == set(map(str, paths))
     with open_slide(case) as slide, open_slide(paths[-1]) as other:
         assert slide.levels == other.levels
+
+
+def test_it_is_found_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_series(tmp_path / "case1", picture(*SIZE))
+    monkeypatch.chdir(tmp_path)
+    assert [file.uri for file in find_slides(["case1"])] == [f"{tmp_path}/case1"]
+    assert scanner_of("case1") == "medray tests drawn"
+    open_slide("case1").close()
+    monkeypatch.chdir(tmp_path / "case1")
+    open_slide(paths[1].name).close()
+    assert len(slide_members(paths[1].name)) == len(paths)
+    paths[0].unlink()
+    with pytest.raises(SlideError, match="expected one in full resolution"):
+        open_slide(paths[1].name)
 
 
 def test_series_of_one_folder_are_slides_of_their_own(tmp_path: Path) -> None:
