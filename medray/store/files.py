@@ -12,11 +12,13 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,7 +39,7 @@ _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": "10s"}
 # Ranges of a file that lie closer together are fetched at once.
 _GAP = 16 << 10
 _BLOCK = 64 << 10
-_PART = 32 << 20
+_PART, _PARTS = 16 << 20, 8
 _AGAIN = "then run the same command again"
 
 
@@ -270,7 +272,8 @@ def _part(file: Any, start: int, length: int) -> bytes:
 def download(uri: str, path: str) -> None:
     """Copy a file of an object store to a new local file, durably.
 
-    It is fetched in parts, so that a connection that breaks costs one of them.
+    It is fetched in parts, some at once, so that a connection that breaks costs one
+    of them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -279,11 +282,15 @@ def download(uri: str, path: str) -> None:
     length = size(uri)
     with answered(path, "written"):
         file = open(path, "xb")  # noqa: SIM115
-    with file:
-        for start in range(0, length, _PART):
-            part = read_ranges(uri, [start], [min(_PART, length - start)])[0]
-            with answered(path, "written"):
-                file.write(part)
+
+    def fetch(start: int) -> bytes:
+        return read_ranges(uri, [start], [min(_PART, length - start)])[0]
+
+    with file, ThreadPoolExecutor(_PARTS) as fetching:
+        for starts in itertools.batched(range(0, length, _PART), _PARTS):
+            for part in fetching.map(fetch, starts):
+                with answered(path, "written"):
+                    file.write(part)
         with answered(path, "written"):
             file.flush()
             os.fsync(file.fileno())
