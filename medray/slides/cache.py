@@ -178,11 +178,15 @@ def _beside(entry: Path, end: str) -> Path:
 def _locked(entry: Path, how: int) -> Iterator[bool]:
     """Hold the lock of a copy; with LOCK_NB the context says whether it was free."""
     path = _beside(entry, _LOCK)
-    with files.answered(f"{path}", "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with files.answered(f"{path}", "written"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StoreError(
+                f"{path.parent}: copies of slides cannot be written there ({error}); "
+                f"name another folder in {FOLDER_VARIABLE}"
+            ) from error
         try:
             try:
                 fcntl.flock(handle, how)

@@ -164,6 +164,9 @@ def _read_ini(uri: str) -> configparser.ConfigParser:
             f"{uri}: has {size} bytes, at most {_MOST_BYTES} are read; it is damaged"
         )
     text = files.read_bytes(uri).decode("utf-8-sig", errors="surrogateescape")
+    # Scanners indent lines and leave keys empty, which configparser takes for others.
+    lines = [line.strip() for line in text.splitlines()]
+    text = "\n".join(line for line in lines if not line.startswith("="))
     parser = configparser.ConfigParser(
         interpolation=None, strict=False, allow_no_value=True, delimiters=("=",)
     )

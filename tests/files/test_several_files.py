@@ -199,6 +199,21 @@ def test_a_damaged_slidedat_is_refused(
             look(f"{tmp_path}/x.mrxs")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[HIERARCHICAL]", "= 7\n[HIERARCHICAL]"),
+        ("FILE_1 =", "   FILE_1="),
+        ("[DATAFILE]", "\n# note\n[DATAFILE]\nFILE_1 = Data0001.dat\nOTHER"),
+    ],
+)
+def test_a_slidedat_may_be_untidy(tmp_path: Path, old: str, new: str) -> None:
+    write_mrxs(tmp_path / "x.mrxs", picture(512, 768))
+    ini = tmp_path / "x" / "Slidedat.ini"
+    ini.write_text(ini.read_text().replace(old, new))
+    assert len(slide_members(f"{tmp_path}/x.mrxs")) == 6
+
+
 def test_a_vms_without_images_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.vms"
     path.write_text("[Other]\nImageFile=a.jpg\n")

@@ -249,8 +249,21 @@ def test_a_full_or_closed_disk_is_said_with_sizes(
     assert copies(tmp_path) == []
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "file" / "cache"))
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match=r"cannot be written.*MEDRAY_SLIDE_CACHE"):
         open_slide(f"{address}/m.mrxs")
+
+
+def test_large_objects_are_copied_in_parts(
+    bucket: tuple[str, s3.Proxy], tmp_path: Path
+) -> None:
+    address, _ = bucket
+    data = np.random.default_rng(0).bytes((150 << 20) + 12345)
+    for name, content in (("large", data), ("empty", b"")):
+        files.write_bytes(f"{address}/{name}", content)
+        files.download(f"{address}/{name}", f"{tmp_path}/{name}")
+        assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        files.download(f"{address}/none", f"{tmp_path}/none")
 
 
 def test_bounds_are_those_of_a_disk(
