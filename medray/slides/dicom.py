@@ -29,7 +29,8 @@ SUFFIXES = (".dcm", ".dicom")
 
 _DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
-_UID = re.compile(r"[0-9]+(\.[0-9]+){3,}")
+# PS3.5, 9.1. As part of an address it must lead nowhere else.
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)+")
 _MAGIC_AT, _MAGIC = 128, b"DICM"
 _READERS = 16
 # The last that is wanted; behind it are colour profiles of megabytes.
@@ -133,10 +134,11 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
 
 def _instance(uri: str, stamp: str, data: Any) -> Instance:
     kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
-    if not data.get("SeriesInstanceUID") and kind != _DIRECTORY_CLASS:
+    series = str(data.get("SeriesInstanceUID") or "")
+    if not _UID.fullmatch(series) and kind != _DIRECTORY_CLASS:
         raise SlideError(
-            f"{uri}: expected DICOM with a SeriesInstanceUID, found none; the file is "
-            f"damaged or cut off, copy it again"
+            f"{uri}: expected DICOM with a SeriesInstanceUID, found {series[:80]!r}; "
+            f"the file is damaged or cut off, copy it again"
         )
     flavor = [str(value) for value in data.get("ImageType") or ()]
     tile, whole = (
@@ -147,7 +149,7 @@ def _instance(uri: str, stamp: str, data: Any) -> Instance:
         uri=uri,
         stamp=stamp,
         kind=str(getattr(kind, "name", kind)),
-        series=str(data.get("SeriesInstanceUID") or ""),
+        series=series,
         uid=str(data.get("SOPInstanceUID") or ""),
         flavor=flavor[2] if kind == _SLIDE_CLASS and len(flavor) > 2 else "",
         resampled=len(flavor) > 3 and flavor[3] == "RESAMPLED",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import configparser
 import functools
 import os
+import re
 from dataclasses import dataclass
 
 from medray.errors import SlideError
@@ -74,14 +75,16 @@ def slide_members(uri: str) -> tuple[Member, ...]:
 def named_beside(uri: str) -> list[str]:
     """Return the files that a VMS or VMU names, there or not; they are no slides.
 
+    Also of one that is damaged, as far as its lines say.
+
     Raises:
         FileNotFoundError: It is not there.
-        SlideError: It cannot be read.
+        SlideError: It is too large for a VMS.
         StoreError: It cannot be read now.
     """
-    wanted, optional = _named_by_vms(uri, files.stamp(uri))
+    values = re.findall(r"=[ \t]*(.*\S)", _read_text(uri))
     folder = os.path.dirname(uri) or "."
-    return [files.join(folder, name) for name in (*wanted, *optional)]
+    return [files.join(folder, value) for value in values]
 
 
 def _mrxs(uri: str) -> tuple[Member, ...]:
@@ -157,13 +160,17 @@ def _named_by_vms(uri: str, stamp: str) -> tuple[tuple[str, ...], tuple[str, ...
     )
 
 
-def _read_ini(uri: str) -> configparser.ConfigParser:
+def _read_text(uri: str) -> str:
     size = files.size(uri)
     if size > _MOST_BYTES:
         raise SlideError(
             f"{uri}: has {size} bytes, at most {_MOST_BYTES} are read; it is damaged"
         )
-    text = files.read_bytes(uri).decode("utf-8-sig", errors="surrogateescape")
+    return files.read_bytes(uri).decode("utf-8-sig", errors="surrogateescape")
+
+
+def _read_ini(uri: str) -> configparser.ConfigParser:
+    text = _read_text(uri)
     # Scanners indent lines and leave keys empty, which configparser takes for others.
     lines = [line.strip() for line in text.splitlines()]
     text = "\n".join(line for line in lines if not line.startswith("="))

@@ -30,7 +30,7 @@ class OpenSlideSlide(Slide):
         """
         self.uri, self._path = uri, path or uri
         self._slide = _open(uri, self._path)
-        self.properties = properties = dict(self._slide.properties)
+        self.properties = properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
         x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.mpp = square_mpp(uri, x, y)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicoms import Scan, half, picture, write_ct, write_series
 
@@ -168,6 +169,19 @@ def test_damaged_files_cost_a_slide_each(tmp_path: Path) -> None:
         if file.slide in bad:
             with pytest.raises(SlideError, match="expected DICOM|copy it again|holds"):
                 open_slide(file.uri)
+
+
+@pytest.mark.parametrize("uid", ["../../x", "1.2/../../..", "1", "", "1." * 40 + "1"])
+def test_a_uid_that_is_none_leads_nowhere(tmp_path: Path, uid: str) -> None:
+    (path, *_) = write_series(tmp_path / "a" / "b", picture(*SIZE), Scan(levels=1))
+    data = pydicom.dcmread(path)
+    data["SeriesInstanceUID"]._value = uid
+    data.save_as(path)
+    uris = {file.uri for file in find_slides([f"{tmp_path}"])}
+    assert str(path) in uris
+    assert all(uri.startswith(f"{tmp_path}/a/b") for uri in uris)
+    with pytest.raises(SlideError, match="expected DICOM with a SeriesInstanceUID"):
+        open_slide(path)
 
 
 def test_without_pydicom_it_is_said_what_to_install(

@@ -59,7 +59,11 @@ def test_it_is_found_as_one(slide: Path) -> None:
 def test_a_picture_beside_a_vms_is_a_slide_of_its_own(tmp_path: Path) -> None:
     write_vms(tmp_path / "x.vms", picture(512, 768))
     (tmp_path / "x-image.jpg").rename(tmp_path / "y.jpg")
-    # Also while the slide is not complete its files are none.
+    # Also while the slide is not complete, or is damaged, its files are none.
+    assert [file.slide for file in find_slides([f"{tmp_path}"])] == ["x", "y"]
+    (tmp_path / "x.vms").write_bytes(
+        (tmp_path / "x.vms").read_bytes().replace(b"[Virtual", b"\xff\0irtual")
+    )
     assert [file.slide for file in find_slides([f"{tmp_path}"])] == ["x", "y"]
     named = find_slides([f"{tmp_path}/x.vms", f"{tmp_path}/x-map.jpg"])
     assert {file.slide for file in named} == {"x", "x-map"}
