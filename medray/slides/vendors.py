@@ -234,6 +234,14 @@ def _choose_philips(uri: str, tiff: Any) -> ChosenImage:
     return ChosenImage("philips", levels, mpp)
 
 
+def _companion(xml: str | None) -> str:
+    """Return the name of the file that holds the OME-XML; "" if that is this one."""
+    for element in ElementTree.fromstring(xml or "<OME/>"):
+        if _tag(element) == "BinaryOnly":
+            return element.get("MetadataFile") or "BinaryOnly"
+    return ""
+
+
 def _choose_ome(uri: str, tiff: Any) -> ChosenImage:
     """Take the image of the finest resolution that no name makes a label or macro."""
     if companion := _companion(tiff.ome_metadata):
@@ -271,14 +279,6 @@ def _choose_ome(uri: str, tiff: Any) -> ChosenImage:
     mpp = square_mpp(uri, x, y)
     magnification = _number(series.attrs.get("magnification"))
     return ChosenImage("ome-tiff", levels, mpp, magnification, note)
-
-
-def _companion(xml: str | None) -> str:
-    """Return the name of the file that holds the OME-XML; "" if that is this one."""
-    for element in ElementTree.fromstring(xml or "<OME/>"):
-        if _tag(element) == "BinaryOnly":
-            return element.get("MetadataFile") or "BinaryOnly"
-    return ""
 
 
 def _ome_mpp(xml: str | None) -> tuple[float | None, float | None]:
