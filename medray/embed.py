@@ -30,6 +30,7 @@ from medray.models.config import Precision
 from medray.progress import Progress
 from medray.settings import keep_settings
 from medray.slides import Slide
+from medray.slides.cache import log_copies
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files
 from medray.store.ledger import Ledger
@@ -120,6 +121,7 @@ def _embed(
     ledger = Ledger(out)
     todo = changed_slides(wanted, ledger)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
+    log_copies(row["uri"] for row in todo)
     skipped = len(wanted) - len(todo)
     if not todo:
         return Summary(out, 0, skipped, {}, 0, 0.0)

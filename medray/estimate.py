@@ -30,6 +30,7 @@ from medray.lane import lane_resources
 from medray.plan import count_windows, plan_slide
 from medray.run import Options, RunSettings
 from medray.slides import open_slide
+from medray.slides.cache import cache_bytes, copied_bytes
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files
 
@@ -58,6 +59,9 @@ class Estimate:
         host_bytes: Bound on the memory of all processes of a node together.
         device_bytes: Peak of a GPU's memory; 0 without.
         store_bytes: Bound on what a node's object store holds at once.
+        copied_bytes: Of all slides that are copied whole from an object store, to the
+            nodes that read them; see medray.slides.cache.
+        cache_bytes: Bound on these copies on a node at once.
         budget_bytes: Memory that Ray has on the smallest node, its store included.
         cost: Least and most, in the price's currency; None without a price.
         failed: Reason of each slide that cannot be planned, by slide.
@@ -75,6 +79,8 @@ class Estimate:
     host_bytes: int
     device_bytes: int
     store_bytes: int
+    copied_bytes: int
+    cache_bytes: int
     budget_bytes: int
     cost: tuple[float, float] | None
     failed: dict[str, str]
@@ -153,6 +159,8 @@ def estimate(
         host_bytes=host,
         device_bytes=measured["device_bytes"],
         store_bytes=store,
+        copied_bytes=copied_bytes(file.uri for file in wanted)[1],
+        cache_bytes=cache_bytes(),
         budget_bytes=cluster.memory_per_node(),
         cost=None if price is None else (hours[0] * price, hours[1] * price),
         failed=failed,

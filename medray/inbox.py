@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from medray.catalog import Catalog, Found, current
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError, MedrayError, SlideError
 from medray.run import Options
 from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.listing import SLIDE_SUFFIXES, SlideFile, as_slides, find_files
+from medray.slides.listing import SlideFile, as_slides, find_slide_files
 from medray.store import files
 
 log = logging.getLogger(__name__)
@@ -106,10 +106,11 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
         time.sleep(watch.settle)
     settled: dict[str, SlideFile] = {}
     for name, (slide, stamp) in fresh.items():
-        if stamp and _stamp(slide.uri) == stamp:
+        later, why = _stamp(slide.uri)
+        if stamp and later == stamp:
             settled[name] = slide
         else:
-            left_out[name] = "still being written, or cannot be looked at"
+            left_out[name] = why or "still being written, or cannot be looked at"
     found, unread = _digested(settled, {n: stamp for n, (_, stamp) in fresh.items()})
     left_out |= unread
     new, copies = _sorted_out(catalog, found)
@@ -140,26 +141,33 @@ def _look(inbox: str) -> dict[str, tuple[SlideFile, str]]:
     """Give the slides of the inbox and their stamps, by path below it."""
     if files.is_local(inbox) and not files.is_folder(inbox):
         raise ConfigError(f"{inbox}: expected a folder, the inbox; make it or name it")
-    found = find_files([inbox], SLIDE_SUFFIXES)
+    found = find_slide_files([inbox])
     with ThreadPoolExecutor(_READERS) as readers:
         slides = as_slides(found)
         stamps = readers.map(_stamp, [slide.uri for slide in slides])
         return {
-            slide.uri[len(inbox) :].strip("/"): (slide, stamp)
-            for slide, stamp in zip(slides, stamps, strict=True)
+            # A DICOM series may be the inbox's own.
+            slide.uri[len(inbox) :].strip("/") or ".": (slide, stamp)
+            for slide, (stamp, _) in zip(slides, stamps, strict=True)
         }
 
 
-def _stamp(uri: str) -> str:
-    """Give size and time of a slide, of an OME-Zarr also how much is there."""
+def _stamp(uri: str) -> tuple[str, str]:
+    """Give size and time of a slide, of an OME-Zarr also how much is there.
+
+    Returns:
+        Empty, and why, if not all of its files are there.
+    """
     try:
         stamp = slide_stamp(uri)
         if uri.endswith(".zarr"):
             sizes = files.list_files(uri).values()
             stamp += f" {len(sizes)} {sum(sizes)}"
-        return stamp
+        return stamp, ""
+    except SlideError as error:
+        return "", f"{error}"
     except (MedrayError, OSError):
-        return ""
+        return "", ""
 
 
 def _digest(slide: SlideFile) -> tuple[str, str]:

@@ -67,6 +67,7 @@ from medray.run import (
     raw_uri,
 )
 from medray.slides import Slide
+from medray.slides.cache import log_copies
 from medray.slides.levels import working_of
 from medray.slides.listing import SlideFile, find_slides
 from medray.store import files, omezarr
@@ -127,6 +128,7 @@ def _infer(
     skipped = len(wanted) - len(todo)
     if not todo:
         return Summary(out, 0, skipped, {}, 0, 0.0)
+    log_copies(row["uri"] for row in todo)
     cluster.connect()
     most, there = budget.bounds(settings)[0], cluster.memory_per_node()
     budget.check_budget(most, there)

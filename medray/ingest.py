@@ -50,6 +50,7 @@ from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, opened
+from medray.slides.cache import log_copies
 from medray.slides.digest import check_unchanged
 from medray.slides.levels import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.listing import SlideFile, find_slides
@@ -138,6 +139,7 @@ def _ingest(
     start = time.perf_counter()
     commit = Commit(ledger, _slide_row)
     if todo:
+        log_copies(row["uri"] for row in todo)
         cluster.connect()
         start = time.perf_counter()
         plan = functools.partial(_plan, settings=settings, out=out)

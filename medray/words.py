@@ -294,6 +294,10 @@ def _estimate_in_words(values: dict[str, Any]) -> str:
         f"{gib['store_bytes']:.1f} GiB of it the object store; Ray has "
         f"{gib['budget_bytes']:.1f} GiB",
         f"device   {gib['device_bytes']:.1f} GiB" if gib["device_bytes"] else "",
+        f"copies   {gib['copied_bytes']:.2f} GiB of slides whole from their store, at "
+        f"most {gib['cache_bytes']:.1f} GiB of them on a node at once"
+        if gib["copied_bytes"]
+        else "",
         f"output   at most {gib['output_bytes']:.2f} GiB, usually a hundredth",
     ]
     if values["cost"]:

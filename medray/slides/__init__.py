@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from medray.errors import SlideError
+from medray.slides import dicom
 from medray.slides.image import ArraySlide, open_image
+from medray.slides.listing import SLIDE_SUFFIXES
+from medray.slides.members import SEVERAL_FILES, slide_members
 from medray.slides.omezarr import ZarrSlide
 from medray.slides.openslide import OpenSlideSlide
 from medray.slides.slide import Level, NeedsOpenSlideError, Slide
+from medray.slides.staged import StagedSlide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
 from medray.slides.vendors import check_choice
+from medray.store import files
 
 __all__ = [
     "ArraySlide",
@@ -44,7 +49,8 @@ def open_slide(
             first.
         reader: `auto` takes tifffile, and OpenSlide for what is no TIFF or must be put
             together (NeedsOpenSlideError): any other TIFF that tifffile or medray's
-            checks refuse is damaged.
+            checks refuse is damaged. OpenSlide reads files only: of an object store it
+            gets a copy (medray.slides.cache).
 
     Raises:
         SlideError: It is absent, damaged, of no known format, or has no such scene or
@@ -69,7 +75,11 @@ def _open(uri: str, scene: int | None, plane: int | None, reader: str) -> Slide:
     if lower.endswith((".png", ".jpg", ".jpeg", ".bmp")):
         return open_image(uri)
     if reader == "openslide":
-        return OpenSlideSlide(uri)
+        return _openslide(uri)
+    if lower.endswith(SEVERAL_FILES) or _is_dicom(uri):
+        if reader == "tifffile":
+            raise SlideError(f"{uri}: is no TIFF, only OpenSlide reads it")
+        return _openslide(uri)
     try:
         return TiffSlide(uri, scene, plane)
     except NeedsOpenSlideError as error:
@@ -90,12 +100,10 @@ def _by_openslide(uri: str, needed: NeedsOpenSlideError) -> Slide:
     """Open a TIFF by OpenSlide, if it takes it for the vendor that it is of.
 
     Raises:
-        SlideError: It does not, or is not installed, or the file is not on a disk.
+        SlideError: It does not, or is not installed.
     """
-    if not os.path.isfile(uri):
-        raise SlideError(f"{needed}; only OpenSlide reads it, copy it to a disk")
     try:
-        slide = OpenSlideSlide(uri)
+        slide = _openslide(uri)
     except SlideError as error:
         raise SlideError(f"{needed}; {error}") from error
     if needed.vendor not in ("", slide.format):
@@ -105,6 +113,35 @@ def _by_openslide(uri: str, needed: NeedsOpenSlideError) -> Slide:
             f"{needed.vendor}: the file is damaged, or convert it to a pyramidal TIFF"
         )
     return slide
+
+
+def _openslide(uri: str) -> OpenSlideSlide:
+    """Open a slide by OpenSlide, when all its files are there.
+
+    Raises:
+        SlideError: One is missing, or OpenSlide is not installed or cannot open it.
+    """
+    try:
+        members = slide_members(uri)
+    except FileNotFoundError as error:
+        raise SlideError(f"{uri}: cannot be opened ({error})") from error
+    if files.is_local(uri):
+        return OpenSlideSlide(uri, members[0].uri)
+    return StagedSlide(uri, members)
+
+
+def _is_dicom(uri: str) -> bool:
+    """Tell whether this is DICOM; an absent file is not.
+
+    Raises:
+        SlideError: It is, and no slide.
+    """
+    if dicom.may_be_dicom(uri) or (files.is_local(uri) and os.path.isdir(uri)):
+        return dicom.find_series(uri) is not None
+    # Asking a store takes a request, so only of what is no file by its name.
+    if uri.lower().endswith(SLIDE_SUFFIXES) or dicom.stamp_of_file(uri) is not None:
+        return False
+    return dicom.find_series(uri) is not None
 
 
 def open_row(row: Mapping[str, Any]) -> Slide:

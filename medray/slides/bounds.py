@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 
 from medray.errors import SlideError
 from medray.grid import Rectangle
+from medray.slides import open_slide
+from medray.slides.openslide import OpenSlideSlide
+from medray.store import files
 
-_MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".scn", ".bif", ".svslide")
+_MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide")
 
 
 def scanned_bounds(uri: str, *, height: int, width: int) -> Rectangle | None:
@@ -44,6 +48,12 @@ def _stated(uri: str) -> tuple[tuple[int, int], Rectangle | None]:
         import openslide
     except ImportError:
         return (0, 0), None  # then it is not read by OpenSlide either
+    if not files.is_local(uri):
+        with open_slide(uri) as slide:
+            if not isinstance(slide, OpenSlideSlide):
+                return (0, 0), None
+            size = slide.levels[0].height, slide.levels[0].width
+            return size, _bounds(uri, slide.properties)
     if not os.path.isfile(uri):
         raise SlideError(
             f"{uri}: is not there, and its bounds are needed to place the annotation; "
@@ -51,12 +61,19 @@ def _stated(uri: str) -> tuple[tuple[int, int], Rectangle | None]:
         )
     try:
         with openslide.OpenSlide(uri) as slide:
-            names = ("y", "x", "height", "width")
-            stated = [
-                slide.properties.get(f"openslide.bounds-{name}") for name in names
-            ]
             width, height = slide.dimensions
-        numbers = [int(value) for value in stated if value is not None]
-    except (openslide.OpenSlideError, OSError, ValueError) as error:
+            return (height, width), _bounds(uri, slide.properties)
+    except (openslide.OpenSlideError, OSError) as error:
         raise SlideError(f"{uri}: its bounds cannot be read ({error})") from error
-    return (height, width), Rectangle(*numbers) if len(numbers) == 4 else None
+
+
+def _bounds(uri: str, properties: Mapping[str, str]) -> Rectangle | None:
+    stated = [
+        properties.get(f"openslide.bounds-{name}")
+        for name in ("y", "x", "height", "width")
+    ]
+    try:
+        numbers = [int(value) for value in stated if value is not None]
+    except ValueError as error:
+        raise SlideError(f"{uri}: its bounds cannot be read ({error})") from error
+    return Rectangle(*numbers) if len(numbers) == 4 else None

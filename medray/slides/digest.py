@@ -6,24 +6,27 @@ import hashlib
 from typing import Any
 
 from medray.errors import MedrayError, SlideError
+from medray.slides.members import slide_members
 from medray.store import files
 
 _MIB = 1 << 20
-_WHOLE = 64 * _MIB
+_WHOLE, _LEAST = 64 * _MIB, 2 * _MIB
 
 
 def slide_digest(uri: str) -> str:
-    """Name a file by its content.
+    """Name a slide by its content.
 
-    Up to 64 MiB all of it counts; of a larger one its size, its first and last MiB and
+    Up to 64 MiB all of it counts; of a larger file its size, its first and last MiB and
     62 MiB spread evenly between them: enough to tell scans apart at a constant cost.
-    An OME-Zarr is named by its zarr.json and the names and sizes of its files.
+    The files of a slide of several share the 64 MiB, but each counts with 2 MiB or
+    more; what they are called does not count. An OME-Zarr is named by its zarr.json and
+    the names and sizes of its files.
 
     Returns:
         `blake2b:` and 32 hex digits.
 
     Raises:
-        SlideError: It is not there.
+        SlideError: It, or one of its files, is not there.
         StoreError: It cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -33,31 +36,49 @@ def slide_digest(uri: str) -> str:
             for name, size in files.list_files(uri).items():
                 digest.update(f"/{name} {size}\n".encode())
         else:
-            size = files.size(uri)
-            starts, lengths = zip(*_parts(size), strict=True)
-            for data in files.read_ranges(uri, starts, lengths):
-                digest.update(data)
-            digest.update(str(size).encode())
+            members = slide_members(uri)
+            whole = max(_LEAST, _WHOLE // len(members))
+            for member in members:
+                starts, lengths = zip(*_parts(member.size, whole), strict=True)
+                for data in files.read_ranges(member.uri, starts, lengths):
+                    digest.update(data)
+                digest.update(str(member.size).encode())
     except FileNotFoundError as error:
         raise SlideError(f"{uri}: cannot be read ({error})") from error
     return f"blake2b:{digest.hexdigest()}"
 
 
-def _parts(size: int) -> list[tuple[int, int]]:
-    if size <= _WHOLE:
+def _parts(size: int, whole: int) -> list[tuple[int, int]]:
+    """Return (start, length) of what counts of a file, `whole` bytes of it at most."""
+    if size <= whole:
         return [(0, size)]
-    step = (size - _MIB) // 63
-    return [(i * step, _MIB) for i in range(63)] + [(size - _MIB, _MIB)]
+    last = whole // _MIB - 1
+    step = (size - _MIB) // last
+    return [(i * step, _MIB) for i in range(last)] + [(size - _MIB, _MIB)]
 
 
 def slide_stamp(uri: str) -> str:
-    """Give size and time of a file: equal stamps mean that it was not touched.
+    """Give size and time of a slide: equal stamps mean that it was not touched.
+
+    Of a slide of several files their sizes together, their number, and a digest of
+    their names, sizes and times.
 
     Raises:
         FileNotFoundError: There is no such file.
+        SlideError: One of its files is missing.
         StoreError: It cannot be looked at.
     """
-    return files.stamp(files.join(uri, "zarr.json") if uri.endswith(".zarr") else uri)
+    if uri.endswith(".zarr"):
+        return files.stamp(files.join(uri, "zarr.json"))
+    members = slide_members(uri)
+    if len(members) == 1:
+        return members[0].stamp
+    digest = hashlib.blake2b(digest_size=8)
+    for member in members:
+        name = member.uri.rpartition("/")[2]
+        digest.update(f"/{name} {member.stamp}\n".encode(errors="surrogateescape"))
+    size = sum(member.size for member in members)
+    return f"{size} {len(members)} files {digest.hexdigest()}"
 
 
 def stamp_of(uri: str, annotation: str = "") -> str:

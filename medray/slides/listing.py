@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import hashlib
+import logging
 import os
 import re
 import unicodedata
@@ -12,8 +14,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from medray.errors import ConfigError
+from medray.errors import ConfigError, SlideError
+from medray.slides import dicom, members
 from medray.store import files
+
+log = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = (
     ".ome.zarr",
@@ -28,6 +33,9 @@ SLIDE_SUFFIXES = (
     ".qptiff",
     ".mrxs",
     ".vms",
+    ".vmu",
+    ".dcm",
+    ".dicom",
     ".png",
     ".jpeg",
     ".jpg",
@@ -138,7 +146,7 @@ def _expand_address(address: str) -> list[tuple[str, str]]:
     if pattern:
         wanted = address[len(root) :].strip("/").split("/")
         return [item for item in found.items() if _matches(item[1].split("/"), wanted)]
-    if not found and files.exists(address):
+    if not found and (files.exists(address) or dicom.find_series(address)):
         return [(address, address.rpartition("/")[2])]
     return list(found.items())
 
@@ -152,21 +160,33 @@ def _matches(parts: list[str], wanted: list[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 
 
-def _expand(item: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Give (address, path below what was named) of each file that `item` names."""
+def _expand(
+    item: str, suffixes: tuple[str, ...], *, bare: bool = False
+) -> list[tuple[str, str]]:
+    """Give (address, path below what was named) of each file that `item` names.
+
+    With `bare` files count too that may be DICOM, which need no suffix.
+    """
+
+    def wanted(name: str) -> bool:
+        suffixed = strip_suffix(name, suffixes) is not None
+        return suffixed or (bare and dicom.may_be_dicom(name))
+
     if files.exists(files.join(item, "dataset.yaml")):
         item = files.join(item, "slides")
     if "://" in item:
         return [
             (uri, relative)
             for uri, relative in _expand_address(item.rstrip("/"))
-            if strip_suffix(relative, suffixes)
+            if wanted(relative)
         ]
     path = os.path.abspath(os.path.expanduser(item))
     if os.path.isdir(path) and not path.endswith(".zarr"):
-        found = [name for name in _walk(path) if strip_suffix(name, suffixes)]
+        found = [name for name in _walk(path) if wanted(name)]
         return [(name, os.path.relpath(name, path)) for name in found]
     names = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    if not names and bare and dicom.find_series(path):
+        names = [path]
     if not names:
         raise ConfigError(
             f"{item}: nothing there; name a file, a glob, a folder or an address"
@@ -194,6 +214,85 @@ def find_files(
     return sorted(found.items())
 
 
+def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
+    """Give (address, relative path) of the slides that `items` name, without repeats.
+
+    A slide of several files is one: the files that a VMS names are none of their own,
+    and DICOM instances of one series are the slide that medray.slides.dicom says: their
+    folder, or, where it holds several series, FOLDER/SeriesInstanceUID. DICOM files
+    that are no slides are left out unless they are named one by one.
+
+    Raises:
+        ConfigError: An item names nothing, a folder cannot be read, or pydicom is
+            needed and not installed.
+        StoreError: The files cannot be looked at.
+    """
+    found: dict[str, str] = {}
+    named: set[str] = set()
+    try:
+        for item in items:
+            expanded = _expand(item, SLIDE_SUFFIXES, bare=True)
+            if not ("://" in item or os.path.isdir(os.path.expanduser(item))):
+                named.update(uri for uri, _ in expanded)
+            for uri, relative in expanded:
+                found.setdefault(uri, relative)
+        by_folder: dict[str, dict[str, str]] = {}
+        for uri in [uri for uri in found if dicom.may_be_dicom(uri)]:
+            folder = uri.rpartition("/")[0]
+            by_folder.setdefault(folder, {})[uri] = found.pop(uri)
+        for folder, group in by_folder.items():
+            found |= _dicom_slides(folder, group, named)
+    except SlideError as error:
+        raise ConfigError(f"{error}") from error
+    for uri in [uri for uri in found if uri.lower().endswith((".vms", ".vmu"))]:
+        with contextlib.suppress(SlideError, FileNotFoundError):
+            for part in members.named_beside(uri):
+                if part not in named:
+                    found.pop(part, None)
+    return sorted(found.items())
+
+
+def _dicom_slides(
+    folder: str, group: dict[str, str], named: set[str]
+) -> dict[str, str]:
+    """Give the slides (relative path by address) that files of a folder belong to.
+
+    Args:
+        folder: That they lie in.
+        group: Relative path of each by its address.
+        named: Files that were named, not found.
+    """
+    instances = {one.uri: one for one in dicom.read_folder(folder)}
+    series = dicom.volume_series(instances.values())
+    slides: dict[str, str] = {}
+    no_slides: list[dicom.Instance] = []
+    for uri, relative in group.items():
+        one = instances.get(uri)
+        above, _, name = relative.rpartition("/")
+        its = one.series if one and one.flavor else name
+        if its in series:
+            address = dicom.series_address(folder, its, series)
+            alone = above or folder.rpartition("/")[2]
+            slides[address] = (
+                alone if address == folder else f"{above}/{its}".lstrip("/")
+            )
+        elif uri in named or (one and one.damaged):
+            slides[uri] = relative
+        elif one:
+            no_slides.append(one)
+        elif strip_suffix(uri):  # says that it is DICOM, and is not
+            slides[uri] = relative
+    if no_slides:
+        log.warning(
+            "%d DICOM files in %s are no slides, left out: %s (%s)",
+            len(no_slides),
+            folder,
+            no_slides[0].uri.rpartition("/")[2],
+            no_slides[0].flavor or no_slides[0].kind,
+        )
+    return slides
+
+
 def find_slides(items: Iterable[str]) -> list[SlideFile]:
     """Give the slides that `items` name, each with an id of its own.
 
@@ -201,7 +300,7 @@ def find_slides(items: Iterable[str]) -> list[SlideFile]:
         ConfigError: Nothing is found, or a folder cannot be read.
     """
     items = list(items)
-    slides = as_slides(find_files(items, SLIDE_SUFFIXES))
+    slides = as_slides(find_slide_files(items))
     if not slides:
         raise ConfigError(
             f"no slides in {items}: expected files that end in "

@@ -17,15 +17,20 @@ UInt8 = npt.NDArray[np.uint8]
 class OpenSlideSlide(Slide):
     """A file of OpenSlide's as a slide; see medray.slides.slide.Slide."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, path: str = "") -> None:
         """Open the file.
+
+        Args:
+            uri: Of the slide.
+            path: Of the file that OpenSlide is to open, if that is another one: a copy,
+                or a file of a slide of several.
 
         Raises:
             SlideError: OpenSlide is not installed or cannot open the file.
         """
-        self.uri = uri
-        self._slide = _open(uri)
-        properties = self._slide.properties
+        self.uri, self._path = uri, path or uri
+        self._slide = _open(uri, self._path)
+        self.properties = properties = self._slide.properties
         self.format = str(properties.get("openslide.vendor", "openslide"))
         x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.resolution = mpp_of(x, y, "openslide.mpp-x")
@@ -46,19 +51,22 @@ class OpenSlideSlide(Slide):
             rgba = self._slide.read_region(place, level, (width, height))
         except Exception as error:  # OpenSlideError, and what Pillow may add
             # After an error OpenSlide refuses everything else of the file too.
-            self.close()
-            self._slide = _open(self.uri)
+            self._reopen()
             raise SlideError(
                 f"{self.uri}: level {level} cannot be read at y={y} x={x} ({error})"
             ) from error
         return on_white(np.asarray(rgba))
+
+    def _reopen(self) -> None:
+        self._slide.close()
+        self._slide = _open(self.uri, self._path)
 
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
 
 
-def _open(uri: str) -> Any:
+def _open(uri: str, path: str) -> Any:
     try:
         import openslide
     except ImportError as error:
@@ -66,7 +74,7 @@ def _open(uri: str) -> Any:
             f"{uri}: openslide is not installed; pip install 'medray[openslide]'"
         ) from error
     try:
-        return openslide.OpenSlide(uri)
+        return openslide.OpenSlide(path)
     except (openslide.OpenSlideError, OSError) as error:
         raise SlideError(f"{uri}: openslide cannot open it ({error})") from error
 

@@ -9,6 +9,7 @@ import tifffile
 from defusedxml import ElementTree
 
 from medray.errors import MedrayError
+from medray.slides import dicom
 from medray.store import files
 
 UNKNOWN = "unknown"
@@ -17,17 +18,24 @@ _DESCRIPTION, _MAKE, _MODEL = 270, 271, 272  # TIFF 6.0, section 8
 
 
 def scanner_of(uri: str) -> str:
-    """Name the scanner of a TIFF slide, from its first page's tags.
+    """Name the scanner of a TIFF or DICOM slide.
 
     An SVS names its device (`ScanScope ID`), an OME-TIFF its microscope or detector,
-    others their Make and Model.
+    DICOM maker and model, others their Make and Model in the first page's tags.
 
     Args:
         uri: Path or address.
 
     Returns:
-        At most 80 characters; `unknown` where the file does not say, or is no TIFF.
+        At most 80 characters; `unknown` where the file does not say, or is of another
+        format.
     """
+    if dicom.may_be_dicom(uri):
+        try:
+            instances = dicom.find_series(uri)
+        except (MedrayError, OSError):
+            return UNKNOWN
+        return _clean(instances[0].scanner) if instances else UNKNOWN
     if not uri.lower().endswith((".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")):
         return UNKNOWN
     try:
@@ -37,6 +45,10 @@ def scanner_of(uri: str) -> str:
         return UNKNOWN
     except Exception:  # tifffile raises what a broken file leads it to
         return UNKNOWN
+    return _clean(said)
+
+
+def _clean(said: str) -> str:
     words = " ".join(re.sub(r"[^\x20-\x7e]", " ", said).split())
     return words[:_LONGEST] or UNKNOWN
 

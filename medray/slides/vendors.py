@@ -292,10 +292,23 @@ def _choose_philips(uri: str, tiff: Any) -> ChosenImage:
     return ChosenImage("philips", levels, mpp)
 
 
+def _companion(xml: str | None) -> str:
+    """Return the name of the file that holds the OME-XML; "" if that is this one."""
+    for element in ElementTree.fromstring(xml or "<OME/>"):
+        if _tag(element) == "BinaryOnly":
+            return element.get("MetadataFile") or "BinaryOnly"
+    return ""
+
+
 def _choose_ome(
     uri: str, tiff: Any, scene: int | None, plane: int | None
 ) -> ChosenImage:
     """Take the image of the finest resolution that no name makes a label or macro."""
+    if companion := _companion(tiff.ome_metadata):
+        raise SlideError(
+            f"{uri}: its OME-XML, with its resolution and channels, lies in another "
+            f"file ({companion}), expected it in the TIFF; save it as one OME-TIFF"
+        )
     # The XML of a set names the images of its other files too.
     own = [
         one

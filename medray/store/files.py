@@ -12,11 +12,13 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,6 +39,7 @@ _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": "10s"}
 # Ranges of a file that lie closer together are fetched at once.
 _GAP = 16 << 10
 _BLOCK = 64 << 10
+_PART, _PARTS = 16 << 20, 8
 _AGAIN = "then run the same command again"
 
 
@@ -180,6 +183,41 @@ def stamp(uri: str) -> str:
         return f"{meta['size']} {meta['e_tag'] or meta['last_modified']}"
 
 
+def list_stamps(folder: str) -> dict[str, str]:
+    """Return the stamp of each file directly in a folder, by name, sorted.
+
+    The stamps are those of `stamp`; an object store answers one request for all.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
+    with answered(folder):
+        if is_local(folder):
+            return dict(sorted(_local_stamps(folder)))
+        store, path = object_store(folder)
+        found = obstore.list_with_delimiter(store, prefix=f"{path}/" if path else None)
+        return {
+            meta["path"].rsplit("/", 1)[-1]: (
+                f"{meta['size']} {meta['e_tag'] or meta['last_modified']}"
+            )
+            for meta in sorted(found["objects"], key=lambda meta: meta["path"])
+            if meta["path"] != path
+        }
+
+
+def _local_stamps(folder: str) -> Iterator[tuple[str, str]]:
+    if not os.path.isdir(folder):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_file():
+                    status = entry.stat()
+                    yield entry.name, f"{status.st_size} {status.st_mtime}"
+            except FileNotFoundError:  # a file that another process was writing
+                continue
+
+
 def size(uri: str) -> int:
     """Give the bytes of a file.
 
@@ -229,6 +267,33 @@ def read_ranges(uri: str, starts: Sequence[int], lengths: Sequence[int]) -> list
 def _part(file: Any, start: int, length: int) -> bytes:
     file.seek(start)
     return bytes(file.read(length))
+
+
+def download(uri: str, path: str) -> None:
+    """Copy a file of an object store to a new local file, durably.
+
+    It is fetched in parts, some at once, so that a connection that breaks costs one
+    of them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StoreError: It cannot be read, or not be written here.
+    """
+    length = size(uri)
+    with answered(path, "written"):
+        file = open(path, "xb")  # noqa: SIM115
+
+    def fetch(start: int) -> bytes:
+        return read_ranges(uri, [start], [min(_PART, length - start)])[0]
+
+    with file, ThreadPoolExecutor(_PARTS) as fetching:
+        for starts in itertools.batched(range(0, length, _PART), _PARTS):
+            for part in fetching.map(fetch, starts):
+                with answered(path, "written"):
+                    file.write(part)
+        with answered(path, "written"):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _RemoteFile(io.RawIOBase):
