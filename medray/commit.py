@@ -148,7 +148,7 @@ def plan_one(
     header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
     try:
         digest = slide_digest(row["uri"])
-        digest += "".join(f"+{n}={row[n]:g}" for n in GIVEN if row[n] is not None)
+        digest += SlideFile("", "", *(row[name] for name in GIVEN)).given
         if row["annotation"]:
             digest += f"+{slide_digest(row['annotation'])}"
         header["digest"] = digest

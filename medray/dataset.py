@@ -41,8 +41,8 @@ class DatasetSettings:
 
     Attributes:
         classes: Names by label value.
-        mpp: What was said of the slides' microns per pixel, over what their files say:
-            a number, or a CSV; slides.parquet has each slide's.
+        mpp: What was first said of the slides' microns per pixel, over what their files
+            say: a number, or a CSV; slides.parquet has each slide's.
         patch: Side of a patch (a chunk), pixels of level 0.
         region: Side of a region (a shard), pixels of level 0.
     """
@@ -249,15 +249,24 @@ def read_groups(uri: str, column: str) -> dict[str, str]:
         text = files.read_bytes(uri).decode("utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
-    reader = csv.DictReader(io.StringIO(text))
-    names = reader.fieldnames or []
+    # newline="": line ends of all systems are the reader's business.
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        names, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
     if "slide" not in names or column not in names:
         raise ConfigError(
             f"{uri}: expected the columns slide and {column}, found {list(names)}"
         )
     values: dict[str, str] = {}
-    for row in reader:
+    for number, row in enumerate(rows, 2):
         slide, value = row["slide"], row[column]
+        if slide is None or value is None:
+            raise ConfigError(
+                f"{uri}: row {number} has fewer columns than the {len(names)} of the "
+                f"first; expected slide and {column} in each"
+            )
         if values.setdefault(slide, value) != value:
             raise ConfigError(
                 f"{uri}: slide {slide} has two values of {column}: "

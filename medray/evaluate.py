@@ -200,7 +200,10 @@ def match_truths(
         ConfigError: The request is wrong, no row has a truth, or one truth could be
             that of several.
     """
-    slides = [SlideFile(row["slide"], row["uri"]) for row in rows]
+    slides = [
+        SlideFile(row["slide"], row["uri"], None, row.get("scene"), row.get("plane"))
+        for row in rows
+    ]
     places, kind = find_truths(slides, truth, classes, split)
     matched = [
         row | {"truth": places[row["slide"]], "kind": kind}

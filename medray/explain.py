@@ -86,6 +86,12 @@ def explain(
         raise ConfigError(
             f"--class: expected one of {list(config.classes.names)}, found {name!r}"
         )
+    whole = config.classifies and config.mpp is None
+    if whole and not (mpp is scene is plane is None):
+        raise ConfigError(
+            f"{model}: looks at whole images, whatever their resolution; leave --mpp, "
+            f"--scene and --plane away"
+        )
     explainer = Explainer(model)
     rows: list[Row] = []
     shown: list[Row] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from medray.annotations.matching import match_names
+from medray.annotations.matching import match_names, slide_names
 from medray.dataset import read_groups
 from medray.errors import ConfigError
 from medray.slides.listing import SlideFile
@@ -52,17 +53,34 @@ def as_given(
 
 def _by_slide(slides: Sequence[SlideFile], uri: str) -> dict[str, float]:
     values: dict[str, float] = {}
-    for name, text in read_groups(uri, "mpp").items():
+    for said, text in read_groups(uri, "mpp").items():
+        name = unicodedata.normalize("NFC", said.strip())
         try:
             values[name] = float(text)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(
                 f"{uri}: expected microns per pixel of slide {name}, such as 0.25, "
                 f"found {text!r}"
             ) from error
         _check(values[name], f"{uri}: slide {name}")
-    matched = match_names(slides, {name: [name] for name in values})
-    idle = sorted(values.keys() - set(matched.values()))
+    names = {f"{uri}: {name}": [name] for name in values}
+    matched = {
+        slide: found.removeprefix(f"{uri}: ")
+        for slide, found in match_names(slides, names).items()
+    }
+    for file in slides:
+        if file.slide not in matched:
+            continue
+        first = matched[file.slide]
+        for name in slide_names(file):
+            free = name in values and name not in matched.values()
+            if free and values[name] != values[first]:
+                raise ConfigError(
+                    f"{uri}: says of {file.uri} both {first},{values[first]:g} and "
+                    f"{name},{values[name]:g}; expected one row a slide"
+                )
+    named = {name for file in slides for name in slide_names(file)}
+    idle = sorted(name for name in values if name not in named)
     if idle:
         shown = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
         log.warning("%s: %d rows belong to no slide: %s", uri, len(idle), shown)

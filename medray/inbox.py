@@ -1,7 +1,8 @@
 """What is new in an inbox, and what a night does about it; no Ray.
 
 A file is new by its bytes, not by its name: files whose size and time are not those of
-the last night are digested, and the catalog says whether their content is known.
+the last night are digested, and the catalog says whether their content is known. What
+the user says of a slide (--mpp, --scene, --plane) is part of its content.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from medray.catalog import Catalog, Found, current
 from medray.errors import ConfigError, MedrayError, SlideError
+from medray.given import as_given
 from medray.run import Options
 from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.listing import SlideFile, as_slides, find_slide_files
@@ -91,10 +93,14 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
         if name != _printable(name)
     }
     there = {name: of for name, of in there.items() if name == _printable(name)}
+    there = _as_given(there, watch.options)
     fresh = {
         name: (slide, stamp)
         for name, (slide, stamp) in there.items()
-        if not stamp or name not in known or known[name].stamp != stamp
+        if not stamp
+        or name not in known
+        or known[name].stamp != stamp
+        or not _is_said(known[name].digest, slide)
     }
     if fresh:
         log.info(
@@ -152,6 +158,28 @@ def _look(inbox: str) -> dict[str, tuple[SlideFile, str]]:
         }
 
 
+def _as_given(
+    there: dict[str, tuple[SlideFile, str]], options: Options
+) -> dict[str, tuple[SlideFile, str]]:
+    """Add what the user says of the slides."""
+    said = as_given(
+        [slide for slide, _ in there.values()],
+        mpp=options.mpp,
+        scene=options.scene,
+        plane=options.plane,
+    )
+    return {
+        name: (slide, stamp)
+        for (name, (_, stamp)), slide in zip(there.items(), said, strict=True)
+    }
+
+
+def _is_said(digest: str, slide: SlideFile) -> bool:
+    """Tell whether a content was known with what the user says of the slide now."""
+    content, _, _ = digest.partition("+")
+    return digest == content + slide.given
+
+
 def _stamp(uri: str) -> tuple[str, str]:
     """Give size and time of a slide, of an OME-Zarr also how much is there.
 
@@ -173,7 +201,7 @@ def _stamp(uri: str) -> tuple[str, str]:
 def _digest(slide: SlideFile) -> tuple[str, str]:
     """Give the digest, or why there is none."""
     try:
-        return slide_digest(slide.uri), ""
+        return slide_digest(slide.uri) + slide.given, ""
     except (MedrayError, OSError) as error:
         return "", f"{error}"
 

@@ -236,7 +236,7 @@ def _plan_slide(
         "classes": settings.classes.names,
     }
     mpp, said = settle_mpp(slide, header["given_mpp"])
-    facts |= {"mpp": mpp.x if mpp else None} | mpp_columns(slide, header["given_mpp"])
+    facts |= {"mpp": mpp.x if mpp else None} | mpp_columns(mpp)
     notes = [*([slide.note] if slide.note else []), *marks.notes]
     if said:
         notes.append(said)

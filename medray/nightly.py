@@ -388,7 +388,7 @@ def _outcomes(
             why = row["message"] or "failed without a reason"
             outcomes[slide["file"]] = Outcome(slide["digest"], name, why)
             continue
-        digest = row["digest"].partition("+")[0]  # without that of an annotation
+        digest = _without_annotation(row["digest"])
         if digest != slide["digest"]:
             found.append(Found(slide["file"], "changed", digest))
         if name in measured:
@@ -405,6 +405,12 @@ def _outcomes(
             values=values | run_values(row, settings.classes.names),
         )
     return outcomes
+
+
+def _without_annotation(digest: str) -> str:
+    """Return what of a row's digest names the slide and what was said of it."""
+    content, *others = digest.split("+")
+    return "+".join([content, *(part for part in others if "=" in part)])
 
 
 def _is_noted(catalog: Catalog, slide: Row, night: str) -> bool:

@@ -15,7 +15,7 @@ from medray.grid import Rectangle, plan_regions, region_windows, windows_over
 from medray.region import BLOCK, areas_within
 from medray.run import RunSettings, mask_uri
 from medray.slides import Slide
-from medray.slides.levels import Working, choose_level, mpp_columns
+from medray.slides.levels import Working, choose_level, mpp_columns, settle_mpp
 from medray.slides.tissue import tissue_share
 from medray.store import omezarr
 
@@ -71,7 +71,7 @@ def plan_slide(
         for i, r in enumerate(regions)
         if (part := _part(r, blocks)).any()
     ]
-    facts = asdict(working) | mpp_columns(slide, given_mpp)
+    facts = asdict(working) | mpp_columns(settle_mpp(slide, given_mpp)[0])
     facts |= {
         "level0_height": level0.height,
         "level0_width": level0.width,

@@ -37,6 +37,7 @@ from medray.slides.levels import (
     choose_level,
     mpp_columns,
     read_working,
+    settle_mpp,
     working_of,
 )
 from medray.slides.thumbnail import read_thumbnail
@@ -86,7 +87,7 @@ def plan_tiles(
         first, size = (part.y + ys[0], part.x + xs[0]), tiles.shape
         region = [int(n) * side for n in (*first, *size)]
         found.append({"index": index, "region": region, "tiles": tiles.tolist()})
-    facts = asdict(working) | mpp_columns(slide, given_mpp)
+    facts = asdict(working) | mpp_columns(settle_mpp(slide, given_mpp)[0])
     facts |= {
         "level0_height": slide.levels[0].height,
         "level0_width": slide.levels[0].width,

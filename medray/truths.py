@@ -42,7 +42,31 @@ def find_truths(
             one truth could be that of several slides.
     """
     names, kind = list_truths(truth, classes, split)
-    return match_names(slides, names), kind
+    matched = match_names(slides, names)
+    if kind == "labels":
+        _check_same_images(slides, matched, truth)
+    return matched, kind
+
+
+def _check_same_images(
+    slides: Sequence[SlideFile], matched: Mapping[str, str], truth: str
+) -> None:
+    """Refuse a truth that was made of another image of a slide's file."""
+    rows = files.read_table(files.join(truth, "slides.parquet")).to_pylist()
+    chosen_of = {labels_uri(truth, row["slide"]): row for row in rows}
+    for file in slides:
+        row = chosen_of.get(matched.get(file.slide, ""), {})
+        for what, ours in (("scene", file.scene), ("plane", file.plane)):
+            if row and row.get(what) != ours:
+                raise ConfigError(
+                    f"{truth}: {row['slide']} was made with {_said(what, row[what])}, "
+                    f"the run of {file.uri} with {_said(what, ours)}; expected the "
+                    f"same image of the file: make one of them again as the other"
+                )
+
+
+def _said(what: str, number: int | None) -> str:
+    return f"no --{what}" if number is None else f"--{what} {number}"
 
 
 def list_truths(

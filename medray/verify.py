@@ -322,7 +322,7 @@ class Difference:
         agreement: Of each class: f1 (Dice) and iou between the two masks, and its
             pixels in each.
         not_compared: Why some slides cannot be compared: only one run has them, or in
-            another size, or a mask is damaged.
+            another size or of another image of the file, or a mask is damaged.
     """
 
     out: str
@@ -363,6 +363,10 @@ def diff(out: str, other: str) -> Difference:
     for slide in sorted(done[0].keys() & done[1].keys()):
         try:
             one, two = (omezarr.open_level(mask_uri(run, slide)) for run in runs)
+            for what in ("scene", "plane"):
+                ours, theirs = (of[slide].get(what) for of in done)
+                if ours != theirs:
+                    raise FormatError(f"{what} {ours} here, {theirs} there")
             if one.shape != two.shape:
                 raise FormatError(f"{one.shape} pixels here, {two.shape} there")
             regions, confused = _compare(one, two, settings[0])

@@ -209,7 +209,8 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     if row["status"] == "failed":
         opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
         top = opened.levels[0]
-        return Place(**common, height=top.height, width=top.width, mpp=opened.mpp)
+        mpp = row.get("given_mpp") or opened.mpp
+        return Place(**common, height=top.height, width=top.width, mpp=mpp)
     return _under_way(viewed, common, layers)
 
 

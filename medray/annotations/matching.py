@@ -138,9 +138,9 @@ def _collision(found: Sequence[str], files: Sequence[SlideFile]) -> str:
     more = f" ({len(files)} slides in all)" if len(files) > 2 else ""
     return (
         f"{found[0]}: could belong to {slides}{more}; expected one slide of that "
-        f"name: name the annotation by the slide's path with its suffix below the "
-        f"folder of slides (such as {files[0].path}.geojson), or name the folder that "
-        f"holds all slides"
+        f"name: name it by the slide's path with its suffix below the folder of slides "
+        f"(such as {files[0].path}, an annotation {files[0].path}.geojson), or name "
+        f"the folder that holds all slides"
     )
 
 

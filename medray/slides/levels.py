@@ -84,13 +84,8 @@ def settle_mpp(slide: Slide, given_mpp: float | None) -> tuple[Mpp | None, str]:
     return given, f"--mpp {given_mpp:g} overrules the file's {found}"
 
 
-def mpp_columns(slide: Slide, given_mpp: float | None) -> dict[str, Any]:
-    """Return the `MPP_COLUMNS` of a slide's row.
-
-    Raises:
-        SlideError: As `settle_mpp`.
-    """
-    mpp, _ = settle_mpp(slide, given_mpp)
+def mpp_columns(mpp: Mpp | None) -> dict[str, Any]:
+    """Return the `MPP_COLUMNS` of a slide's row."""
     values = (mpp.x, mpp.y, mpp.source) if mpp else (None, None, "")
     return dict(zip(MPP_COLUMNS, values, strict=True))
 

@@ -63,6 +63,12 @@ class SlideFile:
     plane: int | None = None
 
     @property
+    def given(self) -> str:
+        """What the user says of it, as the end of a digest: `+mpp=0.25`, or ""."""
+        said = {"mpp": self.mpp, "scene": self.scene, "plane": self.plane}
+        return "".join(f"+{k}={v:.9g}" for k, v in said.items() if v is not None)
+
+    @property
     def path(self) -> str:
         """The path that the id was made of: the end of `uri`, below what was named.
 

@@ -154,11 +154,14 @@ def _choose_svs(uri: str, tiff: Any, plane: int | None) -> ChosenImage:
     by_size: dict[tuple[int, int], list[Any]] = {}
     for page in pages:
         by_size.setdefault(_size(page.keyframe), []).append(page)
-    count = min(map(len, by_size.values()))
+    count = len(by_size[_size(first.keyframe)])
     check_choice(uri, "plane", plane, count)
-    levels = _largest_first([of_size[plane or 0] for of_size in by_size.values()])
+    number = plane or 0
+    # A level that lacks the plane would show another one.
+    planes = [of for of in by_size.values() if len(of) > number]
+    levels = _largest_first([of_size[number] for of_size in planes])
     note = ""
-    if len(levels) < len(pages):
+    if count > 1:
         note = _focal_planes(count, "the first of each level", plane)
     description = first.description or ""
     values = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*)", description))
@@ -518,7 +521,10 @@ def _resolution_mpp(page: Any) -> tuple[Mpp | None, str]:
         known = numerator and denominator
         per_pixel.append(microns * denominator / numerator if known else None)
     x, y = per_pixel
-    if source == "XResolution" and x and x >= _COARSEST_TAGGED:
-        note = f"its {25400 / x:g} dpi are a screen's or printer's, not its mpp"
-        return None, note if x < _COARSEST_NOTED else ""
+    finest = min((value for value in per_pixel if value), default=0.0)
+    # A unit of microns is no printer's, however large the pixels.
+    if microns >= 1e3 and max(x or 0.0, y or 0.0) >= _COARSEST_TAGGED:
+        coarsest = max(x or 0.0, y or 0.0)
+        note = f"its {25400 / coarsest:g} dpi are a screen's or printer's, not its mpp"
+        return None, note if finest < _COARSEST_NOTED else ""
     return mpp_of(x, y, source), ""

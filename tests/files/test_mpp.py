@@ -88,6 +88,8 @@ def test_both_axes_are_read_and_their_source_is_told(
         (118.11, "CENTIMETER", True),  # 300 dpi
         (28, "CENTIMETER", True),  # 71 dpi, rounded down from 72
         (1200, "INCH", True),
+        (300, "ImageJ inch", True),
+        (118.11, "ImageJ cm", True),
         (1, "NONE", False),
         (1, "INCH", False),
         (0, "INCH", False),
@@ -96,10 +98,24 @@ def test_both_axes_are_read_and_their_source_is_told(
 def test_a_screens_or_printers_resolution_counts_for_nothing(
     tmp_path: Path, x: float, unit: str, noted: bool
 ) -> None:
-    tagged(tmp_path / "x.tif", x, x, unit)
+    named = unit.removeprefix("ImageJ ")
+    if unit.startswith("ImageJ"):
+        tagged(tmp_path / "x.tif", x, x, "NONE", f"ImageJ=1.54f\nunit={named}\n")
+    else:
+        tagged(tmp_path / "x.tif", x, x, unit)
     with open_slide(tmp_path / "x.tif") as slide:
         assert slide.resolution is None
         assert ("dpi" in slide.note) == noted
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 300), (20_000, 72), (300, 20_000)])
+def test_one_axis_of_a_screen_makes_both_unknown(
+    tmp_path: Path, x: float, y: float
+) -> None:
+    tagged(tmp_path / "x.tif", x, y, "INCH")
+    with open_slide(tmp_path / "x.tif") as slide:
+        assert slide.resolution is None
+        assert "dpi" in slide.note
 
 
 @settings(deadline=None)
@@ -117,7 +133,7 @@ def test_what_the_user_says_counts(x: float, y: float, said: float | None) -> No
     assert told.x == (said or x)
     assert bool(note) == (said is not None and (oblong or abs(x / said - 1) >= 0.01))
     assert choose_level(slide, None, said).mpp == told.x
-    assert mpp_columns(slide, said) == {
+    assert mpp_columns(told) == {
         "mpp_x": told.x,
         "mpp_y": told.y,
         "mpp_from": "--mpp" if said else "its file",
@@ -157,7 +173,12 @@ def test_a_csv_names_slides_as_annotations_do(
         ("slide,um\na,0.5\n", "expected the columns slide and mpp"),
         ("slide,mpp\na__one,fine\n", "of slide a__one, such as 0.25, found 'fine'"),
         ("slide,mpp\na__one,\n", "found ''"),
-        ("slide,mpp\na__one\n", "found None"),
+        ("slide,mpp\na__one\n", "row 2 has fewer columns than the 2"),
+        ("mpp,slide\n0.5\n", "row 2 has fewer columns"),
+        (
+            "slide,mpp\na/one.tif,0.5\na/one,0.25\n",
+            r"both a/one.tif,0.5 and a/one,0.25",
+        ),
         ("slide,mpp\na__one,250\n", r"a__one: expected 0.01 to 100 um.*found 250"),
         ("slide,mpp\na__one,nan\n", "expected 0.01 to 100"),
         ("slide,mpp\na__one,0.5\na__one,0.25\n", "has two values"),
@@ -171,6 +192,16 @@ def test_a_csv_that_is_wrong_is_refused(
     (tmp_path / "mpp.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         as_given(wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None)
+
+
+def test_what_says_the_same_twice_is_taken(tmp_path: Path) -> None:
+    wanted = slides_in(tmp_path)
+    # Line ends as Excel for the Mac writes them.
+    (tmp_path / "mpp.csv").write_bytes(
+        b"slide,mpp\ra/one.tif,0.5\ra/one,0.50\rtwo,0.25\r"
+    )
+    found = as_given(wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None)
+    assert [f.mpp for f in found] == [0.5, 0.25, None]
 
 
 def test_a_number_that_is_wrong_is_refused(tmp_path: Path) -> None:

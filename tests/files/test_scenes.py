@@ -85,6 +85,21 @@ def test_focal_planes_of_an_svs(tmp_path: Path) -> None:
         open_slide(path, scene=1)
 
 
+def test_an_svs_whose_levels_lack_planes(tmp_path: Path) -> None:
+    path = tmp_path / "x.svs"
+    said = "Aperio Image Library v12\r\n|AppMag = 20|MPP = 0.5"
+    plain = TILED | {"metadata": None, "description": said}
+    with tifffile.TiffWriter(path) as tiff:
+        for seed in range(2):
+            tiff.write(pixels(seed), **plain)
+        tiff.write(pixels(0)[::2, ::2].copy(), **plain)
+    for plane, levels in ((None, 2), (0, 2), (1, 1)):
+        with open_slide(path, plane=plane) as slide:
+            assert len(slide.levels) == levels
+            assert slide.note.startswith("2 focal planes")
+            np.testing.assert_array_equal(slide.read(0, 0, 64, 96), pixels(plane or 0))
+
+
 def test_images_of_a_plain_tiff(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     with tifffile.TiffWriter(path) as tiff:

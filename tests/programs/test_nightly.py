@@ -24,6 +24,7 @@ from medray.drift import Slide, run_values, stain_values, watch
 from medray.errors import ConfigError
 from medray.inbox import Watch, plan_night
 from medray.nightly import night_of, nightly
+from medray.run import Options
 from medray.slides.scanner import scanner_of
 from medray.store import files
 
@@ -134,6 +135,27 @@ def test_failures_are_tried_again_so_many_nights(inbox: Path) -> None:
     assert more["retried"] == ["a.tif"]
     (inbox / "a.tif").unlink()
     assert plan(inbox, catalog, "2026-01-04", tries=3)["slides"] == []
+
+
+def test_a_slide_of_which_something_else_is_said_is_new(inbox: Path) -> None:
+    for name in ("a", "b", "c"):
+        (inbox / f"{name}.tif").write_bytes(name.encode())
+    table, catalog = inbox.parent / "mpp.csv", {}
+    keep(catalog, plan(inbox, catalog), failed=("a.tif",), tries=1)
+    assert catalog[digest(b"a")]["status"] == "given up"
+    todo = []
+    for night, rows in enumerate(("a,0.5\nb,0.25\n", "a,0.5\nb,0.3\n", ""), 2):
+        table.write_text(f"slide,mpp\n{rows}")
+        how = {"options": Options(mpp=str(table)), "tries": 1}
+        today = plan(inbox, catalog, f"2026-01-0{night}", **how)
+        todo.append({s["file"]: s["digest"] for s in today["slides"]})
+        assert plan(inbox, catalog, f"2026-01-0{night}", **how) == today
+        keep(catalog, today)
+    assert todo == [
+        {"a.tif": digest(b"a") + "+mpp=0.5", "b.tif": digest(b"b") + "+mpp=0.25"},
+        {"b.tif": digest(b"b") + "+mpp=0.3"},
+        {},  # what it was without the table is known: given up, or done
+    ]
 
 
 def test_files_that_still_grow_are_left_out(inbox: Path) -> None:
