@@ -39,6 +39,7 @@ _IMAGEJ_MICRONS = {
     "cm": 1e4,
     "inch": 25400.0,
 }
+_AXES = {"I": "pages", "Q": "pages"}  # tifffile's letters for images of one size
 _XMP = 700
 _NDPI_LENS, _NDPI_FOCUS = 65421, 65424
 _OTHER_IMAGE = re.compile(r"\b(label|macro|overview|thumbnail|map)\b", re.IGNORECASE)
@@ -425,7 +426,7 @@ def _planes(
         for axis, size in zip(series.axes, series.shape, strict=True)
         if axis not in "YXS" and size > 1
     }
-    said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    said = " x ".join(f"{_AXES.get(axis, axis)}={n}" for axis, n in sizes.items())
     count, order = math.prod(sizes.values()), [plane or 0]
     if sizes == {"C": 3} and "S" not in series.axes:
         count = 1
