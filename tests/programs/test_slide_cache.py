@@ -117,6 +117,33 @@ def test_what_is_missing_in_a_bucket_is_named(
             open_slide(f"{address}/{name}")
 
 
+@pytest.mark.parametrize("name", ["bad.dcm", "README"])
+def test_an_object_that_is_forbidden_costs_at_most_a_row(
+    bucket: tuple[str, s3.Proxy],
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address, proxy = bucket
+    here = tmp_path / "slides"
+    write_series(here / "case1", picture(*SIZE))
+    (here / name).write_text("no slide" * 100)
+    upload(here, address)
+    proxy.closed = f"/{name}"
+    found = {file.slide: file.uri for file in find_slides([address])}
+    refused = {"bad": f"{address}/bad.dcm"} if name == "bad.dcm" else {}
+    assert found == {"case1": f"{address}/case1"} | refused
+    for uri in refused.values():
+        with pytest.raises(
+            StoreError, match=r"bad\.dcm: cannot be read.*check the cred"
+        ):
+            open_slide(uri)
+    assert (f"{address}/{name}: cannot be read" in caplog.text) == (not refused)
+    proxy.expired = True
+    with pytest.raises(StoreError, match="cannot be read"):
+        find_slides([address])
+
+
 def test_a_replaced_object_is_fetched_again(
     bucket: tuple[str, s3.Proxy], tmp_path: Path
 ) -> None:
