@@ -22,6 +22,7 @@ from medray.slides import Slide, opened
 from medray.slides.digest import slide_digest, stamp_of
 from medray.slides.levels import MPP_COLUMNS
 from medray.slides.listing import SlideFile
+from medray.slides.staged import StagedSlide
 from medray.store import files
 from medray.store.ledger import Ledger, slide_key
 
@@ -199,7 +200,11 @@ def plan_one(
         if before and before["digest"] == digest:
             unchanged = before | {name: row[name] for name in names}
             return header | {"unchanged": unchanged}, []
-        facts, regions = cut(header, opened(row))
+        slide = opened(row)
+        facts, regions = cut(header, slide)
+        if isinstance(slide, StagedSlide):  # who reads it has its copy made first
+            facts = facts | {"copied": True}
+            regions = [region | {"copied": True} for region in regions]
         try:
             make(header | facts)
             regions = missing_regions(row, digest, regions, out)

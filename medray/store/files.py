@@ -280,11 +280,14 @@ def _part(file: Any, start: int, length: int) -> bytes:
     return bytes(file.read(length))
 
 
-def download(uri: str, path: str) -> None:
+def download(uri: str, path: str) -> Iterator[int]:
     """Copy a file of an object store to a new local file, durably.
 
     It is fetched in parts, some at once, so that a connection that breaks costs one
-    of them.
+    of them. A part fails that does not come for a minute or two.
+
+    Yields:
+        Bytes of each part that was written.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -302,6 +305,7 @@ def download(uri: str, path: str) -> None:
             for part in fetching.map(fetch, starts):
                 with answered(path, "written"):
                     file.write(part)
+                yield len(part)
         with answered(path, "written"):
             file.flush()
             os.fsync(file.fileno())
