@@ -198,7 +198,8 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
     Yields:
         While the slide is copied, which may take any time.
     """
-    yield from fetch_if_copied(task.file.uri)
+    file = task.file
+    yield from fetch_if_copied(file.uri, file.scene, file.plane)
     row, picture = _start_row(task), b""
     try:
         scene, plane = task.file.scene, task.file.plane

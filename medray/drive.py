@@ -45,7 +45,9 @@ class SlideWorker:
         """Plan rows of slides, as (header, regions); finish headers."""
         for row in rows:
             if "todo" not in row:
-                for _ in fetch_if_copied(row["uri"]):
+                for _ in fetch_if_copied(
+                    row["uri"], row.get("scene"), row.get("plane")
+                ):
                     yield []
                 yield [self._plan(row)]
                 continue

@@ -149,22 +149,31 @@ def fetch(uri: str) -> Iterator[None]:
         yield from copy_parts(slide_members(uri))
 
 
-def fetch_if_copied(uri: str) -> Iterator[None]:
+def fetch_if_copied(
+    uri: str, scene: int | None = None, plane: int | None = None
+) -> Iterator[None]:
     """Do as `fetch` with any slide; of a TIFF the header says whether it is copied.
+
+    Args:
+        uri: Path or address.
+        scene: As for medray.slides.open_slide.
+        plane: Likewise.
 
     Yields:
         As `copy_parts`.
     """
-    if not files.is_local(uri) and (_is_copied(uri) or _needs_openslide(uri)):
+    if files.is_local(uri):
+        return
+    if _is_copied(uri) or _needs_openslide(uri, scene, plane):
         yield from fetch(uri)
 
 
-def _needs_openslide(uri: str) -> bool:
+def _needs_openslide(uri: str, scene: int | None, plane: int | None) -> bool:
     """Tell whether a TIFF is one that tifffile cannot put together."""
     if uri.lower().endswith(_NO_TIFFS):
         return False
     try:
-        TiffSlide(uri).close()
+        TiffSlide(uri, scene, plane).close()
     except NeedsOpenSlideError:
         return True
     except (MedrayError, OSError):

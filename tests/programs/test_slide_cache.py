@@ -319,6 +319,13 @@ def test_a_copy_says_that_it_goes_on(
     assert [*cache.fetch_if_copied(f"{here}/m.mrxs")] == []
     assert [*cache.fetch_if_copied(f"{address}/x.tif")] == []
     assert [*cache.fetch_if_copied(f"{address}/none.mrxs")] == []
+    # Of a TIFF whose tiles only OpenSlide puts together the header tells.
+    trestle = tmp_path / "trestle" / "t.tif"
+    trestle.parent.mkdir()
+    tifffile.imwrite(trestle, picture(*SIZE), tile=(256, 256), software="MedScan 1")
+    upload(trestle.parent, address)
+    assert len([*cache.fetch_if_copied(f"{address}/t.tif")]) == 1
+    shutil.rmtree(tmp_path / "cache")
     making = cache.fetch_if_copied(uri)
     for _ in range(3):
         next(making)
