@@ -6,6 +6,7 @@
 
 Slides are found, matched and read by the functions that ingest uses, so what is refused
 here is what ingest refuses, but for damage inside a file: only coarse pixels are read.
+Slides of a bucket that OpenSlide reads are copied whole for that, as in any run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import datetime
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ from medray.given import as_given
 from medray.isolated import LostError, call_each
 from medray.progress import Progress
 from medray.slides import Slide, open_slide, read_thumbnail
+from medray.slides.cache import fetch_if_copied, log_copies
 from medray.slides.levels import settle_mpp
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.readable import check_readable
@@ -125,6 +127,7 @@ def check(
         _Task(file, matched.get(file.slide, ""), known, out is not None)
         for file in wanted
     ]
+    log_copies(file.uri for file in wanted)
     looks = _look_at_all(tasks)
     rows = [
         {key: _text(v) if isinstance(v, str) else v for key, v in look.row.items()}
@@ -189,8 +192,14 @@ def _look_at_all(tasks: Sequence[_Task]) -> dict[str, _Look]:
     return found
 
 
-def _look(task: _Task) -> _Look:
-    """Open a slide and its annotation; what cannot be used is told in the row."""
+def _look(task: _Task) -> Generator[None, None, _Look]:
+    """Open a slide and its annotation; what cannot be used is told in the row.
+
+    Yields:
+        While the slide is copied, which may take any time.
+    """
+    file = task.file
+    yield from fetch_if_copied(file.uri, file.scene, file.plane)
     row, picture = _start_row(task), b""
     try:
         scene, plane = task.file.scene, task.file.plane

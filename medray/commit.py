@@ -22,6 +22,7 @@ from medray.slides import Slide, opened
 from medray.slides.digest import slide_digest, stamp_of
 from medray.slides.levels import MPP_COLUMNS
 from medray.slides.listing import SlideFile
+from medray.slides.staged import StagedSlide
 from medray.store import files
 from medray.store.ledger import Ledger, slide_key
 
@@ -77,9 +78,10 @@ def changed_slides(
 
     Raises:
         ConfigError: A done slide of the same id was made of another file, which is
-            still there.
+            still there, or a slide was done before under another id.
     """
     wanted = list(wanted)
+    _check_known_once(wanted, ledger)
     for file in wanted:
         _check_same_slide(file, ledger.slides.get(file.slide))
     rows = []
@@ -103,6 +105,48 @@ def changed_slides(
         rows.append(row | {"committed": {"digest": digest, "shards": shards}})
     ledger.flush()
     return rows
+
+
+def _check_known_once(wanted: list[SlideFile], ledger: Ledger) -> None:
+    """Refuse to do a slide a second time under another id.
+
+    An id is made of the path below what was named, and of the whole address too if two
+    of a request would be equal. So it changes when a request names more, or less. A
+    DICOM series is its folder, or FOLDER/UID once another series is in that folder.
+    """
+    done: dict[str, list[Row]] = {}
+    for row in ledger.slides.values():
+        if row["status"] == "done":
+            done.setdefault(row["uri"], []).append(row)
+            done.setdefault(f"{_above(row['uri'])}/", []).append(row)
+    for file in wanted:
+        near = [*done.get(_above(file.uri), ()), *done.get(f"{file.uri}/", ())]
+        others = [
+            *(row for row in done.get(file.uri, ()) if row["slide"] != file.slide),
+            *(row for row in near if _is_of(file, row)),
+        ]
+        if others:
+            raise ConfigError(
+                f"{file.uri}: is done there as {others[0]['slide']!r} "
+                f"({others[0]['uri']}) and would be there twice, now as "
+                f"{file.slide!r}: ids are made of the paths below what is named. Name "
+                f"what was named before, with no DICOM series added to a folder of "
+                f"one; or give another --out, and name the folder that holds all"
+            )
+
+
+def _above(uri: str) -> str:
+    return uri.rpartition("/")[0]
+
+
+def _is_of(file: SlideFile, before: Row) -> bool:
+    """Tell whether a slide is that of a row with another id."""
+    try:
+        digest = slide_digest(file.uri)
+    except (MedrayError, OSError):
+        return False  # planning it will tell what is wrong
+    same = digest == str(before["digest"]).partition("+")[0]
+    return same and before["slide"] != file.slide
 
 
 def _check_same_slide(file: SlideFile, before: Row | None) -> None:
@@ -156,7 +200,11 @@ def plan_one(
         if before and before["digest"] == digest:
             unchanged = before | {name: row[name] for name in names}
             return header | {"unchanged": unchanged}, []
-        facts, regions = cut(header, opened(row))
+        slide = opened(row)
+        facts, regions = cut(header, slide)
+        if isinstance(slide, StagedSlide):  # who reads it has its copy made first
+            facts = facts | {"copied": True}
+            regions = [region | {"copied": True} for region in regions]
         try:
             make(header | facts)
             regions = missing_regions(row, digest, regions, out)

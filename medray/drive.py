@@ -20,6 +20,7 @@ from medray.faults import bound_memory, failure
 from medray.interrupt import StoppedError, stopping
 from medray.pool import Pool, poll
 from medray.progress import Progress
+from medray.slides.cache import fetch, fetch_if_copied
 from medray.store.ledger import Ledger
 
 # Regions that show how fast they go, after as many that waited for the model, too.
@@ -44,8 +45,14 @@ class SlideWorker:
         """Plan rows of slides, as (header, regions); finish headers."""
         for row in rows:
             if "todo" not in row:
+                for _ in fetch_if_copied(
+                    row["uri"], row.get("scene"), row.get("plane")
+                ):
+                    yield []
                 yield [self._plan(row)]
                 continue
+            for _ in fetch(row["uri"]) if row.get("copied") else ():
+                yield []
             try:
                 yield [self._finish(row)]
             except Exception as error:  # whatever it is, it is this slide's alone

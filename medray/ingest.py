@@ -50,7 +50,7 @@ from medray.grid import Rectangle, plan_regions
 from medray.pool import Pool
 from medray.progress import Progress
 from medray.slides import ArraySlide, Slide, opened
-from medray.slides.cache import log_copies
+from medray.slides.cache import fetch, log_copies
 from medray.slides.digest import check_unchanged
 from medray.slides.levels import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.listing import SlideFile, find_slides
@@ -169,6 +169,8 @@ class _Cutter:
     def work(self, rows: list[Row]) -> Iterator[list[Row]]:
         """Cut regions one after the other."""
         for row in rows:
+            for _ in fetch(row["uri"]) if row.get("copied") else ():
+                yield []
             yield [_cut(row, self._settings, self._out)]
 
 

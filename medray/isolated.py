@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -43,9 +43,11 @@ class Isolated:
 
         Args:
             function: Of a module, so that it can be imported there. What it raises
-                ends its process.
+                ends its process. It may be a generator, that yields as long as it
+                waits for something, and returns the result.
             task: Its argument; argument and result are pickled.
-            limit_s: Seconds that it may take; after them its process is ended.
+            limit_s: Seconds that it may take, from one yield to the next; after them
+                its process is ended.
 
         Raises:
             LostError: The process ended, or took too long.
@@ -58,8 +60,9 @@ class Isolated:
             process, pipe = self._running
         try:
             pipe.send((function, task))
-            if pipe.poll(limit_s):
-                return pipe.recv()
+            while pipe.poll(limit_s):
+                if result := pipe.recv():
+                    return result[0]
             how = f"took more than {limit_s:g} s"
         except (EOFError, OSError):
             code = process.wait()
@@ -147,7 +150,20 @@ def _serve(descriptor: int, parent: int) -> None:
     with contextlib.suppress(EOFError), Connection(descriptor) as pipe:
         while True:
             function, task = pipe.recv()
-            pipe.send(function(task))
+            result = function(task)
+            if isinstance(result, Generator):
+                result = _result_of(result, pipe)
+            pipe.send((result,))
+
+
+def _result_of(steps: Generator[Any, None, Any], pipe: Connection[Any, Any]) -> Any:
+    """Run a generator, and say with each step that it goes on."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        pipe.send(())
 
 
 if __name__ == "__main__":

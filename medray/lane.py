@@ -30,6 +30,7 @@ from medray import budget, cluster
 from medray.commit import Row
 from medray.pool import Pool, why_lost
 from medray.region import RegionIO
+from medray.slides.cache import fetch
 
 UInt8 = npt.NDArray[np.uint8]
 Layers = dict[str, npt.NDArray[Any]]
@@ -141,6 +142,10 @@ class Lane:
             MedrayError: The models cannot be used.
         """
         self._loading.result()
+        # All of this node's processes find the copies then.
+        for uri in sorted({row["uri"] for row in rows if row.get("copied")}):
+            for _ in fetch(uri):
+                yield []
         outcomes: list[Row | None] = []
         for row in self._work(rows):
             done = {k: row[k] for k in _OUTCOME if k in row}

@@ -56,9 +56,10 @@ class Pool:
     """Actors with a method that takes rows and gives a result for each, in their order.
 
     The method is a generator of lists of results, so that results come back while later
-    rows are worked on; None hands a row back, which another actor then does. What a
-    dead actor held is done again row by row, each with an actor to itself: a row that
-    kills is found out and costs no other row. An actor that dies with its node speaks
+    rows are worked on. None hands a row back, which another actor then does; an empty
+    list says that the next row takes long, and not for it hangs. What a dead actor held
+    is done again row by row, each with an actor to itself: a row that kills is found
+    out and costs no other row. An actor that dies with its node speaks
     against no row. An actor whose node is told to go gets nothing more, and another
     takes its place.
 
@@ -173,8 +174,10 @@ class Pool:
                 if back := [row for row, result in pairs if result is None]:
                     self._queue.appendleft(back)
                 call.rows = call.rows[len(results) :]
+                # Also of no results: who copies a slide says so that it does not hang.
                 call.since = time.monotonic()
-                self._deaths = 0
+                if results:
+                    self._deaths = 0
         except StopIteration:
             self._end(ready)
         except RayTaskError as error:

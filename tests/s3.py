@@ -26,12 +26,14 @@ class Proxy:
         requests: How many requests came.
         busy: Share of the requests that are answered with 503.
         delay: Seconds that each request waits.
+        closed: Objects whose path ends like this are answered with 403.
         expired: Every request is answered as one with an expired token.
     """
 
     def __init__(self, host: str, port: int, seed: int = 0) -> None:
         self.fetched = self.requests = 0
         self.busy, self.delay, self.expired = 0.0, 0.0, False
+        self.closed = ""
         self._random = Random(seed)
         self._lock = threading.Lock()
         proxy = self
@@ -93,6 +95,8 @@ class Proxy:
         time.sleep(self.delay)
         if self.expired:
             return 400, [("Content-Type", "application/xml")], EXPIRED
+        if self.closed and path.endswith(self.closed):
+            return 403, [], b"<Error><Code>AccessDenied</Code></Error>"
         if refused:
             return 503, [], b"<Error><Code>SlowDown</Code></Error>"
         connection = http.client.HTTPConnection(*to, timeout=60)
@@ -111,6 +115,7 @@ class Proxy:
 
     def heal(self) -> None:
         self.busy, self.delay, self.expired = 0.0, 0.0, False
+        self.closed = ""
 
     def close(self) -> None:
         self._server.shutdown()

@@ -170,5 +170,8 @@ def _opened(uri: str, stamp: str, scene: int | None, plane: int | None) -> Slide
 
 
 def _is_tiff(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    except OSError:  # nor would another reader get to read it
+        return True

@@ -32,6 +32,8 @@ from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.slides import dicom
 from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, Member, slide_members
+from medray.slides.slide import NeedsOpenSlideError
+from medray.slides.tiff import TiffSlide
 from medray.store import files
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ SIZE_VARIABLE = "MEDRAY_SLIDE_CACHE_GIB"
 _DEFAULT_GIB = 50.0
 
 _COPIED = (*SEVERAL_FILES, *dicom.SUFFIXES, ".bif")
+_NO_TIFFS = (".zarr", ".png", ".jpeg", ".jpg", ".bmp")
 _READERS = 16
 _NEW, _LOCK, _GONE = ".new", ".lock", ".gone"
 # For others to have read what takes up the room; a region is read in seconds.
@@ -92,25 +95,105 @@ def local_copy(members: Sequence[Member]) -> Iterator[Path]:
         SlideError: The slide is larger than the cache may become, or was replaced.
         StoreError: It cannot be read, or the cache's disk is full or not writable.
     """
-    size = sum(member.size for member in members)
-    root, most = cache_folder(), cache_bytes()
-    if size > most:
-        raise SlideError(
-            f"{members[0].uri}: its {len(members)} files have {_gib(size)}, the cache "
-            f"of whole slides {root} may have {_gib(most)}; set {SIZE_VARIABLE} to a "
-            f"larger number"
-        )
-    entry = root / f"{_key(members)}-{size}"
-    first = entry / _inside(members)[0]
     while True:
+        for _ in copy_parts(members):
+            pass
+        entry = _entry(members)
         with _locked(entry, fcntl.LOCK_SH):
             if entry.is_dir():
                 os.utime(_beside(entry, _LOCK))
-                yield first
+                yield entry / _inside(members)[0]
                 return
-        with _locked(entry, fcntl.LOCK_EX):
-            if not entry.is_dir():
-                _make(entry, members, size, most)
+
+
+def copy_parts(members: Sequence[Member]) -> Iterator[None]:
+    """Make a copy of a slide's files, if it is not there, or wait for who makes it.
+
+    Yields:
+        Whenever there is more of it: as long as something comes it does not hang.
+
+    Raises:
+        SlideError: As `local_copy`.
+        StoreError: As `local_copy`.
+    """
+    size, most = sum(member.size for member in members), cache_bytes()
+    if size > most:
+        raise SlideError(
+            f"{members[0].uri}: its {len(members)} files have {_gib(size)}, the cache "
+            f"of whole slides {cache_folder()} may have {_gib(most)}; set "
+            f"{SIZE_VARIABLE} to a larger number"
+        )
+    entry, seen = _entry(members), -1
+    while not entry.is_dir():
+        with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+            if free and not entry.is_dir():
+                yield from _make(entry, members, size, most)
+                return
+        there = _bytes_in(_beside(entry, _NEW))
+        if there != seen:
+            yield
+        seen = there
+        time.sleep(_LOOK_S)
+
+
+def fetch(uri: str) -> Iterator[None]:
+    """Make the copy of a slide that is read from one, part by part.
+
+    For whoever has a limit of time for a slide: how long its copy takes depends on the
+    line, and says nothing about the slide. What is wrong is left to its opening to say.
+
+    Yields:
+        As `copy_parts`.
+    """
+    with contextlib.suppress(MedrayError, OSError):
+        yield from copy_parts(slide_members(uri))
+
+
+def fetch_if_copied(
+    uri: str, scene: int | None = None, plane: int | None = None
+) -> Iterator[None]:
+    """Do as `fetch` with any slide; of a TIFF the header says whether it is copied.
+
+    Args:
+        uri: Path or address.
+        scene: As for medray.slides.open_slide.
+        plane: Likewise.
+
+    Yields:
+        As `copy_parts`.
+    """
+    if files.is_local(uri):
+        return
+    if _is_copied(uri) or _needs_openslide(uri, scene, plane):
+        yield from fetch(uri)
+
+
+def _needs_openslide(uri: str, scene: int | None, plane: int | None) -> bool:
+    """Tell whether a TIFF is one that tifffile cannot put together."""
+    if uri.lower().endswith(_NO_TIFFS):
+        return False
+    try:
+        TiffSlide(uri, scene, plane).close()
+    except NeedsOpenSlideError:
+        return True
+    except (MedrayError, OSError):
+        pass
+    return False
+
+
+def _is_copied(uri: str) -> bool:
+    """Tell by its name whether a slide of a store is read from a copy."""
+    lower = uri.lower()
+    return lower.endswith(_COPIED) or not lower.endswith(SLIDE_SUFFIXES)
+
+
+def _entry(members: Sequence[Member]) -> Path:
+    size = sum(member.size for member in members)
+    return cache_folder() / f"{_key(members)}-{size}"
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(files.list_files(f"{folder}").values())
 
 
 def copied_bytes(uris: Iterable[str]) -> tuple[int, int]:
@@ -119,12 +202,7 @@ def copied_bytes(uris: Iterable[str]) -> tuple[int, int]:
     By their names: a TIFF of an object store that only OpenSlide can put together
     shows when it is opened.
     """
-    wanted = [
-        uri
-        for uri in uris
-        if not files.is_local(uri)
-        and (uri.lower().endswith(_COPIED) or not uri.lower().endswith(SLIDE_SUFFIXES))
-    ]
+    wanted = [uri for uri in uris if not files.is_local(uri) and _is_copied(uri)]
     with ThreadPoolExecutor(_READERS) as readers:
         sizes = [size for size in readers.map(_size, wanted) if size]
     return len(sizes), sum(sizes)
@@ -201,8 +279,10 @@ def _locked(entry: Path, how: int) -> Iterator[bool]:
             os.close(handle)
 
 
-def _make(entry: Path, members: Sequence[Member], size: int, most: int) -> None:
-    """Copy the files; the caller has the lock alone."""
+def _make(
+    entry: Path, members: Sequence[Member], size: int, most: int
+) -> Iterator[None]:
+    """Copy the files, part by part; the caller has the lock alone."""
     new = _beside(entry, _NEW)
     _take_room(entry, members[0].uri, size, most)
     log.info("copying %s, %s, to %s", members[0].uri, _gib(size), entry.parent)
@@ -213,7 +293,8 @@ def _make(entry: Path, members: Sequence[Member], size: int, most: int) -> None:
             with files.answered(f"{path}", "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                files.download(member.uri, f"{path}")
+                for _ in files.download(member.uri, f"{path}"):
+                    yield
                 now = files.stamp(member.uri)
             except FileNotFoundError as error:
                 raise SlideError(f"{member.uri}: is missing now ({error})") from error

@@ -33,8 +33,28 @@ _SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)+")
 _MAGIC_AT, _MAGIC = 128, b"DICM"
 _READERS = 16
-# The last that is wanted; behind it are colour profiles of megabytes.
+# What `Instance` holds, in the order of a file.
+_WANTED = (
+    "ImageType",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "SeriesInstanceUID",
+    "ConcatenationUID",
+    "InConcatenationNumber",
+    "InConcatenationTotalNumber",
+    "DimensionOrganizationType",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "TotalPixelMatrixColumns",
+    "TotalPixelMatrixRows",
+)
+# The last of them; behind it are colour profiles of megabytes.
 _LAST_TAG = 0x00480007
+# Of a header, and of one value of it; a scanner writes some kB up to there.
+_MOST_BYTES, _MOST_VALUE = 1 << 20, 4096
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,8 @@ class Instance:
         tiles: That cover the level once.
         sparse: It says of each tile where it lies; some may not be stored.
         scanner: Maker and model.
-        damaged: It cannot be read; nothing else is known.
+        damaged: It is DICOM and damaged; nothing else is known.
+        unread: Why it cannot be read, so that nobody knows whether it is DICOM.
     """
 
     uri: str
@@ -74,6 +95,7 @@ class Instance:
     sparse: bool = False
     scanner: str = ""
     damaged: bool = False
+    unread: str = ""
 
 
 def may_be_dicom(name: str) -> bool:
@@ -105,7 +127,7 @@ def read_header(uri: str, stamp: str = "") -> Instance | None:
 
 @functools.lru_cache(maxsize=65536)
 def _read_header(uri: str, stamp: str) -> Instance | None:
-    with files.open_file(uri) as file:
+    with files.answered(uri), files.open_file(uri) as file:
         file.seek(_MAGIC_AT)
         if file.read(4) != _MAGIC:
             return None
@@ -113,6 +135,7 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
         try:
             import pydicom.config
             from pydicom.filereader import read_partial
+            from pydicom.tag import Tag
         except ImportError as error:
             raise SlideError(
                 f"{uri}: is DICOM, and pydicom is not installed; pip install "
@@ -121,9 +144,14 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
         # Values that break a rule of form are no reason to warn for each instance.
         pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
         try:
-            data = read_partial(file, lambda tag, *_: tag > _LAST_TAG)
+            data = read_partial(
+                _Header(file, uri),  # type: ignore[arg-type]  # what it uses of a file
+                lambda tag, *_: tag > _LAST_TAG,
+                defer_size=_MOST_VALUE,
+                specific_tags=[Tag(name) for name in _WANTED],
+            )
             return _instance(uri, stamp, data)
-        except (SlideError, StoreError):
+        except (SlideError, StoreError, OSError):
             raise
         except Exception as error:  # pydicom raises what a broken file leads it to
             raise SlideError(
@@ -132,7 +160,38 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
             ) from error
 
 
+class _Header:
+    """The start of a file, for pydicom: no more of it is read than a header has."""
+
+    def __init__(self, file: Any, uri: str) -> None:
+        self._file, self._uri, self._left = file, uri, _MOST_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, length: int = -1) -> bytes:
+        if length < 0:  # what pydicom does to inflate it, which nothing would bound
+            raise SlideError(
+                f"{self._uri}: is DICOM compressed as a whole (Deflated Explicit VR "
+                f"Little Endian), expected a transfer syntax of slides, which compress "
+                f"tiles; it is damaged or no slide, convert it or take it away"
+            )
+        self._left -= length
+        if self._left < 0:
+            raise SlideError(
+                f"{self._uri}: expected DICOM with a header of at most {_MOST_BYTES} "
+                f"bytes up to the size of the image, found a longer one; it is damaged "
+                f"or no slide, copy it again or take it away"
+            )
+        return bytes(self._file.read(length))
+
+
 def _instance(uri: str, stamp: str, data: Any) -> Instance:
+    for name in _WANTED:
+        raw = data.get_item(name, keep_deferred=True) if name in data else None
+        if raw is not None and raw.value is None and raw.length > _MOST_VALUE:
+            raise SlideError(
+                f"{uri}: expected DICOM with a {name} of at most {_MOST_VALUE} bytes, "
+                f"found {raw.length}; the file is damaged, copy it again"
+            )
     kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
     series = str(data.get("SeriesInstanceUID") or "")
     if not _UID.fullmatch(series) and kind != _DIRECTORY_CLASS:
@@ -171,9 +230,11 @@ def _instance(uri: str, stamp: str, data: Any) -> Instance:
 def read_folder(folder: str) -> list[Instance]:
     """Return the DICOM files that lie directly in a folder, damaged ones marked.
 
+    Files that cannot be read are marked as well: they may be DICOM.
+
     Raises:
         SlideError: pydicom is not installed.
-        StoreError: The folder or a file cannot be read.
+        StoreError: The folder cannot be read, or its store does not answer.
     """
     found = [
         (files.join(folder, name), stamp)
@@ -194,6 +255,11 @@ def _header_or_mark(found: tuple[str, str]) -> Instance | None:
         if isinstance(error.__cause__, ImportError):
             raise
         return Instance(*found, "a damaged file", "", "", "", False, damaged=True)
+    except StoreError as error:
+        if not files.is_of_one_file(error):
+            raise
+        kind = "a file that cannot be read"
+        return Instance(*found, kind, "", "", "", False, unread=f"{error}")
 
 
 def volume_series(instances: Iterable[Instance]) -> list[str]:

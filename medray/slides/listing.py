@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from medray.errors import ConfigError, SlideError
+from medray.errors import ConfigError, SlideError, StoreError
 from medray.slides import dicom, members
 from medray.store import files
 
@@ -138,7 +138,10 @@ def _walk(folder: str) -> list[str]:
 
 
 def _expand_address(address: str) -> list[tuple[str, str]]:
-    """Give (address, path below what was named) of what lies at an address."""
+    """Give (address, path below what was named) of what lies at an address.
+
+    A glob names files and, as among local files, folders, whose files it stands for.
+    """
     if address.endswith(".zarr"):
         return [(address, address.rpartition("/")[2])]
     pattern = re.search(r"[*?\[]", address)
@@ -151,10 +154,26 @@ def _expand_address(address: str) -> list[tuple[str, str]]:
         found[files.join(root, name)] = name
     if pattern:
         wanted = address[len(root) :].strip("/").split("/")
-        return [item for item in found.items() if _matches(item[1].split("/"), wanted)]
+        matched = ((uri, _below(name, wanted)) for uri, name in found.items())
+        return [(uri, name) for uri, name in matched if name]
     if not found and (files.exists(address) or dicom.find_series(address)):
         return [(address, address.rpartition("/")[2])]
     return list(found.items())
+
+
+def _below(name: str, wanted: list[str]) -> str:
+    """Give a file's path below what a glob names of it; "" if it names nothing of it.
+
+    That is the whole path of a file that matches, and else what lies below the
+    uppermost of its folders that does.
+    """
+    parts = name.split("/")
+    if _matches(parts, wanted):
+        return name
+    for count in range(1, len(parts)):
+        if _matches(parts[:count], wanted):
+            return "/".join(parts[count:])
+    return ""
 
 
 def _matches(parts: list[str], wanted: list[str]) -> bool:
@@ -166,10 +185,30 @@ def _matches(parts: list[str], wanted: list[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 
 
+def _names(item: str) -> list[str]:
+    """Give the files, folders and addresses that an item names: of a glob several.
+
+    What a shell would make of a glob, so that it need not matter who expands it.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    path = os.path.expanduser(item)
+    if "://" in item or os.path.lexists(path):
+        return [item]
+    if names := sorted(glob.glob(path, recursive=True)):
+        return names
+    if dicom.find_series(os.path.abspath(path)):
+        return [item]
+    raise ConfigError(
+        f"{item}: nothing there; name a file, a glob, a folder or an address"
+    )
+
+
 def _expand(
     item: str, suffixes: tuple[str, ...], *, bare: bool = False
 ) -> list[tuple[str, str]]:
-    """Give (address, path below what was named) of each file that `item` names.
+    """Give (address, path below what was named) of each file of what `_names` gives.
 
     With `bare` files count too that may be DICOM, which need no suffix.
     """
@@ -187,17 +226,16 @@ def _expand(
             if wanted(relative)
         ]
     path = os.path.abspath(os.path.expanduser(item))
-    if os.path.isdir(path) and not path.endswith(".zarr"):
+    if _is_folder(path):
         found = [name for name in _walk(path) if wanted(name)]
         return [(name, os.path.relpath(name, path)) for name in found]
-    names = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-    if not names and bare and dicom.find_series(path):
-        names = [path]
-    if not names:
-        raise ConfigError(
-            f"{item}: nothing there; name a file, a glob, a folder or an address"
-        )
-    return [(name, os.path.basename(name)) for name in names]
+    return [(path, os.path.basename(path))]
+
+
+def _is_folder(path: str) -> bool:
+    """Tell a folder that is searched from a file, or from an OME-Zarr."""
+    path = os.path.expanduser(path)
+    return os.path.isdir(path) and not path.rstrip("/").endswith(".zarr")
 
 
 def find_files(
@@ -214,8 +252,8 @@ def find_files(
         ConfigError: An item names nothing, or a folder cannot be read.
     """
     found: dict[str, str] = {}
-    for item in items:
-        for uri, relative in _expand(item, suffixes):
+    for name in itertools.chain.from_iterable(map(_names, items)):
+        for uri, relative in _expand(name, suffixes):
             found.setdefault(uri, relative)
     return sorted(found.items())
 
@@ -236,12 +274,14 @@ def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     named: set[str] = set()
     try:
-        for item in items:
-            expanded = _expand(item, SLIDE_SUFFIXES, bare=True)
-            if not ("://" in item or os.path.isdir(os.path.expanduser(item))):
+        for name in itertools.chain.from_iterable(map(_names, items)):
+            expanded = _expand(name, SLIDE_SUFFIXES, bare=True)
+            if not ("://" in name or _is_folder(name)):
                 named.update(uri for uri, _ in expanded)
             for uri, relative in expanded:
                 found.setdefault(uri, relative)
+        for uri in _in_data_folders([*found]):
+            del found[uri]
         by_folder: dict[str, dict[str, str]] = {}
         for uri in [uri for uri in found if dicom.may_be_dicom(uri)]:
             folder = uri.rpartition("/")[0]
@@ -251,11 +291,37 @@ def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
     except SlideError as error:
         raise ConfigError(f"{error}") from error
     for uri in [uri for uri in found if uri.lower().endswith((".vms", ".vmu"))]:
-        with contextlib.suppress(SlideError, FileNotFoundError):
-            for part in members.named_beside(uri):
-                if part not in named:
-                    found.pop(part, None)
+        for part in _parts_of_vms(uri, [*found]):
+            if part not in named:
+                found.pop(part, None)
     return sorted(found.items())
+
+
+def _parts_of_vms(uri: str, others: list[str]) -> list[str]:
+    """Give the files that a VMS or VMU names, as far as it can be read."""
+    try:
+        return members.named_beside(uri)
+    except (SlideError, FileNotFoundError):
+        return []
+    except StoreError as error:
+        if not files.is_of_one_file(error):
+            raise
+        # Scanners name them like the slide: x.vms has x.jpg, x(1,0).jpg, x_macro.jpg.
+        return [one for one in others if one != uri and one.startswith(uri[:-4])]
+
+
+def _in_data_folders(uris: list[str]) -> list[str]:
+    """Give what lies in the data folders of MRXS slides, which is part of those."""
+    folders, there = {uri.rpartition("/")[0] for uri in uris}, set(uris)
+    data = {
+        folder
+        for folder in folders
+        for slide in (f"{folder}.mrxs", f"{folder}.MRXS")
+        # A store takes a request to be asked.
+        if slide in there or (files.is_local(slide) and files.exists(slide))
+        if files.exists(files.join(folder, "Slidedat.ini"))
+    }
+    return [uri for uri in uris if uri.rpartition("/")[0] in data]
 
 
 def _dicom_slides(
@@ -272,6 +338,7 @@ def _dicom_slides(
     series = dicom.volume_series(instances.values())
     slides: dict[str, str] = {}
     no_slides: list[dicom.Instance] = []
+    unread: list[dicom.Instance] = []
     for uri, relative in group.items():
         one = instances.get(uri)
         above, _, name = relative.rpartition("/")
@@ -284,7 +351,9 @@ def _dicom_slides(
             )
         elif uri in named or (one and one.damaged):
             slides[uri] = relative
-        elif one:
+        elif one and one.unread and not uri.lower().endswith(dicom.SUFFIXES):
+            unread.append(one)
+        elif one and not one.unread:
             no_slides.append(one)
         elif strip_suffix(uri):  # says that it is DICOM, and is not
             slides[uri] = relative
@@ -295,6 +364,14 @@ def _dicom_slides(
             folder,
             no_slides[0].uri.rpartition("/")[2],
             no_slides[0].flavor or no_slides[0].kind,
+        )
+    if unread:
+        log.warning(
+            "%d files without a suffix in %s may be DICOM and cannot be read, left "
+            "out: %s",
+            len(unread),
+            folder,
+            unread[0].unread,
         )
     return slides
 

@@ -347,8 +347,11 @@ class TiffSlide(Slide):
 
     def _read_at(self, offset: int, count: int) -> bytes:
         with self._lock:
-            self._file.seek(offset)
-            data: bytes = self._file.read(count)
+            try:
+                self._file.seek(offset)
+                data: bytes = self._file.read(count)
+            except OSError as error:  # the system does not name a file that is open
+                raise OSError(error.errno, error.strerror, self.uri) from error
         return data
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
 
 from medray.errors import FormatError, StoreError
 
@@ -40,6 +40,8 @@ _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": "10s"}
 _GAP = 16 << 10
 _BLOCK = 64 << 10
 _PART, _PARTS = 16 << 20, 8
+# What a file system of another machine answers that is out of reach.
+_GONE = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN)
 _AGAIN = "then run the same command again"
 
 
@@ -143,7 +145,8 @@ def _advice(error: BaseException) -> str:
     said = str(error)
     if isinstance(error, ModuleNotFoundError):
         return "pip install 'medray[s3]' to use ~/.aws"
-    if isinstance(error, PermissionError) or code == errno.EROFS or "Expired" in said:
+    denied = isinstance(error, PermissionError | PermissionDeniedError)
+    if denied or code == errno.EROFS or "Expired" in said:
         if code:
             return "give this user permission or choose another place"
         return "check the credentials in the environment and what they permit"
@@ -152,6 +155,14 @@ def _advice(error: BaseException) -> str:
     if code == errno.ENOTDIR:
         return "choose another place"
     return "see that it can be reached"
+
+
+def is_of_one_file(error: StoreError) -> bool:
+    """Tell an error that is about one file from one that is about its whole store."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno not in _GONE
+    return isinstance(cause, PermissionDeniedError)
 
 
 def exists(uri: str) -> bool:
@@ -269,11 +280,14 @@ def _part(file: Any, start: int, length: int) -> bytes:
     return bytes(file.read(length))
 
 
-def download(uri: str, path: str) -> None:
+def download(uri: str, path: str) -> Iterator[int]:
     """Copy a file of an object store to a new local file, durably.
 
     It is fetched in parts, some at once, so that a connection that breaks costs one
-    of them.
+    of them. A part fails that does not come for a minute or two.
+
+    Yields:
+        Bytes of each part that was written.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -291,6 +305,7 @@ def download(uri: str, path: str) -> None:
             for part in fetching.map(fetch, starts):
                 with answered(path, "written"):
                     file.write(part)
+                yield len(part)
         with answered(path, "written"):
             file.flush()
             os.fsync(file.fileno())

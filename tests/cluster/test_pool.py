@@ -34,17 +34,28 @@ class Worker:
             if row.get("back") and len(pids(self.folder, row["i"])) < 3:
                 yield [None]
                 continue
-            time.sleep(self.seconds)
+            for _ in range(12 if row.get("copies") else 0):
+                time.sleep(0.5)
+                yield []
+            time.sleep(99 if row.get("hangs") else self.seconds)
             yield [2 * row["i"]]
 
     def pid(self) -> int:
         return os.getpid()
 
 
-def start(folder: Path, actors: int, *, seconds: float = 0.0, calls: int = 2) -> Pool:
+def start(
+    folder: Path,
+    actors: int,
+    *,
+    seconds: float = 0.0,
+    calls: int = 2,
+    patience: float | None = None,
+) -> Pool:
     actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=calls + 1)
     begin = functools.partial(actor.remote, str(folder), seconds)
-    return Pool(begin, "work", actors, calls=calls)
+    allowed = None if patience is None else lambda _: patience
+    return Pool(begin, "work", actors, calls=calls, patience=allowed)
 
 
 def run(pool: Pool, packets: list) -> list:
@@ -105,6 +116,14 @@ def test_an_actor_killed_from_outside_is_replaced(tmp_path: Path) -> None:
         found = run(pool, packets(60, 6))
     assert sorted(found) == [(i, 2 * i) for i in range(60)]
     assert any(str(victim) in pids(tmp_path, i) for i in range(60))
+
+
+def test_who_says_that_a_row_takes_long_is_not_taken_to_hang(tmp_path: Path) -> None:
+    with start(tmp_path, 2, calls=1, patience=3) as pool:
+        found = dict(run(pool, packets(4, 2, copies={1, 2}, hangs={3})))
+    assert [found[i] for i in range(3)] == [0, 2, 4]
+    assert [len(pids(tmp_path, i)) for i in (1, 2)] == [1, 1]
+    assert isinstance(found[3], LostError)
 
 
 def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:

@@ -369,6 +369,14 @@ def test_a_call_that_kills_or_hangs_costs_only_itself() -> None:
     assert "code 1" in str(lost[raises])
 
 
+def test_a_call_that_goes_on_may_take_longer_than_its_limit() -> None:
+    code = "(__import__('time').sleep(s) for s in {})"
+    steady, hangs = code.format("[2.5] * 5"), code.format("[1, 99]")
+    found = dict(call_each(eval, [steady, hangs], processes=2, limit_s=8))
+    assert found[steady] is None  # what such a generator returns
+    assert "more than 8 s" in str(found[hangs])
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
     os.mkfifo(tmp_path / "x.png")  # whoever opens it waits

@@ -11,6 +11,7 @@ import pytest
 from dicoms import Scan, half, picture, write_ct, write_series
 
 from medray.annotations.matching import match_annotations
+from medray.commit import GIVEN, changed_slides
 from medray.errors import ConfigError, SlideError
 from medray.inbox import Watch, plan_night
 from medray.slides import dicom, open_slide
@@ -18,6 +19,7 @@ from medray.slides.digest import slide_digest, slide_stamp
 from medray.slides.listing import SlideFile, find_slides
 from medray.slides.members import slide_members
 from medray.slides.scanner import scanner_of
+from medray.store.ledger import Ledger
 
 pytest.importorskip("openslide")
 
@@ -131,6 +133,30 @@ def test_series_of_one_folder_are_slides_of_their_own(tmp_path: Path) -> None:
     write_series(folder, picture(*SIZE), Scan(seed="e"))
     now = {file.uri: slide_digest(file.uri) for file in find_slides([f"{folder}"])}
     assert now.items() > before.items()
+
+
+def test_a_series_is_not_done_twice_under_two_addresses(tmp_path: Path) -> None:
+    folder = tmp_path / "slides" / "case1"
+    write_series(folder, picture(*SIZE), Scan(seed="a"))
+    ledger = Ledger(f"{tmp_path}/out")
+
+    def run() -> list[str]:
+        rows = changed_slides(find_slides([f"{tmp_path}/slides"]), ledger)
+        for row in rows:
+            names = ("slide", "uri", "annotation", "stamp", *GIVEN)
+            done = {"status": "done", "message": "", "digest": slide_digest(row["uri"])}
+            ledger.commit_slide({name: row[name] for name in names} | done)
+        return [row["slide"] for row in rows]
+
+    assert run() == ["case1"]
+    added = write_series(folder, picture(*SIZE, 1), Scan(seed="b"))
+    with pytest.raises(ConfigError, match=r"is done there as 'case1'.*no DICOM series"):
+        run()
+    (tmp_path / "slides" / "case2").mkdir()
+    for path in added:
+        path.rename(tmp_path / "slides" / "case2" / path.name)
+    assert run() == ["case2"]
+    ledger.close()
 
 
 def test_what_is_no_slide_is_left_out_and_said(

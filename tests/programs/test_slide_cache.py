@@ -1,26 +1,37 @@
 """Slides that only OpenSlide reads, from buckets: copied whole, bounded, shared."""
 
+import functools
+import importlib
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import s3
+import tifffile
 from dicoms import Scan, picture, write_series
 from read_copies import SIZE, copies, prepare, size_of, start_reader, upload
 from several_files import write_mrxs, write_vms
 
+import medray
+from medray import drive
+from medray.commit import changed_slides, plan_one
 from medray.errors import ConfigError, SlideError, StoreError
+from medray.lane import Lane
 from medray.slides import cache, open_slide
 from medray.slides.bounds import scanned_bounds
 from medray.slides.digest import slide_digest
 from medray.slides.listing import find_slides
 from medray.slides.members import slide_members
 from medray.store import files
+from medray.store.ledger import Ledger
 
 pytest.importorskip("openslide")
 
@@ -115,6 +126,33 @@ def test_what_is_missing_in_a_bucket_is_named(
     for name in ("none.mrxs", "none.vms", "none.dcm", "none"):
         with pytest.raises(SlideError, match="no such file"):
             open_slide(f"{address}/{name}")
+
+
+@pytest.mark.parametrize("name", ["bad.dcm", "README"])
+def test_an_object_that_is_forbidden_costs_at_most_a_row(
+    bucket: tuple[str, s3.Proxy],
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address, proxy = bucket
+    here = tmp_path / "slides"
+    write_series(here / "case1", picture(*SIZE))
+    (here / name).write_text("no slide" * 100)
+    upload(here, address)
+    proxy.closed = f"/{name}"
+    found = {file.slide: file.uri for file in find_slides([address])}
+    refused = {"bad": f"{address}/bad.dcm"} if name == "bad.dcm" else {}
+    assert found == {"case1": f"{address}/case1"} | refused
+    for uri in refused.values():
+        with pytest.raises(
+            StoreError, match=r"bad\.dcm: cannot be read.*check the cred"
+        ):
+            open_slide(uri)
+    assert (f"{address}/{name}: cannot be read" in caplog.text) == (not refused)
+    proxy.expired = True
+    with pytest.raises(StoreError, match="cannot be read"):
+        find_slides([address])
 
 
 def test_a_replaced_object_is_fetched_again(
@@ -260,10 +298,120 @@ def test_large_objects_are_copied_in_parts(
     data = np.random.default_rng(0).bytes((150 << 20) + 12345)
     for name, content in (("large", data), ("empty", b"")):
         files.write_bytes(f"{address}/{name}", content)
-        files.download(f"{address}/{name}", f"{tmp_path}/{name}")
+        parts = [*files.download(f"{address}/{name}", f"{tmp_path}/{name}")]
+        assert (sum(parts), len(parts) > 5) == (len(content), name == "large")
         assert (tmp_path / name).read_bytes() == content
     with pytest.raises(FileNotFoundError):
-        files.download(f"{address}/none", f"{tmp_path}/none")
+        next(files.download(f"{address}/none", f"{tmp_path}/none"))
+
+
+def test_a_copy_says_that_it_goes_on(
+    bucket: tuple[str, s3.Proxy], tmp_path: Path
+) -> None:
+    address, _ = bucket
+    here = tmp_path / "slides"
+    write_mrxs(here / "m.mrxs", picture(*SIZE))
+    with (here / "m" / "Data0001.dat").open("ab") as data:
+        data.truncate(100 << 20)
+    tifffile.imwrite(here / "x.tif", picture(*SIZE), tile=(256, 256))
+    upload(here, address)
+    uri = f"{address}/m.mrxs"
+    assert [*cache.fetch_if_copied(f"{here}/m.mrxs")] == []
+    assert [*cache.fetch_if_copied(f"{address}/x.tif")] == []
+    assert [*cache.fetch_if_copied(f"{address}/none.mrxs")] == []
+    # Of a TIFF whose tiles only OpenSlide puts together the header tells.
+    trestle = tmp_path / "trestle" / "t.tif"
+    trestle.parent.mkdir()
+    tifffile.imwrite(trestle, picture(*SIZE), tile=(256, 256), software="MedScan 1")
+    upload(trestle.parent, address)
+    assert len([*cache.fetch_if_copied(f"{address}/t.tif")]) == 1
+    shutil.rmtree(tmp_path / "cache")
+    making = cache.fetch_if_copied(uri)
+    for _ in range(3):
+        next(making)
+    assert copies(tmp_path)[0].suffix == ".new"
+    # Who waits for it sees it grow, as long as it does.
+    seen: list[int] = []
+
+    def wait() -> None:
+        for _ in cache.fetch_if_copied(uri):
+            seen.append(len(seen))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    for _ in range(50):
+        if seen:
+            break
+        waiting.join(0.1)
+    assert seen == [0]
+    parts = sum(1 for _ in making)
+    waiting.join()
+    assert parts >= 6
+    (made,) = copies(tmp_path)
+    assert made.is_dir()
+    assert made.suffix != ".new"
+    assert [*cache.fetch_if_copied(uri)] == []
+
+
+def test_who_has_a_limit_has_the_copy_made_before(
+    bucket: tuple[str, s3.Proxy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, _ = bucket
+    (uri,) = prepare(address, tmp_path / "slides", 1)
+    row = {"slide": "m0", "uri": uri, "copied": True}
+    ingest = importlib.import_module("medray.ingest")
+    for of in (drive, ingest):
+        monkeypatch.setattr(of, "bound_memory", lambda: None)
+
+    def made(*_: Any) -> str:
+        (copy,) = copies(tmp_path)
+        return "there" if copy.suffix != ".new" else "not yet"
+
+    monkeypatch.setattr(ingest, "_cut", made)
+    lane: Any = SimpleNamespace(_loading=Future(), _group=1)
+    lane._loading.set_result(None)
+    lane._work = lambda rows: iter([{"record": made()} for _ in rows])
+    worker = drive.SlideWorker(made, made)  # type: ignore[arg-type]
+    cutter = ingest._Cutter(None, "")
+    for work, rows, last in (
+        (worker.work, [{"slide": "m0", "uri": uri}], ["there"]),
+        (worker.work, [row | {"todo": 1}], ["there"]),
+        (cutter.work, [row], ["there"]),
+        (functools.partial(Lane.work, lane), [row], [{"record": "there"}]),
+    ):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        *before, result = work(rows)
+        assert result == last
+        assert len(before) >= 6
+        assert not any(before)
+
+
+def test_the_row_of_a_copied_slide_says_so(
+    bucket: tuple[str, s3.Proxy], tmp_path: Path
+) -> None:
+    address, _ = bucket
+    prepare(address, tmp_path / "slides", 1)
+    for items, said in (([address], True), ([f"{tmp_path}/slides"], None)):
+        ledger = Ledger(out := f"{tmp_path}/out{said}")
+        (row,) = changed_slides(find_slides(items), ledger)
+        header, regions = plan_one(row, out, lambda *_: ({}, [{"index": 0}]))
+        assert header.get("copied") is said
+        assert [region.get("copied") for region in regions] == [said]
+        ledger.close()
+
+
+def test_check_says_what_it_copies(
+    bucket: tuple[str, s3.Proxy], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, _ = bucket
+    prepare(address, tmp_path / "slides", 2)
+    with caplog.at_level("INFO"):
+        checked = medray.check([address])
+    assert [row["status"] for row in checked.slides] == ["ok", "ok"]
+    assert "2 slides, " in caplog.text
+    assert "are copied whole from their store" in caplog.text
 
 
 def test_bounds_are_those_of_a_disk(

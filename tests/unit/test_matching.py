@@ -164,3 +164,38 @@ def test_a_slide_does_not_take_the_place_of_another(tmp_path: Path) -> None:
     (row,) = changed_slides(found("north"), ledger)
     assert row["uri"].endswith("north/n.tif")
     ledger.close()
+
+
+def test_a_slide_is_not_done_twice_under_two_ids(tmp_path: Path) -> None:
+    for site in ("south", "north"):
+        place(tmp_path / site, "n.tif")
+        (tmp_path / site / "n.tif").write_text(site)
+    south, north = str(tmp_path / "south"), str(tmp_path / "north")
+    ledger = Ledger(str(tmp_path / "out"))
+
+    def run(*items: str) -> list[str]:
+        """Do what is to do; give the ids."""
+        rows = changed_slides(find_slides(items), ledger)
+        for row in rows:
+            names = ("slide", "uri", "annotation", "stamp", "given_mpp", "scene")
+            done = {"status": "done", "message": "", "plane": row["plane"]}
+            done["digest"] = slide_digest(row["uri"])
+            ledger.commit_slide({name: row[name] for name in names} | done)
+        return [row["slide"] for row in rows]
+
+    assert run(south) == ["n"]
+    for items in ([south, north], [str(tmp_path)]):
+        with pytest.raises(ConfigError) as refused:
+            run(*items)
+        for said in (f"{south}/n.tif", "'n'", "another --out", "south"):
+            assert said in f"{refused.value}"
+        assert sorted(ledger.slides) == ["n"]  # before any work
+    assert run(south) == []
+    # What failed before under another id may be done; so may what was moved.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "south" / "n.tif").rename(tmp_path / "other" / "m.tif")
+    assert run(str(tmp_path / "other")) == ["m"]
+    ledger.commit_slide(ledger.slides["m"] | {"status": "failed"})
+    (tmp_path / "south").rmdir()
+    assert sorted(run(str(tmp_path))) == ["north__n", "other__m"]
+    ledger.close()
