@@ -28,12 +28,13 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from medray.annotations import Annotation, rasterise, read_marks
-from medray.annotations.area import Area, class_areas
+from medray.annotations.area import Area
 from medray.annotations.matching import (
     list_annotations,
     match_names,
     unused_annotations,
 )
+from medray.annotations.measure import class_areas
 from medray.classes import AnyClass, Classes
 from medray.errors import MedrayError
 from medray.faults import too_large

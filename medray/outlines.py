@@ -14,7 +14,7 @@ from rasterio import features
 from medray.annotations.area import Area
 from medray.annotations.geojson import geojson_features
 from medray.classes import Classes
-from medray.grid import plan_regions
+from medray.grid import Rectangle, plan_regions
 from medray.store import files, omezarr
 
 # Side of the parts that are traced at once; pieces at their seams are joined after.
@@ -22,7 +22,12 @@ _SIDE = 4096
 
 
 def write_outlines(
-    mask: str, target: str, classes: Classes, *, downsample: float
+    mask: str,
+    target: str,
+    classes: Classes,
+    *,
+    downsample: float,
+    bounds: Rectangle | None = None,
 ) -> int:
     """Write a finished mask's objects as a FeatureCollection of annotations.
 
@@ -31,19 +36,23 @@ def write_outlines(
         target: The GeoJSON file to write.
         classes: Names and colours; class 0 is no object.
         downsample: Level-0 pixels a pixel of the mask, a side.
+        bounds: The scanned part of the slide, if it is not all of it: QuPath counts
+            from its corner (`medray.slides.bounds`).
 
     Returns:
         The number of objects.
     """
     areas = trace(omezarr.open_level(mask), classes, downsample=downsample)
-    files.write_bytes(target, as_geojson(areas, classes))
+    files.write_bytes(target, as_geojson(areas, classes, bounds))
     return len(areas)
 
 
-def as_geojson(areas: Sequence[Area], classes: Classes) -> bytes:
-    """Give areas as the bytes of a FeatureCollection of annotations."""
-    text = json.dumps(geojson_features(areas, classes), separators=(",", ":"))
-    return text.encode()
+def as_geojson(
+    areas: Sequence[Area], classes: Classes, bounds: Rectangle | None = None
+) -> bytes:
+    """Give areas as the bytes of a FeatureCollection; see `geojson_features`."""
+    collection = geojson_features(areas, classes, bounds)
+    return json.dumps(collection, separators=(",", ":")).encode()
 
 
 def trace(mask: Any, classes: Classes, *, downsample: float = 1.0) -> list[Area]:

@@ -31,6 +31,7 @@ from medray.run import (
     stores_of,
 )
 from medray.slides import ArraySlide, Slide, opened
+from medray.slides.bounds import scanned_bounds
 from medray.slides.digest import check_unchanged
 from medray.slides.levels import read_working, working_of
 from medray.slides.tissue import tissue_share
@@ -241,7 +242,9 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         # Imported here: few runs need it, and it takes a second to load.
         from medray.outlines import write_outlines
 
-        write_outlines(mask, target, classes, downsample=downsample)
+        size = {"height": row["level0_height"], "width": row["level0_width"]}
+        bounds = scanned_bounds(row["uri"], **size)
+        write_outlines(mask, target, classes, downsample=downsample, bounds=bounds)
         digest = content_digest(files.read_bytes(target))
         sealed[target[len(out) + 1 :]] = digest
     record = {"digest": row["digest"], "regions": row["records"], "files": sealed}

@@ -23,9 +23,11 @@ import shapely
 from medray.annotations import EXTENT, Area, geojson_features
 from medray.annotations.geojson import extent_features
 from medray.classes import Classes
-from medray.errors import ConfigError, FormatError
+from medray.errors import ConfigError, FormatError, SlideError
+from medray.grid import Rectangle
 from medray.outlines import trace
 from medray.run import layer_uri, mask_uri, read_run
+from medray.slides.bounds import scanned_bounds
 from medray.store import files, omezarr
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ class Review:
 def review(run: str, *, out: str, count: int = 20) -> Review:
     """Write the most uncertain squares of a run as QuPath GeoJSON, a file a slide.
 
-    A square is 1024 x 1024 level-0 pixels, on a grid from the slide's origin. Its
+    A square is 1024 x 1024 level-0 pixels, on a grid from the slide's origin. In the
+    files, unlike the table, coordinates count as QuPath's do: from the corner of the
+    scanned part, where the slide states that its canvas is larger. A square's
     uncertainty is the mean of the layer `uncertainty`: the entropy of the predicted
     classes, of its maximum (Shannon 1948; for choosing what to label: Settles 2009,
     section 3.1).
@@ -63,7 +67,8 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
     Args:
         run: Folder of a run made with `--quality`.
         out: Folder to write: `SLIDE.geojson` and `squares.parquet`, which has slide,
-            y, x, height, width (level-0 pixels) and uncertainty (0 to 1).
+            y, x, height, width (level-0 pixels from the slide's corner) and
+            uncertainty (0 to 1).
         count: Squares at most, over all slides.
 
     Raises:
@@ -81,17 +86,20 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
     table = files.read_table(files.join(run, "slides.parquet")).to_pylist()
     failed: dict[str, str] = {}
     chosen: list[tuple[float, int, Row]] = []
+    bounds: dict[str, Rectangle | None] = {}
     for row in table:
         if row["status"] != "done":
             failed[row["slide"]] = f"not done: {row['message']}"
             continue
         try:
+            size = {"height": row["level0_height"], "width": row["level0_width"]}
+            bounds[row["slide"]] = scanned_bounds(row["uri"], **size)
             for square in _squares(run, row):
                 # Of equal ones the first; the number also keeps rows from comparing.
                 key = (square["uncertainty"], -len(chosen), square)
                 push = heapq.heappush if len(chosen) < count else heapq.heappushpop
                 push(chosen, key)
-        except FormatError as error:
+        except (FormatError, SlideError) as error:
             failed[row["slide"]] = f"{error}"
     squares = [square for _, _, square in sorted(chosen, key=lambda one: -one[0])]
     found: dict[str, int] = {}
@@ -99,8 +107,11 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
     for slide in dict.fromkeys(square["slide"] for square in squares):
         mine = [square for square in squares if square["slide"] == slide]
         found[slide] = len(mine)
-        text = json.dumps(_features(run, by_slide[slide], mine, settings.classes))
-        files.write_bytes(files.join(out, f"{slide}.geojson"), text.encode())
+        features = _features(
+            run, by_slide[slide], mine, settings.classes, bounds[slide]
+        )
+        target = files.join(out, f"{slide}.geojson")
+        files.write_bytes(target, json.dumps(features).encode())
     uri = files.join(out, "squares.parquet")
     files.write_table(uri, pa.Table.from_pylist(squares, _SCHEMA))
     return Review(out, len(squares), found, failed)
@@ -146,7 +157,13 @@ def _edges(length: int, scale: float, pixels: int) -> list[tuple[int, int]]:
     return found
 
 
-def _features(run: str, row: Row, squares: list[Row], classes: Classes) -> Row:
+def _features(
+    run: str,
+    row: Row,
+    squares: list[Row],
+    classes: Classes,
+    bounds: Rectangle | None,
+) -> Row:
     """Give the squares, and the mask's outlines within them."""
     mask = omezarr.open_level(mask_uri(run, row["slide"]))
     scale = row["downsample"]
@@ -171,6 +188,6 @@ def _features(run: str, row: Row, squares: list[Row], classes: Classes) -> Row:
                 for polygon in shapely.get_parts(within)
                 if polygon.geom_type == "Polygon" and polygon.area
             ]
-    collection = geojson_features(areas, classes)
-    collection["features"][:0] = extent_features(boxes, names, EXTENT)
+    collection = geojson_features(areas, classes, bounds)
+    collection["features"][:0] = extent_features(boxes, names, EXTENT, bounds)
     return collection

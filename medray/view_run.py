@@ -226,6 +226,7 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
     shape = omezarr.open_level(mask).shape
     step = whole_step(told["downsample"])
     common["digest"] = told["slide_digest"]
+    common |= _chosen(told["slide_digest"])
     height, width = (math.ceil(n * step) for n in shape)
     if common["uri"]:
         opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
@@ -241,6 +242,12 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
         coarsest=omezarr.AT_ONCE - 1,
         **layers,
     )
+
+
+def _chosen(digest: str) -> dict[str, int]:
+    """Give the scene and the plane that a slide's digest names, if the user chose."""
+    said = dict(part.partition("=")[::2] for part in digest.split("+")[1:])
+    return {name: int(said[name]) for name in ("scene", "plane") if name in said}
 
 
 def version_of(row: Row) -> str:

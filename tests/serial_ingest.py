@@ -32,13 +32,15 @@ def ingest(
     annotations: Path | None = None,
     classes: tuple[str, ...] = ("background", "tumour"),
     mpp: float | str | None = None,
+    scene: int | None = None,
+    plane: int | None = None,
     **settings: int,
 ) -> dict[str, Row]:
     """Make a dataset; give the rows of slides.parquet by slide."""
     how = DatasetSettings(classes=Classes(classes), mpp=mpp, **settings)
     open_dataset(str(out), how)
     ledger = Ledger(str(out), keep_finished=True)
-    wanted = as_given(find_slides([str(slides)]), mpp=mpp, scene=None, plane=None)
+    wanted = as_given(find_slides([str(slides)]), mpp=mpp, scene=scene, plane=plane)
     matched = match_annotations(wanted, str(annotations) if annotations else None)
     commit = Commit(ledger, _slide_row)
     progress = Progress("serial", len(wanted))

@@ -13,16 +13,33 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from medray.grid import Rectangle
+
 UInt8 = npt.NDArray[np.uint8]
 TILE = 128
 _SLIDE_ID = "0123456789abcdef0123456789abcdef"
 
 
-def write_mrxs(path: Path, pixels: UInt8, files: int = 3, mpp: float = 0.5) -> None:
+def write_mrxs(
+    path: Path,
+    pixels: UInt8,
+    files: int = 3,
+    mpp: float = 0.5,
+    scanned: Rectangle | None = None,
+) -> None:
     """Write a slide of two levels, whose sides are multiples of 256 pixels.
 
     The tiles lie in turn in the data files.
+
+    Args:
+        path: The MRXS.
+        pixels: (height, width, 3), of the whole canvas.
+        files: How many data files.
+        mpp: Of level 0.
+        scanned: Multiples of 256 pixels; tiles elsewhere are left out, so OpenSlide
+            states it as the bounds. None: all is there.
     """
+    scanned = scanned or Rectangle(0, 0, *pixels.shape[:2])
     folder = path.with_suffix("")
     folder.mkdir(parents=True)
     path.write_bytes(imagecodecs.jpeg8_encode(pixels[::8, ::8].copy()))
@@ -35,6 +52,10 @@ def write_mrxs(path: Path, pixels: UInt8, files: int = 3, mpp: float = 0.5) -> N
         for row in range(0, rows, step):
             for column in range(0, columns, step):
                 y, x = row * TILE, column * TILE
+                if not (
+                    scanned.y <= y < scanned.bottom and scanned.x <= x < scanned.right
+                ):
+                    continue
                 tile = pixels[y : y + TILE * step : step, x : x + TILE * step : step]
                 code = imagecodecs.jpeg8_encode(
                     np.ascontiguousarray(tile), level=95, subsampling="444"

@@ -290,40 +290,6 @@ def leave_out_unclassed(
     return kept
 
 
-def class_areas(areas: Sequence[Area], classes: Classes) -> list[tuple[int, float]]:
-    """Return how many areas each class has, and its level-0 pixels as they are drawn.
-
-    What a later area of another class hides does not count, and what areas of one class
-    share counts once. Edges are exact, so `rasterise` may differ by pixels along them.
-
-    Args:
-        areas: In the order of drawing.
-        classes: Their classes are among these.
-
-    Returns:
-        Areas and pixels of each class, by label value.
-    """
-    polygons = np.array([area.polygon for area in areas], object)
-    values = np.array([classes.value(area.class_name) for area in areas], np.int64)
-    below, above = shapely.STRtree(polygons).query(polygons, predicate="intersects")
-    hides = (above > below) & (values[above] != values[below])
-    hidden: dict[int, list[int]] = {}
-    for under, over in zip(below[hides].tolist(), above[hides].tolist(), strict=True):
-        hidden.setdefault(under, []).append(over)
-    shown = polygons.copy()
-    for under, over in hidden.items():
-        # One that hides part of these, and is of this class, has that part itself.
-        cover = shapely.disjoint_subset_union_all(polygons[over])
-        shown[under] = shapely.difference(polygons[under], cover)
-    return [
-        (
-            int(np.count_nonzero(values == value)),
-            float(shapely.disjoint_subset_union_all(shown[values == value]).area),
-        )
-        for value in range(len(classes))
-    ]
-
-
 def draw_nested_last(areas: Sequence[Area], classes: Classes, note: Note) -> list[Area]:
     """Return areas in an order of drawing in which none is hidden by a larger one.
 

@@ -1,4 +1,10 @@
-"""GeoJSON as QuPath writes and reads it: level-0 pixels, origin top-left."""
+"""GeoJSON as QuPath writes and reads it: level-0 pixels, origin top-left.
+
+The origin is that of what QuPath shows: where a slide's canvas is larger than its
+scanned part (`medray.slides.bounds`), the corner of that part. What medray writes of
+such a slide says so in each feature's `metadata`, which QuPath keeps, so that it is no
+guess when it comes back, corrected or not.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +32,9 @@ _QUPATH_0_2 = {
     "PathRootObject",
 }
 _COLOURS = {"color", "colorRGB"}
+_ORIGIN = "medray:origin"
+"""Key of a feature's metadata: its coordinates count from the corner of the scanned
+part; the value is where on the canvas that is ("x y", level-0 pixels)."""
 
 
 def parse_geojson(
@@ -41,7 +50,8 @@ def parse_geojson(
         data: The file.
         note: Called with what was left out.
         bounds: The scanned part of the slide, if it is not all of it. QuPath's
-            coordinates count from its corner.
+            coordinates, and those of features that state an origin, count from its
+            corner.
 
     Raises:
         SlideError: It is no GeoJSON, a geometry or class is of an unknown form, or a
@@ -51,10 +61,12 @@ def parse_geojson(
     areas = []
     flat: Counter[str] = Counter()
     planes = set()
-    from_qupath = False
+    from_qupath = stated_origin = False
     for feature in _all_features(_features(uri, document)):
         properties = feature.get("properties") or {}
         from_qupath |= "objectType" in properties or feature.get("id") in _QUPATH_0_2
+        metadata = properties.get("metadata")
+        stated_origin |= isinstance(metadata, dict) and _ORIGIN in metadata
         class_name = _class_of(properties.get("classification"))
         geometry = feature.get("geometry") or {}
         if stated := geometry.get("plane"):
@@ -69,29 +81,64 @@ def parse_geojson(
     if len(planes) > 1:
         note(f"has outlines on {len(planes)} planes (z, t); drawn onto one")
     if bounds is not None and areas:
-        return _from_slide_corner(areas, bounds, from_qupath, note)
+        where = f"scanned part (openslide.bounds, x {bounds.x}, y {bounds.y})"
+        if stated_origin:
+            note(
+                f"its origin is the corner of the {where}, as it states; moved by that"
+            )
+        elif not _counts_from(bounds, areas, from_qupath, where, note):
+            return areas
+        return _moved(areas, bounds.x, bounds.y)
     return areas
 
 
-def _from_slide_corner(
-    areas: list[Area], bounds: Rectangle, from_qupath: bool, note: Note
-) -> list[Area]:
-    """Move areas that count from the corner of the scanned part of the slide."""
-    _, _, right, bottom = shapely.total_bounds([area.polygon for area in areas])
-    where = f"scanned part (openslide.bounds, x {bounds.x}, y {bounds.y})"
-    if right > bounds.width + 1 or bottom > bounds.height + 1:
-        note(f"reaches beyond the {where}, so its origin is the corner of the slide")
-        return areas
+def _counts_from(
+    bounds: Rectangle, areas: list[Area], from_qupath: bool, where: str, note: Note
+) -> bool:
+    """Tell whether areas that state no origin count from that of the scanned part.
+
+    QuPath counts from it, unless it was told to show the whole canvas (`--no-crop`),
+    or the file only looks like one of QuPath's. Nobody sees what lies beyond the part
+    that is shown, so a file whose areas mostly do was not drawn there. One area that
+    reaches over the border decides nothing: it may be a brush that slipped.
+    """
+    polygons = np.array([area.polygon for area in areas], object)
+    _, _, right, bottom = shapely.total_bounds(polygons)
+    beyond = bool(right > bounds.width + 1 or bottom > bounds.height + 1)
     if not from_qupath:
-        note(
-            f"its origin is in doubt: not written by QuPath, so taken as the corner of "
-            f"the slide, not of the {where}"
-        )
-        return areas
+        if beyond:
+            note(
+                f"reaches beyond the {where}, so its origin is the corner of the slide"
+            )
+        else:
+            note(
+                f"its origin is in doubt: not written by QuPath, so taken as the "
+                f"corner of the slide, not of the {where}"
+            )
+        return False
+    if beyond:
+        shown = _area_in(polygons, 0, 0, bounds)
+        if shown < shapely.area(polygons).sum() / 2 and shown < _area_in(
+            polygons, bounds.x, bounds.y, bounds
+        ):
+            note(
+                f"lies mostly beyond the {where} if counted from there, so its origin "
+                f"is the corner of the slide"
+            )
+            return False
     note(f"its origin is the corner of the {where}, as in QuPath; moved by that")
+    return True
+
+
+def _area_in(polygons: Any, x: int, y: int, size: Rectangle) -> float:
+    """Return how much of polygons lies in a rectangle of a size with a corner."""
+    inside = shapely.box(x, y, x + size.width, y + size.height)
+    return float(shapely.area(shapely.intersection(polygons, inside)).sum())
+
+
+def _moved(areas: Sequence[Area], x: float, y: float) -> list[Area]:
     return [
-        Area(affinity.translate(area.polygon, bounds.x, bounds.y), area.class_name)
-        for area in areas
+        Area(affinity.translate(area.polygon, x, y), area.class_name) for area in areas
     ]
 
 
@@ -187,11 +234,21 @@ def _ring(points: Any) -> Ring:
     return np.array(ring, np.float64).reshape(-1, 2)
 
 
-def geojson_features(areas: Sequence[Area], classes: Classes) -> dict[str, Any]:
+def geojson_features(
+    areas: Sequence[Area], classes: Classes, bounds: Rectangle | None = None
+) -> dict[str, Any]:
     """Give areas as a FeatureCollection of annotations that QuPath imports.
 
     Ids are made of the areas themselves, so the same areas give the same file.
+
+    Args:
+        areas: In level-0 pixels of the slide as medray reads it.
+        classes: Names and colours.
+        bounds: The scanned part of the slide, if it is not all of it: the coordinates
+            that are written count from its corner, as QuPath's do.
     """
+    if bounds is not None:
+        areas = _moved(areas, -bounds.x, -bounds.y)
     features = []
     for index, area in enumerate(areas):
         value = classes.value(area.class_name)
@@ -208,22 +265,34 @@ def geojson_features(areas: Sequence[Area], classes: Classes) -> dict[str, Any]:
                         "name": classes.names[value],
                         "color": list(bytes.fromhex(classes.colors[value][1:])),
                     },
+                    **_origin(bounds),
                 },
             }
         )
     return {"type": "FeatureCollection", "features": features}
 
 
+def _origin(bounds: Rectangle | None) -> dict[str, Any]:
+    # A text, for QuPath keeps no other kind of value.
+    return {"metadata": {_ORIGIN: f"{bounds.x} {bounds.y}"}} if bounds else {}
+
+
 def extent_features(
-    extent: Sequence[Any], names: Sequence[str], class_name: str
+    extent: Sequence[Any],
+    names: Sequence[str],
+    class_name: str,
+    bounds: Rectangle | None = None,
 ) -> list[dict[str, Any]]:
     """Give where a slide is annotated as locked annotations that QuPath imports.
 
     Args:
-        extent: Polygons in level-0 pixels.
+        extent: Polygons in level-0 pixels of the slide as medray reads it.
         names: What each is called.
         class_name: QuPath ignores a class whose name ends with `*` in measurements.
+        bounds: As for `geojson_features`.
     """
+    if bounds is not None:
+        extent = [affinity.translate(one, -bounds.x, -bounds.y) for one in extent]
     return [
         {
             "type": "Feature",
@@ -234,6 +303,7 @@ def extent_features(
                 "name": name,
                 "classification": {"name": class_name, "color": [0, 114, 178]},
                 "isLocked": True,
+                **_origin(bounds),
             },
         }
         for polygon, name in zip(extent, names, strict=True)

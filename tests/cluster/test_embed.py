@@ -19,6 +19,7 @@ from medray.commit import Commit, changed_slides
 from medray.embed import embed
 from medray.errors import ConfigError
 from medray.features import FeatureSettings, read_slide
+from medray.given import as_given
 from medray.models.encoders import settle_encoder
 from medray.progress import Progress
 from medray.settings import keep_settings
@@ -75,7 +76,12 @@ class CrashError(Exception):
 
 
 def in_one_process(
-    slides: Path, weights: str, out: Path, region: int = 37, crash_after: int = -1
+    slides: Path,
+    weights: str,
+    out: Path,
+    region: int = 37,
+    crash_after: int = -1,
+    scene: int | None = None,
 ) -> Commit:
     """Do what is missing, without Ray; die after so many regions if not below 0."""
     encoder = settle_encoder(ENCODER, weights, tile=TILE, mpp=0.5)
@@ -104,7 +110,8 @@ def in_one_process(
             raise CrashError
 
     progress = Progress("serial", 0)
-    for row in changed_slides(find_slides([str(slides)]), ledger):
+    wanted = as_given(find_slides([str(slides)]), mpp=None, scene=scene, plane=None)
+    for row in changed_slides(wanted, ledger):
         header, regions = stage._plan(row, settings, str(out))
         if not regions:
             note(header)
@@ -231,6 +238,31 @@ def test_lanes_make_the_same(
     assert (again.done, again.skipped, again.regions) == (0, 4, 0)
     with pytest.raises(ConfigError, match=r"other settings \(.*mpp: 0.5 -> 1.0"):
         embed([str(inputs)], **how | {"tile_mpp": 1.0})
+
+
+def test_features_are_those_of_the_chosen_scene(
+    inputs: Path, weights: str, tmp_path: Path
+) -> None:
+    both = [draw_scene(seed, height=600, width=700).pixels for seed in (5, 6)]
+    (tmp_path / "both").mkdir()
+    with tifffile.TiffWriter(tmp_path / "both" / "x.ome.tif", ome=True) as tiff:
+        for pixels in both:
+            um = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+            tiff.write(pixels, photometric="rgb", metadata={"axes": "YXS"} | um)
+    (tmp_path / "one").mkdir()
+    said = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "one" / "x.tif", both[1], photometric="rgb", **said)
+    for name, scene in (("both", 1), ("one", None)):
+        done = in_one_process(
+            tmp_path / name, weights, tmp_path / "out" / name, scene=scene
+        )
+        assert (done.done, done.failed) == (1, {})
+    ours, theirs = (
+        read_slide(str(tmp_path / "out" / name), "x") for name in ("both", "one")
+    )
+    assert len(ours.features) > 20
+    np.testing.assert_array_equal(ours.features, theirs.features)
+    assert table(tmp_path / "out" / "both")["x"]["scene"] == 1
 
 
 def test_wrong_encoders_are_answered(

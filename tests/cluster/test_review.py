@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import serial
+from several_files import write_mrxs
 
 from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation, read_extent
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.evaluate import evaluate
+from medray.grid import Rectangle
 from medray.ingest import ingest
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
@@ -138,6 +140,29 @@ def test_only_what_is_annotated_counts(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     known = (squares["height"] * squares["width"]).sum()
     assert np.sum(metrics["confusion"]) == known
+
+
+def test_a_runs_own_outlines_are_right_on_a_slide_with_bounds(
+    cluster: None, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openslide")
+    pixels = draw_scene(3, height=1536, width=2048).pixels
+    part = Rectangle(256, 768, 1024, 1024)
+    write_mrxs(tmp_path / "slides" / "m.mrxs", pixels, scanned=part)
+    prediction = Prediction(precision="float32", quality=True)
+    predictor = Predictor.from_folders([str(model)], prediction)
+    options = Options(prediction=prediction, region=1024, outlines=True)
+    run = tmp_path / "run"
+    serial.infer(tmp_path / "slides", predictor, model, run, options)
+    found = evaluate(
+        str(run), truth=str(run / "outlines"), out=str(tmp_path / "report")
+    )
+    assert (found.f1, found.failed) == (1.0, {})
+    review(str(run), out=str(tmp_path / "review"), count=2)
+    found = evaluate(
+        str(run), truth=str(tmp_path / "review"), out=str(tmp_path / "squares")
+    )
+    assert (found.f1, found.failed) == (1.0, {})
 
 
 def test_a_run_without_uncertainty_says_what_to_do(

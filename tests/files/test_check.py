@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import io
 import json
 import os
@@ -28,7 +29,9 @@ from serial_ingest import ingest
 
 import medray
 from medray import cli
-from medray.annotations.area import Area, class_areas
+from medray.annotations import measure
+from medray.annotations.area import Area
+from medray.annotations.measure import class_areas
 from medray.annotations.rasterise import rasterise
 from medray.check import Checked
 from medray.classes import Classes
@@ -194,11 +197,68 @@ def test_measured_is_what_is_drawn(boxes: list[tuple[str, int, int, int, int]]) 
     ]
     labels = rasterise(areas, classes, y=0, x=0, height=90, width=90)
     drawn = np.bincount(labels.ravel(), minlength=3).tolist()
+    for most in (measure._POINTS, -1):  # cut off each other, and drawn and counted
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "_POINTS", most)
+            patch.setattr(measure, "_TIMES", measure._TIMES if most > 0 else 0)
+            found = class_areas(areas, classes)
+        assert [count for count, _ in found] == [
+            sum(name == each for name, *_ in boxes) for each in CLASSES
+        ]
+        assert [px for _, px in found][1:] == pytest.approx(drawn[1:])
+
+
+def blobs(count: int, side: int, radius: int) -> list[Area]:
+    """Areas of alternating classes, of 40 points each, all over each other."""
+    rng = np.random.default_rng(count)
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    found = []
+    for number in range(count):
+        y, x = rng.integers(radius, side - radius, 2)
+        reach = radius * rng.uniform(0.7, 1, angle.size)
+        ring = np.stack([x + reach * np.cos(angle), y + reach * np.sin(angle)], 1)
+        found.append(Area(shapely.Polygon(ring), CLASSES[1 + number % 2]))
+    return found
+
+
+def test_many_areas_on_top_of_each_other_are_drawn_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is too much to cut off is counted instead, and how exactly is known."""
+    areas, classes = blobs(60, 20_000, 5_000), Classes(CLASSES)
+    exact = class_areas(areas, classes)
+    monkeypatch.setattr(measure, "_POINTS", 0)
+    monkeypatch.setattr(measure, "_TIMES", 1)
+    cut: list[Any] = []
+    monkeypatch.setattr(shapely, "difference", lambda *_: cut.append(_))
     found = class_areas(areas, classes)
-    assert [count for count, _ in found] == [
-        sum(name == each for name, *_ in boxes) for each in CLASSES
-    ]
-    assert [px for _, px in found][1:] == pytest.approx(drawn[1:])
+    assert cut == []
+    assert [count for count, _ in found] == [0, 30, 30]
+    bounds = shapely.total_bounds([area.polygon for area in areas])
+    step = np.sqrt(np.prod(bounds[2:] - bounds[:2]) / measure._PIXELS)
+    outlines = sum(area.polygon.length for area in areas)
+    for (_, px), (_, wanted) in zip(found, exact, strict=True):
+        assert abs(px - wanted) < step * outlines
+        assert px == pytest.approx(wanted, rel=1e-3)
+
+
+def test_what_areas_cost_to_measure_grows_with_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of areas all over each other, few pairs are looked at, whatever their number."""
+    looked_at: list[int] = []
+    intersects = shapely.intersects
+
+    def counting(one: Any, other: Any) -> Any:
+        looked_at.append(len(one))
+        return intersects(one, other)
+
+    monkeypatch.setattr(shapely, "intersects", counting)
+    monkeypatch.setattr(measure, "_PIXELS", 1 << 16)
+    for count in (500, 1000, 2000):
+        looked_at.clear()
+        class_areas(blobs(count, 2_000, 900), Classes(CLASSES))
+        assert sum(looked_at) <= max(measure._POINTS / 80, measure._TIMES * count)
 
 
 # --- what is written ------------------------------------------------------------------
@@ -243,11 +303,33 @@ def test_outlines_are_drawn_where_the_annotation_is(checked: Checked) -> None:
 def test_the_page_is_one_file_with_every_slide(checked: Checked) -> None:
     page = Path(checked.page).read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
-    for row in checked.slides:
-        assert page.count(f"{row['slide']}<") >= 1 or row["slide"] in page
-        if row["message"]:
-            assert row["message"].split(":")[0] in page
-    assert "nobody.geojson" in page
+    rows = rows_of(checked)
+    # One row of the table for each, with its facts.
+    table = page.partition('<table id="slides">')[2].partition("</table>")[0]
+    told = re.findall(r'<tr><td class="name">(.*?)</td>\n(.*?)</tr>', table, re.DOTALL)
+    assert len(told) == len(rows)
+    for first, others in told:
+        row = rows.pop(first.partition("<")[0])
+        assert ('<small class="warn">refused</small>' in first) == bool(row["message"])
+        if row["height"] is not None:
+            assert f"<td>{row['height']}</td><td>{row['width']}</td>" in others
+        assert row["note"] in html.unescape(others)
+    assert rows == {}
+    # Who is refused, and why, stands above it.
+    table = page.partition('<h2 id="refused">')[2].partition("</table>")[0]
+    found = re.findall(
+        r'<tr><td class="name">(.*?)</td><td class="words">(.*?)</td>', table
+    )
+    told_why = {slide: html.unescape(why) for slide, why in found}
+    assert told_why == checked.failed
+    # A picture of each that can be opened.
+    shown = re.findall(r'alt="Slide (\S+) with', page)
+    opened = {row["slide"] for row in checked.slides if row["height"] is not None}
+    assert sorted(shown) == sorted(opened)
+    unused = page.partition("<h2>Annotations that are not used</h2>")[2]
+    assert "/nobody.geojson</td>" in unused.partition("</table>")[0]
+    bare = page.partition("<h2>Slides without annotation</h2>")[2]
+    assert "<p>bare, text</p>" in bare
 
 
 def test_the_table_has_every_slide(checked: Checked) -> None:

@@ -1,0 +1,346 @@
+"""A scene or a plane that the user chose is what every stage reads and tells of.
+
+The images of a file are of one size, so that only their pixels tell which was read.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import serial
+import serial_ingest
+import tifffile
+import zarr
+
+from medray import cli, open_mask
+from medray.classes import Classes
+from medray.convert import _of_dataset, _of_run, _write
+from medray.dataset import slide_uri
+from medray.drift import stain_values
+from medray.evaluate import match_truths
+from medray.grid import Rectangle
+from medray.models.config import Prediction
+from medray.models.predict import Predictor
+from medray.run import Options, mask_uri
+from medray.store import files, omezarr
+from medray.store.ledger import Ledger
+from medray.synth import draw_scene
+from medray.view_run import open_viewed, place_of, read_rows
+from medray.view_tiles import open_unchanged, slide_tile
+
+UInt8 = npt.NDArray[np.uint8]
+HEIGHT, WIDTH = 520, 600
+WHOLE = Rectangle(0, 0, HEIGHT, WIDTH)
+PREDICTION = Prediction(precision="float32")
+KINDS = ("scene", "plane")
+UM = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[UInt8]:
+    """Two slides and glass, (height, width, 3), all of one size."""
+    size = {"height": HEIGHT, "width": WIDTH}
+    tissue = [draw_scene(seed, **size).pixels for seed in (11, 12)]
+    return [*tissue, np.full_like(tissue[0], 244)]
+
+
+@pytest.fixture(scope="module")
+def folder(images: list[UInt8], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as scenes of a file, as planes of another, and each by itself."""
+    folder = tmp_path_factory.mktemp("chosen")
+    options: Any = {"photometric": "rgb", "tile": (128, 128)}
+    for name in (*KINDS, "0", "1", "2"):
+        (folder / name).mkdir()
+    with tifffile.TiffWriter(folder / "scene" / "x.ome.tif", ome=True) as tiff:
+        for pixels in images:
+            tiff.write(pixels, metadata={"axes": "YXS"} | UM, **options)
+    with tifffile.TiffWriter(folder / "plane" / "x.ome.tif", ome=True) as tiff:
+        tiff.write(np.stack(images), metadata={"axes": "ZYXS"} | UM, **options)
+    for number, pixels in enumerate(images):
+        with tifffile.TiffWriter(folder / f"{number}" / "x.ome.tif", ome=True) as tiff:
+            tiff.write(pixels, metadata={"axes": "YXS"} | UM, **options)
+    ring = [[50, 40], [300, 40], [300, 240], [50, 240], [50, 40]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"classification": {"name": "tumour"}},
+    }
+    (folder / "truth").mkdir()
+    (folder / "truth" / "x.geojson").write_text(json.dumps(feature))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> Predictor:
+    return Predictor.from_folders([str(model)], PREDICTION)
+
+
+def infer(
+    folder: Path, predictor: Predictor, model: Path, run: Path, **chosen: int
+) -> Any:
+    options = Options(region=512, prediction=PREDICTION, **chosen)
+    return serial.infer(folder, predictor, model, run, options)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    predictor: Predictor,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Path]:
+    """A run over the second image, and whether that is a scene or a plane."""
+    kind, out = request.param, tmp_path_factory.mktemp("run")
+    done = infer(folder / kind, predictor, model, out / "run", **{kind: 1})
+    assert (done.done, done.failed) == (1, {})
+    return kind, out / "run"
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    (row,) = files.read_table(str(run / "slides.parquet")).to_pylist()
+    return row
+
+
+def mask_of(run: Path) -> UInt8:
+    return np.asarray(open_mask(mask_uri(str(run), "x")))
+
+
+def test_a_run(
+    run: tuple[str, Path],
+    folder: Path,
+    predictor: Predictor,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    """Its row tells what was chosen; its mask is that of the image by itself."""
+    kind, made = run
+    row = row_of(made)
+    other = "plane" if kind == "scene" else "scene"
+    assert (row[kind], row[other], row["scale"]) == (1, None, 1.0)
+    masks = []
+    for number in (0, 1):
+        alone = tmp_path / f"{number}"
+        assert infer(folder / f"{number}", predictor, model, alone).done == 1
+        masks.append(mask_of(alone))
+    assert (masks[0] != masks[1]).any()
+    np.testing.assert_array_equal(mask_of(made), masks[1])
+    # Another choice is done again, the same is not.
+    again = tmp_path / "again"
+    for number, done in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        found = infer(folder / kind, predictor, model, again, **{kind: number})
+        assert (found.done, found.failed) == (done, {})
+        assert row_of(again)[kind] == number
+        np.testing.assert_array_equal(mask_of(again), masks[number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset(
+    kind: str, folder: Path, images: list[UInt8], tmp_path: Path
+) -> None:
+    done_at = []
+    for number in (1, 1, 0):
+        chosen: Any = {kind: number}
+        rows = serial_ingest.ingest(
+            folder / kind, tmp_path / "data", folder / "truth", **chosen
+        )
+        assert (rows["x"]["status"], rows["x"][kind]) == ("done", number)
+        done_at.append(rows["x"]["committed_at"])
+        stored = omezarr.open_level(slide_uri(str(tmp_path / "data"), "x"))
+        np.testing.assert_array_equal(np.moveaxis(stored[:], 0, 2), images[number])
+    assert done_at[0] == done_at[1] < done_at[2]
+    # A copy of the dataset is one of what it holds.
+    ((copy,), failed) = _of_dataset(str(tmp_path / "data"))
+    assert failed == {}
+    assert _write(copy, "ome-zarr-0.4", str(tmp_path / "copies")) == ""
+    written = zarr_level(tmp_path / "copies" / "x.ome.zarr")
+    np.testing.assert_array_equal(written, images[0])
+
+
+def zarr_level(store: Path) -> UInt8:
+    """The finest level of an OME-Zarr of version 0.4, (height, width, 3)."""
+    array = zarr.open_array(store / "0", mode="r")
+    return np.moveaxis(np.asarray(array[:]).reshape(3, HEIGHT, WIDTH), 0, 2)
+
+
+@pytest.mark.parametrize("to", ["ome-zarr", "ome-zarr-0.4"])
+def test_a_copy_with_its_image(
+    run: tuple[str, Path], images: list[UInt8], tmp_path: Path, to: str
+) -> None:
+    ((copy,), failed) = _of_run(str(run[1]), True)
+    assert failed == {}
+    assert _write(copy, to, str(tmp_path)) == ""
+    store = tmp_path / "x.ome.zarr"
+    if to == "ome-zarr":
+        found = np.moveaxis(omezarr.open_level(str(store))[:], 0, 2)
+    else:
+        found = zarr_level(store)
+    np.testing.assert_array_equal(found, images[1])
+
+
+def only_pixels(rgb: UInt8, *_: Any) -> bytes:
+    """What stands for `draw_overlay`: the slide's pixels without the masks."""
+    return np.ascontiguousarray(rgb).tobytes()
+
+
+def test_pictures_of_an_evaluation(
+    run: tuple[str, Path],
+    folder: Path,
+    images: list[UInt8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = importlib.import_module("medray.evaluate")
+    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
+    made, classes = str(run[1]), Classes()
+    (row,) = match_truths([row_of(run[1])], str(folder / "truth"), classes)
+    assert stage._overlay(row, made, classes) == images[1].tobytes()
+    place = SimpleNamespace(slide="x", y=0, x=0)
+    assert stage._close_up(row, place, made, classes) == images[1].tobytes()
+
+
+def test_pictures_of_a_comparison(
+    run: tuple[str, Path],
+    folder: Path,
+    images: list[UInt8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = importlib.import_module("medray.compare")
+    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
+    monkeypatch.setattr(stage, "draw_change", only_pixels)
+    drawn: list[bytes] = []
+    monkeypatch.setattr(stage, "data_uri", lambda data: drawn.append(data) or "")
+    made = str(run[1])
+    for truth in (None, str(folder / "truth")):
+        stage._pictures([{"slide": "x"}], (made, made), truth, Classes())
+    assert drawn == [images[1].tobytes()] * 2
+
+
+def test_tiles_of_a_viewer(run: tuple[str, Path], images: list[UInt8]) -> None:
+    viewed = open_viewed(str(run[1]), report=None, truth=None, slides=None)
+    place = place_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    np.testing.assert_array_equal(tile, images[1])
+
+
+def test_tiles_of_a_slide_under_way(
+    folder: Path, predictor: Predictor, model: Path, images: list[UInt8], tmp_path: Path
+) -> None:
+    """Nothing but the digest in its mask's attributes tells what was chosen."""
+    options = Options(region=512, prediction=PREDICTION, scene=1)
+    source, run = folder / "scene", tmp_path / "run"
+    with pytest.raises(serial.CrashError):
+        serial.infer(source, predictor, model, run, options, crash_after=1)
+    assert read_rows(str(tmp_path / "run"))["x"]["status"] == "under way"
+    slides = str(folder / "scene")
+    viewed = open_viewed(str(tmp_path / "run"), report=None, truth=None, slides=slides)
+    place = place_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    np.testing.assert_array_equal(tile, images[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(folder / kind / "x.ome.tif")
+    alone = [stain_values(str(folder / f"{n}" / "x.ome.tif")) for n in range(3)]
+    assert alone[0] != alone[1]
+    assert alone[2] == {}
+    assert [stain_values(uri, **{kind: n}) for n in range(3)] == alone
+    # As a night measures it of its slides: Ray's tasks, done here.
+    stage = importlib.import_module("medray.nightly")
+    here: Any = SimpleNamespace(
+        remote=lambda **_: lambda work: SimpleNamespace(remote=work),
+        get=lambda value, timeout: value,
+    )
+    monkeypatch.setattr(stage, "ray", here)
+    monkeypatch.setattr(stage.cluster, "connect", lambda: None)
+    plan = {"night": "n", "slides": [{"slide": "x", "file": "f", "uri": uri}]}
+    plan["slides"][0]["digest"] = "d"
+    row = {"status": "done", "digest": "d"}
+    monkeypatch.setattr(stage, "run_values", lambda *_: {})
+    options = Options(**{kind: 1})
+    settings = SimpleNamespace(
+        options=options, model_digest="m", classes=SimpleNamespace(names=())
+    )
+    found = stage._outcomes(plan, {"x": row}, settings, "out", {}, [])
+    assert found["f"].values == alone[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_estimate(
+    kind: str, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Glass has nothing to do; only the third image is."""
+    stage = importlib.import_module("medray.estimate")
+    planned: list[Any] = []
+
+    class PlannedError(Exception):
+        """Far enough: what follows needs Ray."""
+
+    def plan(chosen: Any, settings: Any, areas: Any) -> None:
+        planned.extend(stage._plan_some(chosen, settings, areas))
+        raise PlannedError
+
+    monkeypatch.setattr(stage, "_plan_all", plan)
+    monkeypatch.setattr(stage.cluster, "connect", lambda: None)
+    for number in range(3):
+        options = Options(region=512, **{kind: number})
+        with pytest.raises(PlannedError):
+            stage.estimate([str(folder / kind)], model=str(model), options=options)
+    windows = [found["windows"] for _, found in planned]
+    assert windows[0] > 0
+    assert windows[1] > 0
+    assert windows[2] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stage_is_told_what_was_chosen(
+    kind: str,
+    folder: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the command line to the first row of a slide; Ray is not reached."""
+    slides, weights = str(folder / kind), tmp_path / "weights"
+    weights.touch()
+    told: list[Any] = []
+
+    class ToldError(Exception):
+        """Far enough."""
+
+    def take(slides: Any, *_: Any) -> Any:
+        told.append([(file.scene, file.plane) for file in slides])
+        raise ToldError
+
+    monkeypatch.setattr("medray.models.encoders.settle_encoder", lambda *_, **__: None)
+    commands: dict[str, list[str]] = {
+        "ingest": [],
+        "infer": ["--model", str(model)],
+        "embed": ["--encoder", "e", "--weights", str(weights)],
+    }
+    for name, more in commands.items():
+        stage = importlib.import_module(f"medray.{name}")
+        if name == "embed":
+            monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
+        where = "changed_slides" if name == "infer" else f"_{name}"
+        monkeypatch.setattr(stage, where, take)
+        command = [name, slides, "--out", str(tmp_path / name), f"--{kind}", "1"]
+        with pytest.raises(ToldError):
+            cli.main([*command, *more])
+    chosen = (1, None) if kind == "scene" else (None, 1)
+    assert told == [[chosen]] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_chosen_stays_with_a_row_of_a_slide_that_failed(
+    kind: str, folder: Path, tmp_path: Path, model: Path, predictor: Predictor
+) -> None:
+    done = infer(folder / kind, predictor, model, tmp_path / "run", **{kind: 7})
+    assert list(done.failed) == ["x"]
+    row = Ledger(str(tmp_path / "run")).slides["x"]
+    assert (row["status"], row[kind]) == ("failed", 7)
