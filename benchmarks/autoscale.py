@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from medray.grid import plan_regions
+from medray.geometry import plan_regions
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAY = ROOT / "k8s" / "overlays" / "gke-gpu"
@@ -316,11 +316,11 @@ def write_inputs(out: Path, slides: int) -> tuple[Path, Path]:
     import torch
 
     from medray.classes import Classes
-    from medray.grid import Windows
+    from medray.datasets.synthetic import draw_scene, write_slide
+    from medray.geometry import Windows
     from medray.models.config import Architecture, ModelConfig
     from medray.models.folder import save_model
     from medray.models.segmenters import build_segmenter
-    from medray.synth import draw_scene, write_slide
 
     for seed in range(slides):
         scene = draw_scene(seed, height=SIZE[0], width=SIZE[1])

@@ -32,14 +32,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from medray import budget
 from medray.classes import Classes
-from medray.grid import Windows
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.geometry import Windows
+from medray.inference import memory
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
 from medray.models.segmenters import build_segmenter
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene, write_slide
+from medray.storage.ledger import Ledger
 
 KINDS = ("reader", "writer", "lane", "planner", "node", "driver", "everything")
 TITLES = {
@@ -283,7 +283,7 @@ def _certificate(rounds: list[dict], args: argparse.Namespace) -> dict:
         "committed_computed_again": sum(r["committed_again"] for r in rounds),
         "shards_written_again": sum(r["repeated"] for r in rounds),
         "most_written_again": max(r["repeated"] for r in rounds),
-        "most_in_flight": 2 * budget.PACKETS * PACKET,
+        "most_in_flight": 2 * memory.PACKETS * PACKET,
         "strays": sum(len(r["strays"]) for r in rounds),
         "holds": len(good) == len(rounds),
     }
@@ -329,7 +329,7 @@ def _one_round(
         "went_on_by_itself": stands,
         "committed_again": again,
         "repeated": writes.repeated,
-        "bounded": again == 0 and writes.repeated <= lanes * budget.PACKETS * PACKET,
+        "bounded": again == 0 and writes.repeated <= lanes * memory.PACKETS * PACKET,
         "identical": outputs(one.out) == expected and summary["failed"] == {},
         "strays": strays(one.out),
         "seconds": round(time.monotonic() - begun, 1),

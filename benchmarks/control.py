@@ -17,13 +17,13 @@ import time
 import numpy as np
 import ray
 
-from medray import budget
-from medray.commit import HEADER, WORKING, Commit
-from medray.drive import drive
-from medray.infer import _slide_row
-from medray.pool import Pool, poll
-from medray.progress import Progress
-from medray.store.ledger import Ledger
+from medray.execution.actor_pool import Pool, poll
+from medray.execution.commit import HEADER, WORKING, Commit
+from medray.execution.progress import Progress
+from medray.execution.scheduler import drive
+from medray.inference import memory
+from medray.inference.infer import _slide_row
+from medray.storage.ledger import Ledger
 
 REGIONS = 50
 
@@ -87,17 +87,17 @@ def measure(lanes: int, seconds: float, duration: float) -> dict:
         {"slide": f"s{i:06d}", "uri": "", "stamp": "", "annotation": "", "before": ""}
         for i in range(slides)
     ]
-    lane = ray.remote(SleepingLane).options(num_cpus=0, max_concurrency=budget.PACKETS)
+    lane = ray.remote(SleepingLane).options(num_cpus=0, max_concurrency=memory.PACKETS)
     worker = ray.remote(SleepingWorker).options(num_cpus=0)
     with (
         tempfile.TemporaryDirectory() as out,
         Clock(slides) as clock,
         Pool(worker.remote, "work", max(1, lanes // 16)) as workers,
         Pool(
-            functools.partial(lane.remote, seconds), "work", lanes, calls=budget.PACKETS
+            functools.partial(lane.remote, seconds), "work", lanes, calls=memory.PACKETS
         ) as pool,
     ):
-        while pool.room < lanes * budget.PACKETS:
+        while pool.room < lanes * memory.PACKETS:
             poll(pool)
         commit = Commit(Ledger(out), _slide_row)
         cpu = time.process_time()

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from infer import random_model
 
-from medray.commit import WORKING, Commit
-from medray.infer import _slide_row, settings_of
-from medray.progress import Progress
-from medray.run import Options, open_run
-from medray.slides.digest import slide_stamp
-from medray.slides.listing import find_slides
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene, write_slide
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.execution.commit import WORKING, Commit
+from medray.execution.progress import Progress
+from medray.inference.infer import _slide_row, settings_of
+from medray.inference.run import Options, open_run
+from medray.slides.discovery import find_slides
+from medray.slides.fingerprint import slide_stamp
+from medray.storage.ledger import Ledger
 
 
 def resident_mib() -> float:

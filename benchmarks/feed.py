@@ -21,29 +21,29 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from medray.grid import Rectangle
-from medray.models.augment import move, recolour
-from medray.recipe import Augment
+from medray.datasets.synthetic import generate
+from medray.geometry import Rectangle
 from medray.slides import open_slide
-from medray.store import omezarr
-from medray.store.squares import read_square
-from medray.synth import generate
+from medray.storage import ome_zarr
+from medray.storage.squares import read_square
+from medray.training.augment import move, recolour
+from medray.training.recipe import Augment
 
 SLIDE = 2048
 CHANGES = Augment(rotate=15, zoom=0.2, shift=0.05, saturation=0.15, hue=0.03)
 
 
-def make_level(folder: Path, side: int, patch: int) -> omezarr.Pixels:
+def make_level(folder: Path, side: int, patch: int) -> ome_zarr.Pixels:
     """A generated slide as a dataset has it, patches as large as the crops."""
     generate(folder, slides=1, seed=1, height=side, width=side)
     with open_slide(next((folder / "slides").iterdir())) as slide:
         pixels = np.moveaxis(slide.read(0, 0, side, side), 2, 0)
     uri = str(folder / "slide.ome.zarr")
-    omezarr.create_image(
+    ome_zarr.create_image(
         uri, side, side, mpp=0.5, name="s", attributes={}, region=side, patch=patch
     )
-    omezarr.write_region(uri, Rectangle(0, 0, side, side), pixels)
-    return omezarr.open_level(uri)
+    ome_zarr.write_region(uri, Rectangle(0, 0, side, side), pixels)
+    return ome_zarr.open_level(uri)
 
 
 def of_torchvision(augment: Augment) -> Callable[[torch.Tensor, torch.Tensor], object]:

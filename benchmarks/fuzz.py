@@ -30,8 +30,8 @@ import hostile
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.faults import bound_memory
-from medray.store import files
+from medray.execution.failures import bound_memory
+from medray.storage import files
 
 CLASSES = Classes()
 

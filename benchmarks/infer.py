@@ -25,25 +25,25 @@ import numpy as np
 import ray
 import torch
 
-from medray import cluster
 from medray.classes import Classes
-from medray.grid import (
+from medray.datasets.synthetic import generate, write_pyramid
+from medray.execution import cluster
+from medray.geometry import (
     Rectangle,
     Windows,
     region_windows,
     window_starts,
 )
-from medray.infer import infer
+from medray.inference.infer import infer
+from medray.inference.run import Options
 from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.folder import save_model
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.run import Options
 from medray.slides import open_slide
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.synth import generate, write_pyramid
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
 
 
 def random_model(folder: Path, encoder: str) -> str:
@@ -121,11 +121,11 @@ def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
         plan = region_windows(whole, *size, predictor.config.window)
         result = next(predictor.predict([RegionPixels(pixels, plan, *size)]))
         uri = str(out / f"{path.stem}.ome.zarr")
-        omezarr.create_labels(
+        ome_zarr.create_labels(
             uri, *size, mpp=0.5, name="", classes=Classes(), attributes={}
         )
-        omezarr.write_region(uri, whole, result.labels)
-        omezarr.build_pyramid(uri)
+        ome_zarr.write_region(uri, whole, result.labels)
+        ome_zarr.build_pyramid(uri)
     return time.perf_counter() - start
 
 

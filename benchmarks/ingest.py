@@ -21,21 +21,21 @@ import numpy as np
 import ray
 import tifffile
 
-from medray import cluster
-from medray.grid import Rectangle
-from medray.ingest import ingest
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.synth import generate
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import generate
+from medray.execution import cluster
+from medray.geometry import Rectangle
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
 
 
 def bare(slides: list[Path], out: Path) -> float:
     def one(path: Path) -> None:
         pixels = tifffile.imread(path, maxworkers=1)
         uri, (height, width) = str(out / path.stem), pixels.shape[:2]
-        omezarr.create_image(uri, height, width, mpp=0.5, name="", attributes={})
+        ome_zarr.create_image(uri, height, width, mpp=0.5, name="", attributes={})
         whole = Rectangle(0, 0, height, width)
-        omezarr.write_region(uri, whole, np.moveaxis(pixels, 2, 0))
+        ome_zarr.write_region(uri, whole, np.moveaxis(pixels, 2, 0))
 
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:

@@ -18,15 +18,15 @@ import torch
 from run_memory import run_watched
 
 from medray.classes import Classes
-from medray.grid import Windows
+from medray.datasets.synthetic import write_pyramid
+from medray.geometry import Windows
+from medray.inference.run import mask_uri
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
-from medray.run import mask_uri
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.store.pyramid import halved
-from medray.synth import write_pyramid
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
+from medray.storage.pyramid import halved
 
 
 def cheap_model(folder: Path) -> str:
@@ -66,9 +66,9 @@ def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
     command += ["--model", model, "--out", str(out), "--json"]
     summary, peak = run_watched(command)
     (row,) = read_table(str(out / "slides.parquet")).to_pylist()
-    shapes = omezarr.level_shapes(side, side)
+    shapes = ome_zarr.level_shapes(side, side)
     uri = mask_uri(str(out), str(side))
-    levels = [omezarr.open_level(uri, level) for level in range(len(shapes))]
+    levels = [ome_zarr.open_level(uri, level) for level in range(len(shapes))]
     return {
         "side": side,
         "file MiB": path.stat().st_size >> 20,

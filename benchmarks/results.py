@@ -34,11 +34,11 @@ import numpy as np
 import ray
 import torch
 
-from medray import cluster, open_mask
-from medray.dataset import labels_uri
-from medray.infer import infer
-from medray.ingest import ingest
-from medray.metrics import (
+from medray import open_mask
+from medray.datasets.dataset import labels_uri
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import Lesions, generate
+from medray.evaluation.metrics import (
     bootstrap,
     class_scores,
     confusion,
@@ -46,13 +46,14 @@ from medray.metrics import (
     small_scores,
     summary,
 )
+from medray.execution import cluster
+from medray.inference.infer import infer
+from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
 from medray.models.folder import load_model
-from medray.recipe import read_recipe
-from medray.run import Options, mask_uri
-from medray.settings import to_dict
-from medray.synth import Lesions, generate
-from medray.train import read_history, train
+from medray.storage.yaml_config import to_dict
+from medray.training.recipe import read_recipe
+from medray.training.train import read_history, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -36,15 +36,15 @@ import torch
 from results import ROOT, digest_of, number, read_record, write_record
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from medray import cluster
-from medray.evaluate_images import evaluate_images
-from medray.image_scores import score
+from medray.datasets.image_folder import find_images, ingest_images
+from medray.evaluation.evaluate_images import evaluate_images
+from medray.evaluation.image_metrics import score
+from medray.execution import cluster
 from medray.models.config import Tta
 from medray.models.folder import load_model
-from medray.recipe import read_recipe
-from medray.settings import to_dict
-from medray.sheets import find_images, ingest_images
-from medray.train import read_history, train
+from medray.storage.yaml_config import to_dict
+from medray.training.recipe import read_recipe
+from medray.training.train import read_history, train
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,18 @@ import torch
 from PIL import Image
 from ray import serve as ray_serve
 
-from medray import cluster, serve
+from medray.apps import serve
+from medray.apps.serve import ServeSettings
+from medray.apps.served import Served
 from medray.classes import Classes
-from medray.grid import Windows
+from medray.datasets.synthetic import generate
+from medray.execution import cluster
+from medray.geometry import Windows
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
 from medray.models.segmenters import build_segmenter
-from medray.serve import ServeSettings
-from medray.served import Served
 from medray.slides import open_slide
-from medray.synth import generate
 
 
 def make_model(folder: Path, kind: str) -> str:

@@ -19,8 +19,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from medray.datasets.synthetic import write_pyramid
 from medray.slides.tiff import TiffSlide, _touched
-from medray.synth import write_pyramid
 
 SIDE = 3072
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from medray import cluster
-from medray.infer import infer
-from medray.run import Options, mask_uri
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.synth import Scene, draw_scene, write_pyramid, write_slide
+from medray.datasets.synthetic import Scene, draw_scene, write_pyramid, write_slide
+from medray.execution import cluster
+from medray.inference.infer import infer
+from medray.inference.run import Options, mask_uri
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
 
 FIELD = 2048
 
@@ -31,7 +31,7 @@ def measure(path: Path, model: str, out: Path, **options) -> tuple[dict, np.ndar
             first = min(first, row["first_read_at"] or first)
             last, windows = row["committed_at"], windows + row["windows"]
     figures = {"slide": path.stem, **options, "s": round(last - first, 1)}
-    mask = np.asarray(omezarr.open_level(mask_uri(str(out), path.stem))[:])
+    mask = np.asarray(ome_zarr.open_level(mask_uri(str(out), path.stem))[:])
     return figures | {"windows": windows}, mask
 
 

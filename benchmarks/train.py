@@ -3,7 +3,7 @@
 In one run, interleaved, the same model, recipe, crops and step (augmentation included):
 
     limit   the step on one resident batch, again and again: nothing is read
-    medray  fed by medray.feed: Ray Data's tasks cut the crops from zarr
+    medray  fed by medray.training.dataloader: Ray Data's tasks cut the crops from zarr
     loader  fed by torch's DataLoader: as many processes, the same crops and zarr
 
 With --workers: whole trainings by Ray Train with one and with two workers, the same
@@ -32,18 +32,18 @@ import tifffile
 import torch
 from PIL import Image
 
-from medray import cluster
-from medray.dataset import read_dataset
-from medray.feed import Place, read_parts
-from medray.ingest import ingest
+from medray.datasets.dataset import read_dataset
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import generate
+from medray.execution import cluster
 from medray.models.config import ModelConfig
-from medray.models.learner import Batch, Learner, Team
 from medray.models.network import choose_device
-from medray.patches import read_crop, read_train, usable_patches
-from medray.recipe import Data, Recipe, Schedule, read_recipe
-from medray.settings import write_settings
-from medray.synth import generate
-from medray.train import read_history, train
+from medray.storage.yaml_config import write_settings
+from medray.training.dataloader import Place, read_parts
+from medray.training.learner import Batch, Learner, Team
+from medray.training.recipe import Data, Recipe, Schedule, read_recipe
+from medray.training.sampler import read_crop, read_train, usable_patches
+from medray.training.train import read_history, train
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARM = 6

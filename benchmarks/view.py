@@ -29,15 +29,15 @@ import pyarrow as pa
 import tifffile
 import zarr
 
+from medray.apps.view_tiles import TILE, last_zoom
 from medray.classes import Classes
-from medray.grid import Rectangle, Windows
-from medray.run import RunSettings, mask_uri, open_run
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.geometry import Rectangle, Windows
+from medray.inference.run import RunSettings, mask_uri, open_run
 from medray.slides import open_slide
-from medray.slides.digest import slide_digest, stamp_of
-from medray.slides.levels import choose_level
-from medray.store import files, omezarr
-from medray.synth import draw_scene, write_slide
-from medray.view_tiles import TILE, last_zoom
+from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.slides.resolution import choose_level
+from medray.storage import files, ome_zarr
 
 CORNER = 8192  # pixels of the mask that are written, a side
 
@@ -85,17 +85,17 @@ def write_run(folder: Path, path: Path) -> str:
     working = choose_level(slide, 0.5, None)
     size = (working.height, working.width)
     mask = mask_uri(run, "large")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         mask, *size, mpp=0.5, name="large", classes=Classes(), attributes={"a": 1}
     )
     pattern = np.kron(
         np.random.default_rng(0).integers(0, 2, (32, 32)), np.ones((64, 64))
     ).astype(np.uint8)
-    for y in range(0, CORNER, omezarr.REGION):
-        for x in range(0, CORNER, omezarr.REGION):
-            region = Rectangle(y, x, omezarr.REGION, omezarr.REGION)
-            omezarr.write_region(mask, region, pattern)
-    omezarr.build_pyramid(mask)
+    for y in range(0, CORNER, ome_zarr.REGION):
+        for x in range(0, CORNER, ome_zarr.REGION):
+            region = Rectangle(y, x, ome_zarr.REGION, ome_zarr.REGION)
+            ome_zarr.write_region(mask, region, pattern)
+    ome_zarr.build_pyramid(mask)
     row = {"slide": "large", "status": "done", "message": "", "uri": uri}
     row |= {"digest": slide_digest(uri), "stamp": stamp_of(uri), "annotation": ""}
     row |= {"level": working.level, "scale": working.scale, "mpp": working.mpp}
@@ -132,7 +132,7 @@ def measure(port: int, run: str, path: Path, tiles: int) -> None:
     ]
     mask = [
         zarr.open_array(f"{mask_uri(run, 'large')}/{k}", mode="r")
-        for k in range(len(omezarr.level_shapes(side, side)))
+        for k in range(len(ome_zarr.level_shapes(side, side)))
     ]
     draw = random.Random(0)
     print("ms, p50 and p95     slide      plain  ratio      mask      plain  ratio")

@@ -44,10 +44,10 @@ from shown import (
 )
 
 from medray import open_mask
-from medray.convert import convert
-from medray.outlines import write_outlines
-from medray.run import mask_uri, read_run
-from medray.store import files
+from medray.apps.convert import convert
+from medray.inference.outlines import write_outlines
+from medray.inference.run import mask_uri, read_run
+from medray.storage import files
 
 OUTPUTS = {
     "mask": "mask, OME-Zarr 0.5",

@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.logging import RichHandler
 
-from medray.arguments import parse
+from medray.apps.arguments import parse
+from medray.apps.words import in_words
 from medray.errors import ConfigError, MedrayError
-from medray.interrupt import StoppedError
-from medray.words import in_words
+from medray.execution.signals import StoppedError
 
 
 def _ingest(args: argparse.Namespace) -> Any:
@@ -32,7 +32,7 @@ def _ingest(args: argparse.Namespace) -> Any:
         raise ConfigError("--patients goes with --side; slides take --groups CSV")
     if args.contours:
         raise ConfigError("--contours goes with --side; slides take --annotations DIR")
-    from medray.ingest import ingest
+    from medray.datasets.ingest import ingest
 
     return ingest(
         args.slides,
@@ -53,7 +53,7 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> Any:
-    from medray.check import check
+    from medray.apps.check import check
 
     return check(
         args.slides,
@@ -65,7 +65,7 @@ def _check(args: argparse.Namespace) -> Any:
 
 
 def _ingest_images(args: argparse.Namespace) -> Any:
-    from medray.sheets import ingest_images
+    from medray.datasets.image_folder import ingest_images
 
     if isinstance(args.mpp, str) or args.scene is not None or args.plane is not None:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _ingest_images(args: argparse.Namespace) -> Any:
 
 def _train(args: argparse.Namespace) -> Any:
     if args.labels is not None:
-        from medray.train_slides import train_slides
+        from medray.mil.train import train_slides
 
         if args.repeats != 1:
             raise ConfigError("--repeats does not go with --labels; train other seeds")
@@ -104,7 +104,7 @@ def _train(args: argparse.Namespace) -> Any:
             out=args.out,
             overrides=args.overrides,
         )
-    from medray.train import train
+    from medray.training.train import train
 
     return train(
         args.recipe,
@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace) -> Any:
 
 
 def _tune(args: argparse.Namespace) -> Any:
-    from medray.tune import tune
+    from medray.training.tune import tune
 
     return tune(
         args.recipe,
@@ -129,10 +129,10 @@ def _tune(args: argparse.Namespace) -> Any:
 
 
 def _infer(args: argparse.Namespace) -> Any:
-    from medray.slide_model import holds_slide_model
+    from medray.mil.config import holds_slide_model
 
     if holds_slide_model(args.model[0]):
-        from medray.infer_slides import infer_slides
+        from medray.mil.infer import infer_slides
 
         if len(args.slides) != 1 or len(args.model) != 1:
             raise ConfigError(
@@ -140,16 +140,16 @@ def _infer(args: argparse.Namespace) -> Any:
                 f"`medray embed` writes it"
             )
         return infer_slides(args.slides[0], model=args.model[0], out=args.out)
-    from medray.infer import infer
+    from medray.inference.infer import infer
 
     return infer(args.slides, model=args.model, out=args.out, options=_options(args))
 
 
 def _options(args: argparse.Namespace) -> Any:
     """Gather what was said about a run."""
-    from medray.clean import Cleaning
+    from medray.inference.postprocess import Cleaning
+    from medray.inference.run import Options
     from medray.models.config import Prediction
-    from medray.run import Options
 
     def chosen(cls: type[Any]) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(cls)}
@@ -161,7 +161,7 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _embed(args: argparse.Namespace) -> Any:
-    from medray.embed import embed
+    from medray.mil.embed import embed
 
     return embed(
         args.slides,
@@ -177,7 +177,7 @@ def _embed(args: argparse.Namespace) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> Any:
-    from medray.estimate import estimate
+    from medray.inference.estimate import estimate
 
     return estimate(
         args.slides,
@@ -195,8 +195,8 @@ def _for_images(args: argparse.Namespace) -> bool:
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
-    from medray.slide_model import holds_slide_model
-    from medray.store import files
+    from medray.mil.config import holds_slide_model
+    from medray.storage import files
 
     if args.cohorts and not files.exists(files.join(args.runs[0], "run.yaml")):
         raise ConfigError(
@@ -208,7 +208,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             f"`medray infer FEATURES --model {args.runs[0]} --out RUN`"
         )
     if files.exists(files.join(args.runs[0], "predictions.yaml")):
-        from medray.evaluate_slides import evaluate_slides
+        from medray.mil.evaluate import evaluate_slides
 
         if args.split or _for_images(args):
             raise ConfigError(
@@ -218,7 +218,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             )
         return evaluate_slides(args.runs[0], truth=args.truth, out=args.out)
     if files.exists(files.join(args.runs[0], "model.yaml")):
-        from medray.evaluate_images import evaluate_images
+        from medray.evaluation.evaluate_images import evaluate_images
 
         return evaluate_images(
             args.runs,
@@ -229,7 +229,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             tta=args.tta,
             compare=args.beside,
         )
-    from medray.evaluate import evaluate
+    from medray.evaluation.evaluate import evaluate
 
     if _for_images(args):
         raise ConfigError(
@@ -246,7 +246,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> Any:
-    from medray.export import export
+    from medray.apps.export import export
 
     return export(
         args.model,
@@ -258,7 +258,7 @@ def _export(args: argparse.Namespace) -> Any:
 
 
 def _nightly(args: argparse.Namespace) -> Any:
-    from medray.nightly import nightly
+    from medray.apps.nightly import nightly
 
     return nightly(
         args.inbox,
@@ -275,7 +275,7 @@ def _nightly(args: argparse.Namespace) -> Any:
 
 
 def _doctor(args: argparse.Namespace) -> Any:
-    from medray.doctor import doctor
+    from medray.apps.doctor import doctor
 
     if args.namespace and not args.kubernetes:
         raise ConfigError("--namespace goes with --kubernetes")
@@ -289,7 +289,7 @@ def _doctor(args: argparse.Namespace) -> Any:
 
 
 def _submit(args: argparse.Namespace) -> Any:
-    from medray.submit import submit
+    from medray.apps.submit import submit
 
     return submit(
         args.words,
@@ -301,7 +301,7 @@ def _submit(args: argparse.Namespace) -> Any:
 
 
 def _explain(args: argparse.Namespace) -> Any:
-    from medray.explain import explain
+    from medray.apps.explain import explain
 
     return explain(
         args.model, args.images, out=args.out, name=args.name, **_reading(args)
@@ -310,8 +310,8 @@ def _explain(args: argparse.Namespace) -> Any:
 
 def _serve(args: argparse.Namespace) -> Any:
     try:
-        from medray.serve import ServeSettings, serve
-        from medray.serve_app import Bounds
+        from medray.apps.serve import ServeSettings, serve
+        from medray.apps.serve_app import Bounds
     except ImportError as error:
         raise ConfigError(
             f"serve needs {error.name}; install medray with the extra `serve`"
@@ -334,37 +334,37 @@ def _serve(args: argparse.Namespace) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    from medray.verify import verify
+    from medray.inference.verify import verify
 
     return verify(args.run_folder)
 
 
 def _gc(args: argparse.Namespace) -> Any:
-    from medray.verify import collect
+    from medray.inference.verify import collect
 
     return collect(args.run_folder, dry_run=args.dry_run)
 
 
 def _diff(args: argparse.Namespace) -> Any:
-    from medray.verify import diff
+    from medray.inference.verify import diff
 
     return diff(args.run_folder, args.other)
 
 
 def _compare(args: argparse.Namespace) -> Any:
-    from medray.compare import compare
+    from medray.evaluation.compare import compare
 
     return compare(args.run_folder, args.other, out=args.out, truth=args.truth)
 
 
 def _review(args: argparse.Namespace) -> Any:
-    from medray.review import review
+    from medray.evaluation.review import review
 
     return review(args.run_folder, out=args.out, count=args.count)
 
 
 def _convert(args: argparse.Namespace) -> Any:
-    from medray.convert import convert
+    from medray.apps.convert import convert
 
     return convert(
         args.run_folder, to=args.to, out=args.out, with_image=args.with_image
@@ -372,7 +372,7 @@ def _convert(args: argparse.Namespace) -> Any:
 
 
 def _view(args: argparse.Namespace) -> Any:
-    from medray.view import Viewing, view
+    from medray.apps.view import Viewing, view
 
     def announce(viewing: Viewing) -> None:
         values = dataclasses.asdict(viewing)
@@ -395,13 +395,13 @@ def _view(args: argparse.Namespace) -> Any:
 
 
 def _demo(args: argparse.Namespace) -> Any:
-    from medray.demo import demo
+    from medray.apps.demo import demo
 
     return demo(args.out)
 
 
 def _conformance(args: argparse.Namespace) -> Any:
-    from medray.conformance import check_engine, check_medray, medray_engine
+    from medray.inference.conformance import check_engine, check_medray, medray_engine
 
     checks = check_engine(medray_engine("crop")) + check_medray()
     return Conformance(checks, {c.name: c.found for c in checks if not c.passed})

@@ -89,7 +89,7 @@ def cluster() -> Iterator[None]:
     """A local Ray for all tests that need one."""
     import ray
 
-    from medray.cluster import connect
+    from medray.execution.cluster import connect
 
     with pytest.MonkeyPatch.context() as patch:
         # Its workers, which have imported what tasks need, wait for the next test; by
@@ -108,7 +108,7 @@ def write_model(folder: Path, name: str, seed: int) -> Path:
     import torch
 
     from medray.classes import Classes
-    from medray.grid import Windows
+    from medray.geometry import Windows
     from medray.models.config import Architecture, ModelConfig
     from medray.models.folder import save_model
     from medray.models.segmenters import build_segmenter
@@ -144,7 +144,7 @@ def slides() -> Iterator[Path]:
     """Four generated slides of 768 x 640 with annotations."""
 
     def make(folder: Path) -> None:
-        from medray.synth import generate
+        from medray.datasets.synthetic import generate
 
         generate(folder, slides=4, seed=50, height=768, width=640)
 
@@ -156,7 +156,7 @@ def contoured_cells() -> Iterator[Path]:
     """Generated single cells with outlines of nucleus and cytoplasm."""
 
     def make(folder: Path) -> None:
-        from medray.synth_cells import generate_cells
+        from medray.datasets.synthetic_cells import generate_cells
 
         generate_cells(folder / "cells", clusters=2, each=4)
 
@@ -176,10 +176,10 @@ def write_layered(folder: Path, model: Path) -> None:
     import serial
     from PIL import Image
 
+    from medray.datasets.synthetic import draw_scene, write_slide
+    from medray.inference.run import Options
     from medray.models.config import Prediction
     from medray.models.predict import Predictor
-    from medray.run import Options
-    from medray.synth import draw_scene, write_slide
 
     (folder / "truth").mkdir()
     for seed, size in enumerate([(1500, 2200), (700, 800), (600, 900)]):
@@ -197,7 +197,7 @@ def training_data(slides: Path, request: pytest.FixtureRequest) -> Iterator[str]
     """A dataset of three annotated slides and one without annotation."""
 
     def make(folder: Path) -> None:
-        from medray.ingest import ingest
+        from medray.datasets.ingest import ingest
 
         request.getfixturevalue("cluster")
         annotations = folder / "annotations"
@@ -221,7 +221,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     import serial
 
     # By its module: `medray.train` is the function.
-    module = importlib.import_module("medray.train")
+    module = importlib.import_module("medray.training.train")
     monkeypatch.setattr(module, "_run", serial.run_loop)
 
 

@@ -354,14 +354,14 @@ def zarrs(
 def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.annotations import rasterise, read_annotation
     from medray.classes import Classes
-    from medray.faults import bound_memory
-    from medray.grid import Windows
-    from medray.infer import _plan
-    from medray.recipe import read_recipe
-    from medray.region import read_region
-    from medray.run import Options, RunSettings
-    from medray.slides.digest import stamp_of
-    from medray.slides.listing import find_slides
+    from medray.execution.failures import bound_memory
+    from medray.geometry import Windows
+    from medray.inference.infer import _plan
+    from medray.inference.regions import read_region
+    from medray.inference.run import Options, RunSettings
+    from medray.slides.discovery import find_slides
+    from medray.slides.fingerprint import stamp_of
+    from medray.training.recipe import read_recipe
 
     bound_memory()
     settings = RunSettings(

@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from medray.pool import LostError, Pool, poll
+from medray.execution.actor_pool import LostError, Pool, poll
 
 
 class Slow:

@@ -10,7 +10,7 @@ from dicoms import picture
 from several_files import write_mrxs
 
 from medray.slides.members import slide_members
-from medray.store import files
+from medray.storage import files
 
 SIZE = (512, 768)
 

@@ -8,28 +8,28 @@ from typing import Any
 
 import torch
 
-from medray.clean import Cleaning
-from medray.commit import Commit, changed_slides
+from medray.datasets.given import as_given
 from medray.errors import MedrayError
-from medray.given import as_given
-from medray.infer import (
+from medray.execution.commit import Commit, changed_slides
+from medray.execution.progress import Progress
+from medray.inference.infer import (
     _plan,
     _slide_row,
     region_pixels,
     settings_of,
     slides_within,
 )
-from medray.loop import train_as
+from medray.inference.postprocess import Cleaning
+from medray.inference.regions import finish_slide, read_region, write_region
+from medray.inference.run import Options, RunSettings, open_run
 from medray.models.config import ModelConfig
-from medray.models.learner import Team
 from medray.models.predict import Predictor
-from medray.progress import Progress
-from medray.recipe import Recipe
-from medray.region import finish_slide, read_region, write_region
-from medray.run import Options, RunSettings, open_run
-from medray.slides.listing import find_slides
-from medray.store.ledger import Ledger
-from medray.train import Training, train_with
+from medray.slides.discovery import find_slides
+from medray.storage.ledger import Ledger
+from medray.training.learner import Team
+from medray.training.recipe import Recipe
+from medray.training.train import Training, train_with
+from medray.training.trainer import train_as
 
 Row = dict[str, Any]
 
@@ -140,6 +140,6 @@ def train(recipe: Recipe, data: str, out: str) -> Training:
 def run_loop(
     settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
 ) -> None:
-    """What stands for `medray.train._run`: the loop, as a worker that is alone."""
+    """What stands for `medray.training.train._run`: the loop, as a worker that is alone."""
     torch.set_num_threads(os.cpu_count() or 1)
     train_as(Team(0, 1, torch.device("cpu")), settings, contract, data, out, name)

@@ -6,11 +6,9 @@ from typing import Any
 
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
-from medray.commit import Commit, changed_slides
-from medray.dataset import DatasetSettings, open_dataset
-from medray.errors import MedrayError
-from medray.given import as_given
-from medray.ingest import (
+from medray.datasets.dataset import DatasetSettings, open_dataset
+from medray.datasets.given import as_given
+from medray.datasets.ingest import (
     _assign_splits,
     _cut,
     _finish,
@@ -18,10 +16,12 @@ from medray.ingest import (
     _slide_row,
     _write_patches,
 )
-from medray.progress import Progress
-from medray.slides.listing import find_slides
-from medray.store import files
-from medray.store.ledger import Ledger
+from medray.errors import MedrayError
+from medray.execution.commit import Commit, changed_slides
+from medray.execution.progress import Progress
+from medray.slides.discovery import find_slides
+from medray.storage import files
+from medray.storage.ledger import Ledger
 
 Row = dict[str, Any]
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medray.apps.serve_app import Bounds
 from medray.classes import Classes
-from medray.grid import Windows
+from medray.geometry import Windows
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
-from medray.serve_app import Bounds
 
 SIDE = 64
 TOKEN = "a token that is long enough"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from medray.grid import Rectangle
+from medray.geometry import Rectangle
 
 UInt8 = npt.NDArray[np.uint8]
 TILE = 128

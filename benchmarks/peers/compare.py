@@ -26,12 +26,12 @@ sys.path.insert(0, "benchmarks")
 from infer import bare, loop
 from run_memory import MARK, run_watched
 
+from medray.datasets.synthetic import generate
+from medray.inference.run import mask_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import mask_uri
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.synth import generate
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
 
 PEERS = ("tiatoolbox", "monai", "ratiopath")
 
@@ -70,7 +70,7 @@ def run_medray(
         "windows": sum(row["windows"] for row in rows),
         "peak MiB": peak.mib,
         "masks": {
-            path.stem: np.asarray(omezarr.open_level(mask_uri(str(out), path.stem))[:])
+            path.stem: np.asarray(ome_zarr.open_level(mask_uri(str(out), path.stem))[:])
             for path in slides
         },
     }

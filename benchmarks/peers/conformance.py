@@ -14,7 +14,7 @@ sys.path.insert(0, ".")
 
 from engines import ENGINES
 
-from medray.conformance import check_engine
+from medray.inference.conformance import check_engine
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import tifffile
 import torch
 from torch import nn
 
-from medray.grid import Windows
+from medray.geometry import Windows
 
 UInt8 = np.ndarray
 

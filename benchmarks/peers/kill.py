@@ -18,8 +18,8 @@ from pathlib import Path
 
 from compare import PEERS
 
-from medray.store.ledger import Ledger
-from medray.synth import generate
+from medray.datasets.synthetic import generate
+from medray.storage.ledger import Ledger
 
 
 def start(command: list[str]) -> subprocess.Popen:

@@ -29,7 +29,7 @@ sys.path[:0] = [".", "benchmarks"]
 from engines import monai, tiatoolbox_file
 from run_memory import watched
 
-from medray.grid import Windows
+from medray.geometry import Windows
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.CRITICAL)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from defusedxml import ElementTree
 from defusedxml.common import EntitiesForbidden
 
-from medray.annotations.area import (
+from medray.annotations.geojson import geojson_features, parse_geojson
+from medray.annotations.mask_image import is_picture, parse_mask
+from medray.annotations.polygons import (
     Area,
     Note,
     clip_to_slide,
@@ -17,15 +19,13 @@ from medray.annotations.area import (
     leave_out_unclassed,
     note_extremes,
 )
-from medray.annotations.geojson import geojson_features, parse_geojson
-from medray.annotations.mask_image import is_picture, parse_mask
-from medray.annotations.rasterise import rasterise
+from medray.annotations.rasterize import rasterise
 from medray.annotations.svg import parse_svg
 from medray.annotations.xml import parse_asap, parse_imagescope
 from medray.classes import Classes
 from medray.errors import MedrayError, SlideError
 from medray.slides.bounds import scanned_bounds
-from medray.store import files
+from medray.storage import files
 
 __all__ = [
     "ANNOTATION_SUFFIXES",

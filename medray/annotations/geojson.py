@@ -18,10 +18,10 @@ import numpy as np
 import shapely
 from shapely import affinity
 
-from medray.annotations.area import Area, Note, Ring, areal, fill
+from medray.annotations.polygons import Area, Note, Ring, areal, fill
 from medray.classes import Classes
 from medray.errors import SlideError
-from medray.grid import Rectangle
+from medray.geometry import Rectangle
 
 _QUPATH_0_2 = {
     "PathAnnotationObject",

@@ -13,7 +13,7 @@ from rasterio import features
 from shapely import affinity
 from shapely.geometry import shape
 
-from medray.annotations.area import Area
+from medray.annotations.polygons import Area
 from medray.classes import Classes
 from medray.errors import SlideError
 

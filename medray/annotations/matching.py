@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from medray.annotations import ANNOTATION_SUFFIXES
 from medray.errors import ConfigError
-from medray.slides.listing import SlideFile, find_files, strip_suffix
+from medray.slides.discovery import SlideFile, find_files, strip_suffix
 
 log = logging.getLogger(__name__)
 

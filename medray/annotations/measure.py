@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from medray.annotations.area import Area
-from medray.annotations.rasterise import rasterise
+from medray.annotations.polygons import Area
+from medray.annotations.rasterize import rasterise
 from medray.classes import Classes
 
 # Cutting areas off others takes time with the points of those above, once for each

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import svgelements
 
-from medray.annotations.area import (
+from medray.annotations.polygons import (
     Area,
     FillRule,
     Note,
@@ -24,7 +24,7 @@ from medray.annotations.area import (
     fill,
     match_class,
 )
-from medray.annotations.svg_check import check_size, check_values, tag_of
+from medray.annotations.svg_limits import check_size, check_values, tag_of
 from medray.classes import Classes
 from medray.errors import SlideError
 

@@ -11,7 +11,7 @@ import shapely
 from shapely import affinity
 from shapely.geometry import Point, box
 
-from medray.annotations.area import Area, Note, Ring, areal, fill, match_class
+from medray.annotations.polygons import Area, Note, Ring, areal, fill, match_class
 from medray.classes import Classes
 from medray.errors import SlideError
 

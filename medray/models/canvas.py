@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medray.grid import (
+from medray.geometry import (
     Rectangle,
     RegionWindows,
     Windows,

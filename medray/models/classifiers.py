@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from medray.annotations.morphology import FEATURES
 from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.weights import is_file, load_encoder, where_from
-from medray.morphology import FEATURES
 
 
 class SelfAttention(nn.Module):

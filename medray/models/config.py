@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.grid import Stitch, Windows
-from medray.settings import from_dict, read_yaml, to_dict
-from medray.store import files
+from medray.geometry import Stitch, Windows
+from medray.storage import files
+from medray.storage.yaml_config import from_dict, read_yaml, to_dict
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]
@@ -46,7 +46,7 @@ class Architecture:
         dropout: Of a classifier: share of what reaches the last layer that is dropped
             in training.
         morphology: A classifier takes what contours measure of a cell beside its
-            pixels (see medray.morphology).
+            pixels (see medray.annotations.morphology).
     """
 
     name: str = "unet"

@@ -18,8 +18,8 @@ from torch import nn
 
 from medray.errors import ConfigError, FormatError
 from medray.models.config import ModelConfig, check_runtime, weights_uri
-from medray.settings import to_dict
-from medray.store import files
+from medray.storage import files
+from medray.storage.yaml_config import to_dict
 
 
 class Exported(nn.Module):
@@ -108,7 +108,7 @@ def _load_onnx(data: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def write_pt2(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Write a program of torch.export; see `medray.export` for the errors of all."""
+    """Write a program of torch.export; errors of all: see `medray.apps.export`."""
     torch.export.save(_program(model, config), path)
 
 

@@ -24,8 +24,8 @@ from medray.models.config import (
     read_config,
 )
 from medray.models.prune import fit
-from medray.settings import write_settings
-from medray.store import files
+from medray.storage import files
+from medray.storage.yaml_config import write_settings
 
 
 def save_model(

@@ -16,7 +16,7 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.models.config import Architecture
-from medray.store import files
+from medray.storage import files
 
 # How the names of encoder weights begin in files that hold more than the encoder, and
 # in those of the library that it is from.

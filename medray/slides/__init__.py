@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 from medray.errors import SlideError
 from medray.slides import dicom
+from medray.slides.base import Level, NeedsOpenSlideError, Slide
+from medray.slides.discovery import SLIDE_SUFFIXES
 from medray.slides.image import ArraySlide, open_image
-from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, slide_members
-from medray.slides.omezarr import ZarrSlide
+from medray.slides.ome_zarr import ZarrSlide
 from medray.slides.openslide import OpenSlideSlide
-from medray.slides.slide import Level, NeedsOpenSlideError, Slide
 from medray.slides.staged import StagedSlide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
 from medray.slides.vendors import check_choice
-from medray.store import files
+from medray.storage import files
 
 __all__ = [
     "ArraySlide",

@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping
 
 from medray.errors import SlideError
-from medray.grid import Rectangle
+from medray.geometry import Rectangle
 from medray.slides import open_slide
 from medray.slides.openslide import OpenSlideSlide
-from medray.store import files
+from medray.storage import files
 
 _MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide")
 

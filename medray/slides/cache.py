@@ -30,11 +30,11 @@ from pathlib import Path, PurePosixPath
 
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.slides import dicom
-from medray.slides.listing import SLIDE_SUFFIXES
+from medray.slides.base import NeedsOpenSlideError
+from medray.slides.discovery import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, Member, slide_members
-from medray.slides.slide import NeedsOpenSlideError
 from medray.slides.tiff import TiffSlide
-from medray.store import files
+from medray.storage import files
 
 log = logging.getLogger(__name__)
 

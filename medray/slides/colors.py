@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import SlideError
-from medray.slides.slide import NeedsOpenSlideError
+from medray.slides.base import NeedsOpenSlideError
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.errors import SlideError, StoreError
-from medray.store import files
+from medray.storage import files
 
 SUFFIXES = (".dcm", ".dicom")
 

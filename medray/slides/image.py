@@ -9,9 +9,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from medray.errors import SlideError
+from medray.slides.base import Level, Mpp, Slide, check_rectangle
 from medray.slides.colors import on_white
-from medray.slides.slide import Level, Mpp, Slide, check_rectangle
-from medray.store import files
+from medray.storage import files
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -23,7 +23,7 @@ Image.MAX_IMAGE_PIXELS = None  # bounded here instead
 
 
 class ArraySlide(Slide):
-    """An array (H, W, 3) uint8 RGB as a slide; see medray.slides.slide.Slide."""
+    """An array (H, W, 3) uint8 RGB as a slide; see medray.slides.base.Slide."""
 
     format = "array"
     resolution: Mpp | None = None
@@ -37,7 +37,7 @@ class ArraySlide(Slide):
         self._pixels = pixels
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
-        """Read a rectangle; see medray.slides.slide.Slide.read."""
+        """Read a rectangle; see medray.slides.base.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
         return self._pixels[y : y + height, x : x + width]
 

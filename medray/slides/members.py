@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from medray.errors import SlideError
 from medray.slides import dicom
-from medray.store import files
+from medray.storage import files
 
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu")
 """Suffixes of the files that name others."""
@@ -34,7 +34,7 @@ class Member:
     Attributes:
         uri: Path or address.
         size: Bytes.
-        stamp: Size and time, as medray.store.files.stamp gives them.
+        stamp: Size and time, as medray.storage.files.stamp gives them.
     """
 
     uri: str

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import SlideError
+from medray.slides.base import MAX_SIDE, Level, Slide, check_rectangle, mpp_of
 from medray.slides.colors import on_white
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle, mpp_of
 
 UInt8 = npt.NDArray[np.uint8]
 
 
 class OpenSlideSlide(Slide):
-    """A file of OpenSlide's as a slide; see medray.slides.slide.Slide."""
+    """A file of OpenSlide's as a slide; see medray.slides.base.Slide."""
 
     def __init__(self, uri: str, path: str = "") -> None:
         """Open the file.
@@ -43,7 +43,7 @@ class OpenSlideSlide(Slide):
             raise SlideError(f"{uri}: declares more than {MAX_SIDE} pixels a side")
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
-        """Read a rectangle; see medray.slides.slide.Slide.read."""
+        """Read a rectangle; see medray.slides.base.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
         factor = self.levels[level].downsample
         place = (round(x * factor), round(y * factor))

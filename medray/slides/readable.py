@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import SlideError
-from medray.slides.slide import Slide
+from medray.slides.base import Slide
 
 UInt8 = npt.NDArray[np.uint8]
 

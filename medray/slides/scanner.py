@@ -10,7 +10,7 @@ from defusedxml import ElementTree
 
 from medray.errors import MedrayError
 from medray.slides import dicom
-from medray.store import files
+from medray.storage import files
 
 UNKNOWN = "unknown"
 _LONGEST = 80

@@ -42,7 +42,7 @@ class StagedSlide(OpenSlideSlide):
             self._made = _made(path)
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
-        """Read a rectangle; see medray.slides.slide.Slide.read."""
+        """Read a rectangle; see medray.slides.base.Slide.read."""
         with self._held():
             return super().read(y, x, height, width, level)
 

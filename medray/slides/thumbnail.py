@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from medray.slides.base import Slide
 from medray.slides.readable import read_readable
-from medray.slides.slide import Slide
 
 _BAND_PIXELS = 2**24
 

@@ -21,11 +21,11 @@ import tifffile
 from PIL import Image
 
 from medray.errors import SlideError, StoreError
+from medray.slides.base import MAX_SIDE, Level, Slide, check_rectangle
 from medray.slides.colors import JPEG, check_colors, to_rgb
 from medray.slides.readable import MOST_UNREADABLE
-from medray.slides.slide import MAX_SIDE, Level, Slide, check_rectangle
 from medray.slides.vendors import choose_image
-from medray.store import files
+from medray.storage import files
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -40,7 +40,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class TiffSlide(Slide):
-    """A TIFF file as a slide; see medray.slides.slide.Slide."""
+    """A TIFF file as a slide; see medray.slides.base.Slide."""
 
     def __init__(
         self, uri: str, scene: int | None = None, plane: int | None = None
@@ -176,7 +176,7 @@ class TiffSlide(Slide):
         return never, beyond
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
-        """Read a rectangle; see medray.slides.slide.Slide.read."""
+        """Read a rectangle; see medray.slides.base.Slide.read."""
         check_rectangle(self.levels, y, x, height, width, level)
         parts = [
             self._read_page(page, level, y, x, height, width)

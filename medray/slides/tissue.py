@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from medray.slides.slide import Slide
+from medray.slides.base import Slide
 from medray.slides.thumbnail import read_thumbnail
 
 UInt8 = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from typing import Any
 from defusedxml import ElementTree
 
 from medray.errors import SlideError
-from medray.slides.slide import Mpp, NeedsOpenSlideError, mpp_of
+from medray.slides.base import Mpp, NeedsOpenSlideError, mpp_of
 
 _MICRONS = {
     "m": 1e6,

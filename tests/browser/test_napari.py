@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from medray import open_mask
-from medray.convert import convert
-from medray.run import LAYERS, read_run
+from medray.apps.convert import convert
+from medray.inference.run import LAYERS, read_run
 
 pytestmark = [
     pytest.mark.skipif(

@@ -11,7 +11,7 @@ from shown import VIV, Show, differing, napari, neuroglancer, viv
 from viewers import by_spatialdata
 
 from medray import open_mask
-from medray.convert import convert
+from medray.apps.convert import convert
 
 
 @pytest.fixture(scope="module", params=["napari", "neuroglancer", "viv"])

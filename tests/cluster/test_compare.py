@@ -16,12 +16,12 @@ from hypothesis.extra import numpy as stnp
 from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation
 from medray.classes import Classes
-from medray.compare import compare
 from medray.errors import ConfigError
-from medray.metrics import difference, summary
+from medray.evaluation.compare import compare
+from medray.evaluation.metrics import difference, summary
+from medray.inference.run import Options
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
 
 NAMES = ("background", "tumour")
 

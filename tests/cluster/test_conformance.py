@@ -2,7 +2,7 @@
 
 import pytest
 
-from medray.conformance import check_medray
+from medray.inference.conformance import check_medray
 
 
 @pytest.mark.usefixtures("cluster")

@@ -8,12 +8,12 @@ import pytest
 from contours import points_of, shoelace
 from PIL import Image
 
-from medray.dataset import read_morphology, read_patches, slide_uri
+from medray.annotations.morphology import feature_names
+from medray.datasets.dataset import read_morphology, read_patches, slide_uri
+from medray.datasets.image_folder import Images, find_images, ingest_images
+from medray.datasets.synthetic_cells import CELL_CLASSES, generate_cells
 from medray.errors import ConfigError
-from medray.morphology import feature_names
-from medray.sheets import Images, find_images, ingest_images
-from medray.store import files, omezarr
-from medray.synth_cells import CELL_CLASSES, generate_cells
+from medray.storage import files, ome_zarr
 
 # --- layout ---------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def test_cells_are_cut_out_of_clusters_where_there_are_no_crops(
             box = (max(x0 - 10, 0), max(y0 - 10, 0), x1, y1)
             cut = picture.crop(tuple(map(int, box)))
         wanted = np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR))
-        sheet = omezarr.open_level(slide_uri(str(tmp_path / "data"), row["slide"]))
+        sheet = ome_zarr.open_level(slide_uri(str(tmp_path / "data"), row["slide"]))
         pixels = sheet[:, row["y"] : row["y"] + 64, row["x"] : row["x"] + 64]
         np.testing.assert_array_equal(np.moveaxis(pixels, 0, 2), wanted)
 

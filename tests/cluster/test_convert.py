@@ -14,13 +14,13 @@ import zarr
 from PIL import Image
 
 from medray import cli, open_mask
-from medray.convert import convert
+from medray.apps.convert import convert
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
-from medray.ingest import ingest
-from medray.run import LAYERS, layer_uri
+from medray.inference.run import LAYERS, layer_uri
 from medray.slides import open_slide
-from medray.store import omezarr
-from medray.synth import draw_scene, write_slide
+from medray.storage import ome_zarr
 
 SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}
 
@@ -72,7 +72,7 @@ def test_image_and_masks_lie_in_one_group(
             pixels = whole.read(0, 0, *SIZES[slide]).transpose(2, 0, 1)
         image = levels_of(group)
         np.testing.assert_array_equal(image[0], pixels)
-        np.testing.assert_array_equal(image[1], omezarr.halved(pixels))
+        np.testing.assert_array_equal(image[1], ome_zarr.halved(pixels))
 
         for name in ("mask", *LAYERS):
             labels: Any = group[f"labels/{name}"]
@@ -94,7 +94,7 @@ def test_tiffs_open_as_pyramids_of_the_mask(
         assert (summary.done, summary.failed) == (3, {})
     for slide, size in SIZES.items():
         uri = str(folder / f"run/masks/{slide}.ome.zarr")
-        shapes = omezarr.level_shapes(*size)
+        shapes = ome_zarr.level_shapes(*size)
         with tifffile.TiffFile(tmp_path / "ome-tiff" / f"{slide}.ome.tif") as tiff:
             assert tiff.ome_metadata is not None
             assert '<M K="1">tumour</M>' in tiff.ome_metadata
@@ -154,10 +154,10 @@ def test_what_is_wrong_costs_one_slide(
     run, slides = tmp_path / "run", tmp_path / "slides"
     shutil.copytree(folder / "run", run)
     shutil.copytree(folder / "slides", slides)
-    table = omezarr.files.read_table(str(run / "slides.parquet")).to_pylist()
+    table = ome_zarr.files.read_table(str(run / "slides.parquet")).to_pylist()
     for row in table:
         row["uri"] = str(slides / f"{row['slide']}.tif")
-    omezarr.files.write_table(str(run / "slides.parquet"), pa.Table.from_pylist(table))
+    ome_zarr.files.write_table(str(run / "slides.parquet"), pa.Table.from_pylist(table))
     write_slide(slides, "s0", draw_scene(9, height=1500, width=2200))
     out = tmp_path / "out"
     found = convert(str(run), to="ome-zarr", out=str(out), with_image=True)

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from medray import calibration, cli, open_mask
-from medray.metrics import bootstrap, confusion, summary
-from medray.run import layer_uri, probabilities_uri
+from medray import cli, open_mask
+from medray.evaluation import calibration
+from medray.evaluation.metrics import bootstrap, confusion, summary
+from medray.inference.run import layer_uri, probabilities_uri
 
 NAMES = ("background", "tumour")
 SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from documents import ROOT, blocks
 
-from medray.catalog import COLUMNS
-from medray.store import files
+from medray.apps.catalog import COLUMNS
+from medray.storage import files
 
 
 @pytest.mark.timeout(400)

@@ -13,22 +13,22 @@ import timm
 import torch
 import zarr
 
-from medray import embed as stage
 from medray.cli import main
-from medray.commit import Commit, changed_slides
-from medray.embed import embed
+from medray.datasets.given import as_given
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
-from medray.features import FeatureSettings, read_slide
-from medray.given import as_given
-from medray.models.encoders import settle_encoder
-from medray.progress import Progress
-from medray.settings import keep_settings
+from medray.execution.commit import Commit, changed_slides
+from medray.execution.progress import Progress
+from medray.mil import embed as stage
+from medray.mil.embed import embed
+from medray.mil.encoder import settle_encoder
+from medray.mil.features import FeatureSettings, read_slide
+from medray.mil.tiles import finish_tiles, sum_up
 from medray.slides import open_slide
-from medray.slides.listing import find_slides
+from medray.slides.discovery import find_slides
 from medray.slides.tissue import tissue_share
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene, write_slide
-from medray.tiles import finish_tiles, sum_up
+from medray.storage.ledger import Ledger
+from medray.storage.yaml_config import keep_settings
 
 ENCODER, TILE = "test_resnet", 96
 

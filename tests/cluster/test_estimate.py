@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from run_memory import MARK, run_watched
 
-from medray import cluster
-from medray.budget import bounds, check_budget
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
-from medray.estimate import estimate
-from medray.infer import settings_of
+from medray.execution import cluster
+from medray.inference.estimate import estimate
+from medray.inference.infer import settings_of
+from medray.inference.memory import bounds, check_budget
+from medray.inference.run import Options, against_plan
 from medray.models.config import Prediction
-from medray.run import Options, against_plan
-from medray.store.files import read_table
-from medray.synth import draw_scene, write_slide
+from medray.storage.files import read_table
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

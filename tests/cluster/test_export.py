@@ -18,13 +18,14 @@ from image_cells import write_cells
 from sklearn.metrics import f1_score
 from wsinfer_zoo.client import validate_config_json
 
+from medray.apps.export import compare, export, keep
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError, FormatError, MedrayError
-from medray.export import compare, export, keep
-from medray.grid import Rectangle, region_windows
-from medray.grid import Windows as Grid
-from medray.infer import infer
+from medray.geometry import Rectangle, region_windows
+from medray.geometry import Windows as Grid
+from medray.inference.infer import infer
+from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig, Prediction, model_digest
@@ -32,9 +33,8 @@ from medray.models.folder import load_model, save_model, write_seen
 from medray.models.network import Network
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.run import Options, mask_uri
-from medray.samples import Windows
-from medray.store import omezarr
+from medray.storage import ome_zarr
+from medray.training.probe_windows import Windows
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -344,7 +344,7 @@ def test_lanes_take_exports(
         assert (done.done, done.failed) == (4, {})
         rows = pq.read_table(out / "slides.parquet").to_pylist()
         masks[name] = [
-            np.asarray(omezarr.open_level(mask_uri(str(out), row["slide"]))[:])
+            np.asarray(ome_zarr.open_level(mask_uri(str(out), row["slide"]))[:])
             for row in sorted(rows, key=lambda row: row["slide"])
         ]
     for name in exported:
@@ -357,9 +357,9 @@ def test_inference_and_evaluation_take_exports(
     cluster: None, classifier: Path, tmp_path: Path
 ) -> None:
     """Images through the model, and through int8 and pt2 exports of it."""
-    from medray.dataset import read_patches, slide_uri
-    from medray.evaluate_images import evaluate_images
-    from medray.sheets import ingest_images
+    from medray.datasets.dataset import read_patches, slide_uri
+    from medray.datasets.image_folder import ingest_images
+    from medray.evaluation.evaluate_images import evaluate_images
 
     cells = write_cells(tmp_path / "cells", patients=20, each=6)
     data = str(tmp_path / "data")
@@ -379,7 +379,7 @@ def test_inference_and_evaluation_take_exports(
     # The same images by hand, against what the export said of the model.
     pixels, truth = [], []
     for row in rows:
-        sheet = omezarr.open_level(slide_uri(data, row["slide"]))
+        sheet = ome_zarr.open_level(slide_uri(data, row["slide"]))
         y, x = row["y"], row["x"]
         pixels.append(np.moveaxis(sheet[:, y : y + 64, x : x + 64], 0, 2))
         truth.append(int(np.argmax(row["class_px"])))

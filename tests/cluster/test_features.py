@@ -11,19 +11,25 @@ import torch
 from scipy import ndimage
 
 from medray.annotations import rasterise, read_annotation
-from medray.clean import Cleaning, clean_labels
-from medray.grid import Rectangle, region_windows
-from medray.infer import infer
+from medray.datasets.synthetic import draw_scene
+from medray.geometry import Rectangle, region_windows
+from medray.inference.infer import infer
+from medray.inference.postprocess import Cleaning, clean_labels
+from medray.inference.run import (
+    Options,
+    layer_uri,
+    mask_uri,
+    outlines_uri,
+    probabilities_uri,
+)
 from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, Prediction, read_config
 from medray.models.folder import load_model, save_model
 from medray.models.predict import Predictor
-from medray.run import Options, layer_uri, mask_uri, outlines_uri, probabilities_uri
-from medray.settings import write_settings
 from medray.slides import open_slide
-from medray.store import omezarr
-from medray.store.files import read_table
-from medray.synth import draw_scene
+from medray.storage import ome_zarr
+from medray.storage.files import read_table
+from medray.storage.yaml_config import write_settings
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SIZE = (1100, 1400)
@@ -61,7 +67,7 @@ def run(
 
 
 def mask_of(out: Path, level: int = 0) -> np.ndarray:
-    return np.asarray(omezarr.open_level(mask_uri(str(out), "s"), level)[:])
+    return np.asarray(ome_zarr.open_level(mask_uri(str(out), "s"), level)[:])
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +130,13 @@ def test_a_run_with_everything(
     for level in (1, 2):
         assert mask_of(out, level).shape == tuple(-(-n // 2**level) for n in SIZE)
 
-    stored = omezarr.open_level(probabilities_uri(str(out), "s"))[:]
+    stored = ome_zarr.open_level(probabilities_uri(str(out), "s"))[:]
     np.testing.assert_array_equal(stored, alone.probabilities)
     for layer, most in (("uncertainty", 255), ("disagreement", 1)):
-        values = np.asarray(omezarr.open_level(layer_uri(str(out), "s", layer))[:])
+        values = np.asarray(ome_zarr.open_level(layer_uri(str(out), "s", layer))[:])
         assert values.any()
         assert row[layer] == pytest.approx(values.mean() / most)
-    uncertainty = omezarr.open_level(layer_uri(str(out), "s", "uncertainty"))[:]
+    uncertainty = ome_zarr.open_level(layer_uri(str(out), "s", "uncertainty"))[:]
     np.testing.assert_array_equal(uncertainty, alone.uncertainty)
 
     outlines = outlines_uri(str(out), "s")
@@ -202,7 +208,7 @@ def test_coarse_to_fine_predicts_less_and_the_same(
     run(slides, str(model), tmp_path / "run", on_ray=True, coarse=2, everywhere=True)
     mask = mask_of(tmp_path / "run")
     first = np.asarray(
-        omezarr.open_level(mask_uri(str(tmp_path / "run" / "coarse"), "s"))[:]
+        ome_zarr.open_level(mask_uri(str(tmp_path / "run" / "coarse"), "s"))[:]
     )
     assert first.shape == tuple(n // 2 for n in SIZE)
     found = np.add.reduceat(
@@ -234,7 +240,7 @@ def test_a_classifier_gives_a_heat_map_and_a_label(
     out = tmp_path / "run"
     row = run(slides, folder, out, prediction=how, everywhere=True)
     mask = mask_of(out)
-    heat = np.asarray(omezarr.open_level(probabilities_uri(str(out), "s"))[:])
+    heat = np.asarray(ome_zarr.open_level(probabilities_uri(str(out), "s"))[:])
     assert heat.shape == (2, *SIZE)
     # A window has one answer: it is constant over the window's core.
     core = heat[:, 112:208, 112:208]

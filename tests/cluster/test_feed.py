@@ -5,7 +5,7 @@ import time
 import pytest
 import ray.data
 
-from medray import cluster
+from medray.execution import cluster
 
 
 @pytest.mark.usefixtures("cluster")

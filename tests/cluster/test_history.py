@@ -24,12 +24,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.inference.run import Options
+from medray.inference.verify import collect, diff, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene, write_slide
-from medray.verify import collect, diff, verify
+from medray.storage.ledger import Ledger
 
 OPTIONS = Options(region=512, prediction=Prediction(precision="float32"), outlines=True)
 NAMES = ("a", "b", "c")
@@ -245,7 +245,7 @@ def test_a_history_on_ray(
     model: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None
 ) -> None:
     """The same machine with every run on Ray; masters are still the plain loop's."""
-    from medray.infer import infer
+    from medray.inference.infer import infer
 
     class Machine(History):
         def infer(self, slides: Path, out: Path, crash_after: int = -1):

@@ -22,20 +22,20 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.arguments import parse
+from medray.apps.arguments import parse
 from medray.cli import _evaluate, main
-from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.image_folder import find_images, ingest_images, read_resized
 from medray.errors import ConfigError
-from medray.evaluate_images import _for_temperature, evaluate_images
-from medray.evaluate_images import _predicted as predict_one
-from medray.image_scores import score
-from medray.metrics import confusion, of_images, summary
+from medray.evaluation.evaluate_images import _for_temperature, evaluate_images
+from medray.evaluation.evaluate_images import _predicted as predict_one
+from medray.evaluation.image_metrics import score
+from medray.evaluation.metrics import confusion, of_images, summary
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
-from medray.recipe import Recipe, read_recipe
-from medray.sheets import find_images, ingest_images, read_resized
-from medray.store import files, omezarr
-from medray.train import _seen
+from medray.storage import files, ome_zarr
+from medray.training.recipe import Recipe, read_recipe
+from medray.training.train import _seen
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_each_image_is_in_its_place_with_its_class(cells: Path, dataset: str) ->
     split_of: dict[str, set[str]] = {}
     for row in rows:
         split_of.setdefault(row["patient"], set()).add(row["split"])
-        image = omezarr.open_level(slide_uri(dataset, row["slide"]))
-        labels = omezarr.open_level(labels_uri(dataset, row["slide"]))
+        image = ome_zarr.open_level(slide_uri(dataset, row["slide"]))
+        labels = ome_zarr.open_level(labels_uri(dataset, row["slide"]))
         y, x = row["y"], row["x"]
         found = np.moveaxis(image[:, y : y + 64, x : x + 64], 0, 2)
         with Image.open(cells / row["image"]) as original:
@@ -515,7 +515,7 @@ def test_images_that_trained_the_model_are_no_test(
 def test_what_does_not_fit_is_refused(
     dataset: str, classifier: str, training_data: str, model: Path, tmp_path: Path
 ) -> None:
-    from medray.train import train
+    from medray.training.train import train
 
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)

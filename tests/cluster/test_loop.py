@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from medray import loop
 from medray.classes import Classes
-from medray.dataset import read_dataset
+from medray.datasets.dataset import read_dataset
 from medray.errors import MedrayError
-from medray.grid import Windows
+from medray.geometry import Windows
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
-from medray.models.learner import Learner, Team
 from medray.models.network import Network
-from medray.recipe import (
+from medray.training import trainer
+from medray.training.learner import Learner, Team
+from medray.training.recipe import (
     Augment,
     Data,
     Loss,
@@ -58,7 +58,7 @@ def contract(dataset: str, recipe: Recipe) -> ModelConfig:
 def run(dataset: str, out: Path, recipe: Recipe) -> dict:
     """Train; give the weights of the last step."""
     torch.set_num_threads(1)
-    loop.train_as(TEAM, recipe, contract(dataset, recipe), dataset, str(out), "t")
+    trainer.train_as(TEAM, recipe, contract(dataset, recipe), dataset, str(out), "t")
     state = torch.load(out / "checkpoints" / "t-last.pt", weights_only=True)
     return state["network"]
 
@@ -143,8 +143,8 @@ def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
     masks = rng.integers(0, 2, (4, 64, 64), dtype=np.uint8)
     nothing = np.zeros((0, 3, 64, 64), np.uint8)
 
-    def batch(part: slice) -> loop.Batch:
-        return loop.Batch(images[part], masks[part], np.arange(4)[part], nothing)
+    def batch(part: slice) -> trainer.Batch:
+        return trainer.Batch(images[part], masks[part], np.arange(4)[part], nothing)
 
     results = []
     for recipe, batches in (
@@ -257,8 +257,8 @@ def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -
 
     def scores_of(counts: list[list[int]]) -> dict:
         small = np.zeros(4, np.int64)
-        return loop._scores(
-            loop._Checked(np.array(counts), small, 0, [], 0), names, False
+        return trainer._scores(
+            trainer._Checked(np.array(counts), small, 0, [], 0), names, False
         )
 
     scores = scores_of([[90, 0], [10, 0]])
@@ -309,7 +309,7 @@ def test_training_and_inference_feed_a_model_the_same(
     dataset: str, tmp_path: Path
 ) -> None:
     """The same patch gives the same logits on both ways."""
-    from medray.patches import read_val
+    from medray.training.sampler import read_val
 
     for stain, zscore in (("none", False), ("macenko", False), ("none", True)):
         recipe = replace(SMALL, stain=stain)  # type: ignore[arg-type]
@@ -359,8 +359,8 @@ def test_other_classes_than_the_model_are_refused_by_pruning(
     dataset: str, tmp_path: Path
 ) -> None:
     from medray.errors import ConfigError
-    from medray.models.learner import build_network
-    from medray.recipe import Prune
+    from medray.training.learner import build_network
+    from medray.training.recipe import Prune
 
     config = replace(contract(dataset, SMALL), classes=Classes(("a", "b", "c")))
     network = build_network(SMALL, 3)

@@ -12,25 +12,25 @@ import serial
 import torch
 from scipy.special import softmax
 
+from medray.annotations.morphology import FEATURES, feature_names
+from medray.apps.export import export
 from medray.classes import Classes
-from medray.dataset import read_morphology, read_patches
+from medray.datasets.dataset import read_morphology, read_patches
+from medray.datasets.image_folder import ingest_images
+from medray.datasets.synthetic_cells import generate_cells
 from medray.errors import ConfigError
-from medray.evaluate_images import evaluate_images
-from medray.export import export
-from medray.grid import Windows
-from medray.infer import infer
-from medray.loop import read_best
+from medray.evaluation.evaluate_images import evaluate_images
+from medray.geometry import Windows
+from medray.inference.infer import infer
 from medray.models.classify import load_classifier
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
-from medray.models.learner import Batch, Learner, Team
 from medray.models.network import Normalise
-from medray.morphology import FEATURES, feature_names
-from medray.patches import read_val, usable_patches
-from medray.recipe import Recipe, read_recipe
-from medray.sheets import ingest_images
-from medray.synth_cells import generate_cells
-from medray.train import train
+from medray.training.learner import Batch, Learner, Team
+from medray.training.recipe import Recipe, read_recipe
+from medray.training.sampler import read_val, usable_patches
+from medray.training.train import train
+from medray.training.trainer import read_best
 
 RECIPE = """
 model: {name: classifier, encoder: resnet10t, morphology: true}

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from medray import loop
 from medray.classes import Classes
+from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
-from medray.evaluate_images import evaluate_images
+from medray.evaluation.evaluate_images import evaluate_images
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model
-from medray.models.freezing import find_stages, importance, most_important
-from medray.models.learner import Batch, Learner, Team, build_network
 from medray.models.network import Normalise
-from medray.recipe import Recipe, read_recipe
-from medray.sheets import ingest_images
-from medray.train import train, train_with
+from medray.training import trainer
+from medray.training.finetuning import find_stages, importance, most_important
+from medray.training.learner import Batch, Learner, Team, build_network
+from medray.training.recipe import Recipe, read_recipe
+from medray.training.train import train, train_with
 
 TEAM = Team(0, 1, torch.device("cpu"))
 HEAD, REST = "{epochs: 1, train: head}", "{epochs: 1, train: all, lr: 0.1}"
@@ -299,12 +299,12 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
     def trained(out: Path) -> dict[str, Any]:
         def run(recipe: Recipe, contract: ModelConfig, _: str) -> None:
             torch.set_num_threads(1)
-            loop.train_as(TEAM, recipe, contract, dataset, str(out), "t")
+            trainer.train_as(TEAM, recipe, contract, dataset, str(out), "t")
 
         monkeypatch.setattr(  # by its name, `medray.train` is the function
-            importlib.import_module("medray.train"),
+            importlib.import_module("medray.training.train"),
             "read_best",
-            lambda out, _: loop.read_best(out, "t"),
+            lambda out, _: trainer.read_best(out, "t"),
         )
         train_with(run, recipe, dataset, str(out))
         return last(out)

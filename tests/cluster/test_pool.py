@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from medray.errors import MedrayError
-from medray.pool import LostError, Pool, poll
+from medray.execution.actor_pool import LostError, Pool, poll
 
 # The workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -141,7 +141,7 @@ def test_actors_that_always_die_end_the_run(tmp_path: Path) -> None:
 def test_a_cluster_without_a_node_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("medray.pool._SAY_STUCK", 1.0)
+    monkeypatch.setattr("medray.execution.actor_pool._SAY_STUCK", 1.0)
     actor = ray.remote(Worker).options(resources={"no such thing": 1})
     begin = functools.partial(actor.remote, str(tmp_path))
     with Pool(begin, "work", 1) as pool:

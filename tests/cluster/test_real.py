@@ -6,15 +6,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from medray.evaluate import evaluate
-from medray.grid import Windows
-from medray.infer import infer
-from medray.ingest import ingest
+from medray.datasets.ingest import ingest
+from medray.evaluation.evaluate import evaluate
+from medray.geometry import Windows
+from medray.inference.infer import infer
+from medray.inference.run import Options
 from medray.models.config import read_config
-from medray.recipe import Data, Recipe, Schedule
-from medray.run import Options
-from medray.settings import write_settings
-from medray.train import train
+from medray.storage.yaml_config import write_settings
+from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

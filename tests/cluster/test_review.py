@@ -12,18 +12,18 @@ from several_files import write_mrxs
 from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation, read_extent
 from medray.classes import Classes
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
-from medray.evaluate import evaluate
-from medray.grid import Rectangle
-from medray.ingest import ingest
+from medray.evaluation.evaluate import evaluate
+from medray.evaluation.review import SIDE, review
+from medray.geometry import Rectangle
+from medray.inference.run import Options, layer_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.recipe import Data, Recipe
-from medray.review import SIDE, review
-from medray.run import Options, layer_uri
-from medray.settings import write_settings
-from medray.synth import draw_scene, write_slide
-from medray.train import train
+from medray.storage.yaml_config import write_settings
+from medray.training.recipe import Data, Recipe
+from medray.training.train import train
 
 HEIGHT, WIDTH = 1700, 2500
 

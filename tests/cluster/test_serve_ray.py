@@ -35,17 +35,17 @@ from serving import (
     save_classifier,
 )
 
-from medray import serve
-from medray.dataset import read_patches
-from medray.evaluate_images import evaluate_images
+from medray.apps import serve
+from medray.apps.serve import ServeSettings
+from medray.apps.serve_app import Bounds, token_digest
+from medray.datasets.dataset import read_patches
+from medray.datasets.image_folder import ingest_images
+from medray.evaluation.evaluate_images import evaluate_images
+from medray.inference.run import Options
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
-from medray.serve import ServeSettings
-from medray.serve_app import Bounds, token_digest
-from medray.sheets import ingest_images
-from medray.store import omezarr
-from medray.store.files import read_json
+from medray.storage import ome_zarr
+from medray.storage.files import read_json
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +172,7 @@ def test_a_served_mask_is_a_runs_to_the_byte(
     seen = set()
     for path, answer in zip(paths * 3, answers, strict=True):
         assert answer.status_code == 200, answer.text
-        mask = omezarr.open_level(str(truth.run / "masks" / f"{path.stem}.ome.zarr"))
+        mask = ome_zarr.open_level(str(truth.run / "masks" / f"{path.stem}.ome.zarr"))
         expected = np.asarray(mask)
         found = np.asarray(Image.open(io.BytesIO(answer.content)))
         np.testing.assert_array_equal(found, expected)

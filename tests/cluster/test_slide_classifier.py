@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import serial
 
-from medray.evaluate import evaluate
-from medray.infer import infer
+from medray.evaluation.evaluate import evaluate
+from medray.inference.infer import infer
+from medray.inference.run import Options, probabilities_uri
 from medray.models.config import Prediction
-from medray.recipe import read_recipe
-from medray.run import Options, probabilities_uri
-from medray.store import omezarr
+from medray.storage import ome_zarr
+from medray.training.recipe import read_recipe
 
 RECIPE = """
 model: {name: classifier, encoder: resnet10t}
@@ -43,7 +43,7 @@ def test_a_classifier_goes_from_annotated_slides_to_heat_maps_and_labels(
     )
     assert (done.done, done.failed) == (4, {})
     for row in pq.read_table(run / "slides.parquet").to_pylist():
-        heat = omezarr.open_level(probabilities_uri(str(run), row["slide"]))[...]
+        heat = ome_zarr.open_level(probabilities_uri(str(run), row["slide"]))[...]
         for channel, name in zip(heat, ("background", "tumour"), strict=True):
             assert row[f"mean_p_{name}"] == pytest.approx(channel.mean() / 255)
             assert row[f"max_p_{name}"] == channel.max() / 255

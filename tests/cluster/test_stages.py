@@ -11,21 +11,21 @@ import tifffile
 
 import medray
 from medray.classes import Classes
-from medray.commit import Summary
-from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.ingest import ingest
+from medray.datasets.synthetic import draw_scene, write_slide, write_svg
 from medray.errors import ConfigError
-from medray.evaluate import evaluate
-from medray.grid import Rectangle, Windows, plan_regions, region_windows
-from medray.infer import infer
-from medray.ingest import ingest
+from medray.evaluation.evaluate import evaluate
+from medray.evaluation.ground_truth import read_truth
+from medray.execution.commit import Summary
+from medray.geometry import Rectangle, Windows, plan_regions, region_windows
+from medray.inference.infer import infer
+from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options, mask_uri
 from medray.slides import open_slide
-from medray.store import omezarr
-from medray.synth import draw_scene, write_slide, write_svg
-from medray.truths import read_truth
+from medray.storage import ome_zarr
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -68,7 +68,7 @@ def test_a_dataset_holds_the_slides_pixels_and_labels(
         with open_slide(slide_uri(str(dataset), name)) as ours:
             np.testing.assert_array_equal(ours.read(0, 0, 768, 640), pixels)
             assert ours.mpp == pytest.approx(0.5)
-        labels = omezarr.open_level(labels_uri(str(dataset), name))[:]
+        labels = ome_zarr.open_level(labels_uri(str(dataset), name))[:]
         assert (labels != scene.mask).mean() < 1e-3
 
 
@@ -76,7 +76,7 @@ def test_patches_say_where_and_what(dataset: Path) -> None:
     patches = read_patches(str(dataset), "train") + read_patches(str(dataset), "val")
     assert len(patches) == 4 * 4
     for patch in patches:
-        labels = omezarr.open_level(labels_uri(str(dataset), patch["slide"]))
+        labels = ome_zarr.open_level(labels_uri(str(dataset), patch["slide"]))
         place = Rectangle(patch["y"], patch["x"], patch["height"], patch["width"])
         part = np.asarray(labels[place.slices()])
         assert patch["class_px"] == np.bincount(part.ravel(), minlength=2).tolist()
@@ -343,7 +343,7 @@ def test_evaluation_equals_counting_by_hand(
     for index in range(4):
         name = f"slide_{index:03d}"
         mask = mask_of(run, name) == 1
-        truth = omezarr.open_level(labels_uri(str(dataset), name))[:] == 1
+        truth = ome_zarr.open_level(labels_uri(str(dataset), name))[:] == 1
         hits += int((mask & truth).sum())
         wrong += int((mask & ~truth).sum())
         missed += int((~mask & truth).sum())
@@ -411,11 +411,11 @@ def test_a_dataset_is_the_truth_at_any_resolution(
     height, width = 1500, 1300
     yy, xx = np.mgrid[:height, :width]
     labels = ((yy - 700) ** 2 + (xx - 600) ** 2 < 450**2).astype(np.uint8)
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, height, width, mpp=0.25, name="", classes=classes, attributes={}
     )
-    omezarr.write_region(uri, Rectangle(0, 0, height, width), labels)
-    omezarr.build_pyramid(uri)
+    ome_zarr.write_region(uri, Rectangle(0, 0, height, width), labels)
+    ome_zarr.build_pyramid(uri)
     row = {"truth": uri, "kind": "dataset", "downsample": downsample}
     row |= {"level0_height": height, "level0_width": width}
     size = [round(n / downsample) for n in (height, width)]

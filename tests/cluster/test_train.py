@@ -19,15 +19,15 @@ import serial
 import torch
 
 from medray.classes import Classes
+from medray.datasets.ingest import ingest
 from medray.errors import ConfigError
-from medray.ingest import ingest
-from medray.loop import TroubleError
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.segmenters import build_segmenter
-from medray.recipe import Data, Loss, Optimizer, Recipe, Schedule
-from medray.settings import write_settings
-from medray.train import train
+from medray.storage.yaml_config import write_settings
+from medray.training.recipe import Data, Loss, Optimizer, Recipe, Schedule
+from medray.training.train import train
+from medray.training.trainer import TroubleError
 
 TINY = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),

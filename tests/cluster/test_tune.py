@@ -7,13 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medray import cli, tune_report
+from medray import cli
 from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.folder import load_model
-from medray.recipe import Data, Recipe, Schedule
-from medray.settings import write_settings
-from medray.tune import plan_trials, read_sweep, tune
+from medray.storage.yaml_config import write_settings
+from medray.training import tune_report
+from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.tune import plan_trials, read_sweep, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Recipe(

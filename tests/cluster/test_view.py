@@ -23,24 +23,24 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from medray import open_mask
-from medray.classes import Classes
-from medray.cli import main
-from medray.errors import ConfigError
-from medray.grid import Rectangle
-from medray.interrupt import StoppedError
-from medray.pages import INK
-from medray.report import AGREEMENT
-from medray.run import layer_uri
-from medray.slides.image import ArraySlide
-from medray.truths import read_truth
-from medray.view import Viewing, build_app, view
-from medray.view_run import open_viewed
-from medray.view_tiles import (
+from medray.apps.view import Viewing, build_app, view
+from medray.apps.view_run import open_viewed
+from medray.apps.view_tiles import (
     differences,
     last_zoom,
     outlines,
     slide_tile,
 )
+from medray.classes import Classes
+from medray.cli import main
+from medray.errors import ConfigError
+from medray.evaluation.ground_truth import read_truth
+from medray.evaluation.html import INK
+from medray.evaluation.report import AGREEMENT
+from medray.execution.signals import StoppedError
+from medray.geometry import Rectangle
+from medray.inference.run import layer_uri
+from medray.slides.image import ArraySlide
 
 HERE = {"base_url": "http://127.0.0.1:8000"}
 
@@ -50,10 +50,10 @@ def viewed(
     cluster: None, model: Path, slides: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A folder with slides (one of them no slide), their truth, a run and a report."""
-    from medray.evaluate import evaluate
-    from medray.infer import infer
+    from medray.evaluation.evaluate import evaluate
+    from medray.inference.infer import infer
+    from medray.inference.run import Options
     from medray.models.config import Prediction
-    from medray.run import Options
 
     folder = tmp_path_factory.mktemp("viewed")
     shutil.copytree(slides / "slides", folder / "slides")

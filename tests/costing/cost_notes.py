@@ -25,10 +25,10 @@ FOLDER = os.environ["MEDRAY_COSTS"]
 IMPORTS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "ray")
 # Functions of which a call is a span: module, function, kind and name of the span.
 CALLS = (
-    ("medray.train", "train_with", "training", "a model (`train_with`)"),
-    ("medray.loop", "train_as", "training", "its loop (`train_as`)"),
-    ("medray.train_slides", "train_slides", "training", "of whole slides"),
-    ("medray.demo", "demo", "demo", "without its trainings"),
+    ("medray.training.train", "train_with", "training", "a model (`train_with`)"),
+    ("medray.training.trainer", "train_as", "training", "its loop (`train_as`)"),
+    ("medray.mil.train", "train_slides", "training", "of whole slides"),
+    ("medray.apps.demo", "demo", "demo", "without its trainings"),
     ("ray._private.worker", "init", "Ray", "connecting"),
     ("ray._private.worker", "shutdown", "Ray", "shutdown"),
     ("ray._private.node", "Node.start_head_processes", "Ray", "start of a head"),

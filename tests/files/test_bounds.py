@@ -13,11 +13,11 @@ from several_files import write_mrxs
 from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.geojson import extent_features, geojson_features
 from medray.classes import Classes
-from medray.grid import Rectangle
-from medray.outlines import trace, write_outlines
+from medray.geometry import Rectangle
+from medray.inference.outlines import trace, write_outlines
 from medray.slides import open_slide
 from medray.slides.bounds import scanned_bounds
-from medray.store import omezarr
+from medray.storage import ome_zarr
 
 pytest.importorskip("openslide")
 
@@ -70,11 +70,11 @@ def one_beyond() -> np.ndarray:
 def write(mask: np.ndarray, target: Path, downsample: int, bounds: Any) -> None:
     uri = str(target.with_suffix(".ome.zarr"))
     small = mask[::downsample, ::downsample]
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, *small.shape, mpp=0.5, name="", classes=CLASSES, attributes={}
     )
     whole = Rectangle(0, 0, *small.shape)
-    omezarr.write_region(uri, whole, np.ascontiguousarray(small))
+    ome_zarr.write_region(uri, whole, np.ascontiguousarray(small))
     options: Any = {"downsample": float(downsample), "bounds": bounds}
     write_outlines(uri, str(target), CLASSES, **options)
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import functools
 import html
 import io
 import json
@@ -30,16 +31,16 @@ from serial_ingest import ingest
 import medray
 from medray import cli
 from medray.annotations import measure
-from medray.annotations.area import Area
 from medray.annotations.measure import class_areas
-from medray.annotations.rasterise import rasterise
-from medray.check import Checked
+from medray.annotations.polygons import Area
+from medray.annotations.rasterize import rasterise
+from medray.apps.check import Checked
 from medray.classes import Classes
-from medray.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError, SlideError
-from medray.isolated import LostError, call_each
+from medray.execution.isolation import LostError, call_each
 from medray.slides import open_slide
-from medray.store import omezarr
+from medray.storage import ome_zarr
 
 CLASSES = ("background", "tumour", "stroma")
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
@@ -463,7 +464,10 @@ def test_a_call_that_goes_on_may_take_longer_than_its_limit() -> None:
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
     os.mkfifo(tmp_path / "x.png")  # whoever opens it waits
     words = ["-m", "medray.cli", "check", str(tmp_path)]
-    with subprocess.Popen([sys.executable, "-P", *words], stderr=-3) as command:
+    # Who runs the tests in the background of a shell has SIGINT ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command_line = [sys.executable, "-P", *words]
+    with subprocess.Popen(command_line, stderr=-3, preexec_fn=heard) as command:
         process = psutil.Process(command.pid)
         deadline = time.monotonic() + 60
         while not (readers := process.children()) and time.monotonic() < deadline:
@@ -502,7 +506,7 @@ def test_what_was_never_stored_is_neither_background_nor_tissue(
     places = {(patch["y"], patch["x"]) for patch in patches}
     assert len(patches) == kept
     assert not places & {(0, 0), (1024, 512)}
-    labels = np.asarray(omezarr.open_level(labels_uri(str(out), "x"))[:])
+    labels = np.asarray(ome_zarr.open_level(labels_uri(str(out), "x"))[:])
     assert (labels[:256, :256] == 0).all()
     # Nothing was counted as background that nobody has seen.
     assert row["px_background"] == sum(patch["class_px"][0] for patch in patches)
@@ -525,8 +529,8 @@ def test_damaged_notes_of_what_is_unreadable_are_refused(
     tmp_path: Path, noted: Any
 ) -> None:
     uri = str(tmp_path / "x.zarr")
-    omezarr.create_image(uri, 64, 64, mpp=None, name="x", attributes={})
-    omezarr.note_unreadable(uri, [[0, 0, 9, 9]])
+    ome_zarr.create_image(uri, 64, 64, mpp=None, name="x", attributes={})
+    ome_zarr.note_unreadable(uri, [[0, 0, 9, 9]])
     with open_slide(uri) as slide:
         assert slide.absent == 81 / 64**2
     top = tmp_path / "x.zarr" / "zarr.json"

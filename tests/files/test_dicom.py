@@ -11,15 +11,15 @@ import pytest
 from dicoms import Scan, half, picture, write_ct, write_series
 
 from medray.annotations.matching import match_annotations
-from medray.commit import GIVEN, changed_slides
+from medray.apps.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
-from medray.inbox import Watch, plan_night
+from medray.execution.commit import GIVEN, changed_slides
 from medray.slides import dicom, open_slide
-from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.listing import SlideFile, find_slides
+from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.fingerprint import slide_digest, slide_stamp
 from medray.slides.members import slide_members
 from medray.slides.scanner import scanner_of
-from medray.store.ledger import Ledger
+from medray.storage.ledger import Ledger
 
 pytest.importorskip("openslide")
 

@@ -16,8 +16,8 @@ from several_files import write_mrxs, write_vms
 import medray
 from medray.errors import ConfigError, SlideError, StoreError
 from medray.slides import dicom, open_slide
-from medray.slides.listing import find_files, find_slides
-from medray.store import files
+from medray.slides.discovery import find_files, find_slides
+from medray.storage import files
 
 SIZE = (512, 768)
 

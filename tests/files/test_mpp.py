@@ -12,14 +12,14 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medray.commit import changed_slides
+from medray.datasets.given import as_given
 from medray.errors import ConfigError, SlideError
-from medray.given import as_given
+from medray.execution.commit import changed_slides
 from medray.slides import ArraySlide, open_slide
-from medray.slides.levels import choose_level, mpp_columns, settle_mpp
-from medray.slides.listing import SlideFile, find_slides
-from medray.slides.slide import Mpp
-from medray.store.ledger import Ledger
+from medray.slides.base import Mpp
+from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.resolution import choose_level, mpp_columns, settle_mpp
+from medray.storage.ledger import Ledger
 
 RGB = np.full((32, 48, 3), 200, np.uint8)
 PLAIN: dict[str, Any] = {"photometric": "rgb", "metadata": None}

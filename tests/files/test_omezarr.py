@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as hnp
 import medray
 from medray.classes import Classes
 from medray.errors import FormatError
-from medray.grid import Rectangle, plan_regions
-from medray.store import omezarr
-from medray.store.pyramid import halved
+from medray.geometry import Rectangle, plan_regions
+from medray.storage import ome_zarr
+from medray.storage.pyramid import halved
 
 
 def write_pair(folder: Path, height: int, width: int) -> tuple[str, str]:
@@ -23,10 +23,10 @@ def write_pair(folder: Path, height: int, width: int) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     coarse = rng.random((height // 64 + 1, width // 64 + 1)) < 0.4
     labels = coarse.repeat(64, 0).repeat(64, 1)[:height, :width].astype(np.uint8)
-    omezarr.create_image(uri, height, width, mpp=0.25, name="x", attributes={})
-    omezarr.list_labels(uri, ["annotation"])
+    ome_zarr.create_image(uri, height, width, mpp=0.25, name="x", attributes={})
+    ome_zarr.list_labels(uri, ["annotation"])
     where = f"{uri}/labels/annotation"
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         where,
         height,
         width,
@@ -36,12 +36,12 @@ def write_pair(folder: Path, height: int, width: int) -> tuple[str, str]:
         attributes={},
         source="../../",
     )
-    for region in plan_regions(height, width, omezarr.REGION):
+    for region in plan_regions(height, width, ome_zarr.REGION):
         part = labels[region.slices()]
-        omezarr.write_region(where, region, part)
-        omezarr.write_region(uri, region, np.stack([(1 - part) * 255] * 3))
-    omezarr.build_pyramid(uri)
-    omezarr.build_pyramid(where)
+        ome_zarr.write_region(where, region, part)
+        ome_zarr.write_region(uri, region, np.stack([(1 - part) * 255] * 3))
+    ome_zarr.build_pyramid(uri)
+    ome_zarr.build_pyramid(where)
     return uri, where
 
 
@@ -52,10 +52,10 @@ def test_image_and_labels_are_registered_at_every_level(
     image, labels = write_pair(tmp_path, *size)
     group = zarr.open_group(labels, mode="r")
     levels = len(list(group.array_keys()))
-    assert levels == len(omezarr.level_shapes(*size))
+    assert levels == len(ome_zarr.level_shapes(*size))
     for level in range(levels):
-        pixels = np.asarray(omezarr.open_level(image, level)[0])
-        mask = np.asarray(omezarr.open_level(labels, level)[:])
+        pixels = np.asarray(ome_zarr.open_level(image, level)[0])
+        mask = np.asarray(ome_zarr.open_level(labels, level)[:])
         assert pixels.shape == mask.shape
         # Mean of 2x2 and majority of 2x2 (ties to the foreground) agree wherever the
         # mean is not exactly half.
@@ -102,7 +102,7 @@ def test_a_mask_opens_as_a_dask_array(tmp_path: Path) -> None:
     _, labels = write_pair(tmp_path, 600, 700)
     mask = medray.open_mask(labels)
     assert isinstance(mask, da.Array)
-    np.testing.assert_array_equal(mask.compute(), omezarr.open_level(labels)[:])
+    np.testing.assert_array_equal(mask.compute(), ome_zarr.open_level(labels)[:])
     assert medray.open_mask(labels, level=1).shape == (300, 350)
     with pytest.raises(FormatError, match="no level 9"):
         medray.open_mask(labels, level=9)
@@ -110,12 +110,12 @@ def test_a_mask_opens_as_a_dask_array(tmp_path: Path) -> None:
 
 def test_blank_regions_leave_no_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "m.ome.zarr")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, 4096, 4096, mpp=None, name="m", classes=Classes(), attributes={}
     )
     for region in plan_regions(4096, 4096, 2048):
-        omezarr.write_region(uri, region, np.zeros((2048, 2048), np.uint8))
-    omezarr.build_pyramid(uri)
+        ome_zarr.write_region(uri, region, np.zeros((2048, 2048), np.uint8))
+    ome_zarr.build_pyramid(uri)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         "zarr.json"
     }
@@ -123,11 +123,11 @@ def test_blank_regions_leave_no_file(tmp_path: Path) -> None:
 
 def test_a_region_that_is_not_a_shard_is_refused(tmp_path: Path) -> None:
     uri = str(tmp_path / "m.ome.zarr")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, 4096, 4096, mpp=None, name="m", classes=Classes(), attributes={}
     )
     with pytest.raises(ValueError, match="multiple of 2048"):
-        omezarr.write_region(uri, Rectangle(512, 0, 4, 4), np.ones((4, 4), np.uint8))
+        ome_zarr.write_region(uri, Rectangle(512, 0, 4, 4), np.ones((4, 4), np.uint8))
 
 
 @given(hnp.arrays(np.uint8, (2, 2), elements=st.integers(0, 3)))
@@ -149,11 +149,11 @@ def test_damaged_metadata_raise_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
     uri = str(tmp_path_factory.mktemp("damaged") / "m.ome.zarr")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, 600, 700, mpp=None, name="m", classes=Classes(), attributes={"a": 1}
     )
     ones = np.ones((600, 700), np.uint8)
-    omezarr.write_region(uri, Rectangle(0, 0, 600, 700), ones)
+    ome_zarr.write_region(uri, Rectangle(0, 0, 600, 700), ones)
     path = Path(uri) / name
     content = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -162,11 +162,11 @@ def test_damaged_metadata_raise_nothing_else(
     else:
         content[place] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    assert isinstance(omezarr.read_attributes(uri), dict | None)
-    assert omezarr.read_root(uri) is None  # nothing has sealed it
+    assert isinstance(ome_zarr.read_attributes(uri), dict | None)
+    assert ome_zarr.read_root(uri) is None  # nothing has sealed it
     for level in (0, 1):
         try:
-            pixels = omezarr.open_level(uri, level)[:64, :64]
+            pixels = ome_zarr.open_level(uri, level)[:64, :64]
         except FormatError as error:
             assert uri in str(error)  # noqa: PT017
         else:

@@ -11,10 +11,10 @@ import tifffile
 from serial_ingest import ingest
 
 from medray.classes import Classes
-from medray.dataset import labels_uri
+from medray.datasets.dataset import labels_uri
 from medray.errors import ConfigError
-from medray.slides.listing import find_slides
-from medray.truths import find_truths
+from medray.evaluation.ground_truth import find_truths
+from medray.slides.discovery import find_slides
 
 
 def test_a_truth_of_another_image_is_refused(tmp_path: Path) -> None:

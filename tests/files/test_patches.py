@@ -9,10 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medray.classes import Classes
-from medray.dataset import DatasetSettings, labels_uri, slide_uri, write_patches
+from medray.datasets.dataset import (
+    DatasetSettings,
+    labels_uri,
+    slide_uri,
+    write_patches,
+)
 from medray.errors import FormatError
-from medray.grid import Rectangle
-from medray.patches import (
+from medray.geometry import Rectangle
+from medray.storage import ome_zarr
+from medray.storage.yaml_config import write_settings
+from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.sampler import (
     crop_of_epoch,
     draw,
     place_crop,
@@ -22,12 +30,9 @@ from medray.patches import (
     shares,
     usable_patches,
 )
-from medray.recipe import Data, Recipe, Schedule
-from medray.settings import write_settings
-from medray.store import omezarr
 
 SIZE = (1200, 1100)
-PATCH = omezarr.PATCH
+PATCH = ome_zarr.PATCH
 
 
 def write_slide(folder: Path, name: str, labels: np.ndarray | None) -> np.ndarray:
@@ -35,13 +40,13 @@ def write_slide(folder: Path, name: str, labels: np.ndarray | None) -> np.ndarra
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     pixels = np.stack([y // 10, x // 10, np.full(SIZE, 7)]).astype(np.uint8)
     uri = slide_uri(str(folder), name)
-    omezarr.create_image(
+    ome_zarr.create_image(
         uri, *SIZE, mpp=0.5, name=name, attributes={"slide": name}, region=2048
     )
-    omezarr.write_region(uri, Rectangle(0, 0, *SIZE), pixels)
+    ome_zarr.write_region(uri, Rectangle(0, 0, *SIZE), pixels)
     if labels is not None:
         uri = labels_uri(str(folder), name)
-        omezarr.create_labels(
+        ome_zarr.create_labels(
             uri,
             *SIZE,
             mpp=0.5,
@@ -50,7 +55,7 @@ def write_slide(folder: Path, name: str, labels: np.ndarray | None) -> np.ndarra
             attributes={"slide": name},
             region=2048,
         )
-        omezarr.write_region(uri, Rectangle(0, 0, *SIZE), labels)
+        ome_zarr.write_region(uri, Rectangle(0, 0, *SIZE), labels)
     return pixels
 
 

@@ -11,15 +11,15 @@ import tifffile
 from dicoms import picture
 from several_files import write_mrxs, write_vms
 
-from medray.commit import changed_slides, plan_one
+from medray.apps.inbox import Watch, plan_night
 from medray.errors import SlideError
-from medray.inbox import Watch, plan_night
+from medray.execution.commit import changed_slides, plan_one
 from medray.slides import open_slide
-from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.listing import find_slides
+from medray.slides.discovery import find_slides
+from medray.slides.fingerprint import slide_digest, slide_stamp
 from medray.slides.members import slide_members
-from medray.store import files
-from medray.store.ledger import Ledger
+from medray.storage import files
+from medray.storage.ledger import Ledger
 
 pytest.importorskip("openslide")
 
@@ -249,7 +249,7 @@ def test_a_night_leaves_a_slide_whose_file_grows(
         with open(last, "ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr("medray.inbox.time.sleep", grow)
+    monkeypatch.setattr("medray.apps.inbox.time.sleep", grow)
     watch = Watch(inbox=f"{slide.parent}", out=f"{slide.parent.parent}/o", models=())
     plan = plan_night(watch, {}, "2026-01-01")
     assert (plan["slides"], list(plan["left_out"])) == ([], [slide.name])

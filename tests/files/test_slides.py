@@ -11,10 +11,10 @@ from PIL import Image
 
 from medray.errors import SlideError
 from medray.slides import ArraySlide, open_slide, read_thumbnail
-from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.levels import Working, choose_level, read_working
+from medray.slides.fingerprint import slide_digest, slide_stamp
 from medray.slides.readable import read_readable
-from medray.store import files, omezarr
+from medray.slides.resolution import Working, choose_level, read_working
+from medray.storage import files, ome_zarr
 
 REAL = (
     "CMU-1-Small-Region.svs",
@@ -201,11 +201,11 @@ def test_our_own_ome_zarr_is_a_slide(tmp_path: Path) -> None:
     uri = str(tmp_path / "x.ome.zarr")
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (700, 600, 3), dtype=np.uint8)
-    from medray.grid import Rectangle
+    from medray.geometry import Rectangle
 
-    omezarr.create_image(uri, 700, 600, mpp=0.25, name="x", attributes={})
-    omezarr.write_region(uri, Rectangle(0, 0, 700, 600), np.moveaxis(pixels, 2, 0))
-    omezarr.build_pyramid(uri)
+    ome_zarr.create_image(uri, 700, 600, mpp=0.25, name="x", attributes={})
+    ome_zarr.write_region(uri, Rectangle(0, 0, 700, 600), np.moveaxis(pixels, 2, 0))
+    ome_zarr.build_pyramid(uri)
     with open_slide(uri) as slide:
         assert slide.mpp == 0.25
         assert len(slide.levels) == 2

@@ -8,8 +8,8 @@ from scipy import ndimage
 
 from medray.annotations import rasterise, read_annotation
 from medray.classes import Classes
+from medray.datasets.synthetic import draw_scene, generate, write_slide
 from medray.slides import open_slide
-from medray.synth import draw_scene, generate, write_slide
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from medray.errors import SlideError
 from medray.slides import open_slide
-from medray.slides.levels import choose_level, settle_mpp
 from medray.slides.readable import check_readable, read_readable
+from medray.slides.resolution import choose_level, settle_mpp
 
 openslide = pytest.importorskip("openslide")
 

@@ -14,8 +14,15 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from medray.synth import Scene, bezier, draw_scene, generate, write_slide, write_svg
-from medray.synth_cells import generate_cells
+from medray.datasets.synthetic import (
+    Scene,
+    bezier,
+    draw_scene,
+    generate,
+    write_slide,
+    write_svg,
+)
+from medray.datasets.synthetic_cells import generate_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

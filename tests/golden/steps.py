@@ -33,20 +33,20 @@ from digests import (
 from inputs import ROOT, SHARED, Work, made
 from safetensors.torch import save_file
 
-from medray.annotations.contours import read_contour
+from medray.annotations.dat_contours import read_contour
+from medray.apps.demo import demo
 from medray.classes import Classes
-from medray.clean import Cleaning
 from medray.cli import main
-from medray.demo import demo
-from medray.grid import Windows
+from medray.geometry import Windows
+from medray.inference.postprocess import Cleaning
+from medray.inference.run import Options
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.folder import save_model
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.recipe import Data, Recipe, Schedule, read_recipe
-from medray.run import Options
 from medray.slides import open_slide
+from medray.training.recipe import Data, Recipe, Schedule, read_recipe
 
 Found = Iterator[tuple[str, str]]
 

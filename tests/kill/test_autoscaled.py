@@ -23,9 +23,9 @@ from autoscale import (
     watching,
 )
 
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.inference.run import read_run
 from medray.models.predict import Predictor
-from medray.run import read_run
-from medray.synth import draw_scene, write_slide
 
 pytestmark = [
     pytest.mark.skipif(
@@ -120,8 +120,8 @@ def test_a_few_small_slides_bring_one_gpu(
 
 REFUSED = """
 import ray
-from medray import cluster
-from medray.pool import Pool, poll
+from medray.execution import cluster
+from medray.execution.actor_pool import Pool, poll
 
 cluster.connect()
 print("gpus", cluster.gpus(), "lanes", cluster.lanes(), flush=True)

@@ -20,13 +20,13 @@ import pytest
 import serial
 import tifffile
 
-from medray.commit import Commit
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import StoreError
-from medray.infer import infer
+from medray.execution.commit import Commit
+from medray.inference.infer import infer
+from medray.inference.run import Options
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
-from medray.synth import draw_scene, write_slide
 
 pytestmark = pytest.mark.timeout(900)
 FAULTY = Path(__file__).parents[1] / "faulty"

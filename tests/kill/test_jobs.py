@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ray.util import get_node_ip_address
 
-from medray.recipe import Data, Recipe, Schedule
-from medray.settings import write_settings
+from medray.storage.yaml_config import write_settings
+from medray.training.recipe import Data, Recipe, Schedule
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[2]

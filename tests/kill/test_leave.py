@@ -14,8 +14,8 @@ from autoscale import processes
 from heads import BIN, PORT, Head, head_node
 from manifests import ROOT, build, find
 
-import medray.leave
-from medray.lane import Lane
+import medray.apps.leave
+from medray.execution.gpu_worker import Lane
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -62,7 +62,7 @@ def hook() -> list[str]:
 
 def test_it_looks_for_the_lanes_that_there_are() -> None:
     """By the name that Ray gives the processes of an actor."""
-    assert f"ray::{Lane.__name__}" == medray.leave._LANE
+    assert f"ray::{Lane.__name__}" == medray.apps.leave._LANE
 
 
 def leave(environment: dict[str, str], pod: int = 0) -> tuple[str, float]:

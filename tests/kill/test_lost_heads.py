@@ -9,9 +9,9 @@ import pytest
 import serial
 from heads import BIN, head_node, jobs_of
 
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.inference.run import read_run
 from medray.models.predict import Predictor
-from medray.run import read_run
-from medray.synth import draw_scene, write_slide
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -17,9 +17,9 @@ from typing import IO
 import pytest
 import serial
 
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.inference.run import read_run
 from medray.models.predict import Predictor
-from medray.run import read_run
-from medray.synth import draw_scene, write_slide
 
 
 @pytest.fixture(scope="session")
@@ -196,8 +196,8 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
     """Elastic: what is left trains on, from the last checkpoint."""
     from medray.models.config import Architecture
     from medray.models.folder import load_model
-    from medray.recipe import Augment, Data, Recipe, Schedule
-    from medray.settings import write_settings
+    from medray.storage.yaml_config import write_settings
+    from medray.training.recipe import Augment, Data, Recipe, Schedule
 
     cluster, _, second = nodes
     data = tmp_path / "data"

@@ -11,7 +11,7 @@ from dicoms import picture
 from read_copies import SIZE, copies, prepare, size_of, start_reader
 
 from medray.slides import cache, open_slide
-from medray.store import files
+from medray.storage import files
 
 pytest.importorskip("openslide")
 

@@ -19,13 +19,13 @@ import pytest
 import ray
 import serial
 
-from medray.drift import stain_values
+from medray.apps.drift import stain_values
+from medray.apps.nightly import Night, nightly
+from medray.datasets.synthetic import generate
+from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.nightly import Night, nightly
-from medray.run import Options, mask_uri
-from medray.store import omezarr
-from medray.synth import generate
+from medray.storage import ome_zarr
 
 pytestmark = pytest.mark.timeout(900)
 OPTIONS = Options(region=512, prediction=Prediction(precision="float32"))
@@ -86,7 +86,7 @@ def test_a_week(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("medray.drift.LEAST", 2)  # the slides of a week are few
+    monkeypatch.setattr("medray.apps.drift.LEAST", 2)  # the slides of a week are few
     inbox, truth, out = (tmp_path / name for name in ("inbox", "truth", "out"))
     (inbox / "sub").mkdir(parents=True)
     truth.mkdir()
@@ -212,8 +212,8 @@ def test_a_week(
     assert serial.infer(everything, predictor, model, plain, OPTIONS).done == len(done)
     for letter in done:
         row = rows[whose[letter]]
-        mask = omezarr.open_level(str(out / row["mask"]))[:]
-        alone = omezarr.open_level(mask_uri(str(plain), letter))[:]
+        mask = ome_zarr.open_level(str(out / row["mask"]))[:]
+        alone = ome_zarr.open_level(mask_uri(str(plain), letter))[:]
         assert np.array_equal(mask, alone), letter
         seen = (alone == 1).sum() / row_of(plain, letter)["predicted_px"]
         assert row["share_tumour"] == pytest.approx(seen)

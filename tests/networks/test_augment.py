@@ -9,10 +9,10 @@ import torch
 from scipy import ndimage
 from torchvision.transforms.v2 import functional
 
-from medray.models import augment
-from medray.models.augment import colour_matrix, move, recolour
 from medray.models.stain import change_stains, macenko
-from medray.recipe import Augment
+from medray.training import augment
+from medray.training.augment import colour_matrix, move, recolour
+from medray.training.recipe import Augment
 
 PLAIN = {"flips": False, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
 

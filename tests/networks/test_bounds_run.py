@@ -14,15 +14,15 @@ from several_files import write_mrxs
 from medray import open_mask
 from medray.annotations import rasterise, read_marks
 from medray.classes import Classes
-from medray.dataset import labels_uri
-from medray.grid import Rectangle
+from medray.datasets.dataset import labels_uri
+from medray.datasets.synthetic import draw_scene
+from medray.evaluation.ground_truth import read_truth
+from medray.evaluation.review import review
+from medray.geometry import Rectangle
+from medray.inference.run import Options, mask_uri, outlines_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.review import review
-from medray.run import Options, mask_uri, outlines_uri
-from medray.store import files, omezarr
-from medray.synth import draw_scene
-from medray.truths import read_truth
+from medray.storage import files, ome_zarr
 
 pytest.importorskip("openslide")
 
@@ -106,7 +106,7 @@ def test_what_was_corrected_is_ingested_where_it_was(
     out = tmp_path / "data"
     rows = serial_ingest.ingest(folder / "slides", out, tmp_path / "review")
     assert rows["m"]["status"] == "done"
-    labels = np.asarray(omezarr.open_level(labels_uri(str(out), "m")))
+    labels = np.asarray(ome_zarr.open_level(labels_uri(str(out), "m")))
     np.testing.assert_array_equal(labels, wanted)
     patches = files.read_table(str(out / "patches.parquet")).to_pylist()
     assert {(p["y"], p["x"]) for p in patches} <= {

@@ -18,20 +18,20 @@ import tifffile
 import zarr
 
 from medray import cli, open_mask
+from medray.apps.convert import _of_dataset, _of_run, _write
+from medray.apps.drift import stain_values
+from medray.apps.view_run import open_viewed, place_of, read_rows
+from medray.apps.view_tiles import open_unchanged, slide_tile
 from medray.classes import Classes
-from medray.convert import _of_dataset, _of_run, _write
-from medray.dataset import slide_uri
-from medray.drift import stain_values
-from medray.evaluate import match_truths
-from medray.grid import Rectangle
+from medray.datasets.dataset import slide_uri
+from medray.datasets.synthetic import draw_scene
+from medray.evaluation.evaluate import match_truths
+from medray.geometry import Rectangle
+from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options, mask_uri
-from medray.store import files, omezarr
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene
-from medray.view_run import open_viewed, place_of, read_rows
-from medray.view_tiles import open_unchanged, slide_tile
+from medray.storage import files, ome_zarr
+from medray.storage.ledger import Ledger
 
 UInt8 = npt.NDArray[np.uint8]
 HEIGHT, WIDTH = 520, 600
@@ -151,7 +151,7 @@ def test_a_dataset(
         )
         assert (rows["x"]["status"], rows["x"][kind]) == ("done", number)
         done_at.append(rows["x"]["committed_at"])
-        stored = omezarr.open_level(slide_uri(str(tmp_path / "data"), "x"))
+        stored = ome_zarr.open_level(slide_uri(str(tmp_path / "data"), "x"))
         np.testing.assert_array_equal(np.moveaxis(stored[:], 0, 2), images[number])
     assert done_at[0] == done_at[1] < done_at[2]
     # A copy of the dataset is one of what it holds.
@@ -177,7 +177,7 @@ def test_a_copy_with_its_image(
     assert _write(copy, to, str(tmp_path)) == ""
     store = tmp_path / "x.ome.zarr"
     if to == "ome-zarr":
-        found = np.moveaxis(omezarr.open_level(str(store))[:], 0, 2)
+        found = np.moveaxis(ome_zarr.open_level(str(store))[:], 0, 2)
     else:
         found = zarr_level(store)
     np.testing.assert_array_equal(found, images[1])
@@ -194,7 +194,7 @@ def test_pictures_of_an_evaluation(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.evaluate")
+    stage = importlib.import_module("medray.evaluation.evaluate")
     monkeypatch.setattr(stage, "draw_overlay", only_pixels)
     made, classes = str(run[1]), Classes()
     (row,) = match_truths([row_of(run[1])], str(folder / "truth"), classes)
@@ -209,7 +209,7 @@ def test_pictures_of_a_comparison(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.compare")
+    stage = importlib.import_module("medray.evaluation.compare")
     monkeypatch.setattr(stage, "draw_overlay", only_pixels)
     monkeypatch.setattr(stage, "draw_change", only_pixels)
     drawn: list[bytes] = []
@@ -251,7 +251,7 @@ def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert alone[2] == {}
     assert [stain_values(uri, **{kind: n}) for n in range(3)] == alone
     # As a night measures it of its slides: Ray's tasks, done here.
-    stage = importlib.import_module("medray.nightly")
+    stage = importlib.import_module("medray.apps.nightly")
     here: Any = SimpleNamespace(
         remote=lambda **_: lambda work: SimpleNamespace(remote=work),
         get=lambda value, timeout: value,
@@ -275,7 +275,7 @@ def test_an_estimate(
     kind: str, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Glass has nothing to do; only the third image is."""
-    stage = importlib.import_module("medray.estimate")
+    stage = importlib.import_module("medray.inference.estimate")
     planned: list[Any] = []
 
     class PlannedError(Exception):
@@ -317,14 +317,15 @@ def test_each_stage_is_told_what_was_chosen(
         told.append([(file.scene, file.plane) for file in slides])
         raise ToldError
 
-    monkeypatch.setattr("medray.models.encoders.settle_encoder", lambda *_, **__: None)
+    monkeypatch.setattr("medray.mil.encoder.settle_encoder", lambda *_, **__: None)
     commands: dict[str, list[str]] = {
-        "ingest": [],
-        "infer": ["--model", str(model)],
-        "embed": ["--encoder", "e", "--weights", str(weights)],
+        "datasets.ingest": [],
+        "inference.infer": ["--model", str(model)],
+        "mil.embed": ["--encoder", "e", "--weights", str(weights)],
     }
-    for name, more in commands.items():
-        stage = importlib.import_module(f"medray.{name}")
+    for module, more in commands.items():
+        stage = importlib.import_module(f"medray.{module}")
+        name = module.partition(".")[2]
         if name == "embed":
             monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
         where = "changed_slides" if name == "infer" else f"_{name}"

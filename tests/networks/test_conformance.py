@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from medray.conformance import Engine, check_engine, medray_engine
-from medray.grid import Stitch, Windows, window_starts
+from medray.geometry import Stitch, Windows, window_starts
+from medray.inference.conformance import Engine, check_engine, medray_engine
 
 UInt8 = np.ndarray
 

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from medray.errors import ConfigError
-from medray.models.distil import Hints, LastFeatures, consistency, divergence, rise
+from medray.training.distillation import (
+    Hints,
+    LastFeatures,
+    consistency,
+    divergence,
+    rise,
+)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from medray.apps.explain import Explainer, overlay
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError
-from medray.evaluate_images import overlays
-from medray.explain import Explainer, overlay
-from medray.grid import Windows as Grid
+from medray.evaluation.evaluate_images import overlays
+from medray.geometry import Windows as Grid
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.explain import attention_map, grad_cam, last_stage

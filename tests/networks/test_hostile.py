@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 
 from medray.classes import Classes
-from medray.grid import Rectangle, Windows
+from medray.geometry import Rectangle, Windows
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
 from medray.models.segmenters import build_segmenter
-from medray.slides.listing import find_slides, slide_id
-from medray.store import omezarr
+from medray.slides.discovery import find_slides, slide_id
+from medray.storage import ome_zarr
 
 LIMIT_S = 20.0
 LIMIT_MIB = 3000
@@ -195,9 +195,9 @@ def test_hostile_annotations(tmp_path: Path, share: float) -> None:
 @pytest.mark.parametrize("share", SIZES)
 def test_hostile_zarrs(tmp_path: Path, share: float) -> None:
     uri = str(tmp_path / "in" / "seed.ome.zarr")
-    omezarr.create_image(uri, 300, 260, mpp=0.5, name="x", attributes={})
+    ome_zarr.create_image(uri, 300, 260, mpp=0.5, name="x", attributes={})
     pixels = np.random.default_rng(0).integers(0, 255, (3, 300, 260)).astype(np.uint8)
-    omezarr.write_region(uri, Rectangle(0, 0, 300, 260), pixels)
+    ome_zarr.write_region(uri, Rectangle(0, 0, 300, 260), pixels)
     seed = {
         p.relative_to(uri).as_posix(): p.read_bytes()
         for p in Path(uri).rglob("*")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from medray.models.fcn import Fcn8s
-from medray.models.losses import SegmentationLoss, hardest
-from medray.recipe import Loss
+from medray.training.losses import SegmentationLoss, hardest
+from medray.training.recipe import Loss
 
 
 @pytest.fixture(scope="module")

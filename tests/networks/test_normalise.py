@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medray.classes import Classes
-from medray.grid import Windows
+from medray.geometry import Windows
 from medray.models.config import Architecture, ModelConfig
 from medray.models.network import Normalise
 

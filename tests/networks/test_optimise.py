@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from medray.models.optimise import (
+from medray.training.optim import (
     build_average,
     build_optimizer,
     learning_rate,
     plateau_drops,
 )
-from medray.recipe import Optimizer, Phase, Schedule
+from medray.training.recipe import Optimizer, Phase, Schedule
 
 
 def rates(

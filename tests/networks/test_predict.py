@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medray.classes import Classes
-from medray.grid import (
+from medray.geometry import (
     Windows,
     plan_regions,
     region_windows,
     window_cores,
     window_starts,
 )
+from medray.inference.regions import _read_halo
+from medray.inference.run import Options, RunSettings
 from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.crf import refine
 from medray.models.network import choose_precision
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.region import _read_halo
-from medray.run import Options, RunSettings
 from medray.slides import ArraySlide
 
 torch.manual_seed(3)

@@ -7,9 +7,9 @@ import torch
 from medray.errors import ConfigError
 from medray.models.config import model_digest, read_config
 from medray.models.folder import load_model, save_model
-from medray.models.losses import SegmentationLoss
-from medray.recipe import Data, Loss, Recipe, read_recipe
-from medray.settings import write_settings
+from medray.storage.yaml_config import write_settings
+from medray.training.losses import SegmentationLoss
+from medray.training.recipe import Data, Loss, Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

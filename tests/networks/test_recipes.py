@@ -9,14 +9,14 @@ import safetensors.torch
 import torch
 import torchvision
 
-from medray import loop
-from medray.dataset import read_dataset
+from medray.datasets.dataset import read_dataset
 from medray.errors import ConfigError
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
-from medray.models.learner import Team, build_network
 from medray.models.segmenters import build_segmenter
-from medray.recipe import Prune, Recipe, Schedule, read_recipe
+from medray.training import trainer
+from medray.training.learner import Team, build_network
+from medray.training.recipe import Prune, Recipe, Schedule, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -87,8 +87,8 @@ def test_every_recipe_trains(
         recipe = replace(recipe, prune=prune)
     contract = contract_of(recipe, dataset)
     team = Team(0, 1, torch.device("cpu"))
-    loop.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
-    best = loop.read_best(str(tmp_path), "t")
+    trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
+    best = trainer.read_best(str(tmp_path), "t")
     network = build_network(recipe, 2)
     start = {k: v.clone() for k, v in network.state_dict().items()}
     network.load_state_dict(best["model"])
@@ -108,8 +108,8 @@ def test_a_single_crop_is_too_few_for_some_networks(
     recipe = read_recipe(str(ROOT / "recipes" / "deeplab.yaml"), ["batch=1"])
     contract = contract_of(recipe, dataset)
     team = Team(0, 1, torch.device("cpu"))
-    with pytest.raises(loop.TroubleError, match="set at_once to 2 or more"):
-        loop.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
+    with pytest.raises(trainer.TroubleError, match="set at_once to 2 or more"):
+        trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
 
 
 def test_pruning_removes_channels_and_keeps_the_rest(

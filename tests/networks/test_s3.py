@@ -17,16 +17,16 @@ import s3
 import serial
 
 import medray
+from medray.datasets.synthetic import draw_scene, write_slide, write_svg
 from medray.errors import ConfigError, StoreError
+from medray.inference.run import Options
+from medray.inference.verify import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
 from medray.slides import open_slide
-from medray.slides.digest import slide_digest, slide_stamp
-from medray.slides.listing import find_slides
-from medray.store import files, lock
-from medray.synth import draw_scene, write_slide, write_svg
-from medray.verify import collect, verify
+from medray.slides.discovery import find_slides
+from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.storage import files, lock
 
 
 @pytest.fixture(scope="module")

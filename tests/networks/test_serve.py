@@ -34,11 +34,11 @@ from serving import (
     save_classifier,
 )
 
-from medray import serve
+from medray.apps import serve
+from medray.apps.serve_app import build_api, token_digest
+from medray.apps.served import Answer, Served
 from medray.cli import main
 from medray.errors import ConfigError
-from medray.serve_app import build_api, token_digest
-from medray.served import Answer, Served
 
 
 class Direct:
@@ -375,7 +375,7 @@ def test_kubernetes_builds_the_same_app(monkeypatch: pytest.MonkeyPatch) -> None
     path = ROOT / "k8s" / "components" / "serve" / "rayservice.yaml"
     config = yaml.safe_load(yaml.safe_load(path.read_text())["spec"]["serveConfigV2"])
     (app,) = ServeDeploySchema.model_validate(config).applications
-    assert app.import_path == "medray.serve:build_app"
+    assert app.import_path == "medray.apps.serve:build_app"
     monkeypatch.delenv(serve.TOKEN, raising=False)
     with pytest.raises(ConfigError, match="the environment has no MEDRAY_SERVE_TOKEN"):
         serve.build_app(app.args)

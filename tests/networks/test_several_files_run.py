@@ -11,13 +11,13 @@ from dicoms import Scan, write_series
 from read_copies import upload
 from several_files import write_mrxs, write_vms
 
+from medray.datasets.synthetic import draw_scene
+from medray.inference.run import Options
+from medray.inference.verify import verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options
 from medray.slides import cache
-from medray.store import files
-from medray.synth import draw_scene
-from medray.verify import verify
+from medray.storage import files
 
 pytest.importorskip("openslide")
 

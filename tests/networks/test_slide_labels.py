@@ -19,20 +19,20 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from medray.cli import main
 from medray.errors import ConfigError
-from medray.evaluate_slides import evaluate_slides
-from medray.features import (
+from medray.mil.config import SlideHead
+from medray.mil.evaluate import evaluate_slides
+from medray.mil.features import (
     Encoder,
     FeatureSettings,
     features_uri,
     thumbnail_uri,
 )
-from medray.infer_slides import infer_slides
-from medray.models.mil import SlideNetwork
-from medray.settings import write_settings
-from medray.slide_model import SlideHead
-from medray.store import files
-from medray.store.arrays import write_arrays
-from medray.train_slides import train_slides
+from medray.mil.infer import infer_slides
+from medray.mil.network import SlideNetwork
+from medray.mil.train import train_slides
+from medray.storage import files
+from medray.storage.arrays import write_arrays
+from medray.storage.yaml_config import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MIL = str(ROOT / "recipes" / "slides" / "attention-mil.yaml")

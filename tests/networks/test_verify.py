@@ -10,17 +10,17 @@ import pytest
 import serial
 
 from medray.cli import main
+from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
-from medray.grid import Rectangle
+from medray.geometry import Rectangle
+from medray.inference.run import Options, mask_uri
+from medray.inference.verify import collect, diff, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.run import Options, mask_uri
-from medray.store import omezarr
-from medray.store.digests import content_digest, merkle_root
-from medray.store.ledger import Ledger
-from medray.store.lock import locked
-from medray.synth import draw_scene, write_slide
-from medray.verify import collect, diff, verify
+from medray.storage import ome_zarr
+from medray.storage.digests import content_digest, merkle_root
+from medray.storage.ledger import Ledger
+from medray.storage.lock import locked
 
 PLAIN = Options(region=512, prediction=Prediction(precision="float32"))
 RICH = Options(
@@ -163,7 +163,7 @@ def test_damage_of_a_slide_under_way_is_found(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each record is written at once, however quick the regions are.
-    monkeypatch.setattr("medray.store.ledger._FLUSH_S", 0.0)
+    monkeypatch.setattr("medray.storage.ledger._FLUSH_S", 0.0)
     out, again = run(tmp_path, PLAIN)
     whole = outputs(out)
     shutil.rmtree(out / "masks")
@@ -216,7 +216,7 @@ def test_a_slide_that_changes_while_it_is_read_fails_until_the_next_run(
     assert "s0.tif" in found.failed["s0"]
     assert "changed while it was read" in found.failed["s0"]
     assert serial.infer(inbox, predictor, model, out, PLAIN).failed == {}
-    masks = [omezarr.open_level(mask_uri(str(out), name))[:] for name in ("s0", "s1")]
+    masks = [ome_zarr.open_level(mask_uri(str(out), name))[:] for name in ("s0", "s1")]
     assert np.array_equal(*masks)
 
 
@@ -230,7 +230,7 @@ def test_an_open_file_is_not_taken_for_the_one_that_replaced_it(
     def run_over(name: str) -> np.ndarray:
         shutil.copy(slides / f"{name}.tif", inbox / "a.tif")
         assert serial.infer(inbox, predictor, model, out, PLAIN).failed == {}
-        return omezarr.open_level(mask_uri(str(out), "a"))[:]
+        return ome_zarr.open_level(mask_uri(str(out), "a"))[:]
 
     first = run_over("s0")
     run_over("s1")  # written into the same file, which is still open
@@ -254,7 +254,7 @@ def test_records_of_a_slide_that_was_replaced_are_no_damage(
 
 
 def test_cleaned_masks_are_verified_and_repaired(run, tmp_path: Path) -> None:
-    from medray.clean import Cleaning
+    from medray.inference.postprocess import Cleaning
 
     options = Options(
         region=512,
@@ -320,19 +320,19 @@ def test_runs_differ_where_they_differ(run, tmp_path: Path) -> None:
     assert (found.compared, found.changed, found.not_compared) == (3, {}, {})
     assert all(row["f1"] in (1.0, None) for row in found.agreement)
     # Another mask in one region.
-    mask = omezarr.open_level(mask_uri(str(same), "s1"))
+    mask = ome_zarr.open_level(mask_uri(str(same), "s1"))
     part = np.asarray(mask[512:700, 0:512])
     changed = part.copy()
     changed[:100, :100] = 1 - changed[:100, :100]
-    omezarr.write_region(
+    ome_zarr.write_region(
         mask_uri(str(same), "s1"), Rectangle(512, 0, 188, 512), changed
     )
     found = diff(str(out), str(same))
     assert found.changed == {"s1": [([512, 0, 188, 512], 10000)]}
-    one = np.asarray(omezarr.open_level(mask_uri(str(out), "s1")))
-    two = np.asarray(omezarr.open_level(mask_uri(str(same), "s1")))
+    one = np.asarray(ome_zarr.open_level(mask_uri(str(out), "s1")))
+    two = np.asarray(ome_zarr.open_level(mask_uri(str(same), "s1")))
     total = sum(
-        int(np.asarray(omezarr.open_level(mask_uri(str(run_), name))).sum())
+        int(np.asarray(ome_zarr.open_level(mask_uri(str(run_), name))).sum())
         for run_ in (out, same)
         for name in ("s0", "flat")
     )

@@ -106,8 +106,8 @@ def node(label: str | None = None, *, alive: bool = True, gpus: float = 0.0) -> 
 
 
 def test_gpus_that_may_come_are_counted_by_the_heads_label() -> None:
-    from medray.cluster import gpus_of
     from medray.errors import ConfigError
+    from medray.execution.cluster import gpus_of
 
     assert gpus_of([]) == 0
     assert gpus_of([node(), node(gpus=2.0), node(gpus=1.0)]) == 3

@@ -52,8 +52,8 @@ def test_waits(inner, own, number):
 
 def test_imports():
     import timm
-    import medray.demo
-    medray.demo.demo()
+    import medray.apps.demo
+    medray.apps.demo.demo()
     done = subprocess.run([sys.executable, "-c", {CHILD!r}])
     assert done.returncode == -signal.SIGKILL
     if os.fork() == 0:
@@ -73,9 +73,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The notes of a run of a file of tests, with modules that only have the names."""
     place = tmp_path_factory.mktemp("costed")
     modules, out = place / "modules", place / "out"
-    (modules / "medray").mkdir(parents=True)
-    (modules / "medray" / "__init__.py").touch()
-    (modules / "medray" / "demo.py").write_text(SPEND)
+    (modules / "medray" / "apps").mkdir(parents=True)
+    for package in ("medray", "medray/apps"):
+        (modules / package / "__init__.py").touch()
+    (modules / "medray" / "apps" / "demo.py").write_text(SPEND)
     (modules / "timm.py").write_text(f"{SPEND}\ndemo()")
     (modules / "sitecustomize.py").write_text(SITE)
     (place / "test_it.py").write_text(TEXT)

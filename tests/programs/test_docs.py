@@ -11,8 +11,8 @@ import pytest
 import yaml
 from documents import PAGES, ROOT, blocks
 
-from medray.arguments import parse
-from medray.recipe import read_recipe
+from medray.apps.arguments import parse
+from medray.training.recipe import read_recipe
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -117,5 +117,5 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
-    assert "medray.infer.infer" in page
+    assert "medray.inference.infer.infer" in page
     assert "ConfigError" in page

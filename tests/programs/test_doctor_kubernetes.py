@@ -18,7 +18,7 @@ import pytest
 import yaml
 from manifests import ROOT, Object, build, find, with_components
 
-from medray import doctor_kubernetes
+from medray.apps import doctor_kubernetes
 from medray.cli import main
 
 MINE = "/namespaces/medray"

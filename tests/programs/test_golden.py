@@ -30,7 +30,7 @@ def write_zarr(folder: Path) -> Path:
         array[...] = np.arange(side * side).reshape(side, side) % 2
     label = {"properties": [{"label-value": 1, "class": "tumour"}]}
     label["colors"] = [{"label-value": 1, "rgba": [0, 1, 2, 255]}]
-    scales = [{"name": "s", "metadata": {"method": "medray.store.pyramid.halved"}}]
+    scales = [{"name": "s", "metadata": {"method": "medray.storage.pyramid.halved"}}]
     group.attrs["ome"] = {"image-label": label, "multiscales": scales}
     group.attrs["medray"] = {"run_digest": "a"}
     return folder

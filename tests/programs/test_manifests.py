@@ -27,7 +27,7 @@ from manifests import (
     with_components,
 )
 
-from medray.doctor_kubernetes import _number
+from medray.apps.doctor_kubernetes import _number
 
 KUBERNETES = "1.37"
 # Seconds that a Pending pod may be there for nothing, and that one may be Pending at all.
@@ -231,7 +231,7 @@ def test_workers_have_time_to_give_back_their_work(objects: list[Object]) -> Non
     for group in find(objects, "RayCluster")["spec"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert hook[:3] == ["python", "-m", "medray.leave"]
+        assert hook[:3] == ["python", "-m", "medray.apps.leave"]
         assert float(hook[3]) < pod["terminationGracePeriodSeconds"]
 
 
@@ -334,7 +334,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
 def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
-    from medray.arguments import parse
+    from medray.apps.arguments import parse
 
     found = list(entrypoints(all_objects))
     where = {one.where for one in found}

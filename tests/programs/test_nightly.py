@@ -19,14 +19,14 @@ import pytest
 import tifffile
 from s3 import serving
 
-from medray.catalog import Found, Outcome, current, note_files, note_outcomes
-from medray.drift import Slide, run_values, stain_values, watch
+from medray.apps.catalog import Found, Outcome, current, note_files, note_outcomes
+from medray.apps.drift import Slide, run_values, stain_values, watch
+from medray.apps.inbox import Watch, plan_night
+from medray.apps.nightly import night_of, nightly
 from medray.errors import ConfigError
-from medray.inbox import Watch, plan_night
-from medray.nightly import night_of, nightly
-from medray.run import Options
+from medray.inference.run import Options
 from medray.slides.scanner import scanner_of
-from medray.store import files
+from medray.storage import files
 
 
 def digest(data: bytes) -> str:
@@ -313,7 +313,7 @@ def test_a_webhook_gets_the_summary_and_cannot_fail_a_night(
     night(inbox, model, "2026-01-01", webhook=f"{address}/take")
     assert len(taken) == 1  # committed before: nothing is told again
     # Only now, for the one that hangs: on a busy machine an answer may take a second.
-    monkeypatch.setattr("medray.summary._WEBHOOK_S", 0.5)
+    monkeypatch.setattr("medray.apps.summary._WEBHOOK_S", 0.5)
     for day, broken in enumerate(
         (f"{address}/refuse?secret", f"{address}/hang?secret", "http://127.0.0.1:9/")
     ):

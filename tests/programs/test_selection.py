@@ -44,21 +44,29 @@ def depends(name: str) -> frozenset[str]:
 @pytest.mark.parametrize(
     ("changed", "touched", "others"),
     [
-        ("medray/serve.py", {SERVED}, {TRAINED, KILLED, SIGNALLED, README}),
-        ("medray/train.py", {TRAINED, README}, {SERVED, KILLED, SIGNALLED, CONVERTED}),
-        ("medray/grid.py", {SERVED, TRAINED, KILLED, SIGNALLED, README}, set()),
-        ("medray/convert.py", {CONVERTED}, {SERVED, TRAINED, README, SIGNALLED}),
-        ("medray/view.py", {VIEWED}, {SERVED, README, SIGNALLED}),
+        ("medray/apps/serve.py", {SERVED}, {TRAINED, KILLED, SIGNALLED, README}),
+        (
+            "medray/training/train.py",
+            {TRAINED, README},
+            {SERVED, KILLED, SIGNALLED, CONVERTED},
+        ),
+        ("medray/geometry.py", {SERVED, TRAINED, KILLED, SIGNALLED, README}, set()),
+        ("medray/apps/convert.py", {CONVERTED}, {SERVED, TRAINED, README, SIGNALLED}),
+        ("medray/apps/view.py", {VIEWED}, {SERVED, README, SIGNALLED}),
         ("medray/cli.py", {README, SIGNALLED, TRAINED}, {SERVED, CONVERTED}),
-        ("medray/templates/night.html.jinja", {"test_a_week"}, {SERVED, README}),
-        ("medray/static/slide.js", {VIEWED}, {SERVED, README}),
+        (
+            "medray/evaluation/templates/night.html.jinja",
+            {"test_a_week"},
+            {SERVED, README},
+        ),
+        ("medray/apps/static/slide.js", {VIEWED}, {SERVED, README}),
         ("medray/__init__.py", {SERVED, TRAINED, SIGNALLED, README}, set()),
         ("tests/hostile.py", {"test_hostile_tiffs"}, {SERVED, README}),
         ("tests/lost_nodes.py", {"test_nodes_that_go_speak_against_no_row"}, {TRAINED}),
         ("benchmarks/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
         ("jobs/infer.py", {JOBS}, {SERVED, README}),
-        ("medray/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
-        ("medray/doctor.py", {"test_doctor_tells_a_wrong_token"}, {JOBS, README}),
+        ("medray/evaluation/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
+        ("medray/apps/doctor.py", {"test_doctor_tells_a_wrong_token"}, {JOBS, README}),
         ("recipes/unet.yaml", {README, "test_every_recipe_trains"}, {SERVED, KILLED}),
         ("k8s/new.yaml", {"test_a_few_small_slides_bring_one_gpu"}, {SERVED, README}),
         ("tests/serial.py", {X_RAYS, SIGNALLED}, {KILLED}),  # X_RAYS by `usefixtures`
@@ -100,7 +108,7 @@ def long_tests() -> list[Test]:
             name=f"test_{number}",
             seconds=5.0 + number,
             alone=number % 5 == 0,
-            depends=frozenset({f"medray/{number}.py", "medray/grid.py"}),
+            depends=frozenset({f"medray/{number}.py", "medray/geometry.py"}),
         )
         for number in range(30)
     ]
@@ -109,7 +117,7 @@ def long_tests() -> list[Test]:
 def test_the_budget_is_kept_and_the_essential_are_always_there() -> None:
     tests = long_tests()
     for budget in (0, 60, 150, 250, 400):
-        chosen = select(tests, tests[:3], {"medray/grid.py"}, budget, "seed")
+        chosen = select(tests, tests[:3], {"medray/geometry.py"}, budget, "seed")
         run = [*chosen.essential, *chosen.touched]
         assert chosen.essential == tests[:3]
         assert not chosen.touched or selection.wall_seconds(run) <= budget
@@ -130,7 +138,7 @@ def test_what_is_left_out_is_run_with_another_commit() -> None:
     tests = long_tests()
     run: set[Test] = set()
     for commit in range(40):
-        chosen = select(tests, [], {"medray/grid.py"}, 100, f"{commit}")
+        chosen = select(tests, [], {"medray/geometry.py"}, 100, f"{commit}")
         assert chosen.left_out
         run |= {*chosen.touched}
     assert run == {*tests}
@@ -139,7 +147,7 @@ def test_what_is_left_out_is_run_with_another_commit() -> None:
 def test_the_tests_of_what_few_depend_on_come_early() -> None:
     tests = long_tests()
     places = [
-        ordered(tests, {"medray/grid.py", "medray/7.py"}, f"{n}").index(tests[7])
+        ordered(tests, {"medray/geometry.py", "medray/7.py"}, f"{n}").index(tests[7])
         for n in range(40)
     ]
     assert sum(places) / 40 < 1
@@ -167,7 +175,7 @@ def test_one_test_of_each_fault_and_page_is_essential(
         test("test_node_beside", 70),
         test("test_pages", 30, "docs/a.md", "docs/b.md"),
         test("test_page", 10, "docs/b.md"),
-        test("test_other", 5, "medray/grid.py"),
+        test("test_other", 5, "medray/geometry.py"),
     ]
     faults = {
         "disk": [("tests/test_a.py", "disk")],

@@ -21,17 +21,17 @@ from read_copies import SIZE, copies, prepare, size_of, start_reader, upload
 from several_files import write_mrxs, write_vms
 
 import medray
-from medray import drive
-from medray.commit import changed_slides, plan_one
 from medray.errors import ConfigError, SlideError, StoreError
-from medray.lane import Lane
+from medray.execution import scheduler
+from medray.execution.commit import changed_slides, plan_one
+from medray.execution.gpu_worker import Lane
 from medray.slides import cache, open_slide
 from medray.slides.bounds import scanned_bounds
-from medray.slides.digest import slide_digest
-from medray.slides.listing import find_slides
+from medray.slides.discovery import find_slides
+from medray.slides.fingerprint import slide_digest
 from medray.slides.members import slide_members
-from medray.store import files
-from medray.store.ledger import Ledger
+from medray.storage import files
+from medray.storage.ledger import Ledger
 
 pytest.importorskip("openslide")
 
@@ -361,8 +361,8 @@ def test_who_has_a_limit_has_the_copy_made_before(
     address, _ = bucket
     (uri,) = prepare(address, tmp_path / "slides", 1)
     row = {"slide": "m0", "uri": uri, "copied": True}
-    ingest = importlib.import_module("medray.ingest")
-    for of in (drive, ingest):
+    ingest = importlib.import_module("medray.datasets.ingest")
+    for of in (scheduler, ingest):
         monkeypatch.setattr(of, "bound_memory", lambda: None)
 
     def made(*_: Any) -> str:
@@ -373,7 +373,7 @@ def test_who_has_a_limit_has_the_copy_made_before(
     lane: Any = SimpleNamespace(_loading=Future(), _group=1)
     lane._loading.set_result(None)
     lane._work = lambda rows: iter([{"record": made()} for _ in rows])
-    worker = drive.SlideWorker(made, made)  # type: ignore[arg-type]
+    worker = scheduler.SlideWorker(made, made)  # type: ignore[arg-type]
     cutter = ingest._Cutter(None, "")
     for work, rows, last in (
         (worker.work, [{"slide": "m0", "uri": uri}], ["there"]),

@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from medray import submit as module
+from medray.apps import submit as module
+from medray.apps.submit import submit
 from medray.errors import ConfigError, MedrayError
-from medray.submit import submit
 
 # As Ray words it: the agent's answer within the head's own traceback.
 TWICE = "Traceback (most recent call last):\n" + "  File x, line 1\n" * 80

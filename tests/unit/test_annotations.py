@@ -24,7 +24,7 @@ from medray.annotations import (
 )
 from medray.classes import Classes
 from medray.errors import SlideError
-from medray.grid import Rectangle
+from medray.geometry import Rectangle
 from medray.slides.bounds import scanned_bounds
 
 

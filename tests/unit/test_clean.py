@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import noise
 
-from medray.clean import Cleaning, clean_labels
-from medray.grid import plan_regions
+from medray.geometry import plan_regions
+from medray.inference.postprocess import Cleaning, clean_labels
 
 
 @settings(max_examples=60, deadline=None)

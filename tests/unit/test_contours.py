@@ -9,12 +9,12 @@ import pytest
 from contours import points_of, shoelace
 from shapely.geometry import Polygon
 
-from medray.annotations.contours import read_contour
+from medray.annotations.dat_contours import read_contour
+from medray.annotations.morphology import FEATURES, feature_names, measure
 from medray.cli import main
+from medray.datasets.image_folder import find_images
+from medray.datasets.synthetic_cells import CELL_CLASSES, generate_cells
 from medray.errors import ConfigError, SlideError
-from medray.morphology import FEATURES, feature_names, measure
-from medray.sheets import find_images
-from medray.synth_cells import CELL_CLASSES, generate_cells
 
 
 def ellipse(a: float, b: float, turn: float, x: float = 0, y: float = 0) -> Polygon:

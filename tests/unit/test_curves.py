@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from medray import calibration
-from medray.curves import (
+from medray.evaluation import calibration
+from medray.evaluation.curves import (
     average_precision,
     best_threshold,
     calibration_error,

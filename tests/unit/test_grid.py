@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medray.grid import (
+from medray.geometry import (
     Rectangle,
     Stitch,
     Windows,

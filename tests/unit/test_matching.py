@@ -8,12 +8,12 @@ import pytest
 
 from medray.annotations.matching import match_annotations, match_names, slide_names
 from medray.classes import Classes
-from medray.commit import changed_slides
 from medray.errors import ConfigError
-from medray.slides.digest import slide_digest
-from medray.slides.listing import SlideFile, find_slides
-from medray.store.ledger import Ledger
-from medray.truths import find_truths
+from medray.evaluation.ground_truth import find_truths
+from medray.execution.commit import changed_slides
+from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.fingerprint import slide_digest
+from medray.storage.ledger import Ledger
 
 
 def place(folder: Path, *names: str) -> str:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import noise
 
-import medray.outlines
+import medray.inference.outlines
 from medray.annotations import rasterise, read_annotation
 from medray.classes import Classes
-from medray.grid import Rectangle
-from medray.outlines import trace, write_outlines
-from medray.store import omezarr
+from medray.geometry import Rectangle
+from medray.inference.outlines import trace, write_outlines
+from medray.storage import ome_zarr
 
 CLASSES = Classes(("background", "a", "b"))
 
@@ -33,9 +33,9 @@ def test_outlines_drawn_again_are_the_mask(
 ) -> None:
     mask = noise(height, width, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(medray.outlines, "_SIDE", 10**6)
+        patch.setattr(medray.inference.outlines, "_SIDE", 10**6)
         whole = trace(mask, CLASSES, downsample=downsample)
-        patch.setattr(medray.outlines, "_SIDE", side)
+        patch.setattr(medray.inference.outlines, "_SIDE", side)
         areas = trace(mask, CLASSES, downsample=downsample)
     assert all(area.polygon.is_valid for area in areas)
     drawn = rasterise(
@@ -55,10 +55,10 @@ def test_qupath_can_import_them(tmp_path: Path) -> None:
     mask[200:300, 200:300] = 0
     mask[220:240, 220:240] = 2
     uri = str(tmp_path / "mask.ome.zarr")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, 600, 700, mpp=0.5, name="", classes=CLASSES, attributes={}
     )
-    omezarr.write_region(uri, Rectangle(0, 0, 600, 700), mask)
+    ome_zarr.write_region(uri, Rectangle(0, 0, 600, 700), mask)
     target = tmp_path / "mask.geojson"
     assert write_outlines(uri, str(target), CLASSES, downsample=2) == 2
     document = json.loads(target.read_text())

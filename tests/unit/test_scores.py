@@ -8,16 +8,16 @@ from scipy.special import expit, softmax
 from scipy.stats import binom, chi2
 from sklearn.metrics import roc_auc_score
 
-from medray.calibration import (
+from medray.errors import ConfigError
+from medray.evaluation.calibration import (
     calibration_error,
     fit_temperature,
     reliability,
     scaled,
 )
-from medray.errors import ConfigError
-from medray.image_scores import score, weighted_auc
-from medray.metrics import draws
-from medray.paired import beside, read_predictions, write_predictions
+from medray.evaluation.image_metrics import score, weighted_auc
+from medray.evaluation.metrics import draws
+from medray.evaluation.significance import beside, read_predictions, write_predictions
 
 NAMES = ("healthy", "sick")
 

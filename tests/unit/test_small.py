@@ -14,16 +14,21 @@ from hypothesis.extra import numpy as hnp
 
 from medray import cli
 from medray.classes import Classes
-from medray.dataset import split_slides
+from medray.datasets.dataset import split_slides
+from medray.datasets.synthetic import draw_scene
 from medray.errors import ConfigError, SlideError
-from medray.metrics import bootstrap, class_scores, confusion, summary
-from medray.report import SlideReport, draw_overlay, slides_to_show, write_report
+from medray.evaluation.metrics import bootstrap, class_scores, confusion, summary
+from medray.evaluation.report import (
+    SlideReport,
+    draw_overlay,
+    slides_to_show,
+    write_report,
+)
 from medray.slides import ArraySlide
-from medray.slides.listing import find_slides, slide_id
+from medray.slides.discovery import find_slides, slide_id
 from medray.slides.tissue import find_tissue, pen_marks, tissue_share
-from medray.store import files
-from medray.store.ledger import Ledger
-from medray.synth import draw_scene
+from medray.storage import files
+from medray.storage.ledger import Ledger
 
 # --- splits ---------------------------------------------------------------------------
 
@@ -144,8 +149,8 @@ def test_the_ledger_remembers_what_was_flushed(tmp_path: Path) -> None:
 def test_a_long_journal_keeps_only_what_is_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medray.store.ledger._MOST_PARTS", 5)
-    monkeypatch.setattr("medray.store.ledger._FLUSH_S", 0.0)
+    monkeypatch.setattr("medray.storage.ledger._MOST_PARTS", 5)
+    monkeypatch.setattr("medray.storage.ledger._FLUSH_S", 0.0)
     ledger = Ledger(str(tmp_path))
     for index in range(20):
         ledger.commit_region("half@1", index, {"n": index})
@@ -172,7 +177,7 @@ def test_writes_are_whole_or_absent(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from medray.store import files;"
+        "import resource, sys; from medray.storage import files;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"files.write_bytes({str(tmp_path / 'x')!r}, b'a' * 5000)"

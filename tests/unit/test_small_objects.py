@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medray.metrics import SMALL, small_objects, small_scores
+from medray.evaluation.metrics import SMALL, small_objects, small_scores
 
 
 def square(mask: np.ndarray, y: int, x: int, side: int) -> None:

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from medray.classes import Classes
-from medray.grid import Rectangle
-from medray.slides import open_slide
-from medray.slides.image import ArraySlide
-from medray.store import omezarr
-from medray.synth import draw_scene, write_slide
-from medray.view_tiles import (
+from medray.apps.view_tiles import (
     Place,
     difference_tile,
     differences,
@@ -25,6 +19,12 @@ from medray.view_tiles import (
     tile_region,
     worst_regions,
 )
+from medray.classes import Classes
+from medray.datasets.synthetic import draw_scene, write_slide
+from medray.geometry import Rectangle
+from medray.slides import open_slide
+from medray.slides.image import ArraySlide
+from medray.storage import ome_zarr
 
 
 def test_a_slide_without_coarse_levels_is_cut_from_one_small_picture() -> None:
@@ -45,15 +45,15 @@ def test_a_mask_of_another_resolution_lies_where_its_slide_does(
     uri = str(tmp_path / "mask.ome.zarr")
     shape = (round(400 / mask_step), round(320 / mask_step))
     labels = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, *shape, mpp=1.0, name="", classes=Classes(), attributes={}
     )
-    omezarr.write_region(uri, Rectangle(0, 0, *shape), labels)
+    ome_zarr.write_region(uri, Rectangle(0, 0, *shape), labels)
     place = Place("a", "", "", "", 400, 320, None, uri, mask_step, shape)
     region, step = tile_region(place, last_zoom(400, 320), 1, 1)
     assert (region, step) == (Rectangle(256, 256, 144, 64), 1)
     if mask_step < 1:  # a finer mask is seen at the level that fits
-        mask_step, labels = 1.0, omezarr.open_level(uri, 1)[:]
+        mask_step, labels = 1.0, ome_zarr.open_level(uri, 1)[:]
     y, x = (
         np.minimum((np.arange(256, 256 + n) + 0.5) / mask_step, m - 1).astype(int)
         for n, m in zip((144, 64), labels.shape, strict=True)
@@ -88,11 +88,11 @@ def test_where_nobody_annotated_nothing_is_different(tmp_path: Path) -> None:
     truth = tmp_path / "a.geojson"
     truth.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     uri = str(tmp_path / "mask.ome.zarr")
-    omezarr.create_labels(
+    ome_zarr.create_labels(
         uri, 200, 200, mpp=1.0, name="", classes=Classes(), attributes={}
     )
     whole = Rectangle(0, 0, 200, 200)
-    omezarr.write_region(uri, whole, np.ones((200, 200), np.uint8))
+    ome_zarr.write_region(uri, whole, np.ones((200, 200), np.uint8))
     place = Place("a", "", "", "", 200, 200, None, uri, 1.0, (200, 200))
     place = dataclasses.replace(place, truth=str(truth), kind="annotation")
     wanted = np.zeros((200, 200), np.uint8)

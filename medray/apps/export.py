@@ -1,0 +1,426 @@
+"""A model folder -> the same network for another runtime, compared before it is kept.
+
+The way of an export, top to bottom:
+
+    patches   windows of a dataset, of a slide, or of a generated one
+    write     the file, in a temporary folder
+    compare   file and model on the windows: classes, probabilities, speed
+    keep      what agrees is copied to its place; what does not is gone
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from medray.errors import ConfigError, MedrayError
+from medray.evaluation.metrics import confusion, of_images, summary
+from medray.models.config import (
+    WEIGHTS,
+    ModelConfig,
+    is_exported,
+    read_config,
+)
+from medray.models.folder import load_model
+from medray.models.network import Network, choose_device, folded
+from medray.storage import files
+from medray.storage.yaml_config import write_settings
+from medray.training.probe_windows import Windows, find_windows
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""(N, S, S, 3) uint8 windows to (N, C, h, w) logits."""
+
+FORMATS = {
+    "pt2": "model.pt2",
+    "onnx": "model.onnx",
+    "int8": "model.onnx",
+    "tensorrt": "tensorrt.pt2",
+    "wsinfer": "torchscript_model.pt",
+}
+"""What there is, and the file that holds the network."""
+
+_LEAST = {"int8": 0.98}
+_LEAST_ELSE = 0.999  # share of pixels (images) that must have the same class
+
+_ROUNDS = 5  # of timing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An export beside its model, on the same windows.
+
+    Attributes:
+        agreement: Share of pixels (of a classifier: images) with the same class.
+        largest_difference: Of the probability of a class at a pixel.
+        speed_up: Seconds of the model by those of the export, medians of batches that
+            they do in turn; on a CPU with one core.
+        model_f1: Of the model on the windows; None without labels.
+        f1: Of the export.
+    """
+
+    agreement: float
+    largest_difference: float
+    speed_up: float
+    model_f1: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Attributes:
+        out: The folder.
+        format: One of FORMATS.
+        file: The network's file.
+        compared: Windows on which export and model were compared.
+        source: Where these come from.
+        agreement: And what follows: see Comparison.
+        model_bytes: Size of the model's weights.
+        file_bytes: Size of the file.
+    """
+
+    out: str
+    format: str
+    file: str
+    compared: int
+    source: str
+    agreement: float
+    largest_difference: float
+    speed_up: float
+    model_f1: float | None
+    f1: float | None
+    model_bytes: int
+    file_bytes: int
+
+
+def export(
+    model: str, *, format: str, out: str, data: str = "", agreement: float | None = None
+) -> Export:
+    """Write a model for another runtime, if it says the same there.
+
+    Args:
+        model: Folder of `medray train`.
+        format: One of FORMATS.
+        out: Folder to make; it must not hold a model yet.
+        data: Dataset or slide whose windows they are compared on; "": generated ones.
+        agreement: Least share of pixels (images) with the same class; by default 0.98
+            for int8, else 0.999.
+
+    Raises:
+        ConfigError: The request is wrong, or a package or a GPU is missing.
+        MedrayError: The export says something else than the model; nothing is left.
+    """
+    model, out = files.absolute(model), files.absolute(out)
+    config = read_config(model)
+    _check(model, config, format, out)
+    network, config = load_model(model)
+    windows = find_windows(config, files.absolute(data) if data else "", format)
+    with tempfile.TemporaryDirectory(prefix="medray-export-") as made:
+        windows = _write(made, model, network, config, format, windows)
+        device = choose_device()
+        before = Network(network, config, device, torch.float32)
+        least = _LEAST.get(format, _LEAST_ELSE) if agreement is None else agreement
+        found = keep(made, out, before, config, windows, least)
+    name = FORMATS[format]
+    result = Export(
+        out=out,
+        format=format,
+        file=name,
+        compared=len(windows.pixels),
+        source=windows.source,
+        model_bytes=files.size(files.join(model, WEIGHTS)),
+        file_bytes=files.size(files.join(out, name)),
+        **asdict(found),
+    )
+    # Last: a folder with export.json is whole.
+    files.write_json(files.join(out, "export.json"), asdict(result))
+    return result
+
+
+def _check(model: str, config: ModelConfig, format: str, out: str) -> None:
+    """Refuse what cannot be done, before anything is done."""
+    if format not in FORMATS:
+        raise ConfigError(f"format: expected one of {list(FORMATS)}, found {format!r}")
+    if is_exported(model):
+        raise ConfigError(
+            f"{model}: comes from `medray export`; give the model folder that it was "
+            f"made from"
+        )
+    if config.morphology is not None:
+        raise ConfigError(
+            f"{model}: takes measures of nucleus and cytoplasm beside the pixels, and "
+            f"no export has an input for them; train with model.morphology=false"
+        )
+    for name in ("model.yaml", "config.json", *FORMATS.values()):
+        if files.exists(files.join(out, name)):
+            raise ConfigError(
+                f"{out}: holds a model ({name}); choose another --out, or delete it"
+            )
+    if format in ("onnx", "int8"):
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"format {format}: needs {error.name}; install medray with the extra "
+                f"`export`"
+            ) from error
+    if format == "tensorrt":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "format tensorrt: needs an NVIDIA GPU, which this machine has not; "
+                "export where the model is to run, or take onnx"
+            )
+        try:
+            import torch_tensorrt  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "format tensorrt: needs torch-tensorrt; install it beside medray"
+            ) from error
+    if format == "wsinfer":
+        _check_wsinfer(model, config)
+
+
+def _check_wsinfer(model: str, config: ModelConfig) -> None:
+    if not config.classifies:
+        raise ConfigError(
+            f"{model}: WSInfer classifies patches, this is a segmenter "
+            f"({config.architecture.name}); export it as onnx"
+        )
+    if config.mpp is None:
+        raise ConfigError(
+            f"{model}: WSInfer needs the microns per pixel of the patches, and this "
+            f"model has none; train on data with a resolution (`medray ingest --mpp`)"
+        )
+    if config.stain != "none":
+        raise ConfigError(
+            f"{model}: brings the staining to one ({config.stain}), which WSInfer "
+            f"cannot; train with stain: none"
+        )
+    if config.zscore:
+        raise ConfigError(
+            f"{model}: scales each window by its own mean and deviation, which WSInfer "
+            f"cannot; train with scaling: unit"
+        )
+
+
+# --- write ----------------------------------------------------------------------------
+
+
+def _write(
+    made: str,
+    model: str,
+    network: torch.nn.Module,
+    config: ModelConfig,
+    format: str,
+    windows: Windows,
+) -> Windows:
+    """Write the file and the contract beside it; give the windows to compare on."""
+    from medray.models import exported
+    from medray.models.network import Normalise
+
+    network = folded(network.eval())
+    path = os.path.join(made, FORMATS[format])
+    if format == "int8":
+        # What the ranges are taken from says nothing of their worth: it is left out.
+        third = np.arange(len(windows.pixels)) % 3 == 0
+        pixels = torch.from_numpy(windows.every(third).pixels).permute(0, 3, 1, 2)
+        exported.write_int8(network, config, path, Normalise(config)(pixels))
+        windows = windows.every(~third)
+    else:
+        write = {
+            "pt2": exported.write_pt2,
+            "onnx": exported.write_onnx,
+            "tensorrt": exported.write_tensorrt,
+            "wsinfer": exported.write_torchscript,
+        }
+        write[format](network, config, path)
+    card = _card(files.read_bytes(files.join(model, "README.md")).decode(), format)
+    files.write_bytes(os.path.join(made, "README.md"), card.encode())
+    if format == "wsinfer":
+        files.write_json(os.path.join(made, "config.json"), _wsinfer_config(config))
+        return windows
+    for name in ("metrics.json", "seen.txt"):
+        uri = files.join(model, name)
+        if files.exists(uri):
+            files.write_bytes(os.path.join(made, name), files.read_bytes(uri))
+    write_settings(os.path.join(made, "model.yaml"), config)
+    return windows
+
+
+def _card(before: str, format: str) -> str:
+    return f"{before}\nExported as {format}; `export.json` says how well it agrees.\n"
+
+
+def _wsinfer_config(config: ModelConfig) -> dict[str, Any]:
+    """Say what WSInfer must know, as its model zoo's schema 1.0 has it.
+
+    https://github.com/SBU-BMI/wsinfer-zoo, model-config.schema.json
+    """
+    size = config.window.size
+    normalise = {"mean": list(config.mean), "std": list(config.std)}
+    return {
+        "spec_version": "1.0",
+        "architecture": config.architecture.encoder.removeprefix("tu-"),
+        "num_classes": len(config.classes),
+        "class_names": list(config.classes.names),
+        "patch_size_pixels": size,
+        "spacing_um_px": config.mpp,
+        "transform": [
+            {"name": "Resize", "arguments": {"size": size}},
+            {"name": "ToTensor"},
+            {"name": "Normalize", "arguments": normalise},
+        ],
+    }
+
+
+# --- compare --------------------------------------------------------------------------
+
+
+def keep(
+    made: str,
+    out: str,
+    model: Run,
+    config: ModelConfig,
+    windows: Windows,
+    least: float,
+) -> Comparison:
+    """Compare an exported folder with the model, and copy it to its place.
+
+    Args:
+        made: The exported folder.
+        out: Where it is to be; its contract, `model.yaml` or `config.json`, comes last.
+        model: What it was made from.
+        config: Its contract.
+        windows: To compare on.
+        least: Share of pixels (images) that must have the same class.
+
+    Raises:
+        MedrayError: They do not agree; nothing is written.
+    """
+    found = compare(model, load_run(made), config, windows)
+    if not found.agreement >= least or not math.isfinite(found.largest_difference):
+        raise MedrayError(
+            f"{out}: the export has the model's class in {found.agreement:.2%} of "
+            f"{'images' if config.classifies else 'pixels'} of "
+            f"{windows.source} (probabilities differ by up to "
+            f"{found.largest_difference:.3f}), expected {least:.2%} or more; nothing "
+            f"was written. Take another format, or say what is enough with --agreement"
+        )
+    names = sorted(os.listdir(made), key=lambda n: n in ("model.yaml", "config.json"))
+    for name in names:
+        files.write_bytes(
+            files.join(out, name), files.read_bytes(os.path.join(made, name))
+        )
+    return found
+
+
+def load_run(folder: str) -> Run:
+    """Load an exported folder as its users do; of WSInfer with its own transforms."""
+    if not files.exists(files.join(folder, "config.json")):
+        network, config = load_model(folder)
+        return Network(network, config, choose_device(), torch.float32)
+    from PIL import Image
+    from torchvision import transforms
+
+    steps = files.read_json(files.join(folder, "config.json"))["transform"]
+    prepare = transforms.Compose(
+        [getattr(transforms, s["name"])(**s.get("arguments", {})) for s in steps]
+    )
+    script: Any = torch.jit.load(  # type: ignore[no-untyped-call]
+        files.join(folder, FORMATS["wsinfer"]), map_location=choose_device()
+    )
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        images = [prepare(Image.fromarray(window.numpy())) for window in pixels.cpu()]
+        logits: torch.Tensor = script(torch.stack(images).to(pixels.device))
+        return logits[:, :, None, None]
+
+    return run
+
+
+def compare(
+    model: Run, other: Run, config: ModelConfig, windows: Windows
+) -> Comparison:
+    """Set two runs of windows side by side.
+
+    Args:
+        model: One of them.
+        other: The other.
+        config: Of both.
+        windows: Whose classes, probabilities and time are compared.
+    """
+    threads, device = torch.get_num_threads(), choose_device()
+    size, count = config.window.size, len(windows.pixels)
+    step = min(count, max(1, 512**2 // size**2))
+    batches = torch.split(torch.from_numpy(windows.pixels), step)
+    counts = [np.zeros((len(config.classes),) * 2, np.int64) for _ in range(2)]
+    same, total, largest = 0, 0, 0.0
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for i, batch in enumerate(batches):
+                pixels = batch.to(device)
+                one, two = (_probabilities(r, pixels, config) for r in (model, other))
+                difference = float((one - two).abs().max())
+                # NaN would be lost in a maximum.
+                largest = max(largest, difference if difference >= 0 else math.inf)
+                labels = [p.argmax(1).to(torch.uint8).cpu().numpy() for p in (one, two)]
+                same += int((labels[0] == labels[1]).sum())
+                total += labels[0].size
+                if windows.labels is not None:
+                    truth = windows.labels[i * step : i * step + len(batch)]
+                    for found, predicted in zip(counts, labels, strict=True):
+                        found += confusion(truth, predicted, len(config.classes))
+            seconds = _seconds((model, other), batches[0].to(device))
+    finally:
+        torch.set_num_threads(threads)
+    scores: list[float | None] = [None, None]
+    if windows.labels is not None:
+        scores = [_f1(found, config) for found in counts]
+    return Comparison(
+        agreement=same / total,
+        largest_difference=largest,
+        speed_up=seconds[0] / seconds[1],
+        model_f1=scores[0],
+        f1=scores[1],
+    )
+
+
+def _probabilities(run: Run, pixels: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    logits = run(pixels).float()
+    if config.classifies:
+        logits = logits[:, :, :1, :1]
+    return torch.softmax(logits, dim=1)
+
+
+def _f1(counts: npt.NDArray[np.int64], config: ModelConfig) -> float | None:
+    names: Sequence[str] = config.classes.names
+    if config.classifies:
+        counts, names = of_images(counts, names)
+    return summary(counts, names)["f1"]
+
+
+def _seconds(runs: Sequence[Run], pixels: torch.Tensor) -> list[float]:
+    """Time a batch, in turn; give the medians."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(_ROUNDS):
+        for taken, run in zip(times, runs, strict=True):
+            start = time.perf_counter()
+            run(pixels)
+            if pixels.is_cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]

@@ -1,0 +1,412 @@
+"""A model that answers for one image at a time: what `medray serve` serves.
+
+The way of an image, top to bottom:
+
+    read     its size is checked by the header, then its pixels are read as in runs
+    predict  windows, or whole images, of several requests in batches of the model's
+    finish   a class with probabilities, or a mask as PNG or GeoJSON
+
+It is the way of `medray infer` and `medray evaluate`, so the answers are theirs. There
+is neither Ray nor HTTP: any thread may read and finish, one thread predicts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from medray.datasets.image_folder import read_resized
+from medray.errors import ConfigError, SlideError
+from medray.evaluation.calibration import scaled
+from medray.geometry import Rectangle
+from medray.inference.infer import region_pixels, settings_of
+from medray.inference.outlines import as_geojson, trace
+from medray.inference.plan import plan_slide
+from medray.inference.regions import counted, read_pixels
+from medray.inference.run import Options, RunSettings
+from medray.models.canvas import RegionClasses, RegionPixels
+from medray.models.classify import load_classifier
+from medray.models.config import ModelConfig, Precision, Prediction, read_config
+from medray.models.folder import load_model
+from medray.models.predict import Predictor
+from medray.slides import open_slide
+from medray.storage import files
+
+UInt8 = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+Row = dict[str, Any]
+Format = Literal["png", "geojson"]
+Kind = Literal["classify", "segment"]
+
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif"}
+"""How a file of each format is named, so that the right reader takes it."""
+
+_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+}
+
+
+class TooLargeError(SlideError):
+    """An image has more pixels than are taken."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image, ready for the model.
+
+    Attributes:
+        height: Of the image (level 0), pixels.
+        width: Likewise.
+        mpp: Microns per pixel of the image; None: unknown and not needed.
+        mpp_from: Who says so: the `image` or the `request`; else it is `unknown`.
+        note: What the user should know of how it was read ("" if nothing).
+        pixels: (S, S, 3) uint8 of a classifier of whole images; else None.
+        facts: The working level, as the plan has it.
+        regions: Else each region's row, and its pixels; None where there is no tissue.
+    """
+
+    height: int
+    width: int
+    mpp: float | None
+    mpp_from: str
+    note: str
+    pixels: UInt8 | None = None
+    facts: Row = field(default_factory=dict)
+    regions: Sequence[tuple[Row, RegionPixels | None]] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is sent.
+
+    Attributes:
+        body: Its bytes.
+        media_type: Of them.
+        headers: That go with them.
+        pixels: Of the image.
+    """
+
+    body: bytes
+    media_type: str
+    headers: dict[str, str]
+    pixels: int
+
+
+class Served:
+    """A model, loaded once."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        report: str = "",
+        precision: Precision = "auto",
+        max_pixels: int = 64_000_000,
+        threads: int | None = None,
+    ) -> None:
+        """Load a model folder.
+
+        Args:
+            model: Folder of `medray train` or `medray export`.
+            report: Of `medray evaluate` of this classifier, for its temperature; "":
+                probabilities are not calibrated.
+            precision: Of the arithmetic; classifiers of whole images take float32.
+            max_pixels: That an image may have, and that are worked on.
+            threads: That predict on a CPU; by default one a core.
+
+        Raises:
+            ConfigError: The folder is no model, the model takes more than pixels, or
+                the report is another model's.
+            FormatError: The weights are damaged.
+        """
+        self._settings, self._config = _contract(model, precision)
+        self._max = max_pixels
+        self._whole = self._config.classifies and self._config.mpp is None
+        self.temperature = _temperature(report, self._settings) if report else None
+        if self._whole:
+            self._classify = load_classifier(model)
+        else:
+            how = self._settings.options.prediction
+            self._predictor = Predictor.from_folders([model], how, threads=threads)
+            self._predictor.warm_up()
+
+    @property
+    def kind(self) -> Kind:
+        """What it can be asked for."""
+        return "classify" if self._config.classifies else "segment"
+
+    def describe(self) -> Row:
+        """Say what the model is, as plain values."""
+        config, settings = self._config, self._settings
+        return {
+            "name": settings.names,
+            "digest": settings.model_digest,
+            "architecture": config.architecture.name,
+            "encoder": config.architecture.encoder,
+            "endpoint": f"/{self.kind}",
+            "classes": list(config.classes.names),
+            "mpp": config.mpp,
+            "window": config.window.size,
+            "stride": config.window.stride,
+            "temperature": self.temperature,
+        }
+
+    # --- read -------------------------------------------------------------------------
+
+    def read(self, path: str, mpp: float | None = None) -> Prepared:
+        """Read an image; nothing is allocated for one with too many pixels.
+
+        Args:
+            path: A file, named by `SUFFIXES`.
+            mpp: Microns per pixel, over what the image says.
+
+        Raises:
+            TooLargeError: It has more pixels than are taken.
+            SlideError: It is no image, damaged, or does not suit the model.
+        """
+        _check_header(path, self._max)
+        if self._whole:
+            return self._read_whole(path, mpp)
+        settings = self._settings
+        with open_slide(path) as slide:
+            level = slide.levels[0]
+            _check_pixels(level.height, level.width, self._max)
+            if self._config.mpp and not (mpp or slide.mpp):
+                raise SlideError(
+                    f"{path}: does not say how many microns a pixel has, and the model "
+                    f"works at {self._config.mpp:g}; give ?mpp="
+                )
+            facts, rows = plan_slide(slide, settings, given_mpp=mpp)
+            _check_pixels(facts["height"], facts["width"], self._max)
+            regions = []
+            for row in rows:
+                row, pixels = read_pixels(slide, facts | row, settings)
+                if "damaged" in row:
+                    raise SlideError(row["why"])
+                tissue = np.any(row["blocks"])
+                source = region_pixels(settings, row, pixels) if tissue else None
+                regions.append((row, source))
+        return Prepared(
+            level.height,
+            level.width,
+            *_resolution(slide.mpp, mpp),
+            facts["note"].replace("--mpp ", "?mpp="),
+            facts=facts,
+            regions=regions,
+        )
+
+    def _read_whole(self, path: str, mpp: float | None) -> Prepared:
+        with open_slide(path) as slide:
+            level, found = slide.levels[0], slide.mpp
+        _check_pixels(level.height, level.width, self._max)
+        side = self._config.window.size
+        pixels = read_resized({"uri": path}, side)
+        note = ""
+        if (level.height, level.width) != (side, side):
+            note = f"resized from {level.height} x {level.width} to {side} x {side}"
+        resolution = _resolution(found, mpp)
+        return Prepared(level.height, level.width, *resolution, note, pixels)
+
+    # --- predict ----------------------------------------------------------------------
+
+    def predict(self, images: Sequence[Prepared]) -> list[Any]:
+        """Run the model over images of several requests.
+
+        Returns:
+            Of each what `finish` takes: logits (C,) of whole images, else what became
+            of each region.
+        """
+        if self._whole:
+            pixels = [image.pixels for image in images if image.pixels is not None]
+            return list(self._classify(np.stack(pixels), None))
+        sources = [s for image in images for _, s in image.regions if s is not None]
+        done = self._predictor.predict(sources)
+        return [
+            [None if source is None else next(done) for _, source in image.regions]
+            for image in images
+        ]
+
+    # --- finish -----------------------------------------------------------------------
+
+    def finish(self, image: Prepared, found: Any, form: Format = "png") -> Answer:
+        """Make the answer of what the model said.
+
+        Raises:
+            SlideError: The model gives numbers that are none.
+        """
+        if self.kind == "segment":
+            return self._mask(image, found, form)
+        if self._whole:
+            _check_finite(bool(np.isfinite(found).all()))
+            shares = scaled(found[None], self.temperature or 1.0)[0]
+            label = int(found.argmax())
+        else:
+            label, shares = self._shares(found)
+        names = self._config.classes.names
+        values = {
+            "class": names[label],
+            "label": label,
+            "probabilities": dict(zip(names, shares.tolist(), strict=True)),
+            "temperature": self.temperature,
+            "height": image.height,
+            "width": image.width,
+            "mpp": image.mpp,
+            "mpp_from": image.mpp_from,
+            "note": image.note,
+            "model_digest": self._settings.model_digest,
+        }
+        body = json.dumps(values).encode()
+        return Answer(body, "application/json", {}, image.height * image.width)
+
+    def _shares(self, found: Sequence[RegionClasses | None]) -> tuple[int, Floats]:
+        """Give the commonest class and mean probabilities, as slides.parquet does."""
+        counts = np.zeros(len(self._config.classes), np.int64)
+        sums = np.zeros(len(self._config.classes), np.float64)
+        for one in found:
+            if one is None or one.probabilities is None:
+                raise RuntimeError("a classifier predicts everywhere")
+            _check_finite(one.finite)
+            counts += np.bincount(one.labels.ravel(), minlength=len(counts))
+            sums += one.probabilities.sum(axis=(1, 2), dtype=np.int64)
+        return int(counts.argmax()), sums / sums.sum()
+
+    def _mask(
+        self, image: Prepared, found: Sequence[RegionClasses | None], form: Format
+    ) -> Answer:
+        facts, classes = image.facts, self._config.classes
+        labels = np.zeros((facts["height"], facts["width"]), np.uint8)
+        for (row, _), one in zip(image.regions, found, strict=True):
+            if one is None:
+                continue
+            _check_finite(one.finite)
+            region = Rectangle(*row["region"])
+            labels[region.slices()] = one.labels * counted(row, region)
+        headers = {
+            "medray-model": self._settings.model_digest,
+            "medray-mpp": "unknown" if image.mpp is None else f"{image.mpp:.6g}",
+            "medray-mpp-from": image.mpp_from,
+            "medray-note": image.note.encode("ascii", "replace").decode(),
+        }
+        if form == "geojson":
+            areas = trace(labels, classes, downsample=facts["downsample"])
+            body, media_type = as_geojson(areas, classes), "application/geo+json"
+        else:
+            body, media_type = _as_png(labels, image.height, image.width), "image/png"
+        return Answer(body, media_type, headers, image.height * image.width)
+
+
+def _resolution(found: float | None, given: float | None) -> tuple[float | None, str]:
+    """Give an image's microns per pixel, and who says so."""
+    if given:
+        return given, "request"
+    return found, "image" if found else "unknown"
+
+
+def image_format(start: bytes) -> str | None:
+    """Tell PNG, JPEG, BMP and TIFF by their first bytes (8 are enough)."""
+    return next(
+        (name for magic, name in _MAGIC.items() if start.startswith(magic)), None
+    )
+
+
+def _as_png(labels: UInt8, height: int, width: int) -> bytes:
+    """Give labels as a grey PNG of the image's size; a pixel's value is its label."""
+    picture = Image.fromarray(labels)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.NEAREST)
+    target = io.BytesIO()
+    picture.save(target, "PNG", compress_level=1)
+    return target.getvalue()
+
+
+def _check_header(path: str, most: int) -> None:
+    """Look at the size of a PNG, JPEG or BMP; readers decode these when they open them.
+
+    Raises:
+        TooLargeError: It has more pixels than are taken.
+    """
+    if path.endswith(SUFFIXES["TIFF"]):
+        return
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+    except Exception:  # of many kinds; the reader says what is wrong
+        return
+    _check_pixels(height, width, most)
+
+
+def _check_pixels(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise TooLargeError(
+            f"{height} x {width} are {height * width / 1e6:.1f} megapixels, at most "
+            f"{most / 1e6:g} are taken; cut or shrink it, or give it to `medray infer`"
+        )
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise SlideError(
+            "the model gives NaN or infinity; serve it with --precision float32, or "
+            "look at what is special in the image"
+        )
+
+
+def check_model(model: str, report: str, precision: Precision) -> Kind:
+    """Check that a model can be served, without a device; give what it can be asked.
+
+    Raises:
+        ConfigError: As `Served`.
+        FormatError: Likewise.
+    """
+    settings, config = _contract(model, precision)
+    if report:
+        _temperature(report, settings)
+    load_model(model)
+    return "classify" if config.classifies else "segment"
+
+
+def _contract(model: str, precision: Precision) -> tuple[RunSettings, ModelConfig]:
+    config = read_config(model)
+    # A classifier says something of glass too, and how sure it is.
+    prediction = Prediction(precision=precision, probabilities=config.classifies)
+    options = Options(prediction=prediction, everywhere=config.classifies)
+    return settings_of([model], options), config
+
+
+def _temperature(report: str, settings: RunSettings) -> float:
+    """Read the temperature of a report.
+
+    Raises:
+        ConfigError: There is no report, it is another model's, or it has none.
+    """
+    uri = files.join(report, "metrics.json")
+    if not files.exists(uri):
+        raise ConfigError(
+            f"{report}: expected a report with metrics.json; `medray evaluate MODEL` "
+            f"of a classifier writes one"
+        )
+    metrics = files.read_json(uri)
+    found, digest = metrics.get("model_digest"), settings.model_digest
+    if found != digest:
+        raise ConfigError(
+            f"{report}: is of the model {found}, this one is {digest}; give the report "
+            f"of `medray evaluate` of this model"
+        )
+    calibration = metrics.get("calibration") or {}
+    if "temperature" not in calibration:
+        why = calibration.get("why", "only classifiers of whole images have one")
+        raise ConfigError(f"{report}: has no temperature: {why}; leave the report out")
+    return float(calibration["temperature"])

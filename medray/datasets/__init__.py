@@ -1,0 +1,1 @@
+"""DATASET: slides and annotations, or folders of images, into what training reads."""

@@ -1,0 +1,1 @@
+"""REPORT: masks against the truth in figures, tables and pages."""

@@ -1,0 +1,434 @@
+"""A classifier and images that it has not seen -> scores and a report.
+
+The way of an image, top to bottom:
+
+    check     no image of the split was there when the model was trained or chosen
+    classify  logits of each model; several become one prediction
+    calibrate a temperature, fitted on validation images
+    score     confusion counts, curves, calibration; intervals over patients
+    report    metrics.json, images.csv, report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from scipy.special import log_softmax, logsumexp
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from medray.datasets.dataset import (
+    holds_images,
+    read_dataset,
+    read_morphology,
+    read_patches,
+    slide_uri,
+)
+from medray.errors import ConfigError, MedrayError
+from medray.evaluation.calibration import (
+    calibration_error,
+    fit_temperature,
+    reliability,
+    scaled,
+)
+from medray.evaluation.html import (
+    ACCENT,
+    SOFT,
+    as_png,
+    as_svg,
+    check_folder,
+    data_uri,
+    finish_axes,
+    render,
+)
+from medray.evaluation.image_metrics import score
+from medray.evaluation.significance import beside, read_predictions, write_predictions
+from medray.inference.classify import classify
+from medray.models.config import (
+    ModelConfig,
+    Tta,
+    check_runtime,
+    model_digest,
+    read_config,
+)
+from medray.models.folder import read_seen
+from medray.storage import files, ome_zarr
+
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+_SHOWN = 12  # errors, the most confident ones
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What an evaluation of images found.
+
+    Attributes:
+        out: Folder of the report.
+        report: The page to open.
+        f1: Of the second of two classes, or the mean of all.
+        interval: Its 95 % bootstrap interval over patients; None of one patient.
+        images: That were counted.
+        calibration: `error` as it is; where a `temperature` could be fitted, it, the
+            `images` that it was fitted on and `error_scaled` with it; else `why` not.
+        beside: The comparison with another report, see
+        `medray.evaluation.significance`; None: unasked.
+        failed: Reason of each sheet that could not be, by its name.
+    """
+
+    out: str
+    report: str
+    f1: float | None
+    interval: list[float] | None
+    images: int
+    calibration: Row
+    beside: Row | None
+    failed: dict[str, str]
+
+
+def evaluate_images(
+    model: str | Sequence[str],
+    *,
+    data: str,
+    out: str,
+    split: str = "test",
+    vote: bool = False,
+    tta: Tta = "none",
+    compare: str | None = None,
+) -> ImageEvaluation:
+    """Classify the images of a split of a dataset, and write a report.
+
+    Args:
+        model: Folder of a classifier, as `medray train` writes it, or several: an
+            ensemble, whose probabilities are the mean of theirs.
+        data: Dataset of images, as `medray ingest --side` writes it.
+        out: Folder of the report; made if needed.
+        split: Which images.
+        vote: Of several models the class that most of them name, of equally many votes
+            the one of higher mean probability; else that of the highest mean.
+        tta: Test-time augmentation: also classify images mirrored (`flips`), or
+            mirrored and turned (`all`), and take the mean probability.
+        compare: Report of another evaluation of the same images, to stand beside.
+
+    Raises:
+        ConfigError: The request is wrong, or a model was trained or chosen with
+            images of the split.
+        MedrayError: None of them could be classified.
+    """
+    models = [model] if isinstance(model, str) else list(model)
+    models = [files.absolute(folder) for folder in models]
+    data, out = files.absolute(data), files.absolute(out)
+    check_folder(out, "images.csv")
+    configs = _common_configs(models, data, vote=vote)
+    config, classes = configs[0], configs[0].classes
+    others = read_predictions(compare, classes.names) if compare else None
+    rows = read_patches(data, split)
+    if not rows:
+        raise ConfigError(f"{data}: no images in split {split}")
+    for folder in models:
+        _check_unseen(folder, rows, split)
+    validation = _for_temperature(models, data, rows)
+    wanted = _with_measures([*rows, *validation], configs, data)
+    found, failed = classify(models, data, wanted, tta)
+    found = [_predicted(row, vote=vote) for row in found]
+    rows = [row for row in found if row["split"] == split]
+    if not rows:
+        raise MedrayError(
+            f"{out}: no image of split {split} could be classified: "
+            f"{next(iter(failed.values()), 'nothing is said why')}"
+        )
+    metrics = score(rows, classes.names)
+    calibration = _calibrate(rows, [row for row in found if row["split"] != split])
+    digests = ", ".join(model_digest(folder) for folder in models)
+    metrics |= {"split": split, "model_digest": digests}
+    metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
+    if others is not None and compare:
+        metrics["beside"] = beside(rows, others, classes.names, compare)
+    write_predictions(rows, classes.names, files.join(out, "images.csv"))
+    names = ", ".join(folder.rsplit("/", 1)[-1] for folder in models)
+    how = "majority vote" if vote else "mean probability"
+    page = render(
+        "images.html.jinja",
+        title=f"{len(rows)} images of split {split}",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=classes,
+        metrics=metrics,
+        figures=draw_curves(rows, classes.names, calibration.get("temperature")),
+        # What spoke for a class is a question to one model.
+        errors=_errors(
+            rows, data, classes.names, models[0] if len(models) == 1 else None
+        ),
+        provenance={
+            "model": names,
+            "model digest": digests,
+            "data": data.rsplit("/", 1)[-1],
+            "encoder": config.architecture.encoder,
+            "input": f"{config.window.size} px",
+        }
+        | ({"ensemble": f"{len(models)} models, {how}"} if len(models) > 1 else {})
+        | ({"test-time augmentation": tta} if tta != "none" else {}),
+    )
+    report = files.join(out, "report.html")
+    files.write_bytes(report, page.encode())
+    # Last: a folder with metrics.json is a whole report.
+    files.write_json(files.join(out, "metrics.json"), metrics)
+    interval = metrics["intervals"]["f1"] if metrics["intervals"] else None
+    return ImageEvaluation(
+        out,
+        report,
+        metrics["f1"],
+        interval,
+        len(rows),
+        calibration,
+        metrics["beside"],
+        failed,
+    )
+
+
+# --- check ----------------------------------------------------------------------------
+
+
+def _common_configs(
+    models: Sequence[str], data: str, *, vote: bool
+) -> list[ModelConfig]:
+    """Check that models fit the dataset and each other; give what they say."""
+    configs = [read_config(folder) for folder in models]
+    settings = read_dataset(data)
+    if not holds_images(data):
+        raise ConfigError(
+            f"{data}: holds slides; give `medray evaluate` a run of them instead of "
+            f"the model folder {models[0]}"
+        )
+    if vote and len(models) < 2:
+        raise ConfigError("vote: expected several models, found one")
+    if len(set(models)) < len(models):
+        raise ConfigError(f"expected different models, found one twice in {models}")
+    for folder, config in zip(models, configs, strict=True):
+        check_runtime(folder)
+        if not config.classifies:
+            raise ConfigError(f"{folder}: expected a classifier, found a segmenter")
+        if config.classes != settings.classes:
+            raise ConfigError(
+                f"{data}: its classes {list(settings.classes.names)} are not the "
+                f"model's {list(config.classes.names)} ({folder})"
+            )
+        if config.window.size != settings.patch:
+            raise ConfigError(
+                f"{folder}: takes images of {config.window.size} px, those of {data} "
+                f"have {settings.patch}; ingest them with --side {config.window.size}"
+            )
+    return configs
+
+
+def _check_unseen(model: str, rows: list[Row], split: str) -> None:
+    """Refuse images whose bytes trained the model or chose its epoch."""
+    seen = read_seen(model)
+    known = [row["image"] for row in rows if row["digest"] in seen]
+    if known:
+        raise ConfigError(
+            f"{model}: was trained or chosen with {len(known)} of the {len(rows)} "
+            f"images of split {split}, such as {known[0]}; scores on them would say "
+            f"nothing. Take another split, or train on another dataset"
+        )
+
+
+def _for_temperature(models: Sequence[str], data: str, rows: list[Row]) -> list[Row]:
+    """Give validation images that no model was trained on and that are not scored.
+
+    That they chose an epoch does little harm to one number.
+    """
+    taken = {row["digest"] for row in rows}
+    for folder in models:
+        seen = read_seen(folder)
+        taken |= {digest for digest, how in seen.items() if how == "train"}
+    return [row for row in read_patches(data, "val") if row["digest"] not in taken]
+
+
+def _with_measures(
+    rows: list[Row], configs: Sequence[ModelConfig], data: str
+) -> list[Row]:
+    """Add `measures` (F,) to images, where a model takes them beside the pixels."""
+    asked = [config.morphology for config in configs if config.morphology]
+    if not asked:
+        return rows
+    names, measures = read_morphology(data, rows)
+    for morphology in asked:
+        if names != morphology.names:
+            raise ConfigError(
+                f"{data}: measures {list(names)}, the model was trained with "
+                f"{list(morphology.names)}; ingest the images with contours and --mpp "
+                f"as those that it was trained with"
+            )
+    return [
+        row | {"measures": values} for row, values in zip(rows, measures, strict=True)
+    ]
+
+
+# --- predict --------------------------------------------------------------------------
+
+
+def _predicted(row: Row, *, vote: bool) -> Row:
+    """Make one prediction of what each model says of an image.
+
+    Adds `predicted` (label value), `probabilities` (C,) and `log_probabilities`. Of
+    one model these are its logits but for a number that all have in common, so that a
+    temperature means the same for both.
+    """
+    logs = log_softmax(row["logits"], axis=1)
+    mean = logsumexp(logs, axis=0) - np.log(len(logs))
+    shares = np.exp(mean)
+    if vote:
+        votes = np.bincount(logs.argmax(axis=1), minlength=logs.shape[1])
+        chosen = int(np.argmax(votes + shares / 2))
+    else:
+        chosen = int(shares.argmax())
+    return row | {
+        "predicted": chosen,
+        "probabilities": shares,
+        "log_probabilities": mean,
+    }
+
+
+def _calibrate(rows: list[Row], validation: list[Row]) -> Row:
+    """Fit a temperature on validation images, and tell what it does for the others."""
+    truth, predicted, shares, logs = _columns(rows)
+    found: Row = {"error": calibration_error(shares, predicted, truth)}
+    if not validation:
+        return found | {
+            "why": "the dataset has no validation images that no model was trained on"
+        }
+    val_truth, _, _, val_logs = _columns(validation)
+    temperature = fit_temperature(val_logs, val_truth)
+    if temperature is None:
+        return found | {
+            "why": f"all {len(validation)} validation images are classified rightly, "
+            f"so they do not tell how sure is too sure"
+        }
+    error = calibration_error(scaled(logs, temperature), predicted, truth)
+    found |= {"temperature": temperature, "images": len(validation)}
+    return found | {"error_scaled": error}
+
+
+def _columns(rows: list[Row]) -> tuple[Any, Any, Floats, Floats]:
+    """Give truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
+    names = ("truth", "predicted", "probabilities", "log_probabilities")
+    truth, predicted, shares, logs = (
+        np.array([row[name] for row in rows]) for name in names
+    )
+    return truth, predicted, shares, logs
+
+
+# --- report ---------------------------------------------------------------------------
+
+
+def draw_curves(
+    rows: list[Row], names: Sequence[str], temperature: float | None = None
+) -> dict[str, Markup]:
+    """Draw ROC, precision over recall, and reliability, of predicted rows."""
+    truth, predicted, probabilities, logs = _columns(rows)
+    shown = [1] if len(names) == 2 else range(len(names))
+    roc, pr = Figure(figsize=(4, 3.6)), Figure(figsize=(4, 3.6))
+    for label in shown:
+        shares, is_label = probabilities[:, label], truth == label
+        if not 0 < is_label.sum() < len(truth):
+            continue
+        fpr, tpr, _ = roc_curve(is_label, shares)
+        precision, recall, _ = precision_recall_curve(is_label, shares)
+        color = ACCENT if len(names) == 2 else None
+        roc.gca().plot(fpr, tpr, label=names[label], color=color)
+        pr.gca().plot(recall, precision, label=names[label], color=color)
+    roc.gca().plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
+    sure = Figure(figsize=(4, 3.6))
+    axes = sure.gca()
+    axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
+    curves = {"as it is": (probabilities, ACCENT)}
+    if temperature is not None:
+        words = f"at temperature {temperature:.2f}"
+        curves[words] = (scaled(logs, temperature), SOFT)
+    for words, (shares, color) in curves.items():
+        confidence, right, count = reliability(shares, predicted, truth)
+        used = count > 0
+        axes.plot(confidence[used], right[used], "o-", color=color, label=words)
+    figures = {
+        "ROC": (roc, "false positive rate", "recall (sensitivity)"),
+        "Precision and recall": (pr, "recall", "precision"),
+        "Reliability": (sure, "confidence", "share that is right"),
+    }
+    return {name: _finished(figure, x, y) for name, (figure, x, y) in figures.items()}
+
+
+def _finished(figure: Figure, x: str, y: str) -> Markup:
+    axes = figure.gca()
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    finish_axes(axes, x, y)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    return as_svg(figure)
+
+
+def _errors(
+    rows: list[Row], data: str, names: Sequence[str], model: str | None
+) -> list[Row]:
+    """Give the most confident errors, with their pictures."""
+    wrong = [row for row in rows if row["truth"] != row["predicted"]]
+    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
+    shown: list[Row] = []
+    seen = []
+    for row in wrong[:_SHOWN]:
+        pixels = _pixels(row, data)
+        seen.append((pixels, row["predicted"]))
+        shown.append(
+            {
+                "image": row["image"],
+                "picture": data_uri(as_png(pixels)),
+                "truth": names[row["truth"]],
+                "predicted": names[row["predicted"]],
+                "confidence": float(row["probabilities"][row["predicted"]]),
+            }
+        )
+    drawn = overlays(model, seen) if model else [None] * len(seen)
+    for error, overlay in zip(shown, drawn, strict=True):
+        error["overlay"] = overlay
+    return shown
+
+
+def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
+    """Read an image (H, W, 3) from its sheet."""
+    sheet = ome_zarr.open_level(slide_uri(data, row["slide"]))
+    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
+    pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
+    return pixels
+
+
+def overlays(
+    model: str, seen: Sequence[tuple[npt.NDArray[np.uint8], int]]
+) -> list[str | None]:
+    """Draw what spoke for the classes that images were taken for, as data URIs.
+
+    Args:
+        model: Folder of the classifier.
+        seen: (S, S, 3) uint8 and the predicted label of each image.
+
+    Returns:
+        None for each where it cannot be told: without grad-cam, of an exported model,
+        of one that takes measures too, of an encoder without a feature map.
+    """
+    from medray.apps.explain import Explainer
+
+    try:
+        explainer = Explainer(model) if seen else None
+        return [
+            data_uri(as_png(explainer.explain(pixels, label).overlay))
+            for pixels, label in seen
+            if explainer
+        ]
+    except ConfigError:
+        return [None] * len(seen)

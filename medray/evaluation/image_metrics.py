@@ -1,0 +1,131 @@
+"""Scores of classifiers from their predictions of whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from medray.evaluation.calibration import calibration_error
+from medray.evaluation.metrics import (
+    bootstrap,
+    class_scores,
+    confusion,
+    draws,
+    of_images,
+    summary,
+)
+
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+_AREAS = {"auc": roc_auc_score, "average_precision": average_precision_score}
+_CELLS = 2_000_000  # weights of images held at a time
+
+
+def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+    """Score predictions of whole images.
+
+    Args:
+        rows: With `truth`, `predicted`, `probabilities` (C,) and `patient`.
+        names: Of the C classes.
+
+    Returns:
+        f1 (of the second of two classes, else the mean of all), precision, recall,
+        specificity, accuracy; `auc` (area under the ROC curve of the second of two
+        classes, else the mean of each class against the rest; None where a class is
+        missing); `intervals` of them all over patients, None of one patient;
+        `per_class` with `auc`, `average_precision`, `support` (images) and
+        `intervals`; `confusion`; `calibration_error` (10 bins); `images`, `patients`.
+    """
+    truth = np.array([row["truth"] for row in rows])
+    predicted = np.array([row["predicted"] for row in rows])
+    shares = np.array([row["probabilities"] for row in rows], np.float64)
+    counts = confusion(truth, predicted, len(names))
+    who, patients = patients_of(rows)
+    each = np.zeros((patients, len(names), len(names)), np.int64)
+    np.add.at(each, (who, truth, predicted), 1)
+    intervals = bootstrap(*of_images(each, names))
+    per_class = class_scores(counts, names)
+    for label, entry in enumerate(per_class):
+        is_label = truth == label
+        some = 0 < is_label.sum() < len(truth)
+        entry["auc"] = (
+            float(roc_auc_score(is_label, shares[:, label])) if some else None
+        )
+        entry["average_precision"] = (
+            float(average_precision_score(is_label, shares[:, label])) if some else None
+        )
+        entry["support"] = entry.pop("support_px")
+        entry["intervals"] = intervals["per_class"][entry["class"]] if intervals else {}
+    if intervals:
+        del intervals["per_class"]
+        intervals["auc"] = _auc_interval(truth, shares, who, patients)
+    areas = [per_class[label]["auc"] for label in _looked_for(len(names))]
+    return {
+        **summary(*of_images(counts, names)),
+        "auc": None if None in areas else float(np.mean(areas)),
+        "intervals": intervals,
+        "per_class": per_class,
+        "confusion": counts.tolist(),
+        "calibration_error": calibration_error(shares, predicted, truth),
+        "images": len(rows),
+        "patients": patients,
+    }
+
+
+def patients_of(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], int]:
+    """Number the patients: each row's number, and how many there are."""
+    patients = sorted({row["patient"] for row in rows})
+    number = {patient: i for i, patient in enumerate(patients)}
+    return np.array([number[row["patient"]] for row in rows], np.int64), len(patients)
+
+
+def _looked_for(classes: int) -> Sequence[int]:
+    """Give the label values that count: the second of two classes, else all."""
+    return [1] if classes == 2 else range(classes)
+
+
+def _auc_interval(
+    truth: npt.NDArray[Any], shares: Floats, who: npt.NDArray[Any], patients: int
+) -> list[float] | None:
+    """Give the 95 % bootstrap interval of the area over patients."""
+    labels = _looked_for(shares.shape[1])
+    step = max(1, _CELLS // len(truth))
+    areas = []
+    for drawn in draws(patients, step=step):
+        weights = drawn[:, who].astype(np.float64)
+        each = [weighted_auc(truth == k, shares[:, k], weights) for k in labels]
+        areas.append(np.mean(each, axis=0))
+    values = np.concatenate(areas)
+    known = values[~np.isnan(values)]
+    return np.quantile(known, [0.025, 0.975]).tolist() if len(known) else None
+
+
+def weighted_auc(is_label: npt.NDArray[Any], shares: Floats, weights: Floats) -> Floats:
+    """Give areas under the ROC curve for many weightings of the same images.
+
+    The area is the share of pairs (one image of the class, one of the others) of which
+    the first has the higher score; equal scores count half (Hanley and McNeil 1982).
+
+    Args:
+        is_label: (N,) whether an image is of the class.
+        shares: (N,) its score.
+        weights: (R, N), 0 or more.
+
+    Returns:
+        (R,) float64; NaN where one of both sides has no weight.
+    """
+    order = np.argsort(shares, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(shares[order]) > 0])
+    there = is_label[order]
+    ours = np.add.reduceat(weights[:, order] * there, starts, axis=1)
+    others = np.add.reduceat(weights[:, order] * ~there, starts, axis=1)
+    below = np.cumsum(others, axis=1) - others / 2
+    pairs = ours.sum(axis=1) * others.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        areas: Floats = (ours * below).sum(axis=1) / pairs
+    return areas

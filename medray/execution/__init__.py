@@ -1,0 +1,1 @@
+"""How work is run: actors and their loss, GPU workers, the scheduler, commits."""

@@ -1,0 +1,285 @@
+"""Slides to those who plan and finish them, their regions to those who do them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+from medray.errors import StoreError
+from medray.execution import cluster
+from medray.execution.actor_pool import Pool, poll
+from medray.execution.commit import HEADER, Commit, Row
+from medray.execution.failures import bound_memory, failure
+from medray.execution.progress import Progress
+from medray.execution.signals import StoppedError, stopping
+from medray.slides.cache import fetch, fetch_if_copied
+from medray.storage.ledger import Ledger
+
+# Regions that show how fast they go, after as many that waited for the model, too.
+_MEASURED = 16
+# Seconds after a signal in which regions under way may still be completed.
+_GRACE_S = 15.0
+
+
+class SlideWorker:
+    """Does what concerns a whole slide: plans it before, finishes it after."""
+
+    def __init__(
+        self,
+        plan: Callable[[Row], tuple[Row, list[Row]]],
+        finish: Callable[[Row], Row],
+    ) -> None:
+        """Take how it is done."""
+        bound_memory()
+        self._plan, self._finish = plan, finish
+
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Plan rows of slides, as (header, regions); finish headers."""
+        for row in rows:
+            if "todo" not in row:
+                for _ in fetch_if_copied(
+                    row["uri"], row.get("scene"), row.get("plane")
+                ):
+                    yield []
+                yield [self._plan(row)]
+                continue
+            for _ in fetch(row["uri"]) if row.get("copied") else ():
+                yield []
+            try:
+                yield [self._finish(row)]
+            except Exception as error:  # whatever it is, it is this slide's alone
+                yield [failure(error, "run")]
+
+
+def start_workers(
+    plan: Callable[[Row], tuple[Row, list[Row]]],
+    finish: Callable[[Row], Row],
+    slides: int,
+    patience: float,
+) -> Pool:
+    """Start the slide workers: one for every four cores, none without a slide.
+
+    Where nodes come on request there may be no core yet: they may grow to one for each
+    lane.
+
+    Args:
+        plan: Gives a slide's (header, regions to do).
+        finish: Gives what finishing adds to a header; it may raise.
+        slides: How many there are.
+        patience: Seconds that planning may take, or finishing a region's share.
+    """
+    start = functools.partial(
+        ray.remote(SlideWorker).options(num_cpus=0.25).remote, plan, finish
+    )
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+
+    def allowed(row: Row) -> float:
+        # What is finished takes longer the more regions it has.
+        return patience * max(1, len(row.get("records", ())))
+
+    workers = max(1, min(cpus // 4, slides))
+    most = min(cluster.lanes(), slides)
+    return Pool(start, "work", workers, most=most, patience=allowed)
+
+
+@contextlib.contextmanager
+def keeping(ledger: Ledger) -> Iterator[None]:
+    """Keep what is committed, whatever ends the work."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            ledger.flush()
+        raise
+
+
+class _Told:
+    """What Prometheus has been told of a run; Ray adds `ray_` to the names."""
+
+    def __init__(self) -> None:
+        self.slides = Counter("medray_slides_done_total", "Slides finished.")
+        self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
+        self.regions = Counter("medray_regions_done_total", "Regions committed.")
+        self.waiting = Gauge("medray_regions_waiting", "Regions that wait for a lane.")
+        self.before = (0, 0, 0)
+
+    def tell(self, commit: Commit, waiting: float) -> None:
+        """Add what has been committed since the last time; say how much waits."""
+        self.waiting.set(waiting)
+        now = (commit.done, len(commit.failed), commit.regions)
+        counters = (self.slides, self.failures, self.regions)
+        for counter, value, before in zip(counters, now, self.before, strict=True):
+            if value > before:
+                counter.inc(value - before)
+        self.before = now
+
+
+@dataclass
+class _Backlog:
+    """How much work waits, and how fast it goes, as far as it is known.
+
+    Attributes:
+        slides: Slides that are not planned yet.
+        planned: Slides that are.
+        found: Regions that those have.
+        done: Regions that came back from processes.
+        first: The same, and the seconds that processes had been there, when the model
+            was loaded everywhere.
+    """
+
+    slides: int
+    planned: int = 0
+    found: int = 0
+    done: int = 0
+    first: tuple[int, float] | None = None
+
+    def waiting(self, regions: int) -> float:
+        """Estimate the regions that wait: these, and those of slides to be planned."""
+        return regions + self.slides * self.found / max(1, self.planned)
+
+    def asks_for_more(self, regions: int, hands: Pool) -> bool:
+        """Tell whether one more process pays.
+
+        Args:
+            regions: Regions that are planned and given to nobody. None: those who are
+                there wait for plans themselves.
+            hands: The processes.
+        """
+        if self.first is None and self.done >= _MEASURED:
+            self.first = self.done, hands.there_s
+        if self.first is None or not regions:
+            return False
+        done, there_s = self.done - self.first[0], hands.there_s - self.first[1]
+        waiting = self.waiting(regions)
+        return is_worth_another(waiting, done, there_s, hands.size, hands.start_s)
+
+
+def is_worth_another(
+    waiting: float, done: int, there_s: float, processes: int, start_s: float
+) -> bool:
+    """Tell whether one more process pays.
+
+    It does if what waits takes those that are there, or are coming, longer than the
+    slowest of them took to come: a machine that is bought for less finds nothing to do.
+
+    Args:
+        waiting: Regions that wait.
+        done: Regions that were done since the model was loaded.
+        there_s: Seconds that processes have been there since, all together.
+        processes: How many there are, those that are coming included.
+        start_s: Seconds that the slowest took to come; 0: none has come yet.
+    """
+    if done < _MEASURED or not start_s:
+        return False
+    return waiting * there_s / done / processes > start_s
+
+
+def drive(
+    todo: list[Row],
+    workers: Pool,
+    hands: Pool,
+    commit: Commit,
+    progress: Progress,
+    packet: int,
+    check: Callable[[], None],
+) -> None:
+    """Keep all processes busy until every slide is done or has failed.
+
+    Args:
+        todo: A row for each slide.
+        workers: Turn a slide's row into (header, regions), and finish a slide of which
+            they are given the header with the `records` of its regions.
+        hands: Turn a region's row into a `record` or an `error`.
+        commit: Is told of everything.
+        progress: Shows it.
+        packet: How many regions a hand is given at once.
+        check: Raises if it may not go on.
+
+    Raises:
+        StoppedError: SIGTERM or Ctrl-C.
+        MedrayError: Storage fails, or the processes do whatever they are given.
+    """
+    share = max(1, min(packet, len(todo) // (2 * workers.size)))
+    slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
+    planned: deque[Row] = deque()  # regions
+    planning = 0
+    backlog = _Backlog(len(todo))
+    told = _Told()
+
+    def note(row: Row) -> None:
+        header = commit.take(row, progress)
+        if header is not None:
+            workers.give([header | {"records": commit.records(header)}])
+
+    def take() -> None:
+        nonlocal planning
+        for pool, row, result in poll(workers, hands):
+            if pool is hands:
+                backlog.done += 1
+                note(row | _outcome_of(row, result))
+            elif "todo" in row:
+                commit.finished(row, result, progress)
+            else:
+                planning -= 1
+                header, regions = _plan_of(row, result)
+                backlog.slides -= 1
+                backlog.planned += 1
+                backlog.found += len(regions)
+                planned.extend(header | region for region in regions)
+                if not regions:
+                    note(header)
+        told.tell(commit, backlog.waiting(len(planned)))
+
+    with stopping() as asked:
+        while slides or planned or workers.busy or hands.busy:
+            if asked.signal:
+                deadline = time.monotonic() + _GRACE_S
+                while (workers.busy or hands.busy) and time.monotonic() < deadline:
+                    take()
+                raise StoppedError(asked.signal, commit.in_words())
+            check()
+            # Ahead of the hands, but not all: gigapixel slides have many regions.
+            most = 2 * packet * hands.size
+            while slides and workers.room > 0 and len(planned) < most:
+                planning += len(slides[0])
+                workers.give(slides.popleft())
+            if slides and workers.room <= 0 and not planned:
+                workers.grow()
+            if backlog.asks_for_more(len(planned), hands):
+                hands.grow()
+            # Full packets; but a hand with nothing to do gets what there is.
+            enough = packet if planning and hands.busy else 1
+            while len(planned) >= enough and hands.room > 0:
+                rows = [planned.popleft() for _ in range(min(packet, len(planned)))]
+                for row in rows:  # no more processes for a slide that ends them
+                    if row["slide"] in commit.lost:
+                        note(row | {"error": commit.lost[row["slide"]]})
+                if good := [row for row in rows if row["slide"] not in commit.lost]:
+                    hands.give(good)
+            if workers.awaited or hands.awaited:
+                take()
+    commit.close(progress)
+    told.tell(commit, 0)
+
+
+def _outcome_of(row: Row, result: Any) -> Row:
+    if isinstance(result, Exception):
+        where = f"{row['uri']}: quarantined: region {row['region']}"
+        return {"error": f"{where}: {result}, three times", "lost": True}
+    return dict(result)
+
+
+def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
+    if isinstance(result, Exception):
+        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
+        return row | {"index": HEADER, "todo": 0, "error": why}, []
+    header, regions = result
+    return header, regions

@@ -1,0 +1,1 @@
+"""RUN: slides and models into masks, stitched and checked."""

@@ -1,0 +1,131 @@
+"""Classifiers and images of a dataset -> the logits of each.
+
+An actor for each device has the models loaded and is given one sheet after the other;
+what a dead one held is done again (medray.execution.actor_pool).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from medray.datasets.dataset import slide_uri
+from medray.errors import MedrayError, StoreError
+from medray.execution import cluster
+from medray.execution.actor_pool import LostError, Pool, poll
+from medray.models.config import TURNS, Tta
+from medray.storage import files, ome_zarr
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+_BATCH = 25  # images; what an exported model takes at most
+_PATIENCE_S = 1200.0  # for a sheet of 4096 images on a slow core
+
+
+def classify(
+    models: Sequence[str], data: str, rows: Sequence[Row], tta: Tta = "none"
+) -> tuple[list[Row], dict[str, str]]:
+    """Run classifiers over images.
+
+    Args:
+        models: Model folders of classifiers, whose windows are as large as the images.
+        data: Dataset of images.
+        rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
+        tta: Test-time augmentation, as `medray.models.classify` has it.
+
+    Returns:
+        The rows, with `logits` (models, classes) float64 and `truth` (label value)
+        added, those of sheets that cannot be read left out; and why, by sheet.
+
+    Raises:
+        MedrayError: A model cannot be loaded, or the store does not answer.
+    """
+    cluster.connect()
+    by_sheet: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_sheet[row["slide"]].append(row)
+    todo = deque({"sheet": name, "images": by_sheet[name]} for name in sorted(by_sheet))
+    found: dict[str, list[Row]] = {}
+    failed: dict[str, str] = {}
+    with _start(models, data, tta, len(by_sheet)) as lanes:
+        while todo or lanes.busy:
+            while todo and lanes.room > 0:
+                lanes.give([todo.popleft()])
+            for _, sheet, result in poll(lanes):
+                name = sheet["sheet"]
+                if isinstance(result, LostError):
+                    result = f"{name}: classifying it: {result}, three times"
+                if isinstance(result, str):
+                    failed[name] = result
+                    log.warning("stage=evaluate sheet=%s failed: %s", name, result)
+                    continue
+                found[name] = [
+                    row | {"logits": logits, "truth": int(np.argmax(row["class_px"]))}
+                    for row, logits in zip(sheet["images"], result, strict=True)
+                ]
+    return [row for name in sorted(found) for row in found[name]], failed
+
+
+def _start(models: Sequence[str], data: str, tta: Tta, sheets: int) -> Pool:
+    if cluster.gpus():
+        resources = {"num_gpus": 1.0, "num_cpus": 1.0}
+    else:
+        resources = {"num_cpus": max(0.5, cluster.cpus_per_node() - 1.0)}
+    folders = tuple(files.absolute(model) for model in models)
+    actor = ray.remote(_Classifiers).options(**resources)
+    start = functools.partial(actor.remote, folders, files.absolute(data), tta)
+    lanes = max(1, min(cluster.lanes(), sheets))
+    patience = _PATIENCE_S * len(TURNS[tta])
+    return Pool(start, "work", lanes, patience=lambda _: patience)
+
+
+class _Classifiers:
+    """Models on one device."""
+
+    def __init__(self, folders: tuple[str, ...], data: str, tta: Tta) -> None:
+        # Imported here: the driver needs no torch.
+        import torch
+
+        from medray.models.classify import load_classifier
+
+        torch.set_num_threads(cluster.cpus_per_node())
+        self._data = data
+        self._models = [load_classifier(folder, tta) for folder in folders]
+
+    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
+        """Give (images, models, classes) logits of each sheet, or why it has none."""
+        for row in rows:
+            try:
+                yield [self._logits(row)]
+            except StoreError:
+                raise  # is no sheet's fault
+            except (MedrayError, OSError) as error:
+                yield [f"{error}"]
+
+    def _logits(self, row: Row) -> Floats:
+        sheet = ome_zarr.open_level(slide_uri(self._data, row["sheet"]))[...]
+        parts = []
+        for images in itertools.batched(row["images"], _BATCH):
+            pixels = np.stack([_cut(sheet, image) for image in images])
+            measures = None
+            if "measures" in images[0]:
+                measures = np.stack([image["measures"] for image in images])
+            parts.append(np.stack([m(pixels, measures) for m in self._models], 1))
+        return np.concatenate(parts)
+
+
+def _cut(sheet: npt.NDArray[np.uint8], image: Row) -> npt.NDArray[np.uint8]:
+    """Take an image out of (3, H, W): (h, w, 3)."""
+    y, x = image["y"], image["x"]
+    part = sheet[:, y : y + image["height"], x : x + image["width"]]
+    return np.moveaxis(part, 0, 2)

@@ -1,0 +1,233 @@
+"""What a run will take, before it is started: `medray plan`.
+
+Regions and windows come from headers and tissue thumbnails, the way `medray infer`
+plans them; of many slides a sample is looked at. How long a window takes and what the
+model needs is measured on one of the cluster's own lanes. Bounds on memory are sums of
+what may be held at once; the budget is what Ray has, which follows the limits of the
+container rather than of the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from medray.datasets.given import as_given
+from medray.errors import ConfigError, MedrayError
+from medray.execution import cluster
+from medray.execution.gpu_worker import lane_resources
+from medray.inference.infer import settings_of, slides_within
+from medray.inference.memory import bounds, check_budget, kept_layers
+from medray.inference.plan import count_windows, plan_slide
+from medray.inference.run import Options, RunSettings
+from medray.slides import open_slide
+from medray.slides.cache import cache_bytes, copied_bytes
+from medray.slides.discovery import SlideFile, find_slides
+from medray.storage import files
+
+log = logging.getLogger(__name__)
+
+# Of the lane's time the forward alone; the rest is in benchmarks/RESULTS.md.
+_EFFICIENCY = (0.75, 0.95)
+# Seconds from the command to the first region, and from the last to the end.
+_START_S = 25.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        out: Where the estimate is kept; "" if nowhere.
+        slides: To do.
+        sampled: Of them that were looked at; the rest is taken to be alike.
+        regions: Regions with something to predict.
+        windows: Windows to predict.
+        lanes: Devices that predict.
+        window_s: Seconds of one lane for a window, median of a short measurement.
+        seconds: Least and most time of the stage.
+        output_bytes: At most, if nothing could be compressed.
+        host_bytes: Bound on the memory of all processes of a node together.
+        device_bytes: Peak of a GPU's memory; 0 without.
+        store_bytes: Bound on what a node's object store holds at once.
+        copied_bytes: Of all slides that are copied whole from an object store, to the
+            nodes that read them; see medray.slides.cache.
+        cache_bytes: Bound on these copies on a node at once.
+        budget_bytes: Memory that Ray has on the smallest node, its store included.
+        cost: Least and most, in the price's currency; None without a price.
+        failed: Reason of each slide that cannot be planned, by slide.
+    """
+
+    out: str
+    slides: int
+    sampled: int
+    regions: int
+    windows: int
+    lanes: int
+    window_s: float
+    seconds: tuple[float, float]
+    output_bytes: int
+    host_bytes: int
+    device_bytes: int
+    store_bytes: int
+    copied_bytes: int
+    cache_bytes: int
+    budget_bytes: int
+    cost: tuple[float, float] | None
+    failed: dict[str, str]
+
+
+def estimate(
+    slides: Sequence[str],
+    *,
+    model: str | Sequence[str],
+    options: Options | None = None,
+    sample: int = 200,
+    price: float | None = None,
+    out: str = "",
+) -> Estimate:
+    """Estimate a run without starting it.
+
+    Args:
+        slides: As for `medray.infer`.
+        model: As for `medray.infer`.
+        options: As for `medray.infer`.
+        sample: Of more slides than this so many are looked at, chosen by chance.
+        price: Of an hour of one lane's machine.
+        out: Folder of the run: the estimate is kept there as plan.json, and
+            `medray infer` says how it compares.
+
+    Raises:
+        ConfigError: The request is wrong, or would need more memory than there is.
+    """
+    options = options or Options()
+    if options.coarse > 1:
+        raise ConfigError("coarse: what its second pass will do is not known before")
+    settings = settings_of([model] if isinstance(model, str) else model, options)
+    named = as_given(
+        find_slides(slides),
+        mpp=options.mpp,
+        scene=options.scene,
+        plane=options.plane,
+    )
+    wanted, areas = slides_within(named, options.within)
+    chosen = wanted
+    if len(wanted) > sample:
+        chosen = random.Random(0).sample(chosen, sample)
+    cluster.connect()
+    plans = _plan_all(chosen, settings, areas)
+    # When nothing else needs the cores.
+    measure = ray.remote(_measure).options(**lane_resources(), max_retries=0)
+    measured = ray.get(measure.remote(settings))
+    failed = {name: error for name, error in plans if isinstance(error, str)}
+    counts = [found for _, found in plans if not isinstance(found, str)]
+    if not counts:
+        first = next(iter(failed.values()), "no slides")
+        raise ConfigError(f"none of the slides can be planned; the first: {first}")
+    share = len(wanted) / len(chosen)
+    windows = [found["windows"] for found in counts]
+    total = sum(windows) * share
+    # Twice the standard error of a total that is scaled up from a sample.
+    unsure = 0.0
+    if share > 1 and len(windows) > 1:
+        unsure = 2 * statistics.stdev(windows) * math.sqrt(len(windows)) * share / total
+    lanes = cluster.lanes()
+    least = total * (1 - unsure) * min(measured["window_s"]) / lanes / _EFFICIENCY[1]
+    most = total * (1 + unsure) * max(measured["window_s"]) / lanes / _EFFICIENCY[0]
+    span = (least + _START_S / 2, most + 2 * _START_S)
+    hours = [seconds * lanes / 3600 for seconds in span]
+    host, store = bounds(settings, measured["host_bytes"])
+    result = Estimate(
+        out=files.absolute(out) if out else "",
+        slides=len(wanted),
+        sampled=len(chosen),
+        regions=round(sum(found["regions"] for found in counts) * share),
+        windows=round(total),
+        lanes=lanes,
+        window_s=statistics.median(measured["window_s"]),
+        seconds=span,
+        output_bytes=round(sum(found["bytes"] for found in counts) * share),
+        host_bytes=host,
+        device_bytes=measured["device_bytes"],
+        store_bytes=store,
+        copied_bytes=copied_bytes(file.uri for file in wanted)[1],
+        cache_bytes=cache_bytes(),
+        budget_bytes=cluster.memory_per_node(),
+        cost=None if price is None else (hours[0] * price, hours[1] * price),
+        failed=failed,
+    )
+    check_budget(result.host_bytes, result.budget_bytes)
+    if out:
+        files.write_json(files.join(out, "plan.json"), dataclasses.asdict(result))
+    return result
+
+
+def _plan_all(
+    chosen: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
+) -> list[tuple[str, Any]]:
+    """Plan slides in Ray tasks, a few each: (slide, counts or what is wrong)."""
+    work = ray.remote(_plan_some).options(num_cpus=0.5)
+    groups = [chosen[first : first + 16] for first in range(0, len(chosen), 16)]
+    found: list[tuple[str, Any]] = []
+    under_way = [work.remote(group, settings, areas) for group in groups]
+    for one in under_way:
+        found += ray.get(one)
+    return found
+
+
+def _plan_some(
+    group: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
+) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for file in group:
+        try:
+            with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
+                facts, rows = plan_slide(
+                    slide, settings, areas.get(file.slide, ""), given_mpp=file.mpp
+                )
+        except (MedrayError, OSError) as error:
+            found.append((file.slide, f"{error}"))
+            continue
+        windows = sum(count_windows(facts, row, settings) for row in rows)
+        pixels = sum(row["region"][2] * row["region"][3] for row in rows)
+        counts = {"regions": len(rows), "windows": windows}
+        counts["bytes"] = pixels * kept_layers(settings) * 4 // 3
+        found.append((file.slide, counts))
+    return found
+
+
+def _measure(settings: RunSettings) -> dict[str, Any]:
+    """Load the models as a lane does, and time their windows for some seconds."""
+    import resource
+
+    import torch
+
+    from medray.models.predict import Predictor
+
+    predictor = Predictor.from_folders(
+        settings.models,
+        settings.options.prediction,
+        threads=cluster.cpus_per_node(),
+    )
+    predictor.warm_up()
+    each = []
+    for _ in range(5):
+        start, windows = time.perf_counter(), 0
+        while time.perf_counter() - start < 1.0:
+            windows += predictor.time_batches()
+        each.append((time.perf_counter() - start) / windows)
+    gpu = predictor.device.type == "cuda"
+    return {
+        "window_s": each,
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "device_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
+    }

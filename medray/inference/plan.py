@@ -1,0 +1,139 @@
+"""What a slide will take: its working level, its regions, the windows in them.
+
+From headers and a few coarse pixels; numbers only, no model and no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.geometry import Rectangle, plan_regions, region_windows, windows_over
+from medray.inference.regions import BLOCK, areas_within
+from medray.inference.run import RunSettings, mask_uri
+from medray.slides import Slide
+from medray.slides.resolution import Working, choose_level, mpp_columns, settle_mpp
+from medray.slides.tissue import tissue_share
+from medray.storage import ome_zarr
+
+Row = dict[str, Any]
+Blocks = npt.NDArray[np.bool_]
+
+
+def plan_slide(
+    slide: Slide,
+    settings: RunSettings,
+    within: str = "",
+    coarse: str = "",
+    stamp: str = "",
+    given_mpp: float | None = None,
+) -> tuple[Row, list[Row]]:
+    """Plan the regions of a slide.
+
+    Args:
+        slide: The slide.
+        settings: Of the run.
+        within: Annotation inside whose areas to predict; "" for everywhere.
+        coarse: Mask of the first pass; "" when there is none.
+        stamp: Of slide and annotation: sizes and times.
+        given_mpp: Microns per pixel of level 0, over what the file says.
+
+    Returns:
+        The slide's facts, and a row for each region with something to predict: its
+        `index`, its `region` (y, x, height, width) and the `blocks` (rows, columns) of
+        512 px in it that are predicted.
+
+    Raises:
+        SlideError: The slide does not suit the model, or cannot be read.
+    """
+    options = settings.options
+    working = choose_level(slide, settings.model_mpp, given_mpp)
+    height, width = working.height, working.width
+    regions = list(plan_regions(height, width, options.region))
+    # A flat slide of one region is decoded once: its tissue is found when it is read.
+    at_reading = (
+        len(regions) == 1 and len(slide.levels) == 1 and working.scale == 1.0
+    ) and not options.everywhere
+    blocks = np.ones((-(-height // BLOCK), -(-width // BLOCK)), bool)
+    if not options.everywhere and not at_reading:
+        blocks &= tissue_share(slide, height, width, BLOCK) > 0
+    level0 = slide.levels[0]
+    if within:
+        areas = areas_within(within, slide.uri, stamp, level0.height, level0.width)
+        blocks &= _touched(areas, working, blocks.shape)
+    if coarse:
+        blocks &= _found(coarse, blocks.shape)
+    rows = [
+        {"index": i, "region": [r.y, r.x, r.height, r.width], "blocks": part.tolist()}
+        for i, r in enumerate(regions)
+        if (part := _part(r, blocks)).any()
+    ]
+    facts = asdict(working) | mpp_columns(settle_mpp(slide, given_mpp)[0])
+    facts |= {
+        "level0_height": level0.height,
+        "level0_width": level0.width,
+        "regions": len(rows),
+        "tissue_at_reading": at_reading,
+        "within": within,
+    }
+    return facts, rows
+
+
+def count_windows(facts: Row, row: Row, settings: RunSettings) -> int:
+    """Count the windows that a region needs."""
+    return int(wanted_windows(facts | row, settings).sum())
+
+
+def wanted_windows(row: Row, settings: RunSettings) -> Blocks:
+    """Give which windows of a region are predicted, (rows, columns)."""
+    size = (row["height"], row["width"])
+    stitch = settings.options.prediction.stitch
+    plan = region_windows(Rectangle(*row["region"]), *size, settings.windows, stitch)
+    blocks = np.asarray(row["blocks"], dtype=bool)
+    return windows_over(plan, *size, settings.windows, stitch, blocks, BLOCK)
+
+
+def _part(region: Rectangle, blocks: Blocks) -> Blocks:
+    """Give which blocks of a region are predicted."""
+    y0, x0 = region.y // BLOCK, region.x // BLOCK
+    y1, x1 = -(-region.bottom // BLOCK), -(-region.right // BLOCK)
+    return blocks[y0:y1, x0:x1]
+
+
+def _touched(areas: Any, working: Working, shape: tuple[int, ...]) -> Blocks:
+    """Give which blocks an area touches."""
+    import shapely
+
+    side = BLOCK * working.downsample
+    y, x = (axis.ravel() for axis in np.indices(shape))
+    boxes = shapely.box(x * side, y * side, (x + 1) * side, (y + 1) * side)
+    tree = shapely.STRtree([area.polygon for area in areas])
+    touched = np.zeros(len(boxes), bool)
+    touched[tree.query(boxes, predicate="intersects")[0]] = True
+    return touched.reshape(shape)
+
+
+def _found(coarse: str, shape: tuple[int, ...]) -> Blocks:
+    """Give the blocks where the first pass found something, and their neighbours."""
+    mask = ome_zarr.open_level(coarse)
+    factor = round(shape[0] * BLOCK / mask.shape[0])
+    side = max(1, BLOCK // max(1, factor))
+    found = np.zeros(shape, bool)
+    for row in range(shape[0]):
+        line = np.asarray(mask[row * side : (row + 1) * side])
+        columns = np.flatnonzero(line.any(axis=0)) // side
+        found[row, np.minimum(columns, shape[1] - 1)] = True
+    grown = np.pad(found, 1)
+    near: Blocks = np.zeros(shape, bool)
+    for dy in range(3):
+        for dx in range(3):
+            near |= grown[dy : dy + shape[0], dx : dx + shape[1]]
+    return near
+
+
+def coarse_mask(out: str, slide: str) -> str:
+    """Give the place of the first pass's mask."""
+    return mask_uri(f"{out}/coarse", slide)

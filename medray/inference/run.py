@@ -1,0 +1,261 @@
+"""A run: one inference of models over slides; its folder and its settings.
+
+RUN/
+run.yaml                    what decides the bytes of its masks (RunSettings)
+slides.parquet              a row a slide: status, digests, timings
+masks/SLIDE.ome.zarr        class of every pixel
+    labels/LAYER            on request: uncertainty, disagreement, unreadable
+masks/SLIDE.probabilities.ome.zarr   on request
+raw/SLIDE.ome.zarr          masks that are yet to be cleaned
+outlines/SLIDE.geojson      on request
+commits/SLIDE.json          records of its regions, and the digest of each of its files
+plan.json                   what `medray plan --out RUN` expected
+coarse/                     the run of the first pass, when there is one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from medray.classes import Classes
+from medray.errors import ConfigError
+from medray.geometry import Windows
+from medray.inference.postprocess import Cleaning
+from medray.models.config import Prediction
+from medray.slides.resolution import Working
+from medray.storage import files, ome_zarr
+from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+
+LAYERS = {
+    "uncertainty": Classes(("certain", "uncertain")),
+    "disagreement": Classes(("agreed", "disagreed")),
+    "unreadable": Classes(("readable", "unreadable")),
+}
+"""The quality layers of a mask, and what their values mean (uncertainty: 0..255)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person may choose about a run; see `medray infer --help`.
+
+    Attributes:
+        prediction: How windows become classes.
+        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
+            CSV (slide,mpp) with those of some; None: as the files say.
+        scene: Which of several slides in a file, from 0; None: by the format's rules.
+        plane: Which of several focal planes, from 0; None: the one in focus, or the
+            first.
+        everywhere: Predict glass as well as tissue.
+        within: Folder of annotations named like the slides: predict only inside their
+            areas, and only slides that have one. None: everywhere.
+        coarse: First predict at so many times the model's microns per pixel, and then
+            only where that found a class other than 0; 1: no first pass.
+        outlines: Write the mask's objects as GeoJSON too.
+        clean: How the mask is cleaned when its slide is complete.
+        region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
+        patience: Seconds after which a process that reads a region, or writes one, is
+            taken to hang and ended; decides nothing about masks.
+    """
+
+    prediction: Prediction = field(default_factory=Prediction)
+    mpp: float | str | None = None
+    scene: int | None = None
+    plane: int | None = None
+    everywhere: bool = False
+    within: str | None = None
+    coarse: int = 1
+    outlines: bool = False
+    clean: Cleaning = field(default_factory=Cleaning)
+    region: int = 0
+    patience: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.region < 0 or self.region % ome_zarr.PATCH:
+            raise ConfigError(
+                f"region must be a multiple of {ome_zarr.PATCH}, found {self.region}"
+            )
+        if self.coarse not in (1, 2, 4, 8):
+            raise ConfigError(f"coarse must be 1, 2, 4 or 8, found {self.coarse}")
+        if self.coarse > 1 and self.within:
+            raise ConfigError("coarse and within cannot be combined; choose one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What decides the bytes of a run's masks; stored as `run.yaml`.
+
+    Attributes:
+        models: Folders of the models (absolute, or addresses).
+        model_digest: Digest of their weights and configurations.
+        classes: Names by label value.
+        windows: Size and stride of the models' input, pixels.
+        model_mpp: Microns per pixel to work at; None: level 0 as it is.
+        options: What was asked for.
+        versions: Of the packages that decide the result.
+    """
+
+    models: tuple[str, ...]
+    model_digest: str
+    classes: Classes
+    windows: Windows
+    model_mpp: float | None
+    options: Options = field(default_factory=Options)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> str:
+        """What the models are called."""
+        return ", ".join(model.rsplit("/", 1)[-1] for model in self.models)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The quality layers that each mask has."""
+        return tuple(LAYERS) if self.options.prediction.quality else ()
+
+    def decisive(self) -> dict[str, Any]:
+        """Give what decides the masks, as plain values."""
+        values = to_dict(self) | {"models": None}
+        options = values["options"]
+        # What is said of single slides is part of their digests.
+        del options["scene"], options["plane"]
+        options |= {"patience": None, "mpp": None}
+        return values
+
+    def digest(self) -> str:
+        """Name the run: equal digests give equal masks."""
+        text = json.dumps(self.decisive(), sort_keys=True)
+        return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+
+def open_run(out: str, settings: RunSettings) -> None:
+    """Make the run's folder, or check that it is a run of the same settings."""
+    keep_settings(files.join(out, "run.yaml"), settings)
+
+
+def read_run(out: str) -> RunSettings:
+    """Read the settings of a run.
+
+    Raises:
+        ConfigError: There is no run.
+    """
+    uri = files.join(out, "run.yaml")
+    if not files.exists(uri):
+        raise ConfigError(
+            f"{out}: expected a run with a run.yaml; `medray infer` writes one"
+        )
+    return from_dict(RunSettings, read_yaml(uri), uri)
+
+
+def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Set what `medray plan` expected of a run beside what it took.
+
+    Args:
+        out: The run.
+        rows: Of its slides.parquet.
+
+    Returns:
+        Words by what they are about; empty when nothing was planned or done.
+    """
+    uri = files.join(out, "plan.json")
+    done = [row for row in rows if row["status"] == "done" and row["windows"]]
+    if not done or not files.exists(uri):
+        return {}
+    plan = files.read_json(uri)
+    first = min(row["first_read_at"] for row in done)
+    last = max(row["committed_at"] for row in done)
+    least, most = plan["seconds"]
+    windows = sum(row["windows"] for row in done)
+    return {
+        "windows": f"{windows}, planned {plan['windows']}",
+        "seconds": f"{last - first:.0f}, planned {least:.0f} to {most:.0f}",
+    }
+
+
+def mask_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's mask in a run."""
+    return files.join(out, "masks", f"{slide}.ome.zarr")
+
+
+def layer_uri(out: str, slide: str, layer: str) -> str:
+    """Give the place of a quality layer of a slide's mask."""
+    return files.join(mask_uri(out, slide), "labels", layer)
+
+
+def probabilities_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's class probabilities in a run."""
+    return files.join(out, "masks", f"{slide}.probabilities.ome.zarr")
+
+
+def raw_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's mask before it is cleaned."""
+    return files.join(out, "raw", f"{slide}.ome.zarr")
+
+
+def outlines_uri(out: str, slide: str) -> str:
+    """Give the place of a slide's outlines in a run."""
+    return files.join(out, "outlines", f"{slide}.geojson")
+
+
+def record_uri(out: str, slide: str) -> str:
+    """Give the place of the record of a finished slide."""
+    return files.join(out, "commits", f"{slide}.json")
+
+
+def groups_of(settings: RunSettings, out: str, slide: str) -> list[str]:
+    """Give the OME-Zarrs of a slide that are sealed; layers lie within the mask's."""
+    probabilities = settings.options.prediction.probabilities
+    mask = mask_uri(out, slide)
+    return [mask, probabilities_uri(out, slide)] if probabilities else [mask]
+
+
+def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
+    """Give every OME-Zarr that a slide has in a run."""
+    layers = [layer_uri(out, slide, layer) for layer in settings.layers]
+    return groups_of(settings, out, slide) + layers
+
+
+def create_mask(
+    slide: str, digest: str, working: Working, settings: RunSettings, out: str
+) -> None:
+    """Make the empty mask, unless it is there for this very slide and run.
+
+    A plan may be repeated while regions are already being written, so what is there
+    with the right attributes is kept.
+    """
+    provenance = {
+        "kind": "mask",
+        "slide": slide,
+        "slide_digest": digest,
+        "run_digest": settings.digest(),
+        "model_digest": settings.model_digest,
+        "mpp": working.mpp,
+        "level": working.level,
+        "downsample": working.downsample,
+        "settings": settings.decisive() | {"models": settings.names},
+    }
+    size = (working.height, working.width)
+    common: Any = {"mpp": working.mpp, "attributes": provenance}
+    common |= {"region": settings.options.region}
+    mask, classes = mask_uri(out, slide), settings.classes
+    if settings.options.clean:
+        raw = raw_uri(out, slide)
+        ome_zarr.create_labels(raw, *size, classes=classes, name=slide, **common)
+    ome_zarr.create_labels(mask, *size, classes=classes, name=slide, **common)
+    if settings.options.prediction.probabilities:
+        uri = probabilities_uri(out, slide)
+        channels = list(zip(classes.names, classes.colors, strict=True))
+        ome_zarr.create_image(
+            uri, *size, channels=channels, fill_value=0, name=slide, **common
+        )
+    if settings.layers:
+        ome_zarr.list_labels(mask, settings.layers)
+    for layer in settings.layers:
+        uri, means = layer_uri(out, slide, layer), LAYERS[layer]
+        ome_zarr.create_labels(
+            uri, *size, classes=means, name=layer, source="../../", **common
+        )

@@ -1,0 +1,409 @@
+"""Whether a run is what was committed; what crashed runs left; how two runs differ.
+
+No Ray and no torch: threads read and digest files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.errors import ConfigError, FormatError, StoreError
+from medray.evaluation.metrics import class_scores, confusion
+from medray.geometry import plan_regions
+from medray.inference.run import (
+    RunSettings,
+    groups_of,
+    mask_uri,
+    read_run,
+    record_uri,
+)
+from medray.storage import files, ome_zarr
+from medray.storage.digests import Digests, content_digest, merkle_root
+from medray.storage.ledger import Ledger
+from medray.storage.lock import locked
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+_READERS = 16
+_PARTIAL = (f"{files.PARTIAL}*", "*.partial")  # medray's, and zarr's
+
+
+# --- verify ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found.
+
+    Attributes:
+        out: The run.
+        verified: How many slides are what was committed.
+        files: How many files were read.
+        noted: Whether the next `medray infer` will repair what is damaged; not where
+            the run cannot be written.
+        failed: Of each damaged slide, what is wrong with which files.
+    """
+
+    out: str
+    verified: int
+    files: int
+    noted: bool
+    failed: dict[str, str]
+
+
+def verify(out: str) -> Verified:
+    """Read every file of a run against the digests recorded when it was committed.
+
+    What is damaged is no longer counted as done, so that `medray infer` makes it anew:
+    the regions whose shards are damaged, and what follows from them.
+
+    Args:
+        out: Folder of the run.
+
+    Raises:
+        ConfigError: There is no run, or another process works there.
+    """
+    out = files.absolute(out)
+    settings = read_run(out)
+    with contextlib.ExitStack() as stack:
+        noted = True
+        try:
+            stack.enter_context(locked(out, "verify"))
+        except StoreError as error:
+            log.warning("%s; what is found is not noted", error)
+            noted = False
+        ledger = Ledger(out)
+        with ThreadPoolExecutor(_READERS) as readers:
+            return _verify(out, settings, ledger, noted, readers)
+
+
+def _verify(
+    out: str,
+    settings: RunSettings,
+    ledger: Ledger,
+    noted: bool,
+    readers: ThreadPoolExecutor,
+) -> Verified:
+    found: dict[str, dict[str, str]] = {}
+    count = good = 0
+    done = [row for row in ledger.slides.values() if row["status"] == "done"]
+    for row in done:
+        slide = row["slide"]
+        problems, record = _check_record(out, row)
+        recorded: Digests = record["files"] if record else {}
+        count += len(recorded)
+        problems |= _check_files(out, recorded, readers)
+        problems |= _unrecorded(out, settings, slide, recorded) if record else {}
+        if not problems:
+            good += 1
+            continue
+        found[slide] = problems
+        kept = _kept_regions(record, problems) if record else {}
+        ledger.reopen(slide, row["digest"], kept)
+    for key, regions in [*ledger.regions.items()]:
+        slide, _, digest = key.rpartition("@")
+        if slide in found:
+            continue
+        recorded = {k: v for r in regions.values() for k, v in r["files"].items()}
+        count += len(recorded)
+        if problems := _check_files(out, recorded, readers):
+            found[slide] = problems
+            kept = _kept_regions({"regions": regions, "files": recorded}, problems)
+            ledger.reopen(slide, digest, kept)
+    if found and noted:
+        ledger.flush()
+    words = {slide: _in_words(problems) for slide, problems in found.items()}
+    return Verified(out, good, count, noted, words)
+
+
+def _check_record(out: str, row: Row) -> tuple[dict[str, str], Any]:
+    """Check the record of a finished slide against its row and its mask's root."""
+    uri, name = record_uri(out, row["slide"]), f"commits/{row['slide']}.json"
+    try:
+        record = files.read_json(uri)
+        start = f"masks/{row['slide']}.ome.zarr/"
+        inside = {
+            path[len(start) :]: digest
+            for path, digest in record["files"].items()
+            if path.startswith(start) and path != f"{start}zarr.json"
+        }
+        root = merkle_root(inside)
+        regions = {int(index): one for index, one in record["regions"].items()}
+    except FileNotFoundError:
+        return {name: "missing"}, None
+    except (FormatError, KeyError, TypeError, ValueError, AttributeError):
+        return {name: "damaged"}, None
+    if root != row["merkle_root"]:
+        return {name: "its digests are not those of slides.parquet"}, None
+    if ome_zarr.read_root(mask_uri(out, row["slide"])) != root:
+        return {f"{start}zarr.json": "holds another Merkle root"}, None
+    return {}, record | {"regions": regions}
+
+
+def _check_files(
+    out: str, recorded: Digests, readers: ThreadPoolExecutor
+) -> dict[str, str]:
+    def look(path: str) -> str:
+        try:
+            data = files.read_bytes(files.join(out, path))
+        except FileNotFoundError:
+            return "missing"
+        except StoreError as error:
+            return f"{error}"
+        same = content_digest(data) == recorded[path]
+        return "" if same else "damaged"
+
+    problems = zip(recorded, readers.map(look, recorded), strict=True)
+    return {path: problem for path, problem in problems if problem}
+
+
+def _unrecorded(
+    out: str, settings: RunSettings, slide: str, recorded: Digests
+) -> dict[str, str]:
+    """Find files of a mask that nobody recorded: they may pass for shards."""
+    return {
+        path: "not recorded"
+        for group in groups_of(settings, out, slide)
+        for name in files.list_files(group)
+        if (path := f"{group[len(out) + 1 :]}/{name}") not in recorded
+    }
+
+
+def _kept_regions(record: Row, problems: dict[str, str]) -> dict[int, Row]:
+    """Give the regions that need not be computed again.
+
+    Coarser levels, outlines and metadata are made anew when the slide is finished; a
+    shard of the finer levels that no region wrote is one of a cleaned mask, which is
+    made of all of them.
+    """
+    regions: dict[int, Row] = record["regions"]
+    written = {path for region in regions.values() for path in region["files"]}
+    for path, problem in problems.items():
+        level = path.split("/c/")[0].rpartition("/")[2]
+        fine = "/c/" in path and int(level) < ome_zarr.AT_ONCE
+        if fine and path not in written and problem != "not recorded":
+            return {}
+    return {
+        index: region
+        for index, region in regions.items()
+        if not any(path in problems for path in region["files"])
+    }
+
+
+def _in_words(problems: dict[str, str]) -> str:
+    shown = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    return "; ".join(shown[:20]) + more
+
+
+# --- gc -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` removed, or would.
+
+    Attributes:
+        out: The run.
+        removed: Files and folders, by their path in the run.
+        bytes: How much they held.
+        dry_run: They are still there.
+    """
+
+    out: str
+    removed: list[str]
+    bytes: int
+    dry_run: bool
+
+
+def collect(out: str, *, dry_run: bool = False) -> Collected:
+    """Remove what crashed runs left behind, and nothing else.
+
+    That is: files that were being written; masks before cleaning of slides that are
+    done; masks, outlines and records of slides of which nothing was committed.
+
+    Args:
+        out: Folder of the run.
+        dry_run: Only tell.
+
+    Raises:
+        ConfigError: There is no run, or another process works there.
+        StoreError: The run cannot be written.
+    """
+    out = files.absolute(out)
+    settings = read_run(out)
+    with locked(out, "gc"):
+        runs = [(out, settings)]
+        coarse = files.join(out, "coarse")
+        if files.exists(files.join(coarse, "run.yaml")):
+            runs.append((coarse, read_run(coarse)))
+        found = [uri for run, of in runs for uri in _leftovers(run, of)]
+        found += [uri for uri in _partial(out) if not _is_inside(uri, found)]
+        size = sum(map(_bytes, found))
+        if not dry_run:
+            for uri in found:
+                files.remove(uri)
+    names = sorted(uri[len(out) + 1 :] for uri in found)
+    return Collected(out, names, size, dry_run)
+
+
+def _partial(out: str) -> Iterator[str]:
+    """Give the files that were being written."""
+    for path in files.list_files(out):
+        name = path.rpartition("/")[2]
+        if any(fnmatch.fnmatch(name, pattern) for pattern in _PARTIAL):
+            yield files.join(out, path)
+
+
+def _leftovers(out: str, settings: RunSettings) -> Iterator[str]:
+    ledger = Ledger(out)
+    known = {key.rpartition("@")[0] for key in ledger.regions} | set(ledger.slides)
+    done = {s for s, row in ledger.slides.items() if row["status"] == "done"}
+    for folder, suffixes, keep in (
+        ("raw", (".ome.zarr",), known - done),
+        ("masks", (".probabilities.ome.zarr", ".ome.zarr"), known),
+        ("outlines", (".geojson",), known),
+        ("commits", (".json",), known),
+    ):
+        for name in files.list_folder(files.join(out, folder)):
+            suffix = next((s for s in suffixes if name.endswith(s)), None)
+            if suffix is None or name.removesuffix(suffix) in keep:
+                continue
+            uri = files.join(out, folder, name)
+            if not name.endswith(".zarr") or _is_ours(uri, settings):
+                yield uri
+
+
+def _is_ours(uri: str, settings: RunSettings) -> bool:
+    """Tell a mask of this run, or the beginning of one, from what others put there."""
+    attributes = ome_zarr.read_attributes(uri)
+    if attributes:
+        return bool(attributes.get("run_digest") == settings.digest())
+    names = {path.rpartition("/")[2] for path in files.list_files(uri)}
+    return all(
+        name == "zarr.json" or any(fnmatch.fnmatch(name, p) for p in _PARTIAL)
+        for name in names
+    )
+
+
+def _is_inside(uri: str, folders: Iterable[str]) -> bool:
+    return any(uri.startswith(f"{folder}/") for folder in folders)
+
+
+def _bytes(uri: str) -> int:
+    if files.is_folder(uri):
+        return sum(files.list_files(uri).values())
+    return files.size(uri)
+
+
+# --- diff -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two runs differ.
+
+    Attributes:
+        out: The first run.
+        other: The second.
+        compared: How many slides were compared.
+        changed: Of each slide that changed its regions: [y, x, height, width] in pixels
+            of the mask, and how many pixels changed.
+        agreement: Of each class: f1 (Dice) and iou between the two masks, and its
+            pixels in each.
+        not_compared: Why some slides cannot be compared: only one run has them, or in
+            another size or of another image of the file, or a mask is damaged.
+    """
+
+    out: str
+    other: str
+    compared: int
+    changed: dict[str, list[tuple[list[int], int]]]
+    agreement: list[dict[str, Any]]
+    not_compared: dict[str, str]
+
+
+def diff(out: str, other: str) -> Difference:
+    """Compare the masks of two runs, region by region of the first.
+
+    Raises:
+        ConfigError: One is no run, or their classes differ.
+    """
+    runs = [files.absolute(run) for run in (out, other)]
+    settings = [read_run(run) for run in runs]
+    classes = settings[0].classes
+    if settings[1].classes.names != classes.names:
+        raise ConfigError(
+            f"{other}: has the classes {list(settings[1].classes.names)}, {out} has "
+            f"{list(classes.names)}; only runs of the same classes can be compared"
+        )
+    ledgers = [Ledger(run) for run in runs]
+    done = [
+        {s: row for s, row in ledger.slides.items() if row["status"] == "done"}
+        for ledger in ledgers
+    ]
+    not_compared = {
+        slide: f"not done in {run}"
+        for run, mine, other in zip(runs, done, done[::-1], strict=True)
+        for slide in other.keys() - mine.keys()
+    }
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    changed = {}
+    compared = 0
+    for slide in sorted(done[0].keys() & done[1].keys()):
+        try:
+            one, two = (ome_zarr.open_level(mask_uri(run, slide)) for run in runs)
+            for what in ("scene", "plane"):
+                ours, theirs = (of[slide].get(what) for of in done)
+                if ours != theirs:
+                    raise FormatError(f"{what} {ours} here, {theirs} there")
+            if one.shape != two.shape:
+                raise FormatError(f"{one.shape} pixels here, {two.shape} there")
+            regions, confused = _compare(one, two, settings[0])
+        except FormatError as error:
+            not_compared[slide] = f"{error}"
+            continue
+        compared += 1
+        counts += confused
+        if regions:
+            changed[slide] = regions
+    agreement = [
+        {
+            "class": name,
+            "f1": scores["f1"],
+            "iou": scores["iou"],
+            "px": int(counts[value].sum()),
+            "other_px": int(counts[:, value].sum()),
+        }
+        for value, (name, scores) in enumerate(
+            zip(classes.names, class_scores(counts, classes.names), strict=True)
+        )
+    ]
+    return Difference(runs[0], runs[1], compared, changed, agreement, not_compared)
+
+
+def _compare(
+    one: ome_zarr.Pixels, two: ome_zarr.Pixels, settings: RunSettings
+) -> tuple[list[tuple[list[int], int]], npt.NDArray[np.int64]]:
+    """Give the regions that differ, how many pixels do, and the confusion of all."""
+    classes = len(settings.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    changed = []
+    height, width = one.shape
+    for region in plan_regions(height, width, settings.options.region):
+        parts = one[region.slices()], two[region.slices()]
+        counts += confusion(*parts, classes)
+        if pixels := int((parts[0] != parts[1]).sum()):
+            place = [region.y, region.x, region.height, region.width]
+            changed.append((place, pixels))
+    return changed, counts

@@ -1,0 +1,1 @@
+"""Models of whole slides: features of tiles, and what labels of slides teach."""

@@ -1,0 +1,201 @@
+"""Slides and a frozen encoder -> a vector for each tile of tissue.
+
+The way of a region is that of `medray.infer`, with other hands at the ends:
+
+    plan     slides become regions of tiles, numbers only: which hold tissue
+    lane     an actor a GPU: reads regions ahead, encodes their tiles, writes behind
+    commit   the driver notes the region; with its last region a slide is put together
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.datasets.given import as_given
+from medray.errors import ConfigError
+from medray.execution import cluster
+from medray.execution.commit import Commit, Row, Summary, changed_slides, plan_one
+from medray.execution.gpu_worker import Layers, Work, start_lanes
+from medray.execution.progress import Progress
+from medray.execution.scheduler import drive, keeping, start_workers
+from medray.inference import memory
+from medray.mil.features import FeatureSettings, parts_uri
+from medray.mil.tiles import (
+    cut_tiles,
+    finish_tiles,
+    plan_tiles,
+    read_tiles,
+    sum_up,
+    tile_bytes,
+    write_tiles,
+)
+from medray.models.config import Precision
+from medray.slides import Slide
+from medray.slides.cache import log_copies
+from medray.slides.discovery import SlideFile, find_slides
+from medray.storage import files
+from medray.storage.ledger import Ledger
+from medray.storage.lock import locked
+from medray.storage.yaml_config import keep_settings
+
+log = logging.getLogger(__name__)
+
+# Side of a region in pixels, about.
+_REGION = 3584
+
+
+def embed(
+    slides: Sequence[str],
+    *,
+    encoder: str,
+    weights: str,
+    out: str,
+    tile_mpp: float = 0.5,
+    mpp: float | str | None = None,
+    scene: int | None = None,
+    plane: int | None = None,
+    tile: int = 224,
+    tissue: float = 0.25,
+    precision: Precision = "auto",
+    region: int = 0,
+) -> Summary:
+    """Make features of slides: one zarr a slide in OUT/features.
+
+    Running the same command again finishes what is missing and does nothing twice.
+
+    Args:
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        encoder: A network of timm, by its name there.
+        weights: File of its weights: safetensors, or a state dict by torch.save.
+        out: Folder to make.
+        tile_mpp: Microns per pixel of the tiles.
+        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
+            CSV (slide,mpp) with those of some.
+        scene: Which of several slides in a file, from 0 in the file's order.
+        plane: Which of several focal planes, from 0.
+        tile: Their side, pixels.
+        tissue: Least share of tissue of a tile.
+        precision: Of the encoder's arithmetic; with float32 features are stored as
+            float32, else as float16.
+        region: Side of a region in tiles; 0: about 3584 pixels.
+
+    Raises:
+        ConfigError: The request is wrong, or OUT holds features of another encoder or
+            of other settings, or another process works there.
+        StoreError: OUT cannot be written, or the slides' store does not answer.
+        StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
+    """
+    from medray.mil.encoder import settle_encoder
+
+    if not 32 <= tile <= 2048:
+        raise ConfigError(f"tile: expected 32 to 2048 px, found {tile}")
+    weights, out = files.absolute(weights), files.absolute(out)
+    names = ("medray", "torch", "timm", "tifffile", "imagecodecs")
+    settings = FeatureSettings(
+        encoder=settle_encoder(encoder, weights, tile=tile, mpp=tile_mpp),
+        weights=weights,
+        tissue=tissue,
+        precision=precision,
+        region=region or max(1, round(_REGION / tile)),
+        versions={name: importlib.metadata.version(name) for name in names},
+    )
+    with locked(out, "embed") as check:
+        found = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+        return _embed(found, settings, out, check)
+
+
+def _embed(
+    wanted: list[SlideFile],
+    settings: FeatureSettings,
+    out: str,
+    check: Callable[[], None],
+) -> Summary:
+    keep_settings(files.join(out, "features.yaml"), settings)
+    ledger = Ledger(out)
+    todo = changed_slides(wanted, ledger)
+    log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
+    log_copies(row["uri"] for row in todo)
+    skipped = len(wanted) - len(todo)
+    if not todo:
+        return Summary(out, 0, skipped, {}, 0, 0.0)
+    cluster.connect()
+    memory.check_budget(_bound(settings), cluster.memory_per_node())
+    start = time.perf_counter()
+    commit = Commit(ledger, sum_up)
+    plan = functools.partial(_plan, settings=settings, out=out)
+    finish = functools.partial(finish_tiles, settings, out)
+    with (
+        Progress("embed", len(todo)) as progress,
+        keeping(ledger),
+        start_workers(plan, finish, len(todo), settings.patience) as workers,
+        start_lanes(_work(settings, out), len(todo)) as lanes,
+    ):
+        packet = 16 if cluster.gpus() else 8
+        drive(todo, workers, lanes, commit, progress, packet, check)
+    ledger.close()
+    for slide, row in ledger.slides.items():
+        if row["status"] == "done":
+            files.remove(parts_uri(out, slide))
+    return commit.summary(out, skipped, time.perf_counter() - start)
+
+
+def _bound(settings: FeatureSettings) -> int:
+    """Bound a node's memory, bytes."""
+    side, encoder = settings.region, settings.encoder
+    pixels = 3 * (side * encoder.tile) ** 2
+    written = 4 * side**2 * encoder.dimensions
+    lane = memory.LANE_BYTES + 2 * files.size(settings.weights)
+    # The tiles are a copy of the region's pixels; batches add little.
+    return memory.bounds_of(pixels, written, pixels, lane)[0]
+
+
+def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
+    """Give a slide's header and the regions to do."""
+
+    def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
+        return plan_tiles(slide, settings, header["given_mpp"])
+
+    return plan_one(row, out, cut)
+
+
+def _work(settings: FeatureSettings, out: str) -> Work:
+    """Say what lanes do with a region."""
+    return Work(
+        load=functools.partial(_load, settings),
+        read=functools.partial(read_tiles, settings=settings),
+        source=_source,
+        layers=_layers,
+        write=functools.partial(write_tiles, settings=settings, out=out),
+        read_bytes=tile_bytes,
+        patience=settings.patience,
+    )
+
+
+def _load(settings: FeatureSettings, threads: int) -> Any:
+    from medray.mil.encoder import Embedder
+
+    return Embedder.from_file(
+        settings.encoder,
+        settings.weights,
+        settings.precision,
+        settings.dtype,
+        threads=threads,
+    )
+
+
+def _source(row: Row, pixels: npt.NDArray[np.uint8]) -> Any:
+    from medray.mil.encoder import TilePixels
+
+    return TilePixels(cut_tiles(pixels, np.asarray(row["tiles"], dtype=bool)))
+
+
+def _layers(result: Any) -> Layers:
+    return {"features": result.features}

@@ -1,0 +1,232 @@
+"""Predictions of slides and their labels -> scores and a report.
+
+Slides that trained or chose the model do not count, nor do others of their patients.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from medray.classes import Classes
+from medray.errors import ConfigError, MedrayError
+from medray.evaluation.evaluate_images import draw_curves
+from medray.evaluation.html import as_png, check_folder, data_uri, render
+from medray.evaluation.image_metrics import score
+from medray.evaluation.metrics import bootstrap
+from medray.mil.config import read_seen_slides
+from medray.mil.features import read_features, read_slide
+from medray.mil.infer import (
+    Predictions,
+    attention_uri,
+    heatmap_uri,
+    read_predictions,
+)
+from medray.mil.labels import SlideLabel, check_known, read_labels
+from medray.slides import open_row
+from medray.slides.resolution import choose_level, read_working
+from medray.storage import files
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+_SHOWN = 6  # errors, the most confident ones
+_TILES = 4  # of each, the most attended ones
+
+
+@dataclass(frozen=True)
+class SlideEvaluation:
+    """What an evaluation of slides' labels found.
+
+    Attributes:
+        out: Folder of the report.
+        report: The page to open.
+        f1: Mean F1 of the classes.
+        interval: Its 95 % bootstrap interval over patients; None of one patient.
+        unseen: Slides that were counted.
+        seen: Slides that were not, as the model has seen them or their patients.
+        failed: Reason of each labelled slide that has no prediction.
+    """
+
+    out: str
+    report: str
+    f1: float | None
+    interval: list[float] | None
+    unseen: int
+    seen: int
+    failed: dict[str, str]
+
+
+def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
+    """Compare predictions of slides with their labels.
+
+    Args:
+        run: Folder that `medray infer FEATURES --model SLIDEMODEL` wrote.
+        truth: CSV with the columns slide, label and, if known, patient.
+        out: Folder of the report; made if needed.
+
+    Raises:
+        ConfigError: The labels do not suit the run, or none of its slides is new to
+            the model.
+    """
+    run, truth, out = (files.absolute(place) for place in (run, truth, out))
+    check_folder(out, "slides.csv")
+    what = read_predictions(run)
+    labels = read_labels(truth)
+    table = files.read_table(files.join(run, "slides.parquet")).to_pylist()
+    slides = {row["slide"]: row for row in table}
+    check_known(truth, slides, list(labels), run)
+    strange = sorted({known.label for known in labels.values()} - {*what.classes})
+    if strange:
+        raise ConfigError(
+            f"{truth}: the model knows the classes {list(what.classes)}, not {strange}"
+        )
+    rows, failed, seen = _rows(slides, labels, what, run)
+    if not rows:
+        raise ConfigError(
+            f"{truth}: the model has seen all of its {seen} slides, or "
+            f"others of their patients; scores on them would say nothing. Label slides "
+            f"that are new to it, or leave some to split test in training"
+        )
+    metrics = _score(rows, what.classes)
+    metrics |= {"seen": seen, "model_digest": what.model_digest}
+    _write_table(rows, what.classes, files.join(out, "slides.csv"))
+    page = render(
+        "slide_labels.html.jinja",
+        title=f"{len(rows)} slides",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=Classes(what.classes),
+        metrics=metrics,
+        figures=draw_curves(rows, what.classes),
+        errors=_errors(rows, what, run),
+        provenance={
+            "model": what.model.rsplit("/", 1)[-1],
+            "model digest": what.model_digest,
+            "encoder digest": what.encoder_digest,
+            "features": what.features.rsplit("/", 1)[-1],
+        },
+    )
+    report = files.join(out, "report.html")
+    files.write_bytes(report, page.encode())
+    # Last: a folder with metrics.json is a whole report.
+    files.write_json(files.join(out, "metrics.json"), metrics)
+    interval = metrics["intervals"]["macro_f1"] if metrics["intervals"] else None
+    return SlideEvaluation(
+        out, report, metrics["macro_f1"], interval, len(rows), seen, failed
+    )
+
+
+def _rows(
+    slides: dict[str, Row], labels: dict[str, SlideLabel], what: Predictions, run: str
+) -> tuple[list[Row], dict[str, str], int]:
+    """Give the slides that count, why others failed, and how many were seen."""
+    seen = [
+        row
+        for row in read_seen_slides(files.join(run, "seen.csv"))
+        if row["split"] != "test"
+    ]
+    digests = {row["digest"] for row in seen}
+    patients = {row["patient"] for row in seen}
+    rows, failed, left_out = [], {}, 0
+    for slide, known in sorted(labels.items()):
+        row = slides[slide]
+        if row["digest"] in digests or known.patient in patients:
+            left_out += 1
+        elif row["status"] != "done":
+            failed[slide] = row["message"]
+        else:
+            shares = np.array([row[f"p_{name}"] for name in what.classes])
+            rows.append(
+                row
+                | {"truth": what.classes.index(known.label), "patient": known.patient}
+                | {"predicted": int(shares.argmax()), "probabilities": shares}
+                | {"log_probabilities": np.log(np.maximum(shares, 1e-12))}
+            )
+    return rows, failed, left_out
+
+
+def _score(rows: Sequence[Row], names: Sequence[str]) -> Row:
+    """Score as for images; and the mean F1 and area under ROC of all classes."""
+    found = score(rows, names)
+    found["slides"] = found.pop("images")
+    for name in ("f1", "auc"):
+        values = [row[name] for row in found["per_class"] if row[name] is not None]
+        found[f"macro_{name}"] = float(np.mean(values)) if values else None
+    if found["intervals"] is not None:
+        # A class before the others makes their mean, of two classes as well.
+        patients = sorted({row["patient"] for row in rows})
+        shape = (len(patients), len(names) + 1, len(names) + 1)
+        counts = np.zeros(shape, np.int64)
+        for row in rows:
+            place = patients.index(row["patient"])
+            counts[place, row["truth"] + 1, row["predicted"] + 1] += 1
+        drawn = bootstrap(counts, ["", *names])
+        found["intervals"]["macro_f1"] = drawn["f1"] if drawn else None
+    return found
+
+
+def _write_table(rows: list[Row], names: Sequence[str], uri: str) -> None:
+    table = [
+        {
+            "slide": row["slide"],
+            "patient": row["patient"],
+            "truth": names[row["truth"]],
+            "predicted": names[row["predicted"]],
+        }
+        | {f"p_{name}": round(row[f"p_{name}"], 4) for name in names}
+        for row in rows
+    ]
+    csv = io.BytesIO()
+    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
+    files.write_bytes(uri, csv.getvalue())
+
+
+def _errors(rows: list[Row], what: Predictions, run: str) -> list[Row]:
+    """Give the most confident errors: where the model looked, and at what."""
+    wrong = [row for row in rows if row["truth"] != row["predicted"]]
+    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
+    shown = []
+    for row in wrong[:_SHOWN]:
+        heatmap = heatmap_uri(run, row["slide"])
+        attends = files.exists(heatmap)
+        picture = data_uri(files.read_bytes(heatmap)) if attends else ""
+        shown.append(
+            {
+                "slide": row["slide"],
+                "heatmap": picture,
+                "tiles": _most_attended(row, what, run) if attends else [],
+                "truth": what.classes[row["truth"]],
+                "predicted": what.classes[row["predicted"]],
+                "confidence": float(row["probabilities"][row["predicted"]]),
+            }
+        )
+    return shown
+
+
+def _most_attended(row: Row, what: Predictions, run: str) -> list[str]:
+    """Give pictures of the tiles of most attention; none if the slide is not there."""
+    tiles = files.read_table(attention_uri(run, row["slide"])).to_pylist()
+    tiles.sort(key=lambda tile: -tile["attention"])
+    try:
+        settings, _ = read_features(what.features)
+        attributes = read_slide(what.features, row["slide"]).attributes
+        side, pictures = settings.encoder.tile, []
+        with open_row(row) as slide:
+            working = choose_level(slide, settings.encoder.mpp, row.get("given_mpp"))
+            for tile in tiles[:_TILES]:
+                y, x = (round(tile[a] / attributes["downsample"]) for a in ("y", "x"))
+                size = (min(side, working.height - y), min(side, working.width - x))
+                pixels, _, _ = read_working(slide, working, y, x, *size)
+                pictures.append(data_uri(as_png(pixels)))
+    except (MedrayError, OSError) as error:
+        log.warning("slide=%s its tiles are not shown: %s", row["slide"], error)
+        return []
+    return pictures

@@ -1,0 +1,191 @@
+"""A folder of features: what it holds, what decides it, reading and writing it.
+
+FEATURES/
+features.yaml               what decides the features (FeatureSettings)
+slides.parquet              a row a slide: status, tiles, digests, timings
+features/SLIDE.zarr         zarr v3: `features` (tiles, dimensions), `coords` (tiles, 2)
+thumbnails/SLIDE.jpg        the slide, at most 1024 px
+parts/SLIDE/INDEX.safetensors    regions of slides that are under way
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.errors import ConfigError, FormatError
+from medray.models.config import Precision
+from medray.storage import files
+from medray.storage.arrays import read_arrays
+from medray.storage.yaml_config import from_dict, read_yaml, to_dict
+
+Features = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A frozen network of timm that makes a vector of a tile; decides what it means.
+
+    Attributes:
+        name: As timm has it.
+        arguments: Of timm.create_model, beside the name.
+        weights_digest: Of the file of weights.
+        dimensions: Length of a vector.
+        tile: Side of a tile in pixels at `mpp`, the network's input.
+        mpp: Microns per pixel of the tiles.
+        mean: RGB mean subtracted from pixels scaled to 0..1.
+        std: RGB standard deviation they are then divided by.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights_digest: str
+    dimensions: int
+    tile: int
+    mpp: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def digest(self) -> str:
+        """Name it: features of equal digests may be mixed."""
+        text = json.dumps(to_dict(self), sort_keys=True)
+        return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """What decides a folder of features; stored as `features.yaml`.
+
+    Attributes:
+        encoder: What makes a vector of a tile.
+        weights: File of its weights (absolute, or an address).
+        tissue: Least share of tissue of a tile, 0 to 1.
+        precision: Of the encoder's arithmetic.
+        region: Side of a region in tiles.
+        patience: Seconds after which a process that reads or writes a region is taken
+            to hang; decides nothing.
+        versions: Of the packages that decide the result.
+    """
+
+    encoder: Encoder
+    weights: str
+    tissue: float
+    precision: Precision
+    region: int
+    patience: float = 300.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.tissue <= 1:
+            raise ConfigError(f"tissue lies in 0..1, found {self.tissue}")
+        if self.region < 1:
+            raise ConfigError(f"region: expected 1 tile or more, found {self.region}")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How features are stored: float16, which is what encoders are precise to."""
+        name = "float32" if self.precision == "float32" else "float16"
+        return np.dtype(name)
+
+    def decisive(self) -> dict[str, Any]:
+        """Give what decides the features, as plain values."""
+        return to_dict(self) | {"weights": None, "patience": None}
+
+
+@dataclass(frozen=True)
+class SlideFeatures:
+    """The tiles of a slide.
+
+    Attributes:
+        features: (N, D) float16 or float32.
+        coords: (N, 2) int32: y and x of a tile's first pixel at level 0.
+        attributes: What made them, and the slide's size.
+    """
+
+    features: Features
+    coords: npt.NDArray[np.int32]
+    attributes: dict[str, Any]
+
+
+def features_uri(folder: str, slide: str) -> str:
+    """Give the place of a slide's features."""
+    return files.join(folder, "features", f"{slide}.zarr")
+
+
+def thumbnail_uri(folder: str, slide: str) -> str:
+    """Give the place of a slide's small picture."""
+    return files.join(folder, "thumbnails", f"{slide}.jpg")
+
+
+def parts_uri(folder: str, slide: str) -> str:
+    """Give the folder of a slide's regions while it is under way."""
+    return files.join(folder, "parts", slide)
+
+
+def read_features(folder: str) -> tuple[FeatureSettings, dict[str, dict[str, Any]]]:
+    """Read what a folder of features is.
+
+    Returns:
+        Its settings, and the rows of slides.parquet by slide.
+
+    Raises:
+        ConfigError: It is no such folder, or holds no slide yet.
+    """
+    uri = files.join(folder, "features.yaml")
+    if not files.exists(uri):
+        raise ConfigError(
+            f"{folder}: expected a folder of features with a features.yaml; "
+            f"`medray embed SLIDES --encoder NAME --weights FILE --out FEATURES` "
+            f"writes one"
+        )
+    settings = from_dict(FeatureSettings, read_yaml(uri), uri)
+    table = files.join(folder, "slides.parquet")
+    if not files.exists(table):
+        raise ConfigError(f"{folder}: no slide is embedded yet; run `medray embed`")
+    rows = files.read_table(table).to_pylist()
+    return settings, {row["slide"]: row for row in rows}
+
+
+def read_slide(folder: str, slide: str) -> SlideFeatures:
+    """Read the features of a slide that is done.
+
+    Raises:
+        FormatError: They are damaged.
+        StoreError: They cannot be reached.
+    """
+    uri = features_uri(folder, slide)
+    arrays, attributes = read_arrays(uri)
+    if arrays.keys() != {"features", "coords"} or len(arrays["features"]) != len(
+        arrays["coords"]
+    ):
+        raise FormatError(f"{uri}: expected features and coords of as many tiles")
+    coords = arrays["coords"].astype(np.int32)
+    return SlideFeatures(arrays["features"], coords, attributes)
+
+
+def provenance(settings: FeatureSettings, row: dict[str, Any]) -> dict[str, Any]:
+    """Give the attributes of a slide's features."""
+    return {
+        "kind": "features",
+        "slide": row["slide"],
+        "slide_digest": row["digest"],
+        "encoder_digest": settings.encoder.digest(),
+        "encoder": dataclasses.asdict(settings.encoder),
+        "precision": settings.precision,
+        "tissue": settings.tissue,
+        "versions": settings.versions,
+        # Of the slide; what a tile spans at level 0, where coordinates are.
+        "level": row["level"],
+        "downsample": row["downsample"],
+        "mpp": row["mpp"],
+        "level0_height": row["level0_height"],
+        "level0_width": row["level0_width"],
+        "level0_tile": settings.encoder.tile * row["downsample"],
+    }

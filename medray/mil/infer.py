@@ -1,0 +1,206 @@
+"""Features of slides and a model of slides -> probabilities, and where it looked.
+
+RUN/
+predictions.yaml            what made it (Predictions)
+slides.parquet              a row a slide: status, label, p_CLASS, digests
+attention/SLIDE.parquet     y, x (level 0) and attention of each tile; sums to 1
+heatmaps/SLIDE.png          the same over the slide's small picture
+seen.csv                    slides that trained and chose the model
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from medray.errors import ConfigError, FormatError
+from medray.evaluation.html import as_png
+from medray.execution.commit import Summary
+from medray.execution.progress import Progress
+from medray.mil.config import read_slide_model, slide_model_digest
+from medray.mil.features import SlideFeatures, read_features, read_slide, thumbnail_uri
+from medray.storage import files
+from medray.storage.lock import locked
+from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What made predictions of slides; stored as `predictions.yaml`.
+
+    Attributes:
+        features: Folder of the features.
+        model: Folder of the model.
+        model_digest: Of its weights and configuration.
+        encoder_digest: Of the encoder that both share.
+        classes: Names of the classes.
+    """
+
+    features: str
+    model: str
+    model_digest: str
+    encoder_digest: str
+    classes: tuple[str, ...]
+
+    def decisive(self) -> dict[str, Any]:
+        """Give what decides the predictions, as plain values."""
+        return to_dict(self) | {"model": None, "features": None}
+
+
+def read_predictions(run: str) -> Predictions:
+    """Read the settings of a run over features."""
+    uri = predictions_uri(run)
+    return from_dict(Predictions, read_yaml(uri), uri)
+
+
+def predictions_uri(run: str) -> str:
+    """Give the place of the settings of a run over features."""
+    return files.join(run, "predictions.yaml")
+
+
+def heatmap_uri(run: str, slide: str) -> str:
+    """Give the place of a slide's attention as a picture."""
+    return files.join(run, "heatmaps", f"{slide}.png")
+
+
+def attention_uri(run: str, slide: str) -> str:
+    """Give the place of a slide's attention by tile."""
+    return files.join(run, "attention", f"{slide}.parquet")
+
+
+def infer_slides(features: str, *, model: str, out: str) -> Summary:
+    """Classify slides by their features.
+
+    Args:
+        features: Folder that `medray embed` wrote.
+        model: Folder of a model of slides.
+        out: Folder of the run; made if needed. Running again does all slides again.
+
+    Raises:
+        ConfigError: The features are not those that the model takes, OUT holds another
+            run, or another process works there.
+    """
+    features, model, out = (files.absolute(p) for p in (features, model, out))
+    contract = read_slide_model(model)
+    settings, rows = read_features(features)
+    if settings.encoder != contract.encoder:
+        ours, theirs = to_dict(settings.encoder), to_dict(contract.encoder)
+        apart = ", ".join(
+            f"{key}: {ours[key]} here, {theirs[key]} in the model"
+            for key in ours
+            if ours[key] != theirs[key]
+        )
+        raise ConfigError(
+            f"{features}: these features are not those that {model} was trained with "
+            f"({apart}); embed the slides as the model wants them"
+        )
+    what = Predictions(
+        features=features,
+        model=model,
+        model_digest=slide_model_digest(model),
+        encoder_digest=contract.encoder.digest(),
+        classes=contract.classes,
+    )
+    with locked(out, "infer") as check:
+        keep_settings(predictions_uri(out), what)
+        seen = files.read_bytes(files.join(model, "slides.csv"))
+        files.write_bytes(files.join(out, "seen.csv"), seen)
+        return _infer(rows, what, out, check)
+
+
+def _infer(rows: dict[str, Row], what: Predictions, out: str, check: Any) -> Summary:
+    from medray.mil.network import SlideClassifier
+
+    start = time.perf_counter()
+    classifier = SlideClassifier(what.model)
+    done, failed = [], {}
+    with Progress("infer", len(rows)) as progress:
+        for slide, row in sorted(rows.items()):
+            check()
+            try:
+                found = _classify(row, classifier, what, out)
+                progress.slide(slide, f"done {found['label']}")
+            except (FormatError, _NothingError) as error:
+                failed[slide] = f"{error}"
+                found = {"status": "failed", "message": f"{error}", "label": None}
+                progress.slide(slide, f"failed: {error}")
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            kept = {name: row.get(name) for name in ("slide", "uri", "digest", "mpp")}
+            nothing = {f"p_{name}": None for name in what.classes} | {"tiles": None}
+            done.append(kept | nothing | found | {"finished_at": now})
+    files.write_table(files.join(out, "slides.parquet"), pa.Table.from_pylist(done))
+    count = len(rows) - len(failed)
+    return Summary(out, count, 0, failed, 0, time.perf_counter() - start)
+
+
+class _NothingError(Exception):
+    """There is nothing to classify."""
+
+
+def _classify(row: Row, classifier: Any, what: Predictions, out: str) -> Row:
+    slide = row["slide"]
+    if row["status"] != "done":
+        raise _NothingError(f"has no features: {row['message']}")
+    if not row["tiles"]:
+        raise _NothingError(f"{row['uri']}: no tissue, so no tile to classify")
+    bag = read_slide(what.features, slide)
+    probabilities, attention = classifier.predict(bag.features)
+    table = {"y": bag.coords[:, 0], "x": bag.coords[:, 1], "attention": attention}
+    files.write_table(attention_uri(out, slide), pa.table(table))
+    if classifier.model.head.name == "attention":
+        picture = files.read_bytes(thumbnail_uri(what.features, slide))
+        drawn = draw_heatmap(
+            np.asarray(Image.open(io.BytesIO(picture))), bag, attention
+        )
+        files.write_bytes(heatmap_uri(out, slide), as_png(drawn))
+    return {
+        "status": "done",
+        "message": "",
+        "label": what.classes[int(probabilities.argmax())],
+        "tiles": len(attention),
+    } | {
+        f"p_{name}": float(share)
+        for name, share in zip(what.classes, probabilities, strict=True)
+    }
+
+
+def draw_heatmap(
+    thumbnail: UInt8, bag: SlideFeatures, attention: npt.NDArray[np.float32]
+) -> UInt8:
+    """Draw attention over a slide, from dark (least) to light (most) by its rank.
+
+    Args:
+        thumbnail: (h, w, 3) uint8 RGB of the slide.
+        bag: Places of its tiles.
+        attention: (N,).
+
+    Returns:
+        (h, w, 3) uint8.
+    """
+    height, width = thumbnail.shape[:2]
+    down = bag.attributes["level0_height"] / height
+    across = bag.attributes["level0_width"] / width
+    side = bag.attributes["level0_tile"]
+    # Ranks: a few tiles hold most of the attention, and all others would look alike.
+    rank = np.searchsorted(np.sort(attention), attention, side="right") / len(attention)
+    colors = matplotlib.colormaps["inferno"](rank)[:, :3] * 255
+    drawn = thumbnail.astype(np.float32)
+    for (y, x), color in zip(bag.coords, colors, strict=True):
+        rows = slice(round(y / down), max(round((y + side) / down), 1))
+        columns = slice(round(x / across), max(round((x + side) / across), 1))
+        drawn[rows, columns] = 0.45 * thumbnail[rows, columns] + 0.55 * color
+    return drawn.round().astype(np.uint8)

@@ -1,0 +1,112 @@
+"""What a file is (its digest), and a quick sign that it changed (its stamp)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from medray.errors import MedrayError, SlideError
+from medray.slides.members import slide_members
+from medray.storage import files
+
+_MIB = 1 << 20
+_WHOLE, _LEAST = 64 * _MIB, 2 * _MIB
+
+
+def slide_digest(uri: str) -> str:
+    """Name a slide by its content.
+
+    Up to 64 MiB all of it counts; of a larger file its size, its first and last MiB and
+    62 MiB spread evenly between them: enough to tell scans apart at a constant cost.
+    The files of a slide of several share the 64 MiB, but each counts with 2 MiB or
+    more; what they are called does not count. An OME-Zarr is named by its zarr.json and
+    the names and sizes of its files.
+
+    Returns:
+        `blake2b:` and 32 hex digits.
+
+    Raises:
+        SlideError: It, or one of its files, is not there.
+        StoreError: It cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        if uri.endswith(".zarr"):
+            digest.update(files.read_bytes(files.join(uri, "zarr.json")))
+            for name, size in files.list_files(uri).items():
+                digest.update(f"/{name} {size}\n".encode())
+        else:
+            members = slide_members(uri)
+            whole = max(_LEAST, _WHOLE // len(members))
+            for member in members:
+                starts, lengths = zip(*_parts(member.size, whole), strict=True)
+                for data in files.read_ranges(member.uri, starts, lengths):
+                    digest.update(data)
+                digest.update(str(member.size).encode())
+    except FileNotFoundError as error:
+        raise SlideError(f"{uri}: cannot be read ({error})") from error
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def _parts(size: int, whole: int) -> list[tuple[int, int]]:
+    """Return (start, length) of what counts of a file, `whole` bytes of it at most."""
+    if size <= whole:
+        return [(0, size)]
+    last = whole // _MIB - 1
+    step = (size - _MIB) // last
+    return [(i * step, _MIB) for i in range(last)] + [(size - _MIB, _MIB)]
+
+
+def slide_stamp(uri: str) -> str:
+    """Give size and time of a slide: equal stamps mean that it was not touched.
+
+    Of a slide of several files their sizes together, their number, and a digest of
+    their names, sizes and times.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SlideError: One of its files is missing.
+        StoreError: It cannot be looked at.
+    """
+    if uri.endswith(".zarr"):
+        return files.stamp(files.join(uri, "zarr.json"))
+    members = slide_members(uri)
+    if len(members) == 1:
+        return members[0].stamp
+    digest = hashlib.blake2b(digest_size=8)
+    for member in members:
+        name = member.uri.rpartition("/")[2]
+        digest.update(f"/{name} {member.stamp}\n".encode(errors="surrogateescape"))
+    size = sum(member.size for member in members)
+    return f"{size} {len(members)} files {digest.hexdigest()}"
+
+
+def stamp_of(uri: str, annotation: str = "") -> str:
+    """Give the stamp of a slide and of its annotation, if it has one.
+
+    Returns:
+        Empty when one cannot be looked at: opening it will tell what is wrong.
+    """
+    try:
+        stamp = slide_stamp(uri)
+        return f"{stamp} {slide_stamp(annotation)}" if annotation else stamp
+    except (MedrayError, OSError):
+        return ""
+
+
+def check_unchanged(row: dict[str, Any]) -> None:
+    """Check that a slide is still the file that was planned.
+
+    Args:
+        row: Of the slide: `uri`, `annotation` and `stamp`, from `stamp_of`.
+
+    Raises:
+        SlideError: It was replaced or written to.
+    """
+    now = stamp_of(row["uri"], row["annotation"])
+    if row["stamp"] and now != row["stamp"]:
+        raise SlideError(
+            f"{row['uri']}: it, or its annotation, changed while it was read (size and "
+            f"time were {row['stamp']}, are {now or 'not to be had'}); run again when "
+            f"it is complete"
+        )

@@ -1,0 +1,179 @@
+"""YAML files as frozen dataclasses: strict when read, complete when written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from medray.errors import ConfigError
+from medray.storage import files
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Turn a dataclass into plain dictionaries, lists and values."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(settings))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_settings(uri: str, settings: Any) -> None:
+    """Write a dataclass as YAML, atomically."""
+    text = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+    files.write_bytes(uri, text.encode())
+
+
+class Decisive(typing.Protocol):
+    """Settings of which some decide what is made."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Give those, as plain values."""
+
+
+def keep_settings(uri: str, settings: Decisive) -> None:
+    """Write a folder's settings, or check that those it has make the same.
+
+    Raises:
+        ConfigError: They make something else.
+    """
+    if not files.exists(uri):
+        write_settings(uri, settings)
+        return
+    before = from_dict(type(settings), read_yaml(uri), uri)
+    if before.decisive() == settings.decisive():
+        return
+    old, new = _flat(before.decisive()), _flat(settings.decisive())
+    changed = ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    )
+    raise ConfigError(
+        f"{uri.rpartition('/')[0]}: holds a run with other settings ({changed}); "
+        f"choose another --out, or delete this run"
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Bring nested settings to one level, by their own names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; nothing in it is executed.
+
+    Raises:
+        ConfigError: The file is absent, no YAML, or holds something else.
+    """
+    try:
+        value = yaml.safe_load(files.read_bytes(uri))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: there is no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{uri}: expected YAML, found {problem}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{uri}: expected a mapping of keys to values, found {type(value).__name__}"
+        )
+    return value
+
+
+def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = ()) -> T:
+    """Read a YAML file into dataclass `cls`, with `key=value` overrides.
+
+    Args:
+        cls: A dataclass, possibly of dataclasses.
+        uri: The YAML file.
+        overrides: Such as `optimizer.lr=1e-4`.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest known one) or a wrong value.
+    """
+    values = read_yaml(uri)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: expected key=value, such as batch=8")
+        _set(values, key.split("."), yaml.safe_load(text), override)
+    return from_dict(cls, values, uri)
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        if values.get(key) is None:
+            values[key] = {}
+        inner = values[key]
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override}: {key!r} holds a value, not further keys")
+        values = inner
+    values[last] = value
+
+
+def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
+    """Make dataclass `cls` of plain values; `source` is named in errors.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest known one) or a wrong value.
+    """
+    _refuse_unknown_keys(cls, values, source, "")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--settings", type=cls)
+    try:
+        parsed = parser.parse_object({"settings": values})
+        result: T = parser.instantiate(parsed).settings
+    except (ArgumentError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{source}: {problem}") from error
+    return result
+
+
+def _refuse_unknown_keys(
+    cls: type[Any], values: dict[str, Any], source: str, prefix: str
+) -> None:
+    """Name the key and its nearest neighbour, which the parser's error does not."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else "remove it"
+            raise ConfigError(
+                f"{source}: unknown key {prefix}{key}; {hint} "
+                f"(known here: {', '.join(hints)})"
+            )
+        options = typing.get_args(hints[key]) or (hints[key],)
+        for option in options:
+            if not dataclasses.is_dataclass(option):
+                continue
+            inner = typing.cast(type[Any], option)
+            if typing.get_origin(hints[key]) is tuple:
+                _refuse_wrong_items(inner, value, source, f"{prefix}{key}")
+            elif isinstance(value, dict):
+                _refuse_unknown_keys(inner, value, source, f"{prefix}{key}.")
+
+
+def _refuse_wrong_items(cls: type[Any], items: Any, source: str, name: str) -> None:
+    """Refuse what is no list of mappings with the keys of `cls`."""
+    if not isinstance(items, (list, tuple)) or not all(
+        item and isinstance(item, dict) for item in items
+    ):
+        keys = ", ".join(typing.get_type_hints(cls))
+        raise ConfigError(
+            f"{source}: {name}: expected a list, each item a mapping with some of "
+            f"{keys}; found {items}"
+        )
+    for index, item in enumerate(items):
+        _refuse_unknown_keys(cls, item, source, f"{name}[{index}].")

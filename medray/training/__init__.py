@@ -1,0 +1,1 @@
+"""MODEL: recipes, crops, losses and the loop that makes one."""

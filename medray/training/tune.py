@@ -1,0 +1,333 @@
+"""A recipe with several values for some of its keys -> the best model of them all.
+
+The way of a sweep, top to bottom:
+
+    trials   every combination of the values is a training with a folder of its own
+    run      Ray Tune runs as many of them at a time as there are devices; ASHA may end
+             those that are behind
+    report   what each was worth by F1 on the validation patches; the best model
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.tune
+import torch
+from ray.tune.schedulers import ASHAScheduler
+
+from medray.errors import ConfigError, MedrayError
+from medray.execution import cluster
+from medray.models.config import ModelConfig
+from medray.models.network import choose_device
+from medray.storage import files
+from medray.storage.lock import locked
+from medray.storage.yaml_config import read_yaml
+from medray.training.learner import Team
+from medray.training.recipe import Recipe, read_recipe
+from medray.training.train import read_history, train_with
+from medray.training.trainer import train_as
+from medray.training.tune_report import write_tune_report
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+Grid = Mapping[str, Sequence[Any]]
+
+_LIVES = 3  # times that a trial whose process died goes on
+_MOST_TRIALS = 1000
+_OVER = ("model.yaml", "stopped.json", "failed.json")  # what a trial that is over has
+_FOLDER = ("model.yaml", "weights.safetensors", "metrics.json", "training.html")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a sweep did.
+
+    Attributes:
+        out: Its folder; OUT/best is the best model.
+        trials: How many there are.
+        best: The values of the best one.
+        f1: Its F1 on the validation patches; they chose it, so it flatters.
+        failed: Why trials have no result, by their values.
+        report: Its page.
+        seconds: Wall time, Ray's start apart.
+    """
+
+    out: str
+    trials: int
+    best: dict[str, Any]
+    f1: float
+    failed: dict[str, str]
+    report: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of a grid's values.
+
+    Attributes:
+        name: Tells the values; its folder's name too.
+        values: By key of the recipe.
+        recipe: With those values.
+    """
+
+    name: str
+    values: dict[str, Any]
+    recipe: Recipe
+
+
+def read_sweep(uri: str) -> tuple[str, Grid, int]:
+    """Read a sweep: the recipe's address, the grid, and ASHA's first rung (0: none).
+
+    Raises:
+        ConfigError: It is none.
+    """
+    values = read_yaml(uri)
+    if unknown := sorted(map(str, values.keys() - {"recipe", "grid", "asha"})):
+        raise ConfigError(
+            f"{uri}: unknown keys {unknown}; a sweep has recipe, grid and asha"
+        )
+    recipe, grid, asha = values.get("recipe"), values.get("grid"), values.get("asha", 0)
+    if not isinstance(recipe, str):
+        raise ConfigError(f"{uri}: recipe: expected a file, found {recipe!r}")
+    if not isinstance(grid, dict):
+        raise ConfigError(
+            f"{uri}: grid: expected lists of values by key, such as "
+            f"{{optimizer.lr: [1.0e-3, 1.0e-4]}}, found {grid!r}"
+        )
+    if not isinstance(asha, int) or asha < 0:
+        raise ConfigError(f"{uri}: asha: expected epochs, or 0, found {asha!r}")
+    return files.join(files.absolute(uri).rpartition("/")[0], recipe), grid, asha
+
+
+def plan_trials(recipe: str, grid: Grid, overrides: Sequence[str]) -> list[Trial]:
+    """Give a trial for each combination of the grid's values.
+
+    Raises:
+        ConfigError: A key or a value is none of the recipe's.
+    """
+    for key, listed in grid.items():
+        if not isinstance(listed, (list, tuple)) or not listed:
+            raise ConfigError(f"grid: {key}: expected a list of values, found {listed}")
+    if not grid:
+        raise ConfigError("grid: expected a key with a list of values, found none")
+    if (count := math.prod(map(len, grid.values()))) > _MOST_TRIALS:
+        raise ConfigError(f"grid: {count} trials, more than {_MOST_TRIALS}")
+    trials = []
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        settings = read_recipe(recipe, [*overrides, *chosen])
+        if settings.most > 1:
+            raise ConfigError(
+                f"workers: {settings.workers}: each trial of a sweep has one worker, "
+                f"and trials run beside each other; set workers=1"
+            )
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(chosen)).replace('"', "")
+        trials.append(Trial(name, values, settings))
+    return trials
+
+
+def tune(
+    recipe: str,
+    *,
+    data: str,
+    out: str,
+    grid: Grid | None = None,
+    asha: int = 0,
+    overrides: Sequence[str] = (),
+) -> Tuning:
+    """Train a recipe with every combination of some values.
+
+    Running the same command again goes on with the trials that are not over, each from
+    its last checkpoint, and starts none anew.
+
+    Args:
+        recipe: YAML file, see recipes/; or, without `grid`, a sweep that names one.
+        data: Dataset, as `medray ingest` writes it.
+        out: Folder to make.
+        grid: Values by key of the recipe, such as {"optimizer.lr": [1e-3, 1e-4]}.
+        asha: End trials early that are behind (Li et al. 2020, ASHA): the first ones
+            after this many epochs, two thirds of what is left after each threefold.
+            0: each trains to its end.
+        overrides: Keys of the recipe to change in all trials.
+
+    Raises:
+        ConfigError: A key, a value or the dataset is wrong, or another process works
+            in OUT.
+        MedrayError: No trial has a result.
+    """
+    if grid is None:
+        recipe, grid, asha = read_sweep(recipe)
+    data, out = files.absolute(data), files.absolute(out)
+    trials = plan_trials(recipe, grid, overrides)
+    cluster.connect()
+    start = time.perf_counter()
+    with locked(out, "tune"):
+        _check_same(out, recipe, grid, asha, overrides)
+        log.info("%d trials into %s", len(trials), out)
+        todo = [trial for trial in trials if not _is_over(out, trial)]
+        if todo:
+            # ASHA compares: those that are over tell it again what they reached.
+            _run(trials if asha else todo, data, out, asha)
+        rows = [_row(out, trial) for trial in trials]
+        # Without foreground in validation there is no F1, but a loss.
+        rows.sort(key=lambda row: -row["score"] if row["score"] is not None else 1e9)
+        best = next((row for row in rows if row["status"] == "trained"), None)
+        failed = {row["trial"]: row["why"] for row in rows if row["status"] == "failed"}
+        if best is None:
+            name, why = next(iter(failed.items()), ("none", "all were stopped"))
+            raise MedrayError(f"no trial has a result; {name}: {why}")
+        for name in _FOLDER:
+            content = files.read_bytes(files.join(best["folder"], name))
+            files.write_bytes(files.join(out, "best", name), content)
+        page = write_tune_report(out, list(grid), rows, best)
+    return Tuning(
+        out,
+        len(trials),
+        best["values"],
+        best["f1"],
+        failed,
+        page,
+        time.perf_counter() - start,
+    )
+
+
+def _check_same(
+    out: str, recipe: str, grid: Grid, asha: int, overrides: Sequence[str]
+) -> None:
+    """Refuse a folder of another sweep; what differs in data each trial refuses."""
+    uri = files.join(out, "sweep.json")
+    asked = {
+        "recipe": recipe.rpartition("/")[2],
+        "grid": {key: list(values) for key, values in grid.items()},
+        "asha": asha,
+        "overrides": list(overrides),
+    }
+    if files.exists(uri) and (before := files.read_json(uri)) != asked:
+        differing = [key for key in asked if before.get(key) != asked[key]]
+        raise ConfigError(
+            f"{out}: holds another sweep (other {', '.join(differing)}); choose "
+            f"another --out"
+        )
+    files.write_json(uri, asked)
+
+
+def _folder(out: str, trial: Trial) -> str:
+    return files.join(out, "trials", trial.name)
+
+
+def _is_over(out: str, trial: Trial) -> bool:
+    return any(files.exists(files.join(_folder(out, trial), name)) for name in _OVER)
+
+
+def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
+    """Have Ray Tune run what is not over."""
+    gpus = cluster.gpus()
+    # On CPUs half of them train; the tasks that read need some too.
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    at_a_time = gpus or max(1, cpus // 2)
+    epochs = max(trial.recipe.schedule.epochs for trial in trials)
+    scheduler = None
+    if asha:
+        scheduler = ASHAScheduler(
+            time_attr="epochs",
+            metric="score",
+            mode="max",
+            grace_period=min(asha, epochs),
+            max_t=epochs,
+            reduction_factor=3,
+        )
+    by_name = {trial.name: trial for trial in trials}
+    trainable = functools.partial(_train_one, trials=by_name, data=data, out=out)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trainable, {"GPU": 1} if gpus else {"CPU": 1}),
+        param_space={"trial": ray.tune.grid_search(list(by_name))},
+        tune_config=ray.tune.TuneConfig(
+            scheduler=scheduler,
+            max_concurrent_trials=at_a_time,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"{time.time_ns()}",  # what is over is known by the trials' folders
+            storage_path=files.join(out, "ray"),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=_LIVES),
+        ),
+    )
+    for result in tuner.fit():
+        trial = by_name[result.config["trial"]]
+        if result.error is not None:
+            log.warning("%s: %s", trial.name, f"{result.error}".splitlines()[-1])
+        elif not _is_over(out, trial):
+            files.write_json(files.join(_folder(out, trial), "stopped.json"), {})
+    files.remove(files.join(out, "ray"))
+
+
+def _train_one(
+    config: Row, *, trials: dict[str, Trial], data: str, out: str
+) -> dict[str, float]:
+    """Train one combination in one of Ray Tune's processes."""
+    trial = trials[config["trial"]]
+    folder = _folder(out, trial)
+    last: Row = {"score": float("-inf"), "epochs": 0}
+
+    def told(entry: Row) -> None:
+        last.update(score=entry["score"], epochs=entry["epoch"] + 1)
+        ray.tune.report(dict(last))
+
+    def run(settings: Recipe, contract: ModelConfig, training: str) -> None:
+        device = choose_device()
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+        team = Team(0, 1, device)
+        train_as(team, settings, contract, data, folder, training, told)
+
+    try:
+        done = train_with(run, trial.recipe, data, folder)
+    except MedrayError as error:
+        # It would fail again: a loss that is no number, say.
+        files.write_json(files.join(folder, "failed.json"), {"why": f"{error}"})
+        return last
+    if not done.trained:
+        for entry in read_history(folder):
+            told(entry)
+    return last
+
+
+def _row(out: str, trial: Trial) -> Row:
+    """Sum up a trial by what lies in its folder."""
+    folder = _folder(out, trial)
+    history = read_history(folder)
+    row: Row = {
+        "trial": trial.name,
+        "folder": folder,
+        "values": trial.values,
+        "status": "stopped early",
+        "why": "",
+        "history": history,
+        "epochs": len(history),
+        "seconds": sum(entry["seconds"] for entry in history),
+    }
+    best = max(history, key=lambda entry: entry["score"], default=None)
+    for name in ("score", "f1", "iou"):
+        row[name] = best[name] if best else None
+    if files.exists(files.join(folder, "model.yaml")):
+        row["status"] = "trained"
+    elif files.exists(files.join(folder, "failed.json")):
+        why = files.read_json(files.join(folder, "failed.json"))["why"]
+        row |= {"status": "failed", "why": why}
+    elif not history:
+        row |= {"status": "failed", "why": "its process died; run again to go on"}
+    return row
