@@ -34,8 +34,8 @@ from ray.cluster_utils import Cluster
 
 from medray.classes import Classes
 from medray.datasets.synthetic import draw_scene, write_slide
+from medray.execution import memory
 from medray.geometry import Windows
-from medray.inference import memory
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import save_model
 from medray.models.segmenters import build_segmenter

@@ -17,11 +17,11 @@ import time
 import numpy as np
 import ray
 
+from medray.execution import memory
 from medray.execution.actor_pool import Pool, poll
 from medray.execution.commit import HEADER, WORKING, Commit
 from medray.execution.progress import Progress
 from medray.execution.scheduler import drive
-from medray.inference import memory
 from medray.inference.infer import _slide_row
 from medray.storage.ledger import Ledger
 

@@ -346,7 +346,7 @@ def _gc(args: argparse.Namespace) -> Any:
 
 
 def _diff(args: argparse.Namespace) -> Any:
-    from medray.inference.verify import diff
+    from medray.evaluation.diff import diff
 
     return diff(args.run_folder, args.other)
 

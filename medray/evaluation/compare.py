@@ -24,6 +24,7 @@ from PIL import Image
 
 from medray.classes import Classes
 from medray.errors import MedrayError
+from medray.evaluation.diff import Difference, diff
 from medray.evaluation.evaluate import evaluate, match_truths
 from medray.evaluation.ground_truth import read_known, read_truth
 from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
@@ -37,7 +38,6 @@ from medray.evaluation.report import (
 )
 from medray.geometry import Rectangle
 from medray.inference.run import RunSettings, mask_uri, read_run
-from medray.inference.verify import Difference, diff
 from medray.slides import open_row, read_thumbnail
 from medray.storage import files, ome_zarr
 from medray.storage.yaml_config import to_dict

@@ -421,7 +421,7 @@ def overlays(
         None for each where it cannot be told: without grad-cam, of an exported model,
         of one that takes measures too, of an encoder without a feature map.
     """
-    from medray.apps.explain import Explainer
+    from medray.evaluation.grad_cam import Explainer
 
     try:
         explainer = Explainer(model) if seen else None

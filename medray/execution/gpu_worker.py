@@ -26,11 +26,10 @@ import ray
 from ray.util.metrics import Counter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from medray.execution import cluster
+from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
 from medray.execution.commit import Row
-from medray.inference import memory
-from medray.inference.regions import RegionIO
+from medray.execution.region_io import RegionIO
 from medray.slides.cache import fetch
 
 UInt8 = npt.NDArray[np.uint8]

@@ -25,8 +25,9 @@ from medray.datasets.given import as_given
 from medray.errors import ConfigError, MedrayError
 from medray.execution import cluster
 from medray.execution.gpu_worker import lane_resources
+from medray.execution.memory import check_budget
 from medray.inference.infer import settings_of, slides_within
-from medray.inference.memory import bounds, check_budget, kept_layers
+from medray.inference.memory import bounds, kept_layers
 from medray.inference.plan import count_windows, plan_slide
 from medray.inference.run import Options, RunSettings
 from medray.slides import open_slide

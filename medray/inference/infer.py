@@ -42,10 +42,11 @@ from medray.execution.commit import (
     start_row,
 )
 from medray.execution.gpu_worker import Layers, Work, start_lanes
+from medray.execution.memory import check_budget
 from medray.execution.progress import Progress
 from medray.execution.scheduler import drive, keeping, start_workers
 from medray.geometry import Rectangle, region_side, region_windows
-from medray.inference import memory
+from medray.inference.memory import bounds
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import (
@@ -131,8 +132,8 @@ def _infer(
         return Summary(out, 0, skipped, {}, 0, 0.0)
     log_copies(row["uri"] for row in todo)
     cluster.connect()
-    most, there = memory.bounds(settings)[0], cluster.memory_per_node()
-    memory.check_budget(most, there)
+    most, there = bounds(settings)[0], cluster.memory_per_node()
+    check_budget(most, there)
     log.info(
         "lanes: %d, regions of %d px, at most %.1f GiB of memory a node of %.1f GiB",
         cluster.lanes(),

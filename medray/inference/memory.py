@@ -1,39 +1,9 @@
-"""How much memory a run may need on a node, and whether it is there.
-
-A bound is a sum of what may be held at once: reading ahead is limited by bytes, writing
-behind by regions, and everything else is a fixed number of processes.
-"""
+"""How much memory a run may need on a node."""
 
 from __future__ import annotations
 
-from medray.errors import ConfigError
-from medray.execution import cluster
+from medray.execution.memory import LANE_BYTES, bounds_of
 from medray.inference.run import RunSettings
-
-_MIB = 1 << 20
-
-AHEAD_BYTES = {False: 64 * _MIB, True: 512 * _MIB}
-"""Bytes of pixels that a lane without or with a GPU has read ahead of each packet."""
-UNWRITTEN = 12
-"""Predicted regions of a lane that may wait for their writer."""
-PACKETS = 2
-"""Packets of a lane that are under way at once."""
-
-LANE_BYTES = 1500 * _MIB
-"""Memory of a lane whose model was not measured."""
-
-# Memory of processes that were measured idle: Ray's own and the driver, a process that
-# reads and writes, a planner.
-_BASE_BYTES, _HAND_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _MIB
-
-
-def hands_of(gpu: bool) -> int:
-    """Give how many processes read and write for a lane.
-
-    With a GPU all of its share of the node's cores but what the lane itself needs.
-    """
-    share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
-    return max(2, share - 2) if gpu else 1
 
 
 def kept_layers(settings: RunSettings) -> int:
@@ -59,44 +29,3 @@ def bounds(settings: RunSettings, lane_bytes: int = LANE_BYTES) -> tuple[int, in
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
     halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
     return bounds_of(halo, kept_layers(settings) * pixels, canvas, lane_bytes)
-
-
-def bounds_of(
-    halo: int, written: int, canvas: int, lane_bytes: int = LANE_BYTES
-) -> tuple[int, int]:
-    """Bound a node's memory, whatever its lanes make of regions.
-
-    Args:
-        halo: Bytes that are read of a region.
-        written: Bytes that are written of it.
-        canvas: Bytes that a lane has of it while it is predicted.
-        lane_bytes: Memory of a lane's process with its models loaded and warm.
-
-    Returns:
-        Bytes of all processes with the object store, and of the object store alone.
-    """
-    gpus = cluster.gpus_per_node()
-    lanes = max(1, gpus)
-    hands = lanes * hands_of(gpus > 0)
-    store = lanes * (
-        PACKETS * (AHEAD_BYTES[gpus > 0] + halo) + UNWRITTEN * written + halo
-    )
-    host = _BASE_BYTES + _PLANNER_BYTES + store
-    host += hands * (_HAND_BYTES + 3 * halo + 3 * written)
-    host += lanes * (lane_bytes + 3 * canvas + UNWRITTEN * written)
-    return host, store
-
-
-def check_budget(host_bytes: int, budget_bytes: int) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        ConfigError: More may be needed than there is.
-    """
-    if host_bytes > budget_bytes:
-        raise ConfigError(
-            f"memory: up to {host_bytes / 2**30:.1f} GiB may be needed on a node, Ray "
-            f"has {budget_bytes / 2**30:.1f} GiB; choose a smaller --region (a "
-            f"multiple of 512), do without --probabilities and --quality, or give the "
-            f"container more memory"
-        )

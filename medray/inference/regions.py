@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from medray.classes import AnyClass
 from medray.errors import MedrayError
-from medray.execution.failures import bound_memory, failure, too_large
+from medray.execution.failures import failure, too_large
 from medray.geometry import Rectangle, plan_regions, region_windows
 from medray.inference.postprocess import clean_labels
 from medray.inference.run import (
@@ -90,23 +89,6 @@ def read_pixels(slide: Slide, row: Row, settings: RunSettings) -> tuple[Row, UIn
         blocks = _tissue_of(pixels, row["height"], row["width"])
         row = row | {"blocks": (blocks & np.asarray(row["blocks"])).tolist()}
     return (row | {"damaged": damaged, "why": why} if damaged else row), pixels
-
-
-class RegionIO:
-    """Both ways in a process that stays: its imports and its open slides remain."""
-
-    def __init__(self) -> None:
-        """Bound what a hostile file can make a decoder allocate."""
-        bound_memory()
-
-    def read(self, read: Callable[..., Any], row: Row) -> tuple[Row, UInt8 | None]:
-        """Read a region as, for example, `read_region` does."""
-        result: tuple[Row, UInt8 | None] = read(row)
-        return result
-
-    def write(self, write: Callable[..., Row], row: Row, layers: Row) -> Row:
-        """Write a region's arrays as, for example, `write_region` does."""
-        return write(row, layers)
 
 
 def _read_halo(

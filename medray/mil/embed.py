@@ -21,12 +21,11 @@ import numpy.typing as npt
 
 from medray.datasets.given import as_given
 from medray.errors import ConfigError
-from medray.execution import cluster
+from medray.execution import cluster, memory
 from medray.execution.commit import Commit, Row, Summary, changed_slides, plan_one
 from medray.execution.gpu_worker import Layers, Work, start_lanes
 from medray.execution.progress import Progress
 from medray.execution.scheduler import drive, keeping, start_workers
-from medray.inference import memory
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,

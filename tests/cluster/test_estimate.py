@@ -10,9 +10,10 @@ from run_memory import MARK, run_watched
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
 from medray.execution import cluster
+from medray.execution.memory import check_budget
 from medray.inference.estimate import estimate
 from medray.inference.infer import settings_of
-from medray.inference.memory import bounds, check_budget
+from medray.inference.memory import bounds
 from medray.inference.run import Options, against_plan
 from medray.models.config import Prediction
 from medray.storage.files import read_table

@@ -25,8 +25,9 @@ from hypothesis.stateful import (
 )
 
 from medray.datasets.synthetic import draw_scene, write_slide
+from medray.evaluation.diff import diff
 from medray.inference.run import Options
-from medray.inference.verify import collect, diff, verify
+from medray.inference.verify import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage.ledger import Ledger

@@ -12,9 +12,10 @@ import serial
 from medray.cli import main
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
+from medray.evaluation.diff import diff
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
-from medray.inference.verify import collect, diff, verify
+from medray.inference.verify import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage import ome_zarr

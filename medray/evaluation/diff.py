@@ -1,0 +1,116 @@
+"""The masks of two runs beside each other, region by region."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medray.errors import ConfigError, FormatError
+from medray.evaluation.metrics import class_scores, confusion
+from medray.geometry import plan_regions
+from medray.inference.run import RunSettings, mask_uri, read_run
+from medray.storage import files, ome_zarr
+from medray.storage.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two runs differ.
+
+    Attributes:
+        out: The first run.
+        other: The second.
+        compared: How many slides were compared.
+        changed: Of each slide that changed its regions: [y, x, height, width] in pixels
+            of the mask, and how many pixels changed.
+        agreement: Of each class: f1 (Dice) and iou between the two masks, and its
+            pixels in each.
+        not_compared: Why some slides cannot be compared: only one run has them, or in
+            another size or of another image of the file, or a mask is damaged.
+    """
+
+    out: str
+    other: str
+    compared: int
+    changed: dict[str, list[tuple[list[int], int]]]
+    agreement: list[dict[str, Any]]
+    not_compared: dict[str, str]
+
+
+def diff(out: str, other: str) -> Difference:
+    """Compare the masks of two runs, region by region of the first.
+
+    Raises:
+        ConfigError: One is no run, or their classes differ.
+    """
+    runs = [files.absolute(run) for run in (out, other)]
+    settings = [read_run(run) for run in runs]
+    classes = settings[0].classes
+    if settings[1].classes.names != classes.names:
+        raise ConfigError(
+            f"{other}: has the classes {list(settings[1].classes.names)}, {out} has "
+            f"{list(classes.names)}; only runs of the same classes can be compared"
+        )
+    ledgers = [Ledger(run) for run in runs]
+    done = [
+        {s: row for s, row in ledger.slides.items() if row["status"] == "done"}
+        for ledger in ledgers
+    ]
+    not_compared = {
+        slide: f"not done in {run}"
+        for run, mine, other in zip(runs, done, done[::-1], strict=True)
+        for slide in other.keys() - mine.keys()
+    }
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    changed = {}
+    compared = 0
+    for slide in sorted(done[0].keys() & done[1].keys()):
+        try:
+            one, two = (ome_zarr.open_level(mask_uri(run, slide)) for run in runs)
+            for what in ("scene", "plane"):
+                ours, theirs = (of[slide].get(what) for of in done)
+                if ours != theirs:
+                    raise FormatError(f"{what} {ours} here, {theirs} there")
+            if one.shape != two.shape:
+                raise FormatError(f"{one.shape} pixels here, {two.shape} there")
+            regions, confused = _compare(one, two, settings[0])
+        except FormatError as error:
+            not_compared[slide] = f"{error}"
+            continue
+        compared += 1
+        counts += confused
+        if regions:
+            changed[slide] = regions
+    agreement = [
+        {
+            "class": name,
+            "f1": scores["f1"],
+            "iou": scores["iou"],
+            "px": int(counts[value].sum()),
+            "other_px": int(counts[:, value].sum()),
+        }
+        for value, (name, scores) in enumerate(
+            zip(classes.names, class_scores(counts, classes.names), strict=True)
+        )
+    ]
+    return Difference(runs[0], runs[1], compared, changed, agreement, not_compared)
+
+
+def _compare(
+    one: ome_zarr.Pixels, two: ome_zarr.Pixels, settings: RunSettings
+) -> tuple[list[tuple[list[int], int]], npt.NDArray[np.int64]]:
+    """Give the regions that differ, how many pixels do, and the confusion of all."""
+    classes = len(settings.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    changed = []
+    height, width = one.shape
+    for region in plan_regions(height, width, settings.options.region):
+        parts = one[region.slices()], two[region.slices()]
+        counts += confusion(*parts, classes)
+        if pixels := int((parts[0] != parts[1]).sum()):
+            place = [region.y, region.x, region.height, region.width]
+            changed.append((place, pixels))
+    return changed, counts
