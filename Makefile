@@ -47,10 +47,11 @@ golden: $(STAMP) ## is what medray makes of fixed inputs still the same?
 golden-update: $(STAMP) ## keep what it makes now; the commit says why it changed
 	$(BIN)/python tests/golden/golden.py --update
 
-lint: $(STAMP) ## style, and types; who imports Ray or torch
+lint: $(STAMP) ## style, types, and the rooms: who imports whom, Ray or torch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(STAMP) ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict --quiet
