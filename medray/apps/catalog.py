@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 
 from medray.storage import files
+from medray.types import Row
 
-Row = dict[str, Any]
 Catalog = dict[str, Row]
 
 COLUMNS = pa.schema(

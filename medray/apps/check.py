@@ -17,7 +17,6 @@ import io
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +46,7 @@ from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.readable import check_readable
 from medray.slides.resolution import settle_mpp
 from medray.storage import files
-
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import Row
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""

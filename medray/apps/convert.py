@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import tifffile
 
@@ -41,10 +40,9 @@ from medray.storage import files, ngff, ngff_v04, ome_zarr
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings, to_dict
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 Format = Literal["ome-zarr", "ome-zarr-0.4", "ome-tiff", "tiff"]
 
 FORMATS: dict[str, str] = {

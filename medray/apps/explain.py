@@ -12,10 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from medray.datasets.given import as_given
 from medray.datasets.image_folder import read_resized
@@ -27,9 +23,7 @@ from medray.slides import open_slide
 from medray.slides.discovery import SlideFile, find_slides
 from medray.storage import files
 from medray.training.probe_windows import fullest_window
-
-UInt8 = npt.NDArray[np.uint8]
-Row = dict[str, Any]
+from medray.types import Row, UInt8
 
 
 @dataclass(frozen=True)

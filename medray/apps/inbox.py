@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from medray.apps.catalog import Catalog, Found, current
 from medray.datasets.given import as_given
@@ -21,9 +20,9 @@ from medray.inference.run import Options
 from medray.slides.discovery import SlideFile, as_slides, find_slide_files
 from medray.slides.fingerprint import slide_digest, slide_stamp
 from medray.storage import files
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _READERS = 8  # each may hold 64 MiB
 

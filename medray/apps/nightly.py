@@ -30,7 +30,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import ray
 
@@ -67,9 +66,9 @@ from medray.slides.fingerprint import slide_digest
 from medray.slides.scanner import UNKNOWN, scanner_of
 from medray.storage import files
 from medray.storage.lock import locked
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _PATIENCE_S = 300.0  # a thumbnail may take
 

@@ -38,10 +38,9 @@ from medray.models.folder import load_model
 from medray.models.predict import Predictor
 from medray.slides import open_slide
 from medray.storage import files
+from medray.types import Row, UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
-Row = dict[str, Any]
 Format = Literal["png", "geojson"]
 Kind = Literal["classify", "segment"]
 

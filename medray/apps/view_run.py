@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from medray.annotations.matching import match_names
 from medray.apps.view_tiles import Place, last_zoom, open_unchanged, whole_step
@@ -26,9 +25,9 @@ from medray.inference.run import (
 from medray.slides.discovery import SlideFile, find_slides
 from medray.storage import files, ome_zarr
 from medray.storage.ledger import Ledger
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _FRESH_S = 2.0  # how long what was read of the run counts as new
 COLORS = ("#000000", *AGREEMENT.values())

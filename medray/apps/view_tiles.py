@@ -34,8 +34,7 @@ from medray.slides.fingerprint import slide_digest, slide_stamp
 from medray.slides.readable import read_readable
 from medray.slides.thumbnail import block_means
 from medray.storage import ome_zarr
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 TILE = 256
 """Side of a tile, pixels."""

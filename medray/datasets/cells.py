@@ -15,10 +15,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from medray.annotations.dat_contours import CONTOUR_SUFFIX, read_contour
 from medray.annotations.morphology import measure
@@ -26,10 +22,9 @@ from medray.errors import ConfigError, SlideError
 from medray.slides import open_slide
 from medray.slides.discovery import find_files, strip_suffix
 from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 
 _CROPS = "CROPPED"  # the folder of a class that holds them
 _MARGIN_PX = 10  # around the cytoplasm of a cell that is cut out

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 from PIL import Image
@@ -68,10 +67,9 @@ from medray.slides.discovery import find_files
 from medray.slides.fingerprint import slide_digest, stamp_of
 from medray.storage import files, ome_zarr
 from medray.storage.lock import locked
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _SHEET_PX = 2048  # side of a sheet, at most

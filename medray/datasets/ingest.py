@@ -21,11 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from medray.annotations import (
-    Annotation,
-    rasterise,
-    read_marks,
-)
+from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.matching import match_annotations
 from medray.classes import AnyClass, Classes
 from medray.datasets.dataset import (
@@ -44,14 +40,7 @@ from medray.datasets.given import as_given
 from medray.errors import MedrayError, SlideError
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool
-from medray.execution.commit import (
-    Commit,
-    Row,
-    Summary,
-    add_note,
-    changed_slides,
-    plan_one,
-)
+from medray.execution.commit import Commit, Summary, add_note, changed_slides, plan_one
 from medray.execution.failures import bound_memory, failure, too_large
 from medray.execution.progress import Progress
 from medray.execution.scheduler import drive, keeping, start_workers
@@ -67,6 +56,7 @@ from medray.storage import files, ome_zarr
 from medray.storage.digests import digests_below
 from medray.storage.ledger import Ledger, slide_key
 from medray.storage.lock import locked
+from medray.types import Row
 
 log = logging.getLogger(__name__)
 _PACKET = 4  # regions that a cutter is given at once

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 from skimage.draw import polygon2mask
 
+from medray.types import UInt8
+
 Points = npt.NDArray[np.float64]  # (n, 2) of x, y in pixels
-UInt8 = npt.NDArray[np.uint8]
 
 
 class _Kind(NamedTuple):

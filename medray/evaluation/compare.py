@@ -41,9 +41,9 @@ from medray.inference.run import RunSettings, mask_uri, read_run
 from medray.slides import open_row, read_thumbnail
 from medray.storage import files, ome_zarr
 from medray.storage.yaml_config import to_dict
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _SHOWN = 6  # slides with pictures
 _MAX_ROWS = 500  # slides in the page's table; slides.csv has them all

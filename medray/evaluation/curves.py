@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from medray.classes import Classes
 from medray.evaluation.calibration import BINS
 from medray.evaluation.html import ACCENT, SOFT, as_svg, finish_axes
+from medray.types import UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 

@@ -63,9 +63,9 @@ from medray.slides.discovery import SlideFile
 from medray.slides.fingerprint import slide_stamp
 from medray.slides.resolution import read_working, working_of
 from medray.storage import files, ome_zarr
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _OVERLAY_PX = 600
 _PLACE_PX = 1024

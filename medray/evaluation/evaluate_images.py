@@ -59,8 +59,8 @@ from medray.models.config import (
 )
 from medray.models.folder import read_seen
 from medray.storage import files, ome_zarr
+from medray.types import Row
 
-Row = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
 _SHOWN = 12  # errors, the most confident ones

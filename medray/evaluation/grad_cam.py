@@ -14,8 +14,7 @@ from medray.models import explain as maps
 from medray.models.config import is_exported, read_config
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 @dataclass(frozen=True)

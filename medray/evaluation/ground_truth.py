@@ -18,9 +18,9 @@ from medray.errors import ConfigError, SlideError
 from medray.geometry import Rectangle
 from medray.slides.discovery import SlideFile
 from medray.storage import files, ome_zarr
+from medray.types import UInt8
 
 log = logging.getLogger(__name__)
-UInt8 = npt.NDArray[np.uint8]
 
 
 def find_truths(

@@ -18,8 +18,8 @@ from medray.evaluation.metrics import (
     of_images,
     summary,
 )
+from medray.types import Row
 
-Row = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
 _AREAS = {"auc": roc_auc_score, "average_precision": average_precision_score}

@@ -23,8 +23,8 @@ from medray.evaluation.curves import draw_precision_recall, draw_reliability, su
 from medray.evaluation.html import ACCENT, INK, LINE, SOFT, as_svg, data_uri, render
 from medray.evaluation.metrics import SCORES, bootstrap, class_scores, summary
 from medray.storage import files
+from medray.types import UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
 
 _SHOWN = 4  # overlays of the worst slides, and as many of the best

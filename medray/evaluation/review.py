@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +28,9 @@ from medray.inference.outlines import trace
 from medray.inference.run import layer_uri, mask_uri, read_run
 from medray.slides.bounds import scanned_bounds
 from medray.storage import files, ome_zarr
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 SIDE = 2 * ome_zarr.PATCH
 """Side of a square in pixels of level 0: ingest makes whole patches of it."""

@@ -15,8 +15,7 @@ from medray.errors import ConfigError
 from medray.evaluation.image_metrics import patients_of
 from medray.evaluation.metrics import draws
 from medray.storage import files
-
-Row = dict[str, Any]
+from medray.types import Row
 
 
 def write_predictions(rows: Sequence[Row], names: Sequence[str], uri: str) -> None:

@@ -21,9 +21,9 @@ from ray.exceptions import (
 
 from medray.errors import MedrayError
 from medray.execution import cluster
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 # A row that was at hand when this many actors died is given up: of those whose nodes
 # live on, and of all, should no node ever seem to.

@@ -25,9 +25,9 @@ from medray.slides.resolution import MPP_COLUMNS
 from medray.slides.staged import StagedSlide
 from medray.storage import files
 from medray.storage.ledger import Ledger, slide_key
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 # So many slides or regions in succession that storage does not give are no accident.
 _MOST_UNREACHED = 10

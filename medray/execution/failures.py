@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import resource
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medray.errors import StoreError
-
-Row = dict[str, Any]
+from medray.types import Row
 
 # A field of PNG or JPEG, read whole, needs as much; a region far less.
 _MOST_BYTES = 4 << 30

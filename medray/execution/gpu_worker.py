@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import ray
 from ray.util.metrics import Counter
@@ -28,11 +27,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
-from medray.execution.commit import Row
 from medray.execution.region_io import RegionIO
 from medray.slides.cache import fetch
+from medray.types import Row, UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Layers = dict[str, npt.NDArray[Any]]
 
 

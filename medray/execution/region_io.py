@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from medray.execution.failures import bound_memory
-
-UInt8 = npt.NDArray[np.uint8]
-Row = dict[str, Any]
+from medray.types import Row, UInt8
 
 
 class RegionIO:

@@ -16,12 +16,13 @@ from ray.util.metrics import Counter, Gauge
 from medray.errors import StoreError
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
-from medray.execution.commit import HEADER, Commit, Row
+from medray.execution.commit import HEADER, Commit
 from medray.execution.failures import bound_memory, failure
 from medray.execution.progress import Progress
 from medray.execution.signals import StoppedError, stopping
 from medray.slides.cache import fetch, fetch_if_copied
 from medray.storage.ledger import Ledger
+from medray.types import Row
 
 # Regions that show how fast they go, after as many that waited for the model, too.
 _MEASURED = 16

@@ -23,9 +23,9 @@ from medray.execution import cluster
 from medray.execution.actor_pool import LostError, Pool, poll
 from medray.models.config import TURNS, Tta
 from medray.storage import files, ome_zarr
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
 _BATCH = 25  # images; what an exported model takes at most

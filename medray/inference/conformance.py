@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -32,12 +31,12 @@ from medray.geometry import (
     window_weights,
     windows_over,
 )
+from medray.types import UInt8
 
 if TYPE_CHECKING:
     from medray.models.canvas import RegionPixels
     from medray.models.predict import Predictor
 
-UInt8 = npt.NDArray[np.uint8]
 
 Engine = Callable[[UInt8, nn.Module, Windows, int], UInt8]
 """(H, W, 3) uint8 pixels, a model, windows and a batch size to a (H, W) uint8 mask. The

@@ -27,14 +27,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medray.datasets.given import as_given
 from medray.errors import ConfigError, SlideError
 from medray.execution import cluster
 from medray.execution.commit import (
     Commit,
-    Row,
     Summary,
     add_note,
     changed_slides,
@@ -49,11 +47,7 @@ from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.memory import bounds
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
 from medray.inference.postprocess import Cleaning
-from medray.inference.regions import (
-    finish_slide,
-    read_region,
-    write_region,
-)
+from medray.inference.regions import finish_slide, read_region, write_region
 from medray.inference.run import (
     Options,
     RunSettings,
@@ -62,12 +56,7 @@ from medray.inference.run import (
     open_run,
     raw_uri,
 )
-from medray.models.config import (
-    check_runtime,
-    model_digest,
-    read_config,
-    weights_uri,
-)
+from medray.models.config import check_runtime, model_digest, read_config, weights_uri
 from medray.slides import Slide
 from medray.slides.cache import log_copies
 from medray.slides.discovery import SlideFile, find_slides
@@ -75,9 +64,9 @@ from medray.slides.resolution import working_of
 from medray.storage import files, ome_zarr
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
-UInt8 = npt.NDArray[np.uint8]
 
 
 def infer(

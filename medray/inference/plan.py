@@ -18,8 +18,8 @@ from medray.slides import Slide
 from medray.slides.resolution import Working, choose_level, mpp_columns, settle_mpp
 from medray.slides.tissue import tissue_share
 from medray.storage import ome_zarr
+from medray.types import Row
 
-Row = dict[str, Any]
 Blocks = npt.NDArray[np.bool_]
 
 

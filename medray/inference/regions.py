@@ -36,9 +36,8 @@ from medray.slides.resolution import read_working, working_of
 from medray.slides.tissue import tissue_share
 from medray.storage import files, ome_zarr
 from medray.storage.digests import Digests, content_digest, digests_below
+from medray.types import Row, UInt8
 
-UInt8 = npt.NDArray[np.uint8]
-Row = dict[str, Any]
 Blocks = npt.NDArray[np.bool_]
 
 BLOCK = ome_zarr.PATCH

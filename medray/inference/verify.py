@@ -14,20 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.errors import FormatError, StoreError
-from medray.inference.run import (
-    RunSettings,
-    groups_of,
-    mask_uri,
-    read_run,
-    record_uri,
-)
+from medray.inference.run import RunSettings, groups_of, mask_uri, read_run, record_uri
 from medray.storage import files, ome_zarr
 from medray.storage.digests import Digests, content_digest, merkle_root
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _READERS = 16
 _PARTIAL = (f"{files.PARTIAL}*", "*.partial")  # medray's, and zarr's

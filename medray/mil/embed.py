@@ -22,7 +22,7 @@ import numpy.typing as npt
 from medray.datasets.given import as_given
 from medray.errors import ConfigError
 from medray.execution import cluster, memory
-from medray.execution.commit import Commit, Row, Summary, changed_slides, plan_one
+from medray.execution.commit import Commit, Summary, changed_slides, plan_one
 from medray.execution.gpu_worker import Layers, Work, start_lanes
 from medray.execution.progress import Progress
 from medray.execution.scheduler import drive, keeping, start_workers
@@ -44,6 +44,7 @@ from medray.storage import files
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings
+from medray.types import Row
 
 log = logging.getLogger(__name__)
 

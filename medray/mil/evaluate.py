@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,19 +23,14 @@ from medray.evaluation.image_metrics import score
 from medray.evaluation.metrics import bootstrap
 from medray.mil.config import read_seen_slides
 from medray.mil.features import read_features, read_slide
-from medray.mil.infer import (
-    Predictions,
-    attention_uri,
-    heatmap_uri,
-    read_predictions,
-)
+from medray.mil.infer import Predictions, attention_uri, heatmap_uri, read_predictions
 from medray.mil.labels import SlideLabel, check_known, read_labels
 from medray.slides import open_row
 from medray.slides.resolution import choose_level, read_working
 from medray.storage import files
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _SHOWN = 6  # errors, the most confident ones
 _TILES = 4  # of each, the most attended ones

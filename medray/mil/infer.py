@@ -32,10 +32,9 @@ from medray.mil.features import SlideFeatures, read_features, read_slide, thumbn
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)

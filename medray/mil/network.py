@@ -20,10 +20,10 @@ from medray.mil.config import SlideHead, SlideModel, SlideRecipe, read_slide_mod
 from medray.models.network import choose_device
 from medray.storage import files
 from medray.storage.yaml_config import write_settings
+from medray.types import Row
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
-Row = dict[str, Any]
 
 
 class SlideNetwork(nn.Module):

@@ -21,7 +21,7 @@ import safetensors.numpy
 from PIL import Image
 
 from medray.errors import FormatError, MedrayError, SlideError
-from medray.execution.commit import Row, add_note, start_row
+from medray.execution.commit import add_note, start_row
 from medray.execution.failures import failure, too_large
 from medray.geometry import plan_regions
 from medray.mil.features import (
@@ -45,8 +45,8 @@ from medray.slides.tissue import tissue_share
 from medray.storage import files
 from medray.storage.arrays import write_arrays
 from medray.storage.digests import content_digest
+from medray.types import Row, UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
 _THUMBNAIL = 1024  # pixels

@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +32,9 @@ from medray.mil.labels import SlideLabel, check_known, classes_of, read_labels
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import read_settings, to_dict
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 # Features up to so many bytes are kept in memory, more are read in every epoch.
 _HELD_BYTES = 8 << 30

@@ -18,8 +18,7 @@ from medray.geometry import (
     window_weights,
 )
 from medray.models.config import ModelConfig, Prediction
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from medray.models.config import TURNS, Tta
 from medray.models.folder import load_model
 from medray.models.network import Network, choose_device
+from medray.types import UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torchvision
 from torch import nn
 
 from medray.models.fcn import Fcn8s
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 def first_kernels(network: nn.Module) -> UInt8 | None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from medray.errors import SlideError
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # Larger sides are no slides but broken or hostile headers.
 MAX_SIDE = 2**20

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from medray.errors import SlideError
 from medray.slides.base import NeedsOpenSlideError
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 JPEG = (6, 7, 34892, 33007)
 """TIFF compressions that tifffile decodes as JPEG; it makes RGB of YCbCr."""

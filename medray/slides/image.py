@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from medray.errors import SlideError
 from medray.slides.base import Level, Mpp, Slide, check_rectangle
 from medray.slides.colors import on_white
 from medray.storage import files
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # These formats are decoded whole; larger fields should come as tiled TIFF.
 _MAX_PIXELS = 2**28

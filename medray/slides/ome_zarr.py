@@ -6,14 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medray.errors import FormatError, MedrayError, SlideError, StoreError
 from medray.geometry import Rectangle
 from medray.slides.base import MAX_SIDE, Level, Mpp, Slide, check_rectangle, mpp_of
 from medray.storage import ome_zarr
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # What is read of a shard's chunks at once; medray's have 12 MiB.
 _MAX_SHARD_BYTES = 1 << 30

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medray.errors import SlideError
 from medray.slides.base import MAX_SIDE, Level, Slide, check_rectangle, mpp_of
 from medray.slides.colors import on_white
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 class OpenSlideSlide(Slide):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from medray.errors import SlideError
 from medray.slides.base import Slide
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # Side of the blocks that are readable or not, in pixels of the level; the usual tile.
 _BLOCK = 256

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import sparse
 
 from medray.errors import SlideError
 from medray.slides.base import Mpp, Slide
 from medray.slides.readable import read_readable
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # Training augments sizes by more than this, so no resampling is worth its blur.
 _TOLERANCE = 1.15

@@ -7,14 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from medray.slides.cache import local_copy
 from medray.slides.members import Member
 from medray.slides.openslide import OpenSlideSlide
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 class StagedSlide(OpenSlideSlide):

@@ -26,8 +26,7 @@ from medray.slides.colors import JPEG, check_colors, to_rgb
 from medray.slides.readable import MOST_UNREADABLE
 from medray.slides.vendors import choose_image
 from medray.storage import files
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 # A tile or strip that decodes to more than this is a bomb, not a slide.
 _MAX_SEGMENT_BYTES = 1 << 30

@@ -14,8 +14,8 @@ from scipy import ndimage
 
 from medray.slides.base import Slide
 from medray.slides.thumbnail import read_thumbnail
+from medray.types import UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
 # Below this saturation (of 255) nothing is tissue, whatever Otsu says: it splits the

@@ -22,8 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from medray.storage import files
-
-Row = dict[str, Any]
+from medray.types import Row
 
 # How long a committed row may wait in memory: what a killed driver can lose. The table
 # is written whole, so with many slides it is written less often: a twentieth of the

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, ZstdCodec
@@ -36,13 +35,13 @@ from medray.storage import files
 from medray.storage.digests import Digests, content_digest, merkle_root
 from medray.storage.ngff import RGB, image_metadata, labels_metadata
 from medray.storage.pyramid import halved
+from medray.types import UInt8
 
 if TYPE_CHECKING:
     import dask.array as da
 
 PATCH = 512
 REGION = 2048
-UInt8 = npt.NDArray[np.uint8]
 Array = zarr.Array[Any]
 
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 
 def halved(pixels: UInt8) -> UInt8:

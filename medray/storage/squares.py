@@ -20,8 +20,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from medray.errors import StoreError
 from medray.storage import files
 from medray.storage.ome_zarr import Pixels
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 _NONE = 2**64 - 1  # an offset in an index: the chunk is not stored
 

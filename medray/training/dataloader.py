@@ -23,8 +23,7 @@ from medray.errors import FormatError
 from medray.execution import cluster
 from medray.training.recipe import Recipe
 from medray.training.sampler import Crops, read_train, read_unlabelled, read_val
-
-Row = dict[str, Any]
+from medray.types import Row
 
 
 class Place(NamedTuple):

@@ -42,9 +42,8 @@ from medray.training.optim import (
     set_learning_rate,
 )
 from medray.training.recipe import Phase, Recipe
+from medray.types import Row, UInt8
 
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 _OLD = 0.7  # weight of what was known of a patch's loss before
 
 

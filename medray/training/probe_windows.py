@@ -17,8 +17,7 @@ from medray.slides.resolution import Working, choose_level, read_working
 from medray.slides.tissue import tissue_share
 from medray.storage import files
 from medray.training.sampler import read_crop
-
-UInt8 = npt.NDArray[np.uint8]
+from medray.types import UInt8
 
 _COUNT = {True: 256, False: 32}  # of windows, for classifiers and for segmenters
 _MPP_APART = 0.15  # as training and inference have it

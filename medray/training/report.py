@@ -14,8 +14,7 @@ from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, 
 from medray.evaluation.report import AGREEMENT
 from medray.models.config import ModelConfig
 from medray.storage import files
-
-Row = dict[str, Any]
+from medray.types import Row
 
 _SCORES = {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"}
 _IMAGE_SCORES = {"f1": "F1", "accuracy": "accuracy", "specificity": "specificity"}

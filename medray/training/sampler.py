@@ -19,9 +19,8 @@ from medray.errors import FormatError
 from medray.storage import ome_zarr
 from medray.storage.squares import read_square
 from medray.training.recipe import Recipe
+from medray.types import Row, UInt8
 
-Row = dict[str, Any]
-UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 _TRIES = 20  # other patches that are drawn in place of a damaged one

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import ray.train
@@ -59,9 +58,9 @@ from medray.training.trainer import (
     run_worker,
     teacher_uri,
 )
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _LIVES = 3  # times that dead workers are replaced
 _MPP_APART = 0.15  # relative difference of resolutions that is taken for none

@@ -53,8 +53,7 @@ from medray.training.learner import Batch, Learner, Team
 from medray.training.loggers import Tracker
 from medray.training.recipe import Recipe
 from medray.training.sampler import read_val, steps_per_epoch, usable_patches
-
-Row = dict[str, Any]
+from medray.types import Row
 
 _STREAM_PARTS = 4096  # that one chain of Ray Data reads
 _MOST_READERS = 8  # a worker's processes that read

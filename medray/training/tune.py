@@ -38,9 +38,9 @@ from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import read_history, train_with
 from medray.training.trainer import train_as
 from medray.training.tune_report import write_tune_report
+from medray.types import Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 Grid = Mapping[str, Sequence[Any]]
 
 _LIVES = 3  # times that a trial whose process died goes on

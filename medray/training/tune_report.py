@@ -13,8 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from medray.evaluation.html import ACCENT, SOFT, as_svg, finish_axes, render
 from medray.storage import files
-
-Row = dict[str, Any]
+from medray.types import Row
 
 
 def write_tune_report(
