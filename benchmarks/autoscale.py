@@ -110,6 +110,20 @@ def processes(text: bytes, file: str = "cmdline") -> list[int]:
     return found
 
 
+def start_head(
+    command: list[str], environment: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start a head, and wait until it runs or has ended."""
+    with log.open("w") as out:
+        head = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    deadline = time.monotonic() + 120
+    while "Ray runtime started" not in log.read_text():
+        if head.poll() is not None or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return head
+
+
 @contextlib.contextmanager
 def scaled(
     gpus: int = 2, idle_s: float = 10.0, provider: str = FAKE_NODES, **variables: str
@@ -153,16 +167,16 @@ def scaled(
         f"--autoscaling-config={config}",
     ]
     log = folder / "head.log"
-    with log.open("w") as out:
-        head = subprocess.Popen(
-            command, env=environment | variables, stdout=out, stderr=out
-        )
+    head = start_head(command, environment | variables, log)
+    if "timed out during startup" in log.read_text():
+        # Ray gives a node 30 s, fixed in its source; a busy machine may take longer.
+        for left in processes(f"{folder}/".encode()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+        head = start_head(command, environment | variables, log)
     try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            if head.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the head does not start: {log.read_text()}")
-            time.sleep(0.2)
+        if "Ray runtime started" not in log.read_text():
+            raise RuntimeError(f"the head does not start: {log.read_text()}")
         yield environment | {"RAY_ADDRESS": f"127.0.0.1:{PORT}"}
     finally:
         head.terminate()
