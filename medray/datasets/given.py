@@ -68,18 +68,18 @@ def _by_slide(slides: Sequence[SlideFile], uri: str) -> dict[str, float]:
         slide: found.removeprefix(f"{uri}: ")
         for slide, found in match_names(slides, names).items()
     }
+    taken, named = set(matched.values()), set()
     for file in slides:
-        if file.slide not in matched:
-            continue
-        first = matched[file.slide]
-        for name in slide_names(file):
-            free = name in values and name not in matched.values()
-            if free and values[name] != values[first]:
+        own = slide_names(file)
+        named.update(own)
+        first = matched.get(file.slide)
+        for name in own:
+            free = name in values and name not in taken
+            if first is not None and free and values[name] != values[first]:
                 raise ConfigError(
                     f"{uri}: says of {file.uri} both {first},{values[first]:g} and "
                     f"{name},{values[name]:g}; expected one row a slide"
                 )
-    named = {name for file in slides for name in slide_names(file)}
     idle = sorted(name for name in values if name not in named)
     if idle:
         shown = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
