@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from medray.apps.arguments import parse
-from medray.apps.words import in_words
+from medray.apps.console import as_text
 from medray.errors import ConfigError, MedrayError
 from medray.execution.signals import StoppedError
 
@@ -379,7 +379,7 @@ def _view(args: argparse.Namespace) -> Any:
         if args.json:
             said = json.dumps(values, sort_keys=True)
         else:
-            said = in_words("view", values)
+            said = as_text("view", values)
         print(said, file=args.stdout, flush=True)
 
     view(
@@ -465,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = dataclasses.asdict(result)
     some_failed = 0 if getattr(args, "partial_ok", False) else 3
     code = getattr(result, "code", some_failed if failed else 0)
-    return _say(args, code, values, in_words(args.command, values))
+    return _say(args, code, values, as_text(args.command, values))
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:

@@ -1,7 +1,7 @@
 """Files that were made to do harm, from a seed; and a process that is fed with them.
 
-Run as a program it reads paths from stdin and answers each with a line of JSON: what came
-of it, in the way of a run's planning and reading.
+Run as a program it reads paths from stdin and answers each with a line of JSON: what
+came of it, in the way of a run's planning and reading.
 """
 
 import io
@@ -360,7 +360,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.inference.regions import read_region
     from medray.inference.run import Options, RunSettings
     from medray.slides.discovery import find_slides
-    from medray.slides.fingerprint import stamp_of
+    from medray.slides.fingerprint import fingerprint_of
     from medray.training.recipe import read_recipe
 
     bound_memory()
@@ -375,7 +375,11 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
 
     def slide(path: str) -> str:
         (found,) = find_slides([path])
-        row = {"slide": found.slide, "uri": found.uri, "stamp": stamp_of(found.uri)}
+        row = {
+            "slide": found.slide,
+            "uri": found.uri,
+            "fingerprint": fingerprint_of(found.uri),
+        }
         row |= {"annotation": "", "before": "null", "given_mpp": 0.5}
         row |= {"scene": None, "plane": None}
         row |= {"committed": {"digest": "", "shards": {}}}

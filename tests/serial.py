@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError
 from medray.execution.commit import Commit, changed_slides
 from medray.execution.progress import Progress
@@ -26,7 +26,7 @@ from medray.models.config import ModelConfig
 from medray.models.predict import Predictor
 from medray.slides.discovery import find_slides
 from medray.storage.ledger import Ledger
-from medray.training.learner import Team
+from medray.training.learner import World
 from medray.training.recipe import Recipe
 from medray.training.train import Training, train_with
 from medray.training.trainer import train_as
@@ -46,7 +46,8 @@ def infer(
     options: Options,
     crash_after: int = -1,
 ) -> Commit:
-    """Do what is missing of a run; die after so many regions, if that is not below 0."""
+    """Do what is missing of a run; die after so many regions, if that is not below
+    0."""
     models = [model] if isinstance(model, Path | str) else model
     settings = settings_of([str(folder) for folder in models], options)
     if options.coarse > 1:
@@ -73,7 +74,7 @@ def _work_off(
     ledger = Ledger(run)
     within = settings.options.within
     options = settings.options
-    found = as_given(
+    found = with_overrides(
         find_slides([str(slides)]),
         mpp=options.mpp,
         scene=options.scene,
@@ -140,6 +141,7 @@ def train(recipe: Recipe, data: str, out: str) -> Training:
 def run_loop(
     settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
 ) -> None:
-    """What stands for `medray.training.train._run`: the loop, as a worker that is alone."""
+    """What stands for `medray.training.train._run`: the loop, as a worker that is
+    alone."""
     torch.set_num_threads(os.cpu_count() or 1)
-    train_as(Team(0, 1, torch.device("cpu")), settings, contract, data, out, name)
+    train_as(World(0, 1, torch.device("cpu")), settings, contract, data, out, name)

@@ -7,7 +7,6 @@ from typing import Any
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
 from medray.datasets.dataset import DatasetSettings, open_dataset
-from medray.datasets.given import as_given
 from medray.datasets.ingest import (
     _assign_splits,
     _cut,
@@ -16,6 +15,7 @@ from medray.datasets.ingest import (
     _slide_row,
     _write_patches,
 )
+from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError
 from medray.execution.commit import Commit, changed_slides
 from medray.execution.progress import Progress
@@ -40,7 +40,9 @@ def ingest(
     how = DatasetSettings(classes=Classes(classes), mpp=mpp, **settings)
     open_dataset(str(out), how)
     ledger = Ledger(str(out), keep_finished=True)
-    wanted = as_given(find_slides([str(slides)]), mpp=mpp, scene=scene, plane=plane)
+    wanted = with_overrides(
+        find_slides([str(slides)]), mpp=mpp, scene=scene, plane=plane
+    )
     matched = match_annotations(wanted, str(annotations) if annotations else None)
     commit = Commit(ledger, _slide_row)
     progress = Progress("serial", len(wanted))

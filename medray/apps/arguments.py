@@ -177,7 +177,9 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=_SLIDES)
     sub.add_argument("--out", default="", metavar="RUN", help="keep it there")
     sub.add_argument("--sample", type=int, default=200, help="slides looked at (200)")
-    sub.add_argument("--price", type=_positive, help="of an hour of a lane's machine")
+    sub.add_argument(
+        "--price", type=_positive, help="of an hour of a GPU worker's machine"
+    )
     _add_run_options(sub)
 
     sub = command("evaluate", "a run and the truth into a report")
@@ -428,7 +430,7 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--region", type=int, default=0, help="side in pixels (0: fits)")
     sub.add_argument(
-        "--patience",
+        "--timeout",
         type=_positive,
         default=300.0,
         metavar="S",

@@ -2,8 +2,8 @@
 
 A content is named by its digest. A file name may stand for one content after the other,
 and one content may lie under several names, so a row lists its names, each with the
-stamp (size and time) of the file when it was last seen with these bytes. A name whose
-stamp is empty stands for other bytes now.
+fingerprint (size and time) of the file when it was last seen with these bytes. A name
+whose fingerprint is empty stands for other bytes now.
 
 Noting the same again changes nothing, so that a night that was killed after its catalog
 was written may note everything once more.
@@ -25,7 +25,7 @@ COLUMNS = pa.schema(
     [
         ("digest", pa.string()),
         ("names", pa.list_(pa.string())),
-        ("stamps", pa.list_(pa.string())),
+        ("fingerprints", pa.list_(pa.string())),
         ("first_seen", pa.string()),
         ("status", pa.string()),
         ("reason", pa.string()),
@@ -52,12 +52,12 @@ class Found:
 
     Attributes:
         name: Its path below the inbox.
-        stamp: Size and time.
+        fingerprint: Size and time.
         digest: Of its bytes.
     """
 
     name: str
-    stamp: str
+    fingerprint: str
     digest: str
 
 
@@ -94,7 +94,10 @@ def read_catalog(out: str) -> Catalog:
     uri = _uri(out)
     if not files.exists(uri):
         return {}
-    return {row["digest"]: row for row in files.read_table(uri).to_pylist()}
+    table = files.read_table(uri)
+    names = {"stamps": "fingerprints"}  # by their names in the catalogs of medray 0.1
+    table = table.rename_columns([names.get(n, n) for n in table.column_names])
+    return {row["digest"]: row for row in table.to_pylist()}
 
 
 def write_catalog(out: str, catalog: Catalog) -> None:
@@ -112,10 +115,10 @@ def _uri(out: str) -> str:
 def current(catalog: Catalog) -> dict[str, Found]:
     """Give what each name stood for when it was last looked at."""
     return {
-        name: Found(name, stamp, row["digest"])
+        name: Found(name, fingerprint, row["digest"])
         for row in catalog.values()
-        for name, stamp in zip(row["names"], row["stamps"], strict=True)
-        if stamp
+        for name, fingerprint in zip(row["names"], row["fingerprints"], strict=True)
+        if fingerprint
     }
 
 
@@ -127,13 +130,13 @@ def note_files(catalog: Catalog, found: Iterable[Found], night: str) -> None:
             named.setdefault(name, []).append(row)
     for file in found:
         row = catalog.setdefault(file.digest, _new(file.digest, night))
-        _set_stamp(row, file.name, file.stamp)
+        _set_fingerprint(row, file.name, file.fingerprint)
         row["replaced_by"] = ""
         others = named.setdefault(file.name, [])
         for other in others:
             if other is not row:
-                _set_stamp(other, file.name, "")
-                if not any(other["stamps"]):
+                _set_fingerprint(other, file.name, "")
+                if not any(other["fingerprints"]):
                     other["replaced_by"] = file.digest
         others.append(row)
 
@@ -143,18 +146,18 @@ def _new(digest: str, night: str) -> Row:
     return row | {
         "digest": digest,
         "names": [],
-        "stamps": [],
+        "fingerprints": [],
         "tried": [],
         "first_seen": night,
         "status": "new",
     }
 
 
-def _set_stamp(row: Row, name: str, stamp: str) -> None:
+def _set_fingerprint(row: Row, name: str, fingerprint: str) -> None:
     if name not in row["names"]:
         row["names"].append(name)
-        row["stamps"].append(stamp)
-    row["stamps"][row["names"].index(name)] = stamp
+        row["fingerprints"].append(fingerprint)
+    row["fingerprints"][row["names"].index(name)] = fingerprint
 
 
 def note_outcomes(

@@ -35,7 +35,7 @@ from medray.annotations.matching import (
 from medray.annotations.measure import class_areas
 from medray.annotations.polygons import Area
 from medray.classes import AnyClass, Classes
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError
 from medray.execution.failures import too_large
 from medray.execution.isolation import LostError, call_each
@@ -115,7 +115,7 @@ def check(
     from medray.evaluation.html import check_folder
 
     known = Classes(tuple(classes))
-    wanted = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+    wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
     names = list_annotations(annotations) if annotations is not None else {}
     matched = match_names(wanted, names)
     if out is not None:

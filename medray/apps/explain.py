@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from medray.datasets.given import as_given
 from medray.datasets.image_folder import read_resized
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.grad_cam import Explainer
 from medray.evaluation.html import as_png, data_uri, render
@@ -85,7 +85,7 @@ def explain(
     explainer = Explainer(model)
     rows: list[Row] = []
     shown: list[Row] = []
-    slides = as_given(find_slides(images), mpp=mpp, scene=scene, plane=plane)
+    slides = with_overrides(find_slides(images), mpp=mpp, scene=scene, plane=plane)
     for slide in slides:
         row: Row = {"image": slide.slide}
         try:

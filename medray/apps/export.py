@@ -227,7 +227,7 @@ def _write(
     format: str,
     windows: Windows,
 ) -> Windows:
-    """Write the file and the contract beside it; give the windows to compare on."""
+    """Write the file and its model.yaml; return the windows to compare on."""
     from medray.models import exported
     from medray.models.network import Normalise
 
@@ -301,9 +301,10 @@ def keep(
 
     Args:
         made: The exported folder.
-        out: Where it is to be; its contract, `model.yaml` or `config.json`, comes last.
+        out: Where it is to be; its configuration, `model.yaml` or `config.json`, comes
+            last.
         model: What it was made from.
-        config: Its contract.
+        config: Its configuration.
         windows: To compare on.
         least: Share of pixels (images) that must have the same class.
 

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from medray.apps.catalog import Catalog, Found, current
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.inference.run import Options
 from medray.slides.discovery import SlideFile, as_slides, find_slide_files
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.storage import files
 from medray.types import Row
 
@@ -92,13 +92,13 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
         if name != _printable(name)
     }
     there = {name: of for name, of in there.items() if name == _printable(name)}
-    there = _as_given(there, watch.options)
+    there = _with_overrides(there, watch.options)
     fresh = {
-        name: (slide, stamp)
-        for name, (slide, stamp) in there.items()
-        if not stamp
+        name: (slide, fingerprint)
+        for name, (slide, fingerprint) in there.items()
+        if not fingerprint
         or name not in known
-        or known[name].stamp != stamp
+        or known[name].fingerprint != fingerprint
         or not _is_said(known[name].digest, slide)
     }
     if fresh:
@@ -110,13 +110,15 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
         )
         time.sleep(watch.settle)
     settled: dict[str, SlideFile] = {}
-    for name, (slide, stamp) in fresh.items():
-        later, why = _stamp(slide.uri)
-        if stamp and later == stamp:
+    for name, (slide, fingerprint) in fresh.items():
+        later, why = _fingerprint(slide.uri)
+        if fingerprint and later == fingerprint:
             settled[name] = slide
         else:
             left_out[name] = why or "still being written, or cannot be looked at"
-    found, unread = _digested(settled, {n: stamp for n, (_, stamp) in fresh.items()})
+    found, unread = _digested(
+        settled, {n: fingerprint for n, (_, fingerprint) in fresh.items()}
+    )
     left_out |= unread
     new, copies = _sorted_out(catalog, found)
     now = {name: known[name].digest for name in there if name in known}
@@ -143,33 +145,33 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
 
 
 def _look(inbox: str) -> dict[str, tuple[SlideFile, str]]:
-    """Give the slides of the inbox and their stamps, by path below it."""
+    """Give the slides of the inbox and their fingerprints, by path below it."""
     if files.is_local(inbox) and not files.is_folder(inbox):
         raise ConfigError(f"{inbox}: expected a folder, the inbox; make it or name it")
     found = find_slide_files([inbox])
     with ThreadPoolExecutor(_READERS) as readers:
         slides = as_slides(found)
-        stamps = readers.map(_stamp, [slide.uri for slide in slides])
+        fingerprints = readers.map(_fingerprint, [slide.uri for slide in slides])
         return {
             # A DICOM series may be the inbox's own.
-            slide.uri[len(inbox) :].strip("/") or ".": (slide, stamp)
-            for slide, (stamp, _) in zip(slides, stamps, strict=True)
+            slide.uri[len(inbox) :].strip("/") or ".": (slide, fingerprint)
+            for slide, (fingerprint, _) in zip(slides, fingerprints, strict=True)
         }
 
 
-def _as_given(
+def _with_overrides(
     there: dict[str, tuple[SlideFile, str]], options: Options
 ) -> dict[str, tuple[SlideFile, str]]:
     """Add what the user says of the slides."""
-    said = as_given(
+    said = with_overrides(
         [slide for slide, _ in there.values()],
         mpp=options.mpp,
         scene=options.scene,
         plane=options.plane,
     )
     return {
-        name: (slide, stamp)
-        for (name, (_, stamp)), slide in zip(there.items(), said, strict=True)
+        name: (slide, fingerprint)
+        for (name, (_, fingerprint)), slide in zip(there.items(), said, strict=True)
     }
 
 
@@ -179,18 +181,18 @@ def _is_said(digest: str, slide: SlideFile) -> bool:
     return digest == content + slide.given
 
 
-def _stamp(uri: str) -> tuple[str, str]:
+def _fingerprint(uri: str) -> tuple[str, str]:
     """Give size and time of a slide, of an OME-Zarr also how much is there.
 
     Returns:
         Empty, and why, if not all of its files are there.
     """
     try:
-        stamp = slide_stamp(uri)
+        fingerprint = slide_fingerprint(uri)
         if uri.endswith(".zarr"):
             sizes = files.list_files(uri).values()
-            stamp += f" {len(sizes)} {sum(sizes)}"
-        return stamp, ""
+            fingerprint += f" {len(sizes)} {sum(sizes)}"
+        return fingerprint, ""
     except SlideError as error:
         return "", f"{error}"
     except (MedrayError, OSError):
@@ -210,7 +212,7 @@ def _printable(name: str) -> str:
 
 
 def _digested(
-    settled: dict[str, SlideFile], stamps: dict[str, str]
+    settled: dict[str, SlideFile], fingerprints: dict[str, str]
 ) -> tuple[list[Found], dict[str, str]]:
     """Digest files; give what they are, and why some could not be read."""
     found, unread = [], {}
@@ -218,7 +220,7 @@ def _digested(
         digests = readers.map(_digest, settled.values())
         for name, (digest, why) in zip(settled, digests, strict=True):
             if digest:
-                found.append(Found(name, stamps[name], digest))
+                found.append(Found(name, fingerprints[name], digest))
             else:
                 unread[name] = why
     return found, unread

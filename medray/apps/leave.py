@@ -1,7 +1,7 @@
 """What a worker's pod does before it ends: `python -m medray.apps.leave SECONDS`.
 
 Kubernetes calls it as the pod's preStop hook. Ray is told that this node goes, so that
-its lanes finish the regions in hand and give back the rest
+its GPU workers finish the regions in hand and give back the rest
 (`medray.execution.actor_pool`); the pod may end once they have. It is over at once
 where there is nothing to give back: no Ray here, or no head that could take it.
 """
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 # Seconds to see whether the head is there, and for Ray to be told. `ray drain-node`
 # waits for good for a head that has gone; one that is there takes 5 to 10 s.
 _KNOCK_S, _TELL_S = 2.0, 15.0
-_LANE = "ray::Lane"  # how Ray names the processes of medray.execution.gpu_worker.Lane
+_GPU_WORKER = "ray::GpuWorker"  # as Ray titles the processes of that class
 
 
 def leave(within: float) -> str:
-    """Tell Ray that this node goes, and wait until its lanes have ended.
+    """Tell Ray that this node goes, and wait until its GPU workers have ended.
 
     Args:
         within: Seconds until the node is ended.
@@ -64,11 +64,11 @@ def leave(within: float) -> str:
     if told.returncode:
         lines = told.stderr.strip().splitlines() or ["it said nothing"]
         return f"the head at {head} does not let it go: {lines[-1][:300]}"
-    while _has_lanes(raylet):
+    while _has_gpu_workers(raylet):
         if time.monotonic() > deadline:
-            return "Ray was told; its lanes still work"
+            return "Ray was told; its GPU workers still work"
         time.sleep(0.5)
-    return "Ray was told; no lane works here any more"
+    return "Ray was told; no GPU worker works here any more"
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def _raylet_here() -> _Process | None:
     return next(found, None)
 
 
-def _has_lanes(raylet: _Process) -> bool:
+def _has_gpu_workers(raylet: _Process) -> bool:
     return any(
-        one.parent == raylet.pid and one.words[0].startswith(_LANE)
+        one.parent == raylet.pid and one.words[0].startswith(_GPU_WORKER)
         for one in _processes()
     )
 

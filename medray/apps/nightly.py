@@ -340,9 +340,11 @@ def _late(
     done: dict[str, set[str]] = {}
     slides: dict[str, SlideFile] = {}
     for row in catalog.values():
-        names = zip(row["names"], row["stamps"], strict=True)
+        names = zip(row["names"], row["fingerprints"], strict=True)
         standing = [
-            name for name, stamp in names if stamp and slide_id(name) == row["slide"]
+            name
+            for name, fingerprint in names
+            if fingerprint and slide_id(name) == row["slide"]
         ]
         if row["status"] == "done" and row["night"] < night and standing:
             done.setdefault(row["night"], set()).add(row["slide"])

@@ -217,7 +217,7 @@ class _Endpoint:
             threads=cpus,
         )
         # Decoding and compressing; the device has a thread to itself.
-        self._hands = ThreadPoolExecutor(_IN_HAND, "hand")
+        self._threads = ThreadPoolExecutor(_IN_HAND, "hand")
         self._device = ThreadPoolExecutor(1, "device")
         self._room = asyncio.Semaphore(_IN_HAND)
         self._since: float | None = None
@@ -269,7 +269,7 @@ class _Endpoint:
 
     async def _by_hand(self, do: Callable[..., T], *args: Any) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._hands, do, *args)
+        return await loop.run_in_executor(self._threads, do, *args)
 
     @ray_serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
     async def _predict(self, images: list[Prepared]) -> list[Any]:

@@ -131,7 +131,7 @@ class Served:
                 the report is another model's.
             FormatError: The weights are damaged.
         """
-        self._settings, self._config = _contract(model, precision)
+        self._settings, self._config = _read_config(model, precision)
         self._max = max_pixels
         self._whole = self._config.classifies and self._config.mpp is None
         self.temperature = _temperature(report, self._settings) if report else None
@@ -370,14 +370,14 @@ def check_model(model: str, report: str, precision: Precision) -> Kind:
         ConfigError: As `Served`.
         FormatError: Likewise.
     """
-    settings, config = _contract(model, precision)
+    settings, config = _read_config(model, precision)
     if report:
         _temperature(report, settings)
     load_model(model)
     return "classify" if config.classifies else "segment"
 
 
-def _contract(model: str, precision: Precision) -> tuple[RunSettings, ModelConfig]:
+def _read_config(model: str, precision: Precision) -> tuple[RunSettings, ModelConfig]:
     config = read_config(model)
     # A classifier says something of glass too, and how sure it is.
     prediction = Prediction(precision=precision, probabilities=config.classifies)

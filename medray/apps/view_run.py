@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from medray.annotations.matching import match_names
 from medray.apps.view_tiles import Place, last_zoom, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
-from medray.evaluation.ground_truth import list_truths, name_in
+from medray.evaluation.ground_truth import list_ground_truth, name_in
 from medray.evaluation.report import AGREEMENT
 from medray.inference.run import (
     RunSettings,
@@ -43,7 +43,7 @@ class ViewedRun:
         settings: Of run.yaml.
         report: Folder of an evaluation of it; empty when there is none.
         truth: Where the truth lies; empty when nobody said.
-        truths: Names of each truth, by its address.
+        ground_truths: Names of each truth, by its address.
         kind: What they are: annotation or labels.
         scores: Row of each slide in the report.
         moved: Where slides lie now, by slide.
@@ -53,7 +53,7 @@ class ViewedRun:
     settings: RunSettings
     report: str = ""
     truth: str = ""
-    truths: Mapping[str, list[str]] = field(default_factory=dict)
+    ground_truths: Mapping[str, list[str]] = field(default_factory=dict)
     kind: str = ""
     scores: Mapping[str, Row] = field(default_factory=dict)
     moved: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class ViewedRun:
         if time.monotonic() - self._read_at > _FRESH_S:
             self._rows = read_rows(self.uri)
             slides = [SlideFile(slide, row["uri"]) for slide, row in self._rows.items()]
-            self._truth_of = match_names(slides, self.truths)
+            self._truth_of = match_names(slides, self.ground_truths)
             self._read_at = time.monotonic()
         return self._rows
 
@@ -111,11 +111,11 @@ def open_viewed(
         table = files.read_table(files.join(folder, "per_slide.parquet"))
         scores = {row["slide"]: row for row in table.to_pylist()}
     place = files.absolute(truth) if truth else str(metrics.get("truth", ""))
-    truths: dict[str, list[str]] = {}
+    ground_truths: dict[str, list[str]] = {}
     kind = ""
     try:
         if place:
-            truths, kind = list_truths(place, settings.classes)
+            ground_truths, kind = list_ground_truth(place, settings.classes)
     except MedrayError as error:
         if truth:
             raise
@@ -123,7 +123,7 @@ def open_viewed(
         place = ""
     moved = {file.slide: file.uri for file in find_slides([slides])} if slides else {}
     folder = folder if metrics else ""
-    return ViewedRun(run, settings, folder, place, truths, kind, scores, moved)
+    return ViewedRun(run, settings, folder, place, ground_truths, kind, scores, moved)
 
 
 def _read_report(folder: str, settings: RunSettings, *, named: bool) -> Row:
@@ -165,7 +165,7 @@ def read_rows(run: str) -> dict[str, Row]:
     for slide, regions in committed.items():
         said = f"{regions} regions are committed so far"
         row = {"slide": slide, "status": "under way", "message": said, "uri": ""}
-        rows.setdefault(slide, row | {"stamp": "", "digest": ""})
+        rows.setdefault(slide, row | {"fingerprint": "", "digest": ""})
     return dict(sorted(rows.items()))
 
 
@@ -183,7 +183,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     uri = viewed.moved[moved] if moved else row["uri"]
     truth = viewed.truth_of(slide)
     common: Row = {"slide": slide, "uri": uri, "truth": truth}
-    common |= {"kind": viewed.kind, "stamp": row["stamp"] or ""}
+    common |= {"kind": viewed.kind, "fingerprint": row["fingerprint"] or ""}
     common |= {"digest": row["digest"] or "", "version": version_of(row)}
     common |= {"scene": row.get("scene"), "plane": row.get("plane")}
     probabilities = ""

@@ -30,7 +30,7 @@ from medray.errors import SlideError
 from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
 from medray.slides import Slide, open_slide, read_thumbnail
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.readable import read_readable
 from medray.slides.thumbnail import block_means
 from medray.storage import ome_zarr
@@ -63,7 +63,7 @@ class Place:
     Attributes:
         slide: Its id.
         uri: The file.
-        stamp: Of the file when it was planned.
+        fingerprint: Of the file when it was planned.
         digest: Likewise.
         height: Level-0 pixels of the slide.
         width: Likewise.
@@ -83,7 +83,7 @@ class Place:
 
     slide: str
     uri: str
-    stamp: str
+    fingerprint: str
     digest: str
     height: int
     width: int
@@ -155,22 +155,30 @@ def open_unchanged(place: Place) -> Slide:
             f"--slides with the folder"
         )
     try:
-        now = slide_stamp(place.uri)
+        now = slide_fingerprint(place.uri)
     except FileNotFoundError as error:
         raise SlideError(
             f"{place.uri}: the slide is gone; if it was moved, give --slides with its "
             f"folder"
         ) from error
-    return _opened(place.uri, now, place.stamp, place.digest, place.scene, place.plane)
+    return _opened(
+        place.uri, now, place.fingerprint, place.digest, place.scene, place.plane
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _opened(
-    uri: str, now: str, stamp: str, digest: str, scene: int | None, plane: int | None
+    uri: str,
+    now: str,
+    fingerprint: str,
+    digest: str,
+    scene: int | None,
+    plane: int | None,
 ) -> Slide:
-    """Keep the slides at hand open; the stamp tells a replaced file apart."""
-    # With an annotation that restricts the run, both have its stamp and digest behind.
-    same = f"{stamp} ".startswith(f"{now} ")
+    """Keep the slides at hand open; the fingerprint tells a replaced file apart."""
+    # With an annotation that restricts the run, both have its fingerprint and digest
+    # behind.
+    same = f"{fingerprint} ".startswith(f"{now} ")
     if digest and not same and slide_digest(uri) != digest.partition("+")[0]:
         raise SlideError(
             f"{uri}: the slide changed since the run, its mask would not fit; run "

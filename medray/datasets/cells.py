@@ -21,7 +21,7 @@ from medray.annotations.morphology import measure
 from medray.errors import ConfigError, SlideError
 from medray.slides import open_slide
 from medray.slides.discovery import find_files, strip_suffix
-from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def with_contours(folder: str, cells: list[Row], images: Sequence[Row]) -> list[
     """Give a row a cell: `nucleus` and `cytoplasm`, the addresses of its contours.
 
     A cell that is to be cut out of its cluster image has `cut` too; one without both
-    contours has `trouble` instead. Contours without an image are warned of.
+    contours has `failure` instead. Contours without an image are warned of.
 
     Args:
         folder: Where images and contours lie.
@@ -110,10 +110,12 @@ def _pair(name: str, parts: dict[str, str]) -> Row:
     missing = [part for part in _PARTS.values() if part not in parts]
     if missing:
         return {
-            "trouble": f"{name}: found no contour of its {' and '.join(missing)}; "
+            "failure": f"{name}: found no contour of its {' and '.join(missing)}; "
             f"bring it, remove the image, or ingest without --contours"
         }
-    return parts | {"contour_stamps": [stamp_of(uri) for uri in parts.values()]}
+    return parts | {
+        "contour_fingerprints": [fingerprint_of(uri) for uri in parts.values()]
+    }
 
 
 def look_at_cell(row: Row) -> Row:
@@ -129,9 +131,9 @@ def look_at_cell(row: Row) -> Row:
     Raises:
         SlideError: Image or contours are damaged, or do not belong together.
     """
-    if trouble := row.get("trouble"):
-        raise SlideError(trouble)
-    digest, pixels = _read(row["uri"], row["stamp"])
+    if failure := row.get("failure"):
+        raise SlideError(failure)
+    digest, pixels = _read(row["uri"], row["fingerprint"])
     height, width = pixels.shape[:2]
     shapes = {
         part: read_contour(row[part], height=height, width=width)
@@ -164,7 +166,7 @@ def read_cell(row: Row) -> UInt8:
     if not row.get("box"):
         return read_whole(row["uri"])
     y, x, height, width = row["box"]
-    return _read(row["uri"], row["stamp"])[1][y : y + height, x : x + width]
+    return _read(row["uri"], row["fingerprint"])[1][y : y + height, x : x + width]
 
 
 def read_whole(uri: str) -> UInt8:
@@ -180,6 +182,6 @@ def read_whole(uri: str) -> UInt8:
 
 # The cells of a cluster come one after the other.
 @functools.lru_cache(maxsize=1)
-def _read(uri: str, stamp: str) -> tuple[str, UInt8]:
-    """Keep the last image and its digest; the stamp tells a replaced file apart."""
+def _read(uri: str, fingerprint: str) -> tuple[str, UInt8]:
+    """Keep the last image and its digest; a replaced file has another fingerprint."""
     return slide_digest(uri), read_whole(uri)

@@ -64,7 +64,7 @@ from medray.execution.progress import Progress
 from medray.execution.signals import StoppedError, stopping
 from medray.geometry import Rectangle
 from medray.slides.discovery import find_files
-from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.storage import files, ome_zarr
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
@@ -73,8 +73,8 @@ log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _SHEET_PX = 2048  # side of a sheet, at most
-_PACKET = 64  # images that a process looks at in one call
-_PATIENCE_S = 300.0  # for one of them, or for a sheet
+_BATCH = 64  # images that a process looks at in one call
+_TIMEOUT_S = 300.0  # for one of them, or for a sheet
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def find_images(
                 "uri": uri,
                 "class": below[0],
                 "split": split,
-                "stamp": stamp_of(uri),
+                "fingerprint": fingerprint_of(uri),
             }
         )
     found = {row["class"] for row in rows}
@@ -344,14 +344,14 @@ def _start_readers(settings: DatasetSettings, out: str) -> Pool:
     actor = ray.remote(_Reader).options(num_cpus=0.75)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     start = functools.partial(actor.remote, settings, out)
-    return Pool(start, "work", max(1, cpus), patience=lambda _: _PATIENCE_S)
+    return Pool(start, "work", max(1, cpus), timeout=lambda _: _TIMEOUT_S)
 
 
 def _work_off(
-    rows: list[Row], readers: Pool, packet: int, go_on: Callable[[], None]
+    rows: list[Row], readers: Pool, batch: int, go_on: Callable[[], None]
 ) -> Iterator[tuple[Row, Any]]:
     """Give each row with what came of it, as it comes."""
-    todo = deque(itertools.batched(rows, packet))
+    todo = deque(itertools.batched(rows, batch))
     while todo or readers.busy:
         go_on()
         while todo and readers.room > 0:
@@ -366,7 +366,7 @@ def _look(images: list[Row], readers: Pool, go_on: Callable[[], None]) -> None:
     It is decoded as well, though only to be decoded again when it is placed: which
     images can be is to be known before they are dealt out and given their places.
     """
-    for row, result in _work_off(images, readers, _PACKET, go_on):
+    for row, result in _work_off(images, readers, _BATCH, go_on):
         if isinstance(result, LostError):
             why = f"{row['uri']}: quarantined: opening it: {result}, three times"
             result = _failed(why)

@@ -36,14 +36,14 @@ from medray.datasets.dataset import (
     split_slides,
     write_patches,
 )
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError, SlideError
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool
 from medray.execution.commit import Commit, Summary, add_note, changed_slides, plan_one
 from medray.execution.failures import bound_memory, failure, too_large
 from medray.execution.progress import Progress
-from medray.execution.scheduler import drive, keeping, start_workers
+from medray.execution.scheduler import keeping, schedule, start_workers
 from medray.geometry import Rectangle, plan_regions
 from medray.slides import ArraySlide, Slide, opened
 from medray.slides.cache import fetch, log_copies
@@ -59,8 +59,8 @@ from medray.storage.lock import locked
 from medray.types import Row
 
 log = logging.getLogger(__name__)
-_PACKET = 4  # regions that a cutter is given at once
-_PATIENCE_S = 300.0  # for one of them, or for planning a slide
+_BATCH = 4  # regions that a cutter is given at once
+_TIMEOUT_S = 300.0  # for one of them, or for planning a slide
 
 
 def ingest(
@@ -105,7 +105,7 @@ def ingest(
     settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
     out = files.absolute(out)
     check_fractions(fractions)
-    wanted = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+    wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
     matched = match_annotations(wanted, annotations)
     group_of = read_groups(groups, "group") if groups else {}
     split_of = read_splits(splits) if splits else None
@@ -144,10 +144,10 @@ def _ingest(
         with (
             Progress("ingest", len(todo)) as progress,
             keeping(ledger),
-            start_workers(plan, finish, len(todo), _PATIENCE_S) as workers,
+            start_workers(plan, finish, len(todo), _TIMEOUT_S) as workers,
             _start_cutters(settings, out) as cutters,
         ):
-            drive(todo, workers, cutters, commit, progress, _PACKET, check)
+            schedule(todo, workers, cutters, commit, progress, _BATCH, check)
     assign_splits(ledger)
     _write_patches(out, ledger)
     ledger.close()
@@ -176,7 +176,7 @@ def _start_cutters(settings: DatasetSettings, out: str) -> Pool:
     actor = ray.remote(_Cutter).options(num_cpus=0.75)
     start = functools.partial(actor.remote, settings, out)
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    return Pool(start, "work", max(1, cpus), patience=lambda _: _PATIENCE_S)
+    return Pool(start, "work", max(1, cpus), timeout=lambda _: _TIMEOUT_S)
 
 
 # --- plan -----------------------------------------------------------------------------

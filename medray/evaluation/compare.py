@@ -25,7 +25,7 @@ from PIL import Image
 from medray.classes import Classes
 from medray.errors import MedrayError
 from medray.evaluation.diff import Difference, diff
-from medray.evaluation.evaluate import evaluate, match_truths
+from medray.evaluation.evaluate import evaluate, match_ground_truth
 from medray.evaluation.ground_truth import read_known, read_truth
 from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
 from medray.evaluation.metrics import class_scores, difference, summary
@@ -275,7 +275,7 @@ def _pictures(
     wanted = {row["slide"] for row in rows}
     table = files.read_table(files.join(runs[0], "slides.parquet")).to_pylist()
     if truth is not None and wanted:
-        table = match_truths(table, files.absolute(truth), classes)
+        table = match_ground_truth(table, files.absolute(truth), classes)
     done = [row for row in table if row["slide"] in wanted]
     found = dict.fromkeys(wanted, "")
     for row in done:

@@ -33,7 +33,7 @@ from medray.datasets.dataset import read_groups
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.curves import count_levels
 from medray.evaluation.ground_truth import (
-    find_truths,
+    find_ground_truth,
     name_in,
     read_known,
     read_truth,
@@ -60,7 +60,7 @@ from medray.inference.run import (
 )
 from medray.slides import open_row, read_thumbnail
 from medray.slides.discovery import SlideFile
-from medray.slides.fingerprint import slide_stamp
+from medray.slides.fingerprint import slide_fingerprint
 from medray.slides.resolution import read_working, working_of
 from medray.storage import files, ome_zarr
 from medray.types import Row
@@ -129,7 +129,7 @@ def evaluate(
     if not files.exists(table):
         raise ConfigError(f"{table} is missing; run `medray infer` to its end")
     rows: list[Row] = files.read_table(table).to_pylist()
-    matched = match_truths(rows, truth, settings.classes, split)
+    matched = match_ground_truth(rows, truth, settings.classes, split)
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
         matched = [row for row in matched if row["slide"] in slides]
@@ -195,7 +195,7 @@ def evaluate(
 # --- match ----------------------------------------------------------------------------
 
 
-def match_truths(
+def match_ground_truth(
     rows: list[Row], truth: str, classes: Classes, split: str | None = None
 ) -> list[Row]:
     """Give the run's rows that have a truth, with `truth` and `kind` added.
@@ -215,7 +215,7 @@ def match_truths(
         SlideFile(row["slide"], row["uri"], None, row.get("scene"), row.get("plane"))
         for row in rows
     ]
-    places, kind = find_truths(slides, truth, classes, split)
+    places, kind = find_ground_truth(slides, truth, classes, split)
     matched = [
         row | {"truth": places[row["slide"]], "kind": kind}
         for row in rows
@@ -245,7 +245,7 @@ def with_truth(slides: Iterable[SlideFile], truth: str, classes: Classes) -> set
         ConfigError: The dataset has other classes, or one truth could be that of
             several slides.
     """
-    places, _ = find_truths(list(slides), truth, classes)
+    places, _ = find_ground_truth(list(slides), truth, classes)
     return set(places)
 
 
@@ -292,7 +292,7 @@ def _digest(
         parts += [row["slide"], str(row["digest"]), row["status"], row["truth"]]
         labels = row["kind"] == "labels"
         uri = files.join(row["truth"], "zarr.json") if labels else row["truth"]
-        parts.append(slide_stamp(uri))
+        parts.append(slide_fingerprint(uri))
     text = json.dumps(sorted(parts))
     return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 

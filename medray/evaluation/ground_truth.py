@@ -23,7 +23,7 @@ from medray.types import UInt8
 log = logging.getLogger(__name__)
 
 
-def find_truths(
+def find_ground_truth(
     slides: Sequence[SlideFile], truth: str, classes: Classes, split: str | None = None
 ) -> tuple[dict[str, str], str]:
     """Return the address of each slide's truth by its id, and what they all are.
@@ -41,7 +41,7 @@ def find_truths(
         ConfigError: The dataset has other classes, there is a split but no dataset, or
             one truth could be that of several slides.
     """
-    names, kind = list_truths(truth, classes, split)
+    names, kind = list_ground_truth(truth, classes, split)
     matched = match_names(slides, names)
     if kind == "labels":
         _check_same_images(slides, matched, truth)
@@ -69,12 +69,12 @@ def _said(what: str, number: int | None) -> str:
     return f"no --{what}" if number is None else f"--{what} {number}"
 
 
-def list_truths(
+def list_ground_truth(
     truth: str, classes: Classes, split: str | None = None
 ) -> tuple[dict[str, list[str]], str]:
     """Return the names of each truth by its address, and what they all are.
 
-    Args, kinds and errors are those of `find_truths`; the names are what
+    Args, kinds and errors are those of `find_ground_truth`; the names are what
     `medray.annotations.matching.match_names` takes.
     """
     if files.exists(files.join(truth, "dataset.yaml")):

@@ -77,7 +77,7 @@ class Pool:
         *,
         most: int = 0,
         calls: int = 1,
-        patience: Callable[[Row], float] | None = None,
+        timeout: Callable[[Row], float] | None = None,
     ) -> None:
         """Start the actors.
 
@@ -87,11 +87,11 @@ class Pool:
             actors: How many.
             most: How many it may grow to, if that is more.
             calls: How many calls each has at once.
-            patience: Seconds that a row may take; then its actor is taken to hang and
+            timeout: Seconds that a row may take; then its actor is taken to hang and
                 ended. None: any time.
         """
         self._start, self._method, self._limit = start, method, calls
-        self._patience = patience
+        self._timeout = timeout
         self._most = max(actors, most)
         self._starting: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
@@ -204,9 +204,9 @@ class Pool:
         self.there_s += len(self._actors) * (now - self._looked_at)
         self._looked_at = now
         for call in self._calls.values():
-            if self._patience is None or not call.rows or call.actor.hung:
+            if self._timeout is None or not call.rows or call.actor.hung:
                 continue
-            seconds = self._patience(call.rows[0])
+            seconds = self._timeout(call.rows[0])
             if now - call.since > seconds:
                 call.actor.hung = f"no answer for {seconds:.0f} s"
                 ray.kill(call.actor.handle)

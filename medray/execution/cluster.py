@@ -133,7 +133,7 @@ def cpus_per_node() -> int:
     return min(_cpus(), default=1)
 
 
-def lanes() -> int:
+def gpu_workers() -> int:
     """Give the number of devices that predict.
 
     These are the GPUs or, where there are none, the nodes that have CPUs (the head of a
@@ -142,11 +142,11 @@ def lanes() -> int:
     return gpus() or max(1, len(_cpus()))
 
 
-def lanes_there() -> int:
+def gpu_workers_now() -> int:
     """Give how many devices may be had at once, others having to come; at least one."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     if gpus() <= sum(int(node["Resources"].get("GPU", 0)) for node in alive):
-        return lanes()
+        return gpu_workers()
     return max(1, int(ray.available_resources().get("GPU", 0)))
 
 

@@ -20,7 +20,7 @@ from medray.execution.failures import failure, too_large
 from medray.execution.progress import Progress
 from medray.slides import Slide, opened
 from medray.slides.discovery import SlideFile
-from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.slides.resolution import MPP_COLUMNS
 from medray.slides.staged import StagedSlide
 from medray.storage import files
@@ -87,14 +87,14 @@ def changed_slides(
     rows = []
     for file in wanted:
         annotation = (annotations or {}).get(file.slide, "")
-        stamp = stamp_of(file.uri, annotation)
-        row: Row = {"slide": file.slide, "uri": file.uri, "stamp": stamp}
+        fingerprint = fingerprint_of(file.uri, annotation)
+        row: Row = {"slide": file.slide, "uri": file.uri, "fingerprint": fingerprint}
         row["annotation"] = annotation
         row |= {"given_mpp": file.mpp, "scene": file.scene, "plane": file.plane}
         before = ledger.slides.get(file.slide)
         if before is not None and before["status"] != "done":
             before = None
-        if before and stamp and all(before.get(k) == v for k, v in row.items()):
+        if before and fingerprint and all(before.get(k) == v for k, v in row.items()):
             continue
         if before:
             ledger.forget_slide(file.slide)
@@ -188,7 +188,7 @@ def plan_one(
         The header has an `error` where the slide cannot be planned, and `unchanged`,
         its finished row, where it is what it was though somebody touched it.
     """
-    names = ("slide", "uri", "annotation", "stamp", *GIVEN)
+    names = ("slide", "uri", "annotation", "fingerprint", *GIVEN)
     header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
     try:
         digest = slide_digest(row["uri"])
@@ -413,7 +413,7 @@ class Commit:
     def close(self, progress: Progress) -> None:
         """Fail what did not come back, and make everything durable."""
         for name, slide in sorted(self._slides.items()):
-            header = slide.header or {"slide": name, "uri": "", "stamp": ""}
+            header = slide.header or {"slide": name, "uri": "", "fingerprint": ""}
             self._fail(header, "not all of its regions came back; run again", progress)
         self.ledger.flush()
 
@@ -442,7 +442,7 @@ def _outcome(header: Row, status: str, message: str) -> Row:
         "message": message,
         "uri": header["uri"],
         "digest": header.get("digest"),
-        "stamp": header["stamp"],
+        "fingerprint": header["fingerprint"],
         "annotation": header.get("annotation", ""),
         **{name: header.get(name) for name in GIVEN},
         "finished_at": now,

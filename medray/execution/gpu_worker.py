@@ -1,10 +1,10 @@
-"""A lane: one device, and all that keeps it busy.
+"""A GPU worker: one device, and all that keeps it busy.
 
     read     processes of its own read regions and their halos, some bytes ahead
     predict  one thread; windows of successive regions share batches
     write    the same processes store the classes as the region's shards
 
-Why it is made so: docs/decisions/0005-lanes.md.
+Why it is made so: docs/decisions/0005-gpu-workers.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Layers = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Work:
-    """What lanes do with regions; they are sent it, so it is functions of modules.
+    """What GPU workers do with regions, as functions of modules, which Ray can send.
 
     Attributes:
         load: Gives, of a number of threads, what predicts: it has `warm_up()`, and
@@ -49,7 +49,7 @@ class Work:
         write: Writes them; gives the row with a `record` or an `error`. It runs where
             `read` runs.
         read_bytes: How many bytes of pixels a region has.
-        patience: Seconds that reading or writing a region may take.
+        timeout: Seconds that reading or writing a region may take.
     """
 
     load: Callable[[int], Any]
@@ -58,41 +58,43 @@ class Work:
     layers: Callable[[Any], Layers]
     write: Callable[[Row, Layers], Row]
     read_bytes: Callable[[Row], int]
-    patience: float
+    timeout: float
 
 
-def lane_resources() -> dict[str, float]:
-    """One lane a GPU; without GPUs one a node, all but a core of it.
+def gpu_worker_resources() -> dict[str, float]:
+    """One GPU worker a GPU; without GPUs one a node, all but a core of it.
 
-    Its hands are counted here and take nothing themselves: one that had to find a place
-    of its own, or to find it again after it died, could wait for good on a node that
-    others have filled meanwhile.
+    Its I/O workers are counted here and take nothing themselves: one that had to find a
+    place of its own, or to find it again after it died, could wait for good on a node
+    that others have filled meanwhile.
     """
     gpu = bool(cluster.gpus())
-    hands = 0.25 * memory.hands_of(gpu)
+    io_workers = 0.25 * memory.io_workers_of(gpu)
     if gpu:
-        return {"num_gpus": 1, "num_cpus": min(hands, cluster.cpus_per_node() / 2)}
-    return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + hands}
+        return {"num_gpus": 1, "num_cpus": min(io_workers, cluster.cpus_per_node() / 2)}
+    return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + io_workers}
 
 
-def start_lanes(work: Work, slides: int) -> Pool:
-    """Start a lane for each device that is there, but no more than slides.
+def start_gpu_workers(work: Work, slides: int) -> Pool:
+    """Start a GPU worker for each device that is there, but no more than slides.
 
     Where GPUs come on request there may be none yet: then for one. More are asked for
     by the work that is found (`medray.execution.scheduler`).
     """
-    # While one packet's last regions are written the next is predicted.
-    actor = ray.remote(Lane).options(**lane_resources(), max_concurrency=memory.PACKETS)
+    # While one batch's last regions are written the next is predicted.
+    actor = ray.remote(GpuWorker).options(
+        **gpu_worker_resources(), max_concurrency=memory.BATCHES
+    )
     start = functools.partial(actor.remote, work)
-    # A lane answers for each region of a packet, or ends itself what hangs.
-    patience = 2 * 16 * work.patience
+    # A GPU worker answers for each region of a batch, or ends itself what hangs.
+    timeout = 2 * 16 * work.timeout
     return Pool(
         start,
         "work",
-        min(cluster.lanes_there(), slides),
-        most=cluster.lanes(),
-        calls=memory.PACKETS,
-        patience=lambda _: patience,
+        min(cluster.gpu_workers_now(), slides),
+        most=cluster.gpu_workers(),
+        calls=memory.BATCHES,
+        timeout=lambda _: timeout,
     )
 
 
@@ -100,10 +102,10 @@ _LOOK_S = 1.0  # for a notice that the node goes
 _OUTCOME = ("record", "error", "storage", "lost")
 
 
-class Lane:
+class GpuWorker:
     """One device with all that keeps it busy: readers ahead of it, writers behind.
 
-    One thread has the device to itself. Two packets may be under way: the second is
+    One thread has the device to itself. Two batches may be under way: the second is
     read while the first is predicted, and predicted while the last regions of the
     first are written.
     """
@@ -116,7 +118,7 @@ class Lane:
         self._loading = self._device.submit(self._load)
         self._ahead_bytes = memory.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
-        self._hands = _Hands(gpu)
+        self._io_workers = _IoWorkers(gpu)
         self._notice = _Notice()
         self._lost: dict[str, str] = {}  # slides whose regions end processes, and how
         self._regions = Counter("medray_regions", "Regions predicted.")
@@ -132,7 +134,7 @@ class Lane:
         return predictor
 
     def work(self, rows: list[Row]) -> Iterator[list[Row | None]]:
-        """Work on a packet of regions; give what came of each, in their order.
+        """Work on a batch of regions; give what came of each, in their order.
 
         None hands a region back that was not begun when this node was told to go.
 
@@ -156,7 +158,12 @@ class Lane:
 
     def _work(self, rows: list[Row]) -> Iterator[Row]:
         ahead = _ReadAhead(
-            self._hands, rows, self._do, self._ahead_bytes, self._lost, self._notice
+            self._io_workers,
+            rows,
+            self._do,
+            self._ahead_bytes,
+            self._lost,
+            self._notice,
         )
         predicted: queue.Queue[Any] = queue.Queue(memory.UNWRITTEN // 3)
         predicting = self._device.submit(self._predict, ahead, predicted)
@@ -181,7 +188,7 @@ class Lane:
                 writes.append((item[0], self._start_writing(*item)))
 
     def _predict(self, ahead: _ReadAhead, predicted: queue.Queue[Any]) -> None:
-        """Predict a packet in the device's thread; None ends what it gives."""
+        """Predict a batch in the device's thread; None ends what it gives."""
         try:
             for item in self._predicted(ahead):
                 predicted.put(item)
@@ -221,7 +228,7 @@ class Lane:
         if "error" in row or "left" in row:
             return None
         do = self._do
-        return self._hands.start("write", do.patience, do.write, row, layers)
+        return self._io_workers.start("write", do.timeout, do.write, row, layers)
 
     def _outcome(self, row: Row, write: Any) -> Row:
         if write is not None:
@@ -261,43 +268,44 @@ class _Notice:
         return self._leaves
 
 
-class _Hands:
-    """The processes that read and write a lane's regions.
+class _IoWorkers:
+    """The processes that read and write a GPU worker's regions.
 
     Actors rather than tasks: Ray ends a process that had no task for a second, and a
-    lane without a GPU gives one less often; starting one costs as much as a region.
+    GPU worker without a GPU gives one less often; starting one costs as much as a
+    region.
     """
 
     def __init__(self, gpu: bool) -> None:
-        # On the lane's own node, so that pixels go through shared memory.
+        # On the GPU worker's own node, so that pixels go through shared memory.
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
         actor = ray.remote(RegionIO).options(
             num_cpus=0, max_restarts=-1, scheduling_strategy=here
         )
-        self._actors = [actor.remote() for _ in range(memory.hands_of(gpu))]
+        self._actors = [actor.remote() for _ in range(memory.io_workers_of(gpu))]
         # Readers and writers take turns from opposite ends.
         self._turns = {
             "read": itertools.cycle(self._actors),
             "write": itertools.cycle(reversed(self._actors)),
         }
 
-    def start(self, name: str, patience: float, *args: Any) -> _Started:
+    def start(self, name: str, timeout: float, *args: Any) -> _Started:
         """Start to `read` or to `write`; each may take so many seconds."""
-        return _Started(name, patience, args, next(self._turns[name]))
+        return _Started(name, timeout, args, next(self._turns[name]))
 
 
 class _Started:
-    """Work that was given to a hand."""
+    """Work that was given to a worker."""
 
     def __init__(
-        self, name: str, patience: float, args: tuple[Any, ...], hand: Any
+        self, name: str, timeout: float, args: tuple[Any, ...], io_worker: Any
     ) -> None:
-        self._name, self._patience, self._args = name, patience, args
+        self._name, self._timeout, self._args = name, timeout, args
         self._returns = 2 if name == "read" else 1
-        self._hand = hand
-        method = getattr(hand, name)
+        self._io_worker = io_worker
+        method = getattr(io_worker, name)
         self._ref = method.options(num_returns=self._returns).remote(*args)
 
     def is_ready(self) -> bool:
@@ -314,9 +322,9 @@ class _Started:
             ray.exceptions.RayError: That one died too, or hangs.
         """
         try:
-            return ray.get(self._ref, timeout=self._patience)
+            return ray.get(self._ref, timeout=self._timeout)
         except ray.exceptions.GetTimeoutError:
-            ray.kill(self._hand, no_restart=False)
+            ray.kill(self._io_worker, no_restart=False)
         except ray.exceptions.RayError:
             pass
         alone = (
@@ -325,7 +333,7 @@ class _Started:
             .remote(self._name, self._args)
         )
         try:
-            return ray.get(alone, timeout=self._patience)
+            return ray.get(alone, timeout=self._timeout)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(alone[0] if isinstance(alone, list) else alone, force=True)
             raise
@@ -337,18 +345,18 @@ def _alone(name: str, args: tuple[Any, ...]) -> Any:
 
 
 class _ReadAhead:
-    """Reads the regions of a packet in their order, some bytes ahead."""
+    """Reads the regions of a batch in their order, some bytes ahead."""
 
     def __init__(
         self,
-        hands: _Hands,
+        io_workers: _IoWorkers,
         rows: list[Row],
         work: Work,
         ahead_bytes: int,
         lost: dict[str, str],
         notice: _Notice,
     ) -> None:
-        self._hands, self._do, self._lost = hands, work, lost
+        self._io_workers, self._do, self._lost = io_workers, work, lost
         self._notice = notice
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
@@ -364,7 +372,7 @@ class _ReadAhead:
             self._free -= do.read_bytes(row)
             reading = None
             if row["slide"] not in self._lost:
-                reading = self._hands.start("read", do.patience, do.read, row)
+                reading = self._io_workers.start("read", do.timeout, do.read, row)
             self._under_way.append((row, reading))
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:

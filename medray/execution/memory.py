@@ -12,52 +12,54 @@ from medray.execution import cluster
 _MIB = 1 << 20
 
 AHEAD_BYTES = {False: 64 * _MIB, True: 512 * _MIB}
-"""Bytes of pixels that a lane without or with a GPU has read ahead of each packet."""
+"""Bytes of pixels that a GPU worker without or with a GPU has read ahead of each
+batch."""
 UNWRITTEN = 12
-"""Predicted regions of a lane that may wait for their writer."""
-PACKETS = 2
-"""Packets of a lane that are under way at once."""
+"""Predicted regions of a GPU worker that may wait for their writer."""
+BATCHES = 2
+"""Batches of a GPU worker that are under way at once."""
 
-LANE_BYTES = 1500 * _MIB
-"""Memory of a lane whose model was not measured."""
+GPU_WORKER_BYTES = 1500 * _MIB
+"""Memory of a GPU worker whose model was not measured."""
 
 # Memory of processes that were measured idle: Ray's own and the driver, a process that
 # reads and writes, a planner.
-_BASE_BYTES, _HAND_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _MIB
+_BASE_BYTES, _IO_WORKER_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _MIB
 
 
-def hands_of(gpu: bool) -> int:
-    """Give how many processes read and write for a lane.
+def io_workers_of(gpu: bool) -> int:
+    """Give how many processes read and write for a GPU worker.
 
-    With a GPU all of its share of the node's cores but what the lane itself needs.
+    With a GPU all of its share of the node's cores but what the GPU worker itself
+    needs.
     """
     share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
     return max(2, share - 2) if gpu else 1
 
 
 def bounds_of(
-    halo: int, written: int, canvas: int, lane_bytes: int = LANE_BYTES
+    halo: int, written: int, canvas: int, worker_bytes: int = GPU_WORKER_BYTES
 ) -> tuple[int, int]:
-    """Bound a node's memory, whatever its lanes make of regions.
+    """Bound a node's memory, whatever its GPU workers make of regions.
 
     Args:
         halo: Bytes that are read of a region.
         written: Bytes that are written of it.
-        canvas: Bytes that a lane has of it while it is predicted.
-        lane_bytes: Memory of a lane's process with its models loaded and warm.
+        canvas: Bytes that a GPU worker has of it while it is predicted.
+        worker_bytes: Memory of a GPU worker's process with its models loaded and warm.
 
     Returns:
         Bytes of all processes with the object store, and of the object store alone.
     """
     gpus = cluster.gpus_per_node()
-    lanes = max(1, gpus)
-    hands = lanes * hands_of(gpus > 0)
-    store = lanes * (
-        PACKETS * (AHEAD_BYTES[gpus > 0] + halo) + UNWRITTEN * written + halo
+    gpu_workers = max(1, gpus)
+    io_workers = gpu_workers * io_workers_of(gpus > 0)
+    store = gpu_workers * (
+        BATCHES * (AHEAD_BYTES[gpus > 0] + halo) + UNWRITTEN * written + halo
     )
     host = _BASE_BYTES + _PLANNER_BYTES + store
-    host += hands * (_HAND_BYTES + 3 * halo + 3 * written)
-    host += lanes * (lane_bytes + 3 * canvas + UNWRITTEN * written)
+    host += io_workers * (_IO_WORKER_BYTES + 3 * halo + 3 * written)
+    host += gpu_workers * (worker_bytes + 3 * canvas + UNWRITTEN * written)
     return host, store
 
 

@@ -64,18 +64,18 @@ def start_workers(
     plan: Callable[[Row], tuple[Row, list[Row]]],
     finish: Callable[[Row], Row],
     slides: int,
-    patience: float,
+    timeout: float,
 ) -> Pool:
     """Start the slide workers: one for every four cores, none without a slide.
 
     Where nodes come on request there may be no core yet: they may grow to one for each
-    lane.
+    GPU worker.
 
     Args:
         plan: Gives a slide's (header, regions to do).
         finish: Gives what finishing adds to a header; it may raise.
         slides: How many there are.
-        patience: Seconds that planning may take, or finishing a region's share.
+        timeout: Seconds that planning may take, or finishing a region's share.
     """
     start = functools.partial(
         ray.remote(SlideWorker).options(num_cpus=0.25).remote, plan, finish
@@ -84,11 +84,11 @@ def start_workers(
 
     def allowed(row: Row) -> float:
         # What is finished takes longer the more regions it has.
-        return patience * max(1, len(row.get("records", ())))
+        return timeout * max(1, len(row.get("records", ())))
 
-    workers = max(1, min(cpus // 4, slides))
-    most = min(cluster.lanes(), slides)
-    return Pool(start, "work", workers, most=most, patience=allowed)
+    slide_workers = max(1, min(cpus // 4, slides))
+    most = min(cluster.gpu_workers(), slides)
+    return Pool(start, "work", slide_workers, most=most, timeout=allowed)
 
 
 @contextlib.contextmanager
@@ -102,17 +102,19 @@ def keeping(ledger: Ledger) -> Iterator[None]:
         raise
 
 
-class _Told:
+class _Gauges:
     """What Prometheus has been told of a run; Ray adds `ray_` to the names."""
 
     def __init__(self) -> None:
         self.slides = Counter("medray_slides_done_total", "Slides finished.")
         self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
         self.regions = Counter("medray_regions_done_total", "Regions committed.")
-        self.waiting = Gauge("medray_regions_waiting", "Regions that wait for a lane.")
+        self.waiting = Gauge(
+            "medray_regions_waiting", "Regions that wait for a GPU worker."
+        )
         self.before = (0, 0, 0)
 
-    def tell(self, commit: Commit, waiting: float) -> None:
+    def update(self, commit: Commit, waiting: float) -> None:
         """Add what has been committed since the last time; say how much waits."""
         self.waiting.set(waiting)
         now = (commit.done, len(commit.failed), commit.regions)
@@ -146,21 +148,26 @@ class _Backlog:
         """Estimate the regions that wait: these, and those of slides to be planned."""
         return regions + self.slides * self.found / max(1, self.planned)
 
-    def asks_for_more(self, regions: int, hands: Pool) -> bool:
+    def asks_for_more(self, regions: int, region_workers: Pool) -> bool:
         """Tell whether one more process pays.
 
         Args:
             regions: Regions that are planned and given to nobody. None: those who are
                 there wait for plans themselves.
-            hands: The processes.
+            region_workers: The processes.
         """
         if self.first is None and self.done >= _MEASURED:
-            self.first = self.done, hands.there_s
+            self.first = self.done, region_workers.there_s
         if self.first is None or not regions:
             return False
-        done, there_s = self.done - self.first[0], hands.there_s - self.first[1]
+        done, there_s = (
+            self.done - self.first[0],
+            region_workers.there_s - self.first[1],
+        )
         waiting = self.waiting(regions)
-        return is_worth_another(waiting, done, there_s, hands.size, hands.start_s)
+        return is_worth_another(
+            waiting, done, there_s, region_workers.size, region_workers.start_s
+        )
 
 
 def is_worth_another(
@@ -183,47 +190,47 @@ def is_worth_another(
     return waiting * there_s / done / processes > start_s
 
 
-def drive(
+def schedule(
     todo: list[Row],
-    workers: Pool,
-    hands: Pool,
+    slide_workers: Pool,
+    region_workers: Pool,
     commit: Commit,
     progress: Progress,
-    packet: int,
+    batch: int,
     check: Callable[[], None],
 ) -> None:
     """Keep all processes busy until every slide is done or has failed.
 
     Args:
         todo: A row for each slide.
-        workers: Turn a slide's row into (header, regions), and finish a slide of which
-            they are given the header with the `records` of its regions.
-        hands: Turn a region's row into a `record` or an `error`.
+        slide_workers: Turn a slide's row into (header, regions), and finish a slide of
+            which they are given the header with the `records` of its regions.
+        region_workers: Turn a region's row into a `record` or an `error`.
         commit: Is told of everything.
         progress: Shows it.
-        packet: How many regions a hand is given at once.
+        batch: How many regions a worker is given at once.
         check: Raises if it may not go on.
 
     Raises:
         StoppedError: SIGTERM or Ctrl-C.
         MedrayError: Storage fails, or the processes do whatever they are given.
     """
-    share = max(1, min(packet, len(todo) // (2 * workers.size)))
+    share = max(1, min(batch, len(todo) // (2 * slide_workers.size)))
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
     planned: deque[Row] = deque()  # regions
     planning = 0
     backlog = _Backlog(len(todo))
-    told = _Told()
+    gauges = _Gauges()
 
     def note(row: Row) -> None:
         header = commit.take(row, progress)
         if header is not None:
-            workers.give([header | {"records": commit.records(header)}])
+            slide_workers.give([header | {"records": commit.records(header)}])
 
     def take() -> None:
         nonlocal planning
-        for pool, row, result in poll(workers, hands):
-            if pool is hands:
+        for pool, row, result in poll(slide_workers, region_workers):
+            if pool is region_workers:
                 backlog.done += 1
                 note(row | _outcome_of(row, result))
             elif "todo" in row:
@@ -237,38 +244,41 @@ def drive(
                 planned.extend(header | region for region in regions)
                 if not regions:
                     note(header)
-        told.tell(commit, backlog.waiting(len(planned)))
+        gauges.update(commit, backlog.waiting(len(planned)))
 
     with stopping() as asked:
-        while slides or planned or workers.busy or hands.busy:
+        while slides or planned or slide_workers.busy or region_workers.busy:
             if asked.signal:
                 deadline = time.monotonic() + _GRACE_S
-                while (workers.busy or hands.busy) and time.monotonic() < deadline:
+                while (
+                    slide_workers.busy or region_workers.busy
+                ) and time.monotonic() < deadline:
                     take()
                 raise StoppedError(asked.signal, commit.in_words())
             check()
-            # Ahead of the hands, but not all: gigapixel slides have many regions.
-            most = 2 * packet * hands.size
-            while slides and workers.room > 0 and len(planned) < most:
+            # Ahead of the region workers, but not all: gigapixel slides have many
+            # regions.
+            most = 2 * batch * region_workers.size
+            while slides and slide_workers.room > 0 and len(planned) < most:
                 planning += len(slides[0])
-                workers.give(slides.popleft())
-            if slides and workers.room <= 0 and not planned:
-                workers.grow()
-            if backlog.asks_for_more(len(planned), hands):
-                hands.grow()
-            # Full packets; but a hand with nothing to do gets what there is.
-            enough = packet if planning and hands.busy else 1
-            while len(planned) >= enough and hands.room > 0:
-                rows = [planned.popleft() for _ in range(min(packet, len(planned)))]
+                slide_workers.give(slides.popleft())
+            if slides and slide_workers.room <= 0 and not planned:
+                slide_workers.grow()
+            if backlog.asks_for_more(len(planned), region_workers):
+                region_workers.grow()
+            # Full batches; but a worker with nothing to do gets what there is.
+            enough = batch if planning and region_workers.busy else 1
+            while len(planned) >= enough and region_workers.room > 0:
+                rows = [planned.popleft() for _ in range(min(batch, len(planned)))]
                 for row in rows:  # no more processes for a slide that ends them
                     if row["slide"] in commit.lost:
                         note(row | {"error": commit.lost[row["slide"]]})
                 if good := [row for row in rows if row["slide"] not in commit.lost]:
-                    hands.give(good)
-            if workers.awaited or hands.awaited:
+                    region_workers.give(good)
+            if slide_workers.awaited or region_workers.awaited:
                 take()
     commit.close(progress)
-    told.tell(commit, 0)
+    gauges.update(commit, 0)
 
 
 def _outcome_of(row: Row, result: Any) -> Row:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 
 _BATCH = 25  # images; what an exported model takes at most
-_PATIENCE_S = 1200.0  # for a sheet of 4096 images on a slow core
+_TIMEOUT_S = 1200.0  # for a sheet of 4096 images on a slow core
 
 
 def classify(
@@ -57,11 +57,11 @@ def classify(
     todo = deque({"sheet": name, "images": by_sheet[name]} for name in sorted(by_sheet))
     found: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
-    with _start(models, data, tta, len(by_sheet)) as lanes:
-        while todo or lanes.busy:
-            while todo and lanes.room > 0:
-                lanes.give([todo.popleft()])
-            for _, sheet, result in poll(lanes):
+    with _start(models, data, tta, len(by_sheet)) as gpu_workers:
+        while todo or gpu_workers.busy:
+            while todo and gpu_workers.room > 0:
+                gpu_workers.give([todo.popleft()])
+            for _, sheet, result in poll(gpu_workers):
                 name = sheet["sheet"]
                 if isinstance(result, LostError):
                     result = f"{name}: classifying it: {result}, three times"
@@ -84,9 +84,9 @@ def _start(models: Sequence[str], data: str, tta: Tta, sheets: int) -> Pool:
     folders = tuple(files.absolute(model) for model in models)
     actor = ray.remote(_Classifiers).options(**resources)
     start = functools.partial(actor.remote, folders, files.absolute(data), tta)
-    lanes = max(1, min(cluster.lanes(), sheets))
-    patience = _PATIENCE_S * len(TURNS[tta])
-    return Pool(start, "work", lanes, patience=lambda _: patience)
+    gpu_workers = max(1, min(cluster.gpu_workers(), sheets))
+    timeout = _TIMEOUT_S * len(TURNS[tta])
+    return Pool(start, "work", gpu_workers, timeout=lambda _: timeout)
 
 
 class _Classifiers:

@@ -2,9 +2,9 @@
 
 Regions and windows come from headers and tissue thumbnails, the way `medray infer`
 plans them; of many slides a sample is looked at. How long a window takes and what the
-model needs is measured on one of the cluster's own lanes. Bounds on memory are sums of
-what may be held at once; the budget is what Ray has, which follows the limits of the
-container rather than of the machine.
+model needs is measured on one of the cluster's own GPU workers. Bounds on memory are
+sums of what may be held at once; the budget is what Ray has, which follows the limits
+of the container rather than of the machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import ray
 
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, MedrayError
 from medray.execution import cluster
-from medray.execution.gpu_worker import lane_resources
+from medray.execution.gpu_worker import gpu_worker_resources
 from medray.execution.memory import check_budget
 from medray.inference.infer import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
@@ -37,7 +37,7 @@ from medray.storage import files
 
 log = logging.getLogger(__name__)
 
-# Of the lane's time the forward alone; the rest is in benchmarks/RESULTS.md.
+# Of the GPU worker's time the forward alone; the rest is in benchmarks/RESULTS.md.
 _EFFICIENCY = (0.75, 0.95)
 # Seconds from the command to the first region, and from the last to the end.
 _START_S = 25.0
@@ -53,8 +53,8 @@ class Estimate:
         sampled: Of them that were looked at; the rest is taken to be alike.
         regions: Regions with something to predict.
         windows: Windows to predict.
-        lanes: Devices that predict.
-        window_s: Seconds of one lane for a window, median of a short measurement.
+        gpu_workers: Devices that predict.
+        window_s: Seconds of one GPU worker for a window, median of a short measurement.
         seconds: Least and most time of the stage.
         output_bytes: At most, if nothing could be compressed.
         host_bytes: Bound on the memory of all processes of a node together.
@@ -73,7 +73,7 @@ class Estimate:
     sampled: int
     regions: int
     windows: int
-    lanes: int
+    gpu_workers: int
     window_s: float
     seconds: tuple[float, float]
     output_bytes: int
@@ -103,7 +103,7 @@ def estimate(
         model: As for `medray.infer`.
         options: As for `medray.infer`.
         sample: Of more slides than this so many are looked at, chosen by chance.
-        price: Of an hour of one lane's machine.
+        price: Of an hour of one GPU worker's machine.
         out: Folder of the run: the estimate is kept there as plan.json, and
             `medray infer` says how it compares.
 
@@ -114,7 +114,7 @@ def estimate(
     if options.coarse > 1:
         raise ConfigError("coarse: what its second pass will do is not known before")
     settings = settings_of([model] if isinstance(model, str) else model, options)
-    named = as_given(
+    named = with_overrides(
         find_slides(slides),
         mpp=options.mpp,
         scene=options.scene,
@@ -127,7 +127,7 @@ def estimate(
     cluster.connect()
     plans = _plan_all(chosen, settings, areas)
     # When nothing else needs the cores.
-    measure = ray.remote(_measure).options(**lane_resources(), max_retries=0)
+    measure = ray.remote(_measure).options(**gpu_worker_resources(), max_retries=0)
     measured = ray.get(measure.remote(settings))
     failed = {name: error for name, error in plans if isinstance(error, str)}
     counts = [found for _, found in plans if not isinstance(found, str)]
@@ -141,11 +141,13 @@ def estimate(
     unsure = 0.0
     if share > 1 and len(windows) > 1:
         unsure = 2 * statistics.stdev(windows) * math.sqrt(len(windows)) * share / total
-    lanes = cluster.lanes()
-    least = total * (1 - unsure) * min(measured["window_s"]) / lanes / _EFFICIENCY[1]
-    most = total * (1 + unsure) * max(measured["window_s"]) / lanes / _EFFICIENCY[0]
+    gpu_workers = cluster.gpu_workers()
+    fastest = min(measured["window_s"]) / gpu_workers
+    slowest = max(measured["window_s"]) / gpu_workers
+    least = total * (1 - unsure) * fastest / _EFFICIENCY[1]
+    most = total * (1 + unsure) * slowest / _EFFICIENCY[0]
     span = (least + _START_S / 2, most + 2 * _START_S)
-    hours = [seconds * lanes / 3600 for seconds in span]
+    hours = [seconds * gpu_workers / 3600 for seconds in span]
     host, store = bounds(settings, measured["host_bytes"])
     result = Estimate(
         out=files.absolute(out) if out else "",
@@ -153,7 +155,7 @@ def estimate(
         sampled=len(chosen),
         regions=round(sum(found["regions"] for found in counts) * share),
         windows=round(total),
-        lanes=lanes,
+        gpu_workers=gpu_workers,
         window_s=statistics.median(measured["window_s"]),
         seconds=span,
         output_bytes=round(sum(found["bytes"] for found in counts) * share),
@@ -207,7 +209,7 @@ def _plan_some(
 
 
 def _measure(settings: RunSettings) -> dict[str, Any]:
-    """Load the models as a lane does, and time their windows for some seconds."""
+    """Load the models as a GPU worker does, and time their windows for some seconds."""
     import resource
 
     import torch

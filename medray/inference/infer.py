@@ -2,17 +2,17 @@
 
 The way of a region, top to bottom:
 
-    plan     slides become regions, numbers only: which hold tissue
-    lane     an actor a GPU takes a packet of them and keeps its device busy:
+    plan       slides become regions, numbers only: which hold tissue
+    GPU worker an actor for each GPU takes batches of them and keeps its device busy:
       read     its processes read regions and their halos ahead, some bytes of them
       predict  windows of successive regions share batches; classes come out
       write    the same processes write the classes as the region's shards
-    commit   the driver notes the region; with its last region a slide is finished
+    commit     the driver notes the region; with its last region a slide is finished
 
-Pixels go from the readers to the lane and from the lane to the writers; the driver only
-sees numbers. No two processes write one shard, and work that is done twice writes the
-same bytes, so any process may die or be repeated. What the driver has noted is not
-computed again.
+Pixels go from the readers to the GPU worker and from the GPU worker to the writers; the
+driver only sees numbers. No two processes write one shard, and work that is done twice
+writes the same bytes, so any process may die or be repeated. What the driver has noted
+is not computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.execution import cluster
 from medray.execution.commit import (
@@ -39,10 +39,10 @@ from medray.execution.commit import (
     plan_one,
     start_row,
 )
-from medray.execution.gpu_worker import Layers, Work, start_lanes
+from medray.execution.gpu_worker import Layers, Work, start_gpu_workers
 from medray.execution.memory import check_budget
 from medray.execution.progress import Progress
-from medray.execution.scheduler import drive, keeping, start_workers
+from medray.execution.scheduler import keeping, schedule, start_workers
 from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.memory import bounds
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
@@ -112,7 +112,9 @@ def _infer(
     ready = [slide for slide in slides if isinstance(slide, SlideFile)]
     named = [slide for slide in slides if isinstance(slide, str)]
     wanted = ready + (find_slides(named) if named or not ready else [])
-    wanted = as_given(wanted, mpp=options.mpp, scene=options.scene, plane=options.plane)
+    wanted = with_overrides(
+        wanted, mpp=options.mpp, scene=options.scene, plane=options.plane
+    )
     wanted, areas = slides_within(wanted, options.within)
     todo = changed_slides(wanted, ledger, areas)
     log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
@@ -124,8 +126,8 @@ def _infer(
     most, there = bounds(settings)[0], cluster.memory_per_node()
     check_budget(most, there)
     log.info(
-        "lanes: %d, regions of %d px, at most %.1f GiB of memory a node of %.1f GiB",
-        cluster.lanes(),
+        "%d GPU workers, regions of %d px, at most %.1f of %.1f GiB of memory a node",
+        cluster.gpu_workers(),
         settings.options.region,
         most / 2**30,
         there / 2**30,
@@ -180,15 +182,15 @@ def _work_off(
     commit = Commit(ledger, _slide_row)
     plan = functools.partial(_plan, settings=settings, out=out)
     finish = functools.partial(finish_slide, settings, out)
-    patience = settings.options.patience
+    timeout = settings.options.timeout
     with (
         Progress(stage, len(todo)) as progress,
         keeping(ledger),
-        start_workers(plan, finish, len(todo), patience) as workers,
-        start_lanes(_work(settings, out), len(todo)) as lanes,
+        start_workers(plan, finish, len(todo), timeout) as workers,
+        start_gpu_workers(_work(settings, out), len(todo)) as gpu_workers,
     ):
-        packet = 16 if cluster.gpus() else 8
-        drive(todo, workers, lanes, commit, progress, packet, check)
+        batch = 16 if cluster.gpus() else 8
+        schedule(todo, workers, gpu_workers, commit, progress, batch, check)
     ledger.close()
     return commit
 
@@ -284,9 +286,9 @@ def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
 
     def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
-        within, stamp = header["annotation"], header["stamp"]
+        within, fingerprint = header["annotation"], header["fingerprint"]
         given = header["given_mpp"]
-        facts, regions = plan_slide(slide, settings, within, coarse, stamp, given)
+        facts, regions = plan_slide(slide, settings, within, coarse, fingerprint, given)
         return facts | {"classes": settings.classes.names}, regions
 
     def make(header: Row) -> None:
@@ -300,7 +302,7 @@ def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
 
 
 def _work(settings: RunSettings, out: str) -> Work:
-    """Say what the run's lanes do with a region."""
+    """Say what the run's GPU workers do with a region."""
     return Work(
         load=functools.partial(_load, settings),
         read=functools.partial(read_region, settings=settings),
@@ -308,7 +310,7 @@ def _work(settings: RunSettings, out: str) -> Work:
         layers=_layers,
         write=functools.partial(write_region, settings=settings, out=out),
         read_bytes=functools.partial(_halo_bytes, settings),
-        patience=settings.options.patience,
+        timeout=settings.options.timeout,
     )
 
 

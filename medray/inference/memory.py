@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medray.execution.memory import LANE_BYTES, bounds_of
+from medray.execution.memory import GPU_WORKER_BYTES, bounds_of
 from medray.inference.run import RunSettings
 
 
@@ -12,12 +12,14 @@ def kept_layers(settings: RunSettings) -> int:
     return 1 + channels + len(settings.layers)
 
 
-def bounds(settings: RunSettings, lane_bytes: int = LANE_BYTES) -> tuple[int, int]:
+def bounds(
+    settings: RunSettings, worker_bytes: int = GPU_WORKER_BYTES
+) -> tuple[int, int]:
     """Bound a node's memory.
 
     Args:
         settings: Of the run.
-        lane_bytes: Memory of a lane's process with its models loaded and warm.
+        worker_bytes: Memory of a GPU worker's process with its models loaded and warm.
 
     Returns:
         Bytes of all processes with the object store, and of the object store alone.
@@ -28,4 +30,4 @@ def bounds(settings: RunSettings, lane_bytes: int = LANE_BYTES) -> tuple[int, in
     scored = how.probabilities or how.quality or how.stitch == "blend"
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
     halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
-    return bounds_of(halo, kept_layers(settings) * pixels, canvas, lane_bytes)
+    return bounds_of(halo, kept_layers(settings) * pixels, canvas, worker_bytes)

@@ -28,7 +28,7 @@ def plan_slide(
     settings: RunSettings,
     within: str = "",
     coarse: str = "",
-    stamp: str = "",
+    fingerprint: str = "",
     given_mpp: float | None = None,
 ) -> tuple[Row, list[Row]]:
     """Plan the regions of a slide.
@@ -38,7 +38,7 @@ def plan_slide(
         settings: Of the run.
         within: Annotation inside whose areas to predict; "" for everywhere.
         coarse: Mask of the first pass; "" when there is none.
-        stamp: Of slide and annotation: sizes and times.
+        fingerprint: Of slide and annotation: sizes and times.
         given_mpp: Microns per pixel of level 0, over what the file says.
 
     Returns:
@@ -62,7 +62,9 @@ def plan_slide(
         blocks &= tissue_share(slide, height, width, BLOCK) > 0
     level0 = slide.levels[0]
     if within:
-        areas = areas_within(within, slide.uri, stamp, level0.height, level0.width)
+        areas = areas_within(
+            within, slide.uri, fingerprint, level0.height, level0.width
+        )
         blocks &= _touched(areas, working, blocks.shape)
     if coarse:
         blocks &= _found(coarse, blocks.shape)

@@ -210,13 +210,13 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
     areas = [int(count) for count in counts]
     areas[0] = row["height"] * row["width"] - sum(areas[1:])
     roots = {}
-    sealed: Digests = {}
+    finalized: Digests = {}
     for uri in groups_of(settings, out, slide):
         start = f"{uri[len(out) + 1 :]}/"
         inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
         own = areas if uri == mask else None
-        digests, roots[uri] = ome_zarr.seal(uri, inside, own)
-        sealed |= digests_below(out, [(uri, digests)])
+        digests, roots[uri] = ome_zarr.finalize(uri, inside, own)
+        finalized |= digests_below(out, [(uri, digests)])
     if settings.options.outlines:
         downsample = ome_zarr.read_attributes(mask)["downsample"]
         target = outlines_uri(out, slide)
@@ -227,8 +227,8 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         bounds = scanned_bounds(row["uri"], **size)
         write_outlines(mask, target, classes, downsample=downsample, bounds=bounds)
         digest = content_digest(files.read_bytes(target))
-        sealed[target[len(out) + 1 :]] = digest
-    record = {"digest": row["digest"], "regions": row["records"], "files": sealed}
+        finalized[target[len(out) + 1 :]] = digest
+    record = {"digest": row["digest"], "regions": row["records"], "files": finalized}
     files.write_json(record_uri(out, slide), record)
     return found | {"merkle_root": roots[mask]}
 
@@ -295,7 +295,7 @@ def _within(row: Row, region: Rectangle) -> Blocks:
 
     size = (row["level0_height"], row["level0_width"])
     drawn: UInt8 = rasterise(
-        areas_within(row["within"], row["uri"], row["stamp"], *size),
+        areas_within(row["within"], row["uri"], row["fingerprint"], *size),
         AnyClass(),
         y=region.y,
         x=region.x,
@@ -308,12 +308,12 @@ def _within(row: Row, region: Rectangle) -> Blocks:
 
 @functools.lru_cache(maxsize=4)
 def areas_within(
-    uri: str, slide: str, stamp: str, height: int, width: int
+    uri: str, slide: str, fingerprint: str, height: int, width: int
 ) -> list[Any]:
     """Read the areas to stay within; their classes do not matter.
 
-    They are kept at hand; the stamp, that of slide and annotation, tells a replaced
-    file apart.
+    They are kept at hand; the fingerprint, that of slide and annotation, tells a
+    replaced file apart.
     """
     from medray.annotations import read_areas
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from medray.classes import Classes
 from medray.errors import ConfigError
@@ -57,7 +57,7 @@ class Options:
         outlines: Write the mask's objects as GeoJSON too.
         clean: How the mask is cleaned when its slide is complete.
         region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
-        patience: Seconds after which a process that reads a region, or writes one, is
+        timeout: Seconds after which a process that reads a region, or writes one, is
             taken to hang and ended; decides nothing about masks.
     """
 
@@ -71,7 +71,9 @@ class Options:
     outlines: bool = False
     clean: Cleaning = field(default_factory=Cleaning)
     region: int = 0
-    patience: float = 300.0
+    timeout: float = 300.0
+
+    RENAMED: ClassVar[dict[str, str]] = {"patience": "timeout"}
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -123,6 +125,8 @@ class RunSettings:
         options = values["options"]
         # What is said of single slides is part of their digests.
         del options["scene"], options["plane"]
+        # `patience` is what the timeout was called when digests of runs began.
+        del options["timeout"]
         options |= {"patience": None, "mpp": None}
         return values
 

@@ -1,4 +1,4 @@
-"""What a model of slides is: its recipe, its contract, its folder; without torch.
+"""What a model of slides is: its recipe, its configuration, its folder; without torch.
 
 The folder holds model.yaml (SlideModel), weights.safetensors, metrics.json, slides.csv
 (which slides trained and chose it) and README.md.
@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from medray.datasets.dataset import check_fractions
 from medray.errors import ConfigError
@@ -102,13 +102,15 @@ class SlideModel:
         head: The network.
         classes: Names, in the order of its outputs.
         encoder: Whose features it takes.
-        made_from: Digests, versions and recipe of the training.
+        provenance: Digests, versions and recipe of the training.
     """
 
     head: SlideHead
     classes: tuple[str, ...]
     encoder: Encoder
-    made_from: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    RENAMED: ClassVar[dict[str, str]] = {"made_from": "provenance"}
 
 
 def holds_slide_model(folder: str) -> bool:
@@ -135,6 +137,7 @@ def read_slide_model(folder: str) -> SlideModel:
 def slide_model_digest(folder: str) -> str:
     """Digest what decides a model's answers: weights and configuration."""
     config = to_dict(read_slide_model(folder)) | {"made_from": None}
+    del config["provenance"]  # called made_from when digests began
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
     digest.update(files.read_bytes(files.join(folder, "weights.safetensors")))
     return f"blake2b:{digest.hexdigest()}"

@@ -1,10 +1,10 @@
 """Slides and a frozen encoder -> a vector for each tile of tissue.
 
-The way of a region is that of `medray.infer`, with other hands at the ends:
+The way of a region is that of `medray.infer`, with other work at the ends:
 
-    plan     slides become regions of tiles, numbers only: which hold tissue
-    lane     an actor a GPU: reads regions ahead, encodes their tiles, writes behind
-    commit   the driver notes the region; with its last region a slide is put together
+    plan       slides become regions of tiles, numbers only: which hold tissue
+    GPU worker an actor for each GPU: reads ahead, encodes tiles, writes behind
+    commit     the driver notes the region; with its last one a slide is put together
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError
 from medray.execution import cluster, memory
 from medray.execution.commit import Commit, Summary, changed_slides, plan_one
-from medray.execution.gpu_worker import Layers, Work, start_lanes
+from medray.execution.gpu_worker import Layers, Work, start_gpu_workers
 from medray.execution.progress import Progress
-from medray.execution.scheduler import drive, keeping, start_workers
+from medray.execution.scheduler import keeping, schedule, start_workers
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,
@@ -108,7 +108,7 @@ def embed(
         versions={name: importlib.metadata.version(name) for name in names},
     )
     with locked(out, "embed") as check:
-        found = as_given(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+        found = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
         return _embed(found, settings, out, check)
 
 
@@ -135,11 +135,11 @@ def _embed(
     with (
         Progress("embed", len(todo)) as progress,
         keeping(ledger),
-        start_workers(plan, finish, len(todo), settings.patience) as workers,
-        start_lanes(_work(settings, out), len(todo)) as lanes,
+        start_workers(plan, finish, len(todo), settings.timeout) as workers,
+        start_gpu_workers(_work(settings, out), len(todo)) as gpu_workers,
     ):
-        packet = 16 if cluster.gpus() else 8
-        drive(todo, workers, lanes, commit, progress, packet, check)
+        batch = 16 if cluster.gpus() else 8
+        schedule(todo, workers, gpu_workers, commit, progress, batch, check)
     ledger.close()
     for slide, row in ledger.slides.items():
         if row["status"] == "done":
@@ -152,9 +152,9 @@ def _bound(settings: FeatureSettings) -> int:
     side, encoder = settings.region, settings.encoder
     pixels = 3 * (side * encoder.tile) ** 2
     written = 4 * side**2 * encoder.dimensions
-    lane = memory.LANE_BYTES + 2 * files.size(settings.weights)
+    gpu_worker = memory.GPU_WORKER_BYTES + 2 * files.size(settings.weights)
     # The tiles are a copy of the region's pixels; batches add little.
-    return memory.bounds_of(pixels, written, pixels, lane)[0]
+    return memory.bounds_of(pixels, written, pixels, gpu_worker)[0]
 
 
 def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
@@ -167,7 +167,7 @@ def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]
 
 
 def _work(settings: FeatureSettings, out: str) -> Work:
-    """Say what lanes do with a region."""
+    """Say what GPU workers do with a region."""
     return Work(
         load=functools.partial(_load, settings),
         read=functools.partial(read_tiles, settings=settings),
@@ -175,7 +175,7 @@ def _work(settings: FeatureSettings, out: str) -> Work:
         layers=_layers,
         write=functools.partial(write_tiles, settings=settings, out=out),
         read_bytes=tile_bytes,
-        patience=settings.patience,
+        timeout=settings.timeout,
     )
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ class FeatureSettings:
         tissue: Least share of tissue of a tile, 0 to 1.
         precision: Of the encoder's arithmetic.
         region: Side of a region in tiles.
-        patience: Seconds after which a process that reads or writes a region is taken
+        timeout: Seconds after which a process that reads or writes a region is taken
             to hang; decides nothing.
         versions: Of the packages that decide the result.
     """
@@ -78,8 +78,10 @@ class FeatureSettings:
     tissue: float
     precision: Precision
     region: int
-    patience: float = 300.0
+    timeout: float = 300.0
     versions: dict[str, str] = field(default_factory=dict)
+
+    RENAMED: ClassVar[dict[str, str]] = {"patience": "timeout"}
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -96,7 +98,9 @@ class FeatureSettings:
 
     def decisive(self) -> dict[str, Any]:
         """Give what decides the features, as plain values."""
-        return to_dict(self) | {"weights": None, "patience": None}
+        values = to_dict(self) | {"weights": None, "patience": None}
+        del values["timeout"]
+        return values
 
 
 @dataclass(frozen=True)

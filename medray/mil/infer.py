@@ -94,10 +94,10 @@ def infer_slides(features: str, *, model: str, out: str) -> Summary:
             run, or another process works there.
     """
     features, model, out = (files.absolute(p) for p in (features, model, out))
-    contract = read_slide_model(model)
+    slide_model = read_slide_model(model)
     settings, rows = read_features(features)
-    if settings.encoder != contract.encoder:
-        ours, theirs = to_dict(settings.encoder), to_dict(contract.encoder)
+    if settings.encoder != slide_model.encoder:
+        ours, theirs = to_dict(settings.encoder), to_dict(slide_model.encoder)
         apart = ", ".join(
             f"{key}: {ours[key]} here, {theirs[key]} in the model"
             for key in ours
@@ -111,8 +111,8 @@ def infer_slides(features: str, *, model: str, out: str) -> Summary:
         features=features,
         model=model,
         model_digest=slide_model_digest(model),
-        encoder_digest=contract.encoder.digest(),
-        classes=contract.classes,
+        encoder_digest=slide_model.encoder.digest(),
+        classes=slide_model.classes,
     )
     with locked(out, "infer") as check:
         keep_settings(predictions_uri(out), what)

@@ -84,7 +84,7 @@ def fit(
     On a CPU the same request gives the same weights.
 
     Args:
-        model: The contract.
+        model: The configuration.
         recipe: How.
         bags: Gives the (N, D) float32 features of a slide by its number; N > 0.
         labels: Class of each slide.

@@ -92,9 +92,9 @@ def _train(settings: SlideRecipe, data: str, labels: str, out: str) -> SlideTrai
     features, rows = read_features(data)
     slides, left_out = _slides(rows, read_labels(labels), labels, data)
     classes = classes_of(labels, [row["label"] for row in slides], settings.classes)
-    made_from = _made_from(settings, features.encoder.digest(), slides, data)
+    provenance = _provenance(settings, features.encoder.digest(), slides, data)
     if files.exists(files.join(out, "model.yaml")):
-        return _trained_before(out, made_from)
+        return _trained_before(out, provenance)
     splits = split_slides(
         [
             {"slide": r["slide"], "group": r["patient"], "stratum": r["label"]}
@@ -110,7 +110,7 @@ def _train(settings: SlideRecipe, data: str, labels: str, out: str) -> SlideTrai
         head=settings.head,
         classes=classes,
         encoder=features.encoder,
-        made_from=made_from,
+        provenance=provenance,
     )
 
     def read(number: int) -> npt.NDArray[np.float32]:
@@ -195,7 +195,7 @@ def _check_splits(slides: list[Row], classes: Sequence[str], uri: str) -> None:
         )
 
 
-def _made_from(
+def _provenance(
     settings: SlideRecipe, encoder_digest: str, slides: list[Row], data: str
 ) -> Row:
     """Name a training: equal digests mean equal recipe, features and labels."""
@@ -212,9 +212,9 @@ def _made_from(
 _PACKAGES = ("medray", "torch", "timm")
 
 
-def _trained_before(out: str, made_from: Row) -> SlideTraining:
-    before = read_slide_model(out).made_from
-    if before.get("digest") != made_from["digest"]:
+def _trained_before(out: str, provenance: Row) -> SlideTraining:
+    before = read_slide_model(out).provenance
+    if before.get("digest") != provenance["digest"]:
         raise ConfigError(
             f"{out}: holds a model of another recipe, of other features or labels; "
             f"choose another --out, or delete this model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from medray.classes import Classes
 from medray.errors import ConfigError
@@ -93,7 +93,7 @@ class Morphology:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model is and how it must be fed; the one contract of train and infer.
+    """What a model is and how it must be fed; the one configuration of train and infer.
 
     Attributes:
         architecture: Network and encoder.
@@ -106,7 +106,7 @@ class ModelConfig:
         mean: RGB mean subtracted from pixels scaled to 0..1.
         std: RGB standard deviation they are then divided by.
         morphology: Of a model that takes measures of cells too; else None.
-        made_from: Digests, versions and settings of the training.
+        provenance: Digests, versions and settings of the training.
     """
 
     architecture: Architecture
@@ -118,7 +118,9 @@ class ModelConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     morphology: Morphology | None = None
-    made_from: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    RENAMED: ClassVar[dict[str, str]] = {"made_from": "provenance"}
 
     @property
     def classifies(self) -> bool:
@@ -207,6 +209,7 @@ def check_runtime(folder: str) -> None:
 def model_digest(folder: str) -> str:
     """Digest what decides a model's predictions: weights and configuration."""
     config = to_dict(read_config(folder)) | {"made_from": None}
+    del config["provenance"]  # called made_from when digests began
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
     digest.update(files.read_bytes(weights_uri(folder)))
     return f"blake2b:{digest.hexdigest()}"

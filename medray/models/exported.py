@@ -1,7 +1,7 @@
 """Networks as files of other runtimes: written, and loaded again.
 
 All take (N, 3, S, S) float32, normalised, S the model's window, and any N; they give
-its logits. The normalisation stays outside, in the model's contract.
+its logits. The normalisation stays outside, in the model's configuration.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def write_pt2(model: nn.Module, config: ModelConfig, path: str) -> None:
 
 
 def write_onnx(model: nn.Module, config: ModelConfig, path: str) -> None:
-    """Write ONNX, with the model's contract as JSON in its metadata `medray`."""
+    """Write ONNX, with the model's configuration as JSON in its metadata `medray`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
@@ -137,7 +137,7 @@ def write_int8(
 
     Args:
         model: The network.
-        config: Its contract.
+        config: Its configuration.
         path: File to write; files beside it are left.
         inputs: (N, 3, S, S) float32, normalised: what the ranges are taken from.
     """

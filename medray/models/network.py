@@ -54,7 +54,7 @@ class Normalise(nn.Module):
     shift: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        """Take staining, mean and deviation of a model's contract."""
+        """Take staining, mean and deviation of a model's configuration."""
         super().__init__()
         self._stain, self._zscore = config.stain, config.zscore
         std = torch.tensor(config.std).reshape(1, 3, 1, 1)

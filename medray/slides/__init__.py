@@ -139,7 +139,10 @@ def _is_dicom(uri: str) -> bool:
     if dicom.may_be_dicom(uri) or (files.is_local(uri) and os.path.isdir(uri)):
         return dicom.find_series(uri) is not None
     # Asking a store takes a request, so only of what is no file by its name.
-    if uri.lower().endswith(SLIDE_SUFFIXES) or dicom.stamp_of_file(uri) is not None:
+    if (
+        uri.lower().endswith(SLIDE_SUFFIXES)
+        or dicom.fingerprint_of_file(uri) is not None
+    ):
         return False
     return dicom.find_series(uri) is not None
 
@@ -156,16 +159,16 @@ def open_row(row: Mapping[str, Any]) -> Slide:
 def opened(row: Mapping[str, Any]) -> Slide:
     """Open a slide as its row says, or give it where it is among the last four.
 
-    Its `stamp` tells a replaced file apart.
+    Its `fingerprint` tells a replaced file apart.
 
     Raises:
         SlideError: As `open_slide`.
     """
-    return _opened(row["uri"], row["stamp"], row.get("scene"), row.get("plane"))
+    return _opened(row["uri"], row["fingerprint"], row.get("scene"), row.get("plane"))
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(uri: str, stamp: str, scene: int | None, plane: int | None) -> Slide:
+def _opened(uri: str, fingerprint: str, scene: int | None, plane: int | None) -> Slide:
     return open_slide(uri, scene=scene, plane=plane)
 
 

@@ -237,7 +237,7 @@ def log_copies(uris: Iterable[str]) -> None:
 def _key(members: Sequence[Member]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for member in members:
-        digest.update(f"{member.uri}\n{member.stamp}\n".encode())
+        digest.update(f"{member.uri}\n{member.fingerprint}\n".encode())
     return digest.hexdigest()
 
 
@@ -295,13 +295,13 @@ def _make(
             try:
                 for _ in files.download(member.uri, f"{path}"):
                     yield
-                now = files.stamp(member.uri)
+                now = files.fingerprint(member.uri)
             except FileNotFoundError as error:
                 raise SlideError(f"{member.uri}: is missing now ({error})") from error
-            if now != member.stamp or path.stat().st_size != member.size:
+            if now != member.fingerprint or path.stat().st_size != member.size:
                 raise SlideError(
                     f"{member.uri}: changed while it was copied (size and etag were "
-                    f"{member.stamp}, are {now}); run again when it is complete"
+                    f"{member.fingerprint}, are {now}); run again when it is complete"
                 )
         files.sync(f"{new}")
         new.rename(entry)

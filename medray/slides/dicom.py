@@ -63,7 +63,7 @@ class Instance:
 
     Attributes:
         uri: Of the file.
-        stamp: Size and time of the file that was read.
+        fingerprint: Size and time of the file that was read.
         kind: Name of its SOP class.
         series: SeriesInstanceUID.
         uid: SOPInstanceUID.
@@ -81,7 +81,7 @@ class Instance:
     """
 
     uri: str
-    stamp: str
+    fingerprint: str
     kind: str
     series: str
     uid: str
@@ -110,23 +110,23 @@ def may_be_dicom(name: str) -> bool:
     return not suffix or suffix.isdigit()
 
 
-def read_header(uri: str, stamp: str = "") -> Instance | None:
+def read_header(uri: str, fingerprint: str = "") -> Instance | None:
     """Return what a file says of itself; None if it is not DICOM.
 
     Args:
         uri: Path or address.
-        stamp: Its size and time, if known.
+        fingerprint: Its size and time, if known.
 
     Raises:
         FileNotFoundError: There is no such file.
         SlideError: It is DICOM but its header is damaged, or pydicom is not installed.
         StoreError: It cannot be read.
     """
-    return _read_header(uri, stamp or files.stamp(uri))
+    return _read_header(uri, fingerprint or files.fingerprint(uri))
 
 
 @functools.lru_cache(maxsize=65536)
-def _read_header(uri: str, stamp: str) -> Instance | None:
+def _read_header(uri: str, fingerprint: str) -> Instance | None:
     with files.answered(uri), files.open_file(uri) as file:
         file.seek(_MAGIC_AT)
         if file.read(4) != _MAGIC:
@@ -150,7 +150,7 @@ def _read_header(uri: str, stamp: str) -> Instance | None:
                 defer_size=_MOST_VALUE,
                 specific_tags=[Tag(name) for name in _WANTED],
             )
-            return _instance(uri, stamp, data)
+            return _instance(uri, fingerprint, data)
         except (SlideError, StoreError, OSError):
             raise
         except Exception as error:  # pydicom raises what a broken file leads it to
@@ -184,7 +184,7 @@ class _Header:
         return bytes(self._file.read(length))
 
 
-def _instance(uri: str, stamp: str, data: Any) -> Instance:
+def _instance(uri: str, fingerprint: str, data: Any) -> Instance:
     for name in _WANTED:
         raw = data.get_item(name, keep_deferred=True) if name in data else None
         if raw is not None and raw.value is None and raw.length > _MOST_VALUE:
@@ -206,7 +206,7 @@ def _instance(uri: str, stamp: str, data: Any) -> Instance:
     )
     return Instance(
         uri=uri,
-        stamp=stamp,
+        fingerprint=fingerprint,
         kind=str(getattr(kind, "name", kind)),
         series=series,
         uid=str(data.get("SOPInstanceUID") or ""),
@@ -237,8 +237,8 @@ def read_folder(folder: str) -> list[Instance]:
         StoreError: The folder cannot be read, or its store does not answer.
     """
     found = [
-        (files.join(folder, name), stamp)
-        for name, stamp in files.list_stamps(folder).items()
+        (files.join(folder, name), fingerprint)
+        for name, fingerprint in files.list_fingerprints(folder).items()
         if not name.startswith(".") and may_be_dicom(name)
     ]
     with ThreadPoolExecutor(_READERS) as readers:
@@ -284,9 +284,9 @@ def find_series(uri: str) -> list[Instance] | None:
         StoreError: It cannot be read.
     """
     above, name = os.path.dirname(uri) or ".", os.path.basename(uri)
-    stamp = stamp_of_file(uri)
-    if stamp is not None:
-        header = read_header(uri, stamp) if may_be_dicom(name) else None
+    fingerprint = fingerprint_of_file(uri)
+    if fingerprint is not None:
+        header = read_header(uri, fingerprint) if may_be_dicom(name) else None
         if header is None:
             if not name.lower().endswith(SUFFIXES):
                 return None
@@ -319,12 +319,12 @@ def _of_series(instances: Iterable[Instance], series: str) -> list[Instance]:
     return sorted(found, key=lambda one: one.uid)
 
 
-def stamp_of_file(uri: str) -> str | None:
+def fingerprint_of_file(uri: str) -> str | None:
     """Return size and time of a file; None if there is none, or it is a folder."""
     if files.is_local(uri) and files.is_folder(uri):
         return None
     try:
-        return files.stamp(uri)
+        return files.fingerprint(uri)
     except FileNotFoundError:
         return None
 

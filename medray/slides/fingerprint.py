@@ -1,4 +1,4 @@
-"""What a file is (its digest), and a quick sign that it changed (its stamp)."""
+"""What a file is (its digest), and a quick sign that it changed (its fingerprint)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _parts(size: int, whole: int) -> list[tuple[int, int]]:
     return [(i * step, _MIB) for i in range(last)] + [(size - _MIB, _MIB)]
 
 
-def slide_stamp(uri: str) -> str:
-    """Give size and time of a slide: equal stamps mean that it was not touched.
+def slide_fingerprint(uri: str) -> str:
+    """Give size and time of a slide: equal fingerprints mean that it was not touched.
 
     Of a slide of several files their sizes together, their number, and a digest of
     their names, sizes and times.
@@ -69,27 +69,33 @@ def slide_stamp(uri: str) -> str:
         StoreError: It cannot be looked at.
     """
     if uri.endswith(".zarr"):
-        return files.stamp(files.join(uri, "zarr.json"))
+        return files.fingerprint(files.join(uri, "zarr.json"))
     members = slide_members(uri)
     if len(members) == 1:
-        return members[0].stamp
+        return members[0].fingerprint
     digest = hashlib.blake2b(digest_size=8)
     for member in members:
         name = member.uri.rpartition("/")[2]
-        digest.update(f"/{name} {member.stamp}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"/{name} {member.fingerprint}\n".encode(errors="surrogateescape")
+        )
     size = sum(member.size for member in members)
     return f"{size} {len(members)} files {digest.hexdigest()}"
 
 
-def stamp_of(uri: str, annotation: str = "") -> str:
-    """Give the stamp of a slide and of its annotation, if it has one.
+def fingerprint_of(uri: str, annotation: str = "") -> str:
+    """Give the fingerprint of a slide and of its annotation, if it has one.
 
     Returns:
         Empty when one cannot be looked at: opening it will tell what is wrong.
     """
     try:
-        stamp = slide_stamp(uri)
-        return f"{stamp} {slide_stamp(annotation)}" if annotation else stamp
+        fingerprint = slide_fingerprint(uri)
+        return (
+            f"{fingerprint} {slide_fingerprint(annotation)}"
+            if annotation
+            else fingerprint
+        )
     except (MedrayError, OSError):
         return ""
 
@@ -98,15 +104,16 @@ def check_unchanged(row: dict[str, Any]) -> None:
     """Check that a slide is still the file that was planned.
 
     Args:
-        row: Of the slide: `uri`, `annotation` and `stamp`, from `stamp_of`.
+        row: Of the slide: `uri`, `annotation` and `fingerprint`, from `fingerprint_of`.
 
     Raises:
         SlideError: It was replaced or written to.
     """
-    now = stamp_of(row["uri"], row["annotation"])
-    if row["stamp"] and now != row["stamp"]:
+    now = fingerprint_of(row["uri"], row["annotation"])
+    if row["fingerprint"] and now != row["fingerprint"]:
         raise SlideError(
             f"{row['uri']}: it, or its annotation, changed while it was read (size and "
-            f"time were {row['stamp']}, are {now or 'not to be had'}); run again when "
+            f"time were {row['fingerprint']}, are {now or 'not to be had'}); run "
+            f"again when "
             f"it is complete"
         )

@@ -34,12 +34,12 @@ class Member:
     Attributes:
         uri: Path or address.
         size: Bytes.
-        stamp: Size and time, as medray.storage.files.stamp gives them.
+        fingerprint: Size and time, as medray.storage.files.fingerprint gives them.
     """
 
     uri: str
     size: int
-    stamp: str
+    fingerprint: str
 
 
 def slide_members(uri: str) -> tuple[Member, ...]:
@@ -61,15 +61,15 @@ def slide_members(uri: str) -> tuple[Member, ...]:
         return _mrxs(uri)
     if lower.endswith(SEVERAL_FILES):
         folder = os.path.dirname(uri) or "."
-        own = _member(uri, files.stamp(uri))
-        wanted, optional = _named_by_vms(uri, own.stamp)
+        own = _member(uri, files.fingerprint(uri))
+        wanted, optional = _named_by_vms(uri, own.fingerprint)
         return (own, *_present(uri, uri, folder, wanted, optional))
-    stamp = dicom.stamp_of_file(uri)
-    maybe = stamp is None or dicom.may_be_dicom(uri)
+    fingerprint = dicom.fingerprint_of_file(uri)
+    maybe = fingerprint is None or dicom.may_be_dicom(uri)
     if maybe and (instances := dicom.find_series(uri)) is not None:
         dicom.check_series(uri, instances)
-        return tuple(_member(one.uri, one.stamp) for one in instances)
-    return (_member(uri, stamp or files.stamp(uri)),)
+        return tuple(_member(one.uri, one.fingerprint) for one in instances)
+    return (_member(uri, fingerprint or files.fingerprint(uri)),)
 
 
 def named_beside(uri: str) -> list[str]:
@@ -88,38 +88,38 @@ def named_beside(uri: str) -> list[str]:
 
 
 def _mrxs(uri: str) -> tuple[Member, ...]:
-    own = _member(uri, files.stamp(uri))
+    own = _member(uri, files.fingerprint(uri))
     folder = uri[: -len(".mrxs")]
     ini = files.join(folder, "Slidedat.ini")
     try:
-        stamp = files.stamp(ini)
+        fingerprint = files.fingerprint(ini)
     except FileNotFoundError as error:
         raise SlideError(
             f"{uri}: its file {ini} is missing; copy the folder of that name with the "
             f"slide"
         ) from error
-    wanted = _named_by_mrxs(ini, stamp)
-    return (own, _member(ini, stamp), *_present(uri, ini, folder, wanted, ()))
+    wanted = _named_by_mrxs(ini, fingerprint)
+    return (own, _member(ini, fingerprint), *_present(uri, ini, folder, wanted, ()))
 
 
 def _present(
     uri: str, ini: str, folder: str, wanted: tuple[str, ...], optional: tuple[str, ...]
 ) -> list[Member]:
     """Return the files of a folder that are there, and refuse if not all are."""
-    stamps = files.list_stamps(folder)
-    missing = [name for name in wanted if name not in stamps]
+    fingerprints = files.list_fingerprints(folder)
+    missing = [name for name in wanted if name not in fingerprints]
     if missing:
         raise SlideError(
             f"{uri}: its file {files.join(folder, missing[0])} is missing"
             f"{f', and {len(missing) - 1} more' if missing[1:] else ''}, which "
             f"{ini.rpartition('/')[2]} names; copy the whole slide again"
         )
-    names = [*wanted, *(name for name in optional if name in stamps)]
-    return [_member(files.join(folder, name), stamps[name]) for name in names]
+    names = [*wanted, *(name for name in optional if name in fingerprints)]
+    return [_member(files.join(folder, name), fingerprints[name]) for name in names]
 
 
 @functools.lru_cache(maxsize=4096)
-def _named_by_mrxs(ini: str, stamp: str) -> tuple[str, ...]:
+def _named_by_mrxs(ini: str, fingerprint: str) -> tuple[str, ...]:
     """Return the files that a Slidedat.ini names."""
     said = _read_ini(ini)
     try:
@@ -138,7 +138,9 @@ def _named_by_mrxs(ini: str, stamp: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _named_by_vms(uri: str, stamp: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _named_by_vms(
+    uri: str, fingerprint: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files that a VMS or VMU needs, and those that it can do without."""
     said = _read_ini(uri)
     section = next((said[name] for name in _VMS if name in said), None)
@@ -199,5 +201,5 @@ def _safe(uri: str, names: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _member(uri: str, stamp: str) -> Member:
-    return Member(uri, int(stamp.partition(" ")[0]), stamp)
+def _member(uri: str, fingerprint: str) -> Member:
+    return Member(uri, int(fingerprint.partition(" ")[0]), fingerprint)

@@ -179,8 +179,8 @@ def exists(uri: str) -> bool:
     return True
 
 
-def stamp(uri: str) -> str:
-    """Give size and time of a file: equal stamps mean that it was not touched.
+def fingerprint(uri: str) -> str:
+    """Give size and time of a file: equal fingerprints mean that it was not touched.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -194,17 +194,18 @@ def stamp(uri: str) -> str:
         return f"{meta['size']} {meta['e_tag'] or meta['last_modified']}"
 
 
-def list_stamps(folder: str) -> dict[str, str]:
-    """Return the stamp of each file directly in a folder, by name, sorted.
+def list_fingerprints(folder: str) -> dict[str, str]:
+    """Return the fingerprint of each file directly in a folder, by name, sorted.
 
-    The stamps are those of `stamp`; an object store answers one request for all.
+    The fingerprints are those of `fingerprint`; an object store answers one request for
+    all.
 
     Raises:
         StoreError: It cannot be read.
     """
     with answered(folder):
         if is_local(folder):
-            return dict(sorted(_local_stamps(folder)))
+            return dict(sorted(_local_fingerprints(folder)))
         store, path = object_store(folder)
         found = obstore.list_with_delimiter(store, prefix=f"{path}/" if path else None)
         return {
@@ -216,7 +217,7 @@ def list_stamps(folder: str) -> dict[str, str]:
         }
 
 
-def _local_stamps(folder: str) -> Iterator[tuple[str, str]]:
+def _local_fingerprints(folder: str) -> Iterator[tuple[str, str]]:
     if not os.path.isdir(folder):
         return
     with os.scandir(folder) as entries:

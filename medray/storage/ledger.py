@@ -56,6 +56,9 @@ class Ledger:
         self.regions: dict[str, dict[int, Row]] = {}
         if files.exists(self._table_uri):
             rows = files.read_table(self._table_uri).to_pylist()
+            for row in rows:
+                if "stamp" in row:  # its name in the tables of medray 0.1
+                    row["fingerprint"] = row.pop("stamp")
             self.slides = {row["slide"]: row for row in rows}
         self._key_of: dict[str, str] = {}  # the key of each slide's records
         done = {

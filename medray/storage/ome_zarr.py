@@ -150,7 +150,7 @@ def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 ROOT = "merkle_root"
-"""Key in a group's `medray` attributes: what `seal` found. Absent until then."""
+"""Key in a group's `medray` attributes: what `finalize` found. Absent until then."""
 _AREAS = ("area_px", "area_um2")
 
 
@@ -176,12 +176,12 @@ def _create(
         place = files.join(uri, name)
         if not same or not files.exists(place) or files.read_bytes(place) != data:
             files.write_bytes(place, data)
-    if not same or _unsealed(uri) != json.loads(top):
+    if not same or _before_finalize(uri) != json.loads(top):
         files.write_bytes(files.join(uri, _GROUP), top)
 
 
-def _unsealed(uri: str) -> Any:
-    """Give a group's metadata without what `seal` adds; None where it is damaged."""
+def _before_finalize(uri: str) -> Any:
+    """Return a group's metadata without what `finalize` adds; None if damaged."""
     try:
         metadata = json.loads(files.read_bytes(files.join(uri, _GROUP)))
         attributes = metadata["attributes"]
@@ -194,7 +194,7 @@ def _unsealed(uri: str) -> Any:
     return metadata
 
 
-def seal(
+def finalize(
     uri: str, digests: Digests, areas: Sequence[int] | None = None
 ) -> tuple[Digests, str]:
     """Complete an OME-Zarr: remove what nobody recorded, and write its Merkle root.
@@ -508,7 +508,7 @@ def read_attributes(uri: str) -> Any:
 
 
 def read_root(uri: str) -> str | None:
-    """Give the Merkle root that `seal` wrote; None when there is none."""
+    """Give the Merkle root that `finalize` wrote; None when there is none."""
     try:
         stored: Any = open_group(uri).attrs.get("medray")
     except FormatError:

@@ -25,7 +25,7 @@ from medray.types import UInt8
 _NONE = 2**64 - 1  # an offset in an index: the chunk is not stored
 
 
-def read_square(pixels: Pixels, y: int, x: int, height: int, width: int) -> UInt8:
+def read_part(pixels: Pixels, y: int, x: int, height: int, width: int) -> UInt8:
     """Read a part of a level that does not change any more.
 
     Args:

@@ -124,11 +124,15 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
 
 
 def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
-    """Make dataclass `cls` of plain values; `source` is named in errors.
+    """Return dataclass `cls` made of plain values; `source` is named in errors.
+
+    A dataclass whose fields had other names in older files says so in its class
+    variable `RENAMED`, by the old name; what is read has the new ones.
 
     Raises:
         ConfigError: An unknown key (with the nearest known one) or a wrong value.
     """
+    values = _renamed(cls, values)
     _refuse_unknown_keys(cls, values, source, "")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--settings", type=cls)
@@ -139,6 +143,18 @@ def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{source}: {problem}") from error
     return result
+
+
+def _renamed(cls: Any, values: Any) -> Any:
+    """Return plain values of `cls` with the names that its fields have now."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
+        return values
+    hints, renamed = typing.get_type_hints(cls), getattr(cls, "RENAMED", {})
+    values = {renamed.get(key, key): value for key, value in values.items()}
+    for key in values.keys() & hints.keys():
+        for inner in typing.get_args(hints[key]) or (hints[key],):
+            values[key] = _renamed(inner, values[key])
+    return values
 
 
 def _refuse_unknown_keys(

@@ -31,15 +31,15 @@ class Place(NamedTuple):
 
     epoch: int
     step: int
-    part: int
+    micro_batch: int
 
 
 _VAL_PX = 4 * 512**2  # pixels of validation patches that are predicted at once
-_TASK_PARTS = 4  # that a task of Ray Data reads
+_TASK_MICRO_BATCHES = 4  # that a task of Ray Data reads
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """What lies at a place.
 
     Attributes:
@@ -57,14 +57,14 @@ def val_batch(data: str) -> int:
     return max(1, _VAL_PX // read_dataset(data).patch ** 2)
 
 
-def read_parts(
+def read_micro_batches(
     places: Sequence[Place],
     recipe: Recipe,
     data: str,
     steps: int,
     losses: bytes,
     readers: int,
-) -> Iterator[Part]:
+) -> Iterator[MicroBatch]:
     """Read what lies at the places, in their order, some of it ahead.
 
     Args:
@@ -81,7 +81,7 @@ def read_parts(
     """
     blocks = [
         pa.Table.from_pylist([place._asdict() for place in some])
-        for some in itertools.batched(places, _TASK_PARTS)
+        for some in itertools.batched(places, _TASK_MICRO_BATCHES)
     ]
     # A block is a part: larger ones would have to be taken apart by copying.
     with cluster.streaming(block_bytes=1, in_order=True):
@@ -98,7 +98,9 @@ def read_parts(
         )
         for table in tables:
             for index in range(table.num_rows):
-                yield _part({key: table[key][index] for key in table.column_names})
+                yield _micro_batch(
+                    {key: table[key][index] for key in table.column_names}
+                )
 
 
 def _read_places(
@@ -112,22 +114,22 @@ def _read_places(
 def _read_place(
     place: Place, recipe: Recipe, data: str, steps: int, losses: bytes
 ) -> pa.Table:
-    epoch, step, part = place
+    epoch, step, micro_batch = place
     other = b""
     try:
         if step == steps:
             count = val_batch(data)
-            crops = read_val(data, recipe, part * count, count)
+            crops = read_val(data, recipe, micro_batch * count, count)
         else:
-            first = step * recipe.batch + part * recipe.held
+            first = step * recipe.batch + micro_batch * recipe.crops_per_micro_batch
             crops = read_train(data, recipe, epoch, first, losses)
             if recipe.unlabelled:
                 other = read_unlabelled(data, recipe, epoch, first).tobytes()
     except FormatError as error:
         # Raised where the parts are wanted; here Ray would wrap it up.
-        return pa.Table.from_pylist([{"trouble": f"{error}"}], _SCHEMA)
+        return pa.Table.from_pylist([{"failure": f"{error}"}], _SCHEMA)
     row = {
-        "trouble": "",
+        "failure": "",
         "shape": list(crops.images.shape),
         "images": crops.images.tobytes(),
         "masks": crops.masks.tobytes(),
@@ -141,7 +143,7 @@ def _read_place(
 
 _SCHEMA = pa.schema(
     {
-        "trouble": pa.string(),
+        "failure": pa.string(),
         "shape": pa.list_(pa.int64()),
         "images": pa.large_binary(),
         "masks": pa.large_binary(),
@@ -153,9 +155,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def _part(row: dict[str, Any]) -> Part:
-    if trouble := row["trouble"].as_py():
-        raise FormatError(trouble)
+def _micro_batch(row: dict[str, Any]) -> MicroBatch:
+    if failure := row["failure"].as_py():
+        raise FormatError(failure)
     shape = row["shape"].as_py()
 
     def pixels(name: str) -> npt.NDArray[np.uint8]:
@@ -169,4 +171,4 @@ def _part(row: dict[str, Any]) -> Part:
         damaged=json.loads(row["damaged"].as_py()),
     )
     unlabelled = pixels("unlabelled").reshape(-1, *shape[1:])
-    return Part(crops, unlabelled)
+    return MicroBatch(crops, unlabelled)

@@ -48,33 +48,33 @@ _OLD = 0.7  # weight of what was known of a patch's loss before
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     """Who trains together.
 
     Attributes:
         rank: Of this one, from 0.
         size: How many there are.
         device: Of this one.
-        neighbours: How many of them are on this machine, this one included.
+        local_size: How many of them are on this machine, this one included.
     """
 
     rank: int
     size: int
     device: torch.device
-    neighbours: int = 1
+    local_size: int = 1
 
     def share(self, count: int) -> range:
         """Give which of `count` things are for this one."""
         return range(self.rank, count, self.size)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the team, in place."""
+        """Sum a tensor over the world, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Give what each of the team has."""
+        """Give what each of the world has."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -104,9 +104,9 @@ class Learner:
 
     def __init__(
         self,
-        team: Team,
+        world: World,
         recipe: Recipe,
-        contract: ModelConfig,
+        model_config: ModelConfig,
         patches: int,
         steps: int,
         measures: Mapping[str, npt.NDArray[np.float64]] | None = None,
@@ -114,29 +114,30 @@ class Learner:
         """Start from the recipe's weights.
 
         Args:
-            team: Who trains together.
+            world: Who trains together.
             recipe: How.
-            contract: How pixels become inputs, and the classes.
+            model_config: How pixels become inputs, and the classes.
             patches: To train on.
             steps: Of an epoch.
             measures: (N, F) of the patches of `train` and `val`, for a model that takes
-                them (`contract.morphology`).
+                them (`model_config.morphology`).
 
         Raises:
             ConfigError: The model, its weights or its teacher are not to be had.
         """
-        self.team, self.recipe, self.steps = team, recipe, steps
-        self.contract = contract
+        self.world, self.recipe, self.steps = world, recipe, steps
+        self.model_config = model_config
         torch.manual_seed(recipe.seed)
-        self.dtype = choose_precision(recipe.precision, team.device)
-        self.network = self._placed(build_network(recipe, len(contract.classes)))
-        if recipe.sync_batch_norm and team.size > 1:
-            if team.device.type != "cuda":
+        self.dtype = choose_precision(recipe.precision, world.device)
+        self.network = self._placed(build_network(recipe, len(model_config.classes)))
+        if recipe.sync_batch_norm and world.size > 1:
+            if world.device.type != "cuda":
                 raise ConfigError("sync_batch_norm: needs GPUs; set it to false")
-            if recipe.parts % team.size:
+            if recipe.micro_batches % world.size:
                 raise ConfigError(
-                    f"sync_batch_norm: {recipe.parts} parts a step cannot be shared "
-                    f"evenly by {team.size} workers; choose another at_once or batch"
+                    f"sync_batch_norm: {recipe.micro_batches} micro batches a step "
+                    f"cannot be shared evenly by {world.size} workers; choose another "
+                    f"micro_batch_size or batch"
                 )
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
                 self.network
@@ -145,21 +146,21 @@ class Learner:
         self.model: nn.Module = self.network
         if recipe.compile:
             self.model = torch.compile(self.network)  # type: ignore[assignment]
-        self.normalise = Normalise(contract).to(team.device)
+        self.normalise = Normalise(model_config).to(world.device)
         self.measures = {
-            split: standardise(values, contract, team.device)
+            split: standardise(values, model_config, world.device)
             for split, values in (measures or {}).items()
         }
         self.loss = SegmentationLoss(recipe.loss)
         learned: list[nn.Parameter] = list(self.network.parameters())
-        self._load_teacher(contract)
+        self._load_teacher(model_config)
         if self.hints is not None:
             learned += self.hints.parameters()
         self.learned = learned
         self.optimizer = build_optimizer(recipe.optimizer, learned)
         # Only float16 needs scaled losses: its smallest numbers are too large.
         self.scaler = torch.amp.GradScaler(
-            team.device.type, enabled=self.dtype == torch.float16
+            world.device.type, enabled=self.dtype == torch.float16
         )
         self.average = None
         if recipe.optimizer.average:
@@ -175,12 +176,12 @@ class Learner:
         self.order_losses = self.losses.clone()
 
     def _placed(self, network: nn.Module) -> nn.Module:
-        network = network.to(self.team.device)
+        network = network.to(self.world.device)
         if self.recipe.channels_last:
             network = network.to(memory_format=torch.channels_last)
         return network
 
-    def _load_teacher(self, contract: ModelConfig) -> None:
+    def _load_teacher(self, model_config: ModelConfig) -> None:
         self.teacher: nn.Module | None = None
         self.hints: Hints | None = None
         how = self.recipe.teacher
@@ -188,15 +189,15 @@ class Learner:
             return
         teacher, config = load_model(how.model)
         self.teacher = self._placed(teacher).requires_grad_(False)
-        self.teacher_normalise = Normalise(config).to(self.team.device)
+        self.teacher_normalise = Normalise(config).to(self.world.device)
         if how.features:
             self.seen, self.taught = LastFeatures(self.network), LastFeatures(teacher)
             with torch.inference_mode():
-                probe = torch.zeros(1, 3, 64, 64, device=self.team.device)
+                probe = torch.zeros(1, 3, 64, 64, device=self.world.device)
                 self.network.eval()(probe)
                 self.teacher(probe)
             features = self.seen.now(), self.taught.now()
-            self.hints = Hints(*(f.shape[1] for f in features)).to(self.team.device)
+            self.hints = Hints(*(f.shape[1] for f in features)).to(self.world.device)
 
     @property
     def kept(self) -> nn.Module:
@@ -209,43 +210,43 @@ class Learner:
     # --- a step -----------------------------------------------------------------------
 
     def do_step(
-        self, parts: Sequence[Batch], trouble: str | None = None
+        self, micro_batches: Sequence[Batch], failure: str | None = None
     ) -> tuple[float, str | None]:
         """Learn from this worker's parts of a step, together with the others.
 
         Args:
-            parts: As many as `Team.share` gives this worker.
-            trouble: Why there are none, if there are none.
+            micro_batches: As many as `World.share` gives this worker.
+            failure: Why there are none, if there are none.
 
         Returns:
-            The loss over all parts of the team, and what went wrong here. If anything
+            The loss over all parts of the world, and what went wrong here. If anything
             went wrong anywhere, the loss is not a number, and no weights are changed.
         """
         self.model.train()
         self._let_learn()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.team.device)
+        total = torch.zeros((), device=self.world.device)
         number = self.epoch * self.steps + self.step
         try:
-            share = self.team.share(self.recipe.parts)
-            for index, part in zip(share, parts, strict=False):
+            share = self.world.share(self.recipe.micro_batches)
+            for index, micro_batch in zip(share, micro_batches, strict=False):
                 place = (self.recipe.seed, number, index)
                 seed = int(np.random.SeedSequence(place).generate_state(1)[0])
-                loss = self._loss(part, seed, number) / self.recipe.parts
+                loss = self._loss(micro_batch, seed, number) / self.recipe.micro_batches
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
-            trouble = self._said_of(error, parts[0].images.shape[-1])
-        if trouble is not None:
+            failure = self._said_of(error, micro_batches[0].images.shape[-1])
+        if failure is not None:
             total += torch.nan
         elif not torch.isfinite(total):
-            trouble = self._not_finite(number)
+            failure = self._not_finite(number)
         loss_of_all = self._combine(total)
         if np.isfinite(loss_of_all):
             self._change_weights(number)
             self.step += 1
             self.loss_sum += loss_of_all
-        return loss_of_all, trouble
+        return loss_of_all, failure
 
     def _let_learn(self) -> None:
         """Have learn what the phase says."""
@@ -259,13 +260,22 @@ class Learner:
         Raises:
             Exception: `error` itself, if it is none that a setting can mend.
         """
-        held, text = self.recipe.held, " ".join(str(error).split())
-        of = f"{held} crops of {side} px at once"
+        crops_per_micro_batch, text = (
+            self.recipe.crops_per_micro_batch,
+            " ".join(str(error).split()),
+        )
+        of = f"{crops_per_micro_batch} crops of {side} px at once"
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
-            less = f"at_once={held // 2} halves it" if held > 1 else "lower data.crop"
-            return f"not enough memory on {self.team.device} for {of}; {less}"
+            less = (
+                f"micro_batch_size={crops_per_micro_batch // 2} halves it"
+                if crops_per_micro_batch > 1
+                else "lower data.crop"
+            )
+            return f"not enough memory on {self.world.device} for {of}; {less}"
         if "more than 1 value per channel" in text:  # batch normalisation
-            return f"the network cannot learn from {of}; set at_once to 2 or more"
+            return (
+                f"the network cannot learn from {of}; set micro_batch_size to 2 or more"
+            )
         raise error
 
     def _not_finite(self, number: int) -> str:
@@ -288,17 +298,17 @@ class Learner:
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def _loss(self, part: Batch, seed: int, number: int) -> torch.Tensor:
-        device, augment = self.team.device, self.recipe.augment
+    def _loss(self, micro_batch: Batch, seed: int, number: int) -> torch.Tensor:
+        device, augment = self.world.device, self.recipe.augment
         images, masks = move(
             augment,
-            _to_device(part.images, device),
-            _to_device(part.masks, device),
+            _to_device(micro_batch.images, device),
+            _to_device(micro_batch.masks, device),
             seed=seed,
         )
         images = recolour(augment, images, seed=seed + 1)
         torch.manual_seed(seed)  # of dropout
-        beside = self._beside("train", part.patches)
+        beside = self._beside("train", micro_batch.patches)
         logits = self._forward(self.model, self.normalise(images), *beside)
         labels = self._labels(masks)
         loss: torch.Tensor = self.loss(logits, labels)
@@ -312,9 +322,11 @@ class Learner:
                 features = self.seen.now().float(), self.taught.now().float()
                 loss = loss + how.features * self.hints(*features)
         if self.recipe.unlabelled is not None:
-            loss = loss + self._unlabelled_loss(part.unlabelled, seed + 2, number)
+            loss = loss + self._unlabelled_loss(
+                micro_batch.unlabelled, seed + 2, number
+            )
         if self.recipe.data.hard:
-            self._note_losses(part.patches, self.loss.of_crops(logits, labels))
+            self._note_losses(micro_batch.patches, self.loss.of_crops(logits, labels))
         return loss
 
     def _unlabelled_loss(
@@ -324,7 +336,7 @@ class Learner:
         how = self.recipe.unlabelled
         assert how is not None
         assert self.average is not None
-        images = _to_device(crops, self.team.device)
+        images = _to_device(crops, self.world.device)
         nothing = torch.zeros_like(images[:, 0])
         images, _ = move(self.recipe.augment, images, nothing, seed=seed)
         changed = recolour(self.recipe.augment, images, seed=seed + 1)
@@ -339,7 +351,7 @@ class Learner:
         self, split: str, patches: npt.NDArray[np.int64] | None
     ) -> tuple[torch.Tensor, ...]:
         """Give what goes into the model beside the pixels of patches, if anything."""
-        if self.contract.morphology is None:
+        if self.model_config.morphology is None:
             return ()
         assert patches is not None
         return (self.measures[split][torch.from_numpy(patches)],)
@@ -351,7 +363,7 @@ class Learner:
         if not self.recipe.channels_last:
             inputs = inputs.contiguous()
         low = self.dtype != torch.float32
-        with torch.autocast(self.team.device.type, self.dtype, enabled=low):
+        with torch.autocast(self.world.device.type, self.dtype, enabled=low):
             logits: torch.Tensor = model(inputs, *beside)
         if logits.ndim == 2:  # of a classifier: for the whole crop
             logits = logits[:, :, None, None]
@@ -361,17 +373,19 @@ class Learner:
         """Give int64 labels: of pixels (N, S, S), or (N, 1, 1) a crop's commonest."""
         if not self.recipe.classifies:
             return masks.long()
-        flat, classes = masks.flatten(1), range(len(self.contract.classes))
+        flat, classes = masks.flatten(1), range(len(self.model_config.classes))
         counts = torch.stack([(flat == value).sum(dim=1) for value in classes], dim=1)
         return counts.argmax(dim=1)[:, None, None]
 
     def _combine(self, loss: torch.Tensor) -> float:
-        """Add up gradients and loss over the team; give the loss."""
-        if self.team.size == 1:
+        """Add up gradients and loss over the world; give the loss."""
+        if self.world.size == 1:
             return float(loss)
         mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned]
-        together = torch.cat([*(part.flatten() for part in mine), loss[None]])
-        self.team.add(together)
+        together = torch.cat(
+            [*(micro_batch.flatten() for micro_batch in mine), loss[None]]
+        )
+        self.world.add(together)
         sizes = [p.numel() for p in self.learned]
         sums = torch.split(together[:-1], sizes)
         for parameter, total in zip(self.learned, sums, strict=True):
@@ -460,9 +474,9 @@ class Learner:
         patches, are for a model that takes their measures.
         """
         network = self.kept.eval()
-        inputs = self.normalise(_to_device(images, self.team.device))
+        inputs = self.normalise(_to_device(images, self.world.device))
         logits = self._forward(network, inputs, *self._beside("val", patches))
-        labels = self._labels(_to_device(masks, self.team.device))
+        labels = self._labels(_to_device(masks, self.world.device))
         classes = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         return classes, float(self.loss(logits, labels))
 
@@ -470,23 +484,23 @@ class Learner:
     def predict_as_teacher(self, images: UInt8) -> UInt8:
         """Give the teacher's classes (N, H, W)."""
         assert self.teacher is not None
-        inputs = self.teacher_normalise(_to_device(images, self.team.device))
+        inputs = self.teacher_normalise(_to_device(images, self.world.device))
         classes = self._forward(self.teacher.eval(), inputs).argmax(dim=1)
         predicted: UInt8 = classes.to(torch.uint8).cpu().numpy()
         return predicted
 
     def share_what_was_seen(self) -> None:
         """Bring together running statistics, losses of patches and damaged patches."""
-        if self.team.size == 1:
+        if self.world.size == 1:
             return
         networks = [self.network, *([self.average] if self.average else [])]
         for network in networks:
             for buffer in network.buffers():
                 if buffer.is_floating_point():
-                    self.team.add(buffer).div_(self.team.size)
-        for damaged in self.team.gather(self.damaged):
+                    self.world.add(buffer).div_(self.world.size)
+        for damaged in self.world.gather(self.damaged):
             self.damaged |= damaged
-        seen = self.team.gather(self.losses)
+        seen = self.world.gather(self.losses)
         changed = [now for now in seen if not now.equal(self.order_losses)]
         for now in changed:
             new = (now != self.order_losses) & ~now.isnan()
@@ -560,25 +574,30 @@ class Learner:
         """Give all that the next step depends on."""
         state: Row = {name: getattr(self, name) for name in self._VALUES + self._MORE}
         return state | {
-            name: part.state_dict() for name, part in self._stateful().items()
+            name: micro_batch.state_dict()
+            for name, micro_batch in self._stateful().items()
         }
 
     def load_state(self, state: Row) -> None:
         """Take up where `state` left off."""
         for name in self._VALUES + self._MORE:
             setattr(self, name, state[name])
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
+        for name, micro_batch in self._stateful().items():
+            micro_batch.load_state_dict(state[name])
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {
+        micro_batches = {
             "network": self.network,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "hints": self.hints,
             "average": self.average,
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        return {
+            name: micro_batch
+            for name, micro_batch in micro_batches.items()
+            if micro_batch is not None
+        }
 
 
 def build_network(recipe: Recipe, classes: int) -> nn.Module:

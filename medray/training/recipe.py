@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from medray.geometry import Windows
 from medray.models.config import Architecture
@@ -362,8 +362,9 @@ class Recipe:
         unlabelled: How to learn from unannotated slides.
         prune: Model to thin out, and to train on.
         batch: Crops a step, over all workers together.
-        at_once: Crops that go through the network at once on a worker; a step of more
-            is accumulated. None: the batch shared among as many workers as may be.
+        micro_batch_size: Crops that go through the network at once on a worker; a step
+            of more is accumulated. None: the batch shared among as many workers as may
+            be.
         precision: auto, float32, bfloat16 or float16.
         channels_last: Layout of the network's memory; usually the faster one.
         compile: Compile the network by torch.compile.
@@ -387,13 +388,15 @@ class Recipe:
     unlabelled: Unlabelled | None = None
     prune: Prune | None = None
     batch: int = 8
-    at_once: int | None = None
+    micro_batch_size: int | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True
     compile: bool = False
     sync_batch_norm: bool = False
     seed: int = 0
     workers: int | tuple[int, int] = 1
+
+    RENAMED: ClassVar[dict[str, str]] = {"at_once": "micro_batch_size"}
 
     def __post_init__(self) -> None:
         """Check what concerns several keys."""
@@ -403,19 +406,22 @@ class Recipe:
                 f"workers: expected a number from 1, or [fewest, most], "
                 f"found {self.workers}"
             )
-        if self.batch < 1 or (self.at_once is None and self.batch % most):
+        if self.batch < 1 or (self.micro_batch_size is None and self.batch % most):
             raise ValueError(
                 f"batch: expected a multiple of workers ({most}), found {self.batch}"
             )
-        if self.at_once is not None and (self.at_once < 1 or self.batch % self.at_once):
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < 1 or self.batch % self.micro_batch_size
+        ):
             raise ValueError(
-                f"at_once: expected a divisor of batch ({self.batch}), "
-                f"found {self.at_once}"
+                f"micro_batch_size: expected a divisor of batch ({self.batch}), "
+                f"found {self.micro_batch_size}"
             )
-        if self.parts < most:
+        if self.micro_batches < most:
             raise ValueError(
-                f"at_once: {self.batch} crops a step, {self.held} at once, make "
-                f"{self.parts} parts for {most} workers; set at_once to "
+                f"micro_batch_size: {self.batch} crops a step, "
+                f"{self.crops_per_micro_batch} at once, make {self.micro_batches} "
+                f"micro batches for {most} workers; set micro_batch_size to "
                 f"{max(1, self.batch // most)} or less, so that each has one"
             )
         first = self.schedule.phases[0].train if self.schedule.phases else "all"
@@ -453,14 +459,14 @@ class Recipe:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
-    def held(self) -> int:
+    def crops_per_micro_batch(self) -> int:
         """Crops that go through the network at once."""
-        return self.at_once or max(1, self.batch // self.most)
+        return self.micro_batch_size or max(1, self.batch // self.most)
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         """Parts of a step, which the workers share among them."""
-        return self.batch // self.held
+        return self.batch // self.crops_per_micro_batch
 
 
 def read_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -27,7 +27,7 @@ def write_training_report(
 
     Args:
         out: The folder.
-        config: Its contract; `made_from` says of what it was made.
+        config: Its configuration; `provenance` says of what it was made.
         metrics: What metrics.json holds.
         examples: Pictures of validation patches, by
             `medray.evaluation.report.draw_overlay`.
@@ -91,16 +91,16 @@ def _phases(history: Sequence[Row]) -> list[Row]:
 
 
 def _provenance(config: ModelConfig) -> dict[str, str]:
-    made_from = config.made_from
+    provenance = config.provenance
     rows = {
-        "digest": str(made_from.get("digest", "")),
-        "data": str(made_from.get("data", "")),
+        "digest": str(provenance.get("digest", "")),
+        "data": str(provenance.get("data", "")),
         "resolution": f"{config.mpp} um per pixel" if config.mpp else "level 0",
         "window": f"{config.window.size} px, stride {config.window.stride} px",
     }
-    for name, version in made_from.get("versions", {}).items():
+    for name, version in provenance.get("versions", {}).items():
         rows[name] = version
-    return rows | _flat(made_from.get("recipe", {}))
+    return rows | _flat(provenance.get("recipe", {}))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from medray.datasets.dataset import labels_uri, read_dataset, read_patches, slide_uri
 from medray.errors import FormatError
 from medray.storage import ome_zarr
-from medray.storage.squares import read_square
+from medray.storage.squares import read_part
 from medray.training.recipe import Recipe
 from medray.types import Row, UInt8
 
@@ -159,7 +159,7 @@ def place_crop(
 def _read_place(array: ome_zarr.Pixels, y: int, x: int, side: int) -> UInt8:
     """Read a square; beyond the slide's end it goes on as its mirror image."""
     height, width = min(side, array.shape[-2] - y), min(side, array.shape[-1] - x)
-    part = read_square(array, y, x, height, width)
+    part = read_part(array, y, x, height, width)
     pad = ((0, 0),) * (part.ndim - 2) + ((0, side - height), (0, side - width))
     return np.pad(part, pad, mode="symmetric")
 
@@ -185,7 +185,7 @@ def read_crop(
     around = None
     if label is not None and labels is not None and _only_class(patch) is None:
         top, left = patch["y"], patch["x"]
-        whole = read_square(labels, top, left, patch["height"], patch["width"])
+        whole = read_part(labels, top, left, patch["height"], patch["width"])
         found = np.flatnonzero(whole == label)
         if len(found):
             y, x = divmod(int(found[rng.integers(len(found))]), whole.shape[1])
@@ -239,7 +239,7 @@ def name_of(patch: Row) -> str:
 def read_train(
     data: str, recipe: Recipe, epoch: int, first: int, losses: bytes = b""
 ) -> Crops:
-    """Read `recipe.held` crops from place `first` of the order of an epoch.
+    """Read the crops of a micro batch, from place `first` of an epoch's order.
 
     Raises:
         FormatError: One damaged patch comes after the other, or a label is none of the
@@ -250,7 +250,7 @@ def read_train(
     classes = len(_settings(data).classes)
     side = crop_of_epoch(recipe, epoch)
     pairs, indices, damaged = [], [], {}
-    for place in range(first, first + recipe.held):
+    for place in range(first, first + recipe.crops_per_micro_batch):
         rng = np.random.default_rng((recipe.seed, epoch, place))
         index, label = drawn[place].tolist()
         for _ in range(_TRIES):
@@ -293,7 +293,7 @@ def read_unlabelled(data: str, recipe: Recipe, epoch: int, first: int) -> UInt8:
     patches = usable_patches(data, "", recipe)
     side = crop_of_epoch(recipe, epoch)
     crops = []
-    for place in range(first, first + recipe.held):
+    for place in range(first, first + recipe.crops_per_micro_batch):
         rng = np.random.default_rng((recipe.seed, epoch, place, 1))
         problem: FormatError | None = None
         for _ in range(_TRIES):

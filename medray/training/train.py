@@ -51,7 +51,7 @@ from medray.training.recipe import Recipe, read_recipe
 from medray.training.report import write_training_report
 from medray.training.sampler import usable_patches
 from medray.training.trainer import (
-    TroubleError,
+    TrainingError,
     example_uri,
     history_uri,
     read_best,
@@ -111,7 +111,7 @@ def train(
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, OUT holds
             another model, or another process works there.
-        TroubleError: The training cannot go on.
+        TrainingError: The training cannot go on.
     """
     settings = read_recipe(recipe, overrides)
     data, out = files.absolute(data), files.absolute(out)
@@ -161,9 +161,9 @@ def _note_repeats(out: str, results: Sequence[Training]) -> None:
 
 
 def _train(settings: Recipe, data: str, out: str) -> Training:
-    def run(settings: Recipe, contract: ModelConfig, name: str) -> None:
+    def run(settings: Recipe, model_config: ModelConfig, name: str) -> None:
         _check_workers(settings)
-        _run(settings, contract, data, out, name)
+        _run(settings, model_config, data, out, name)
 
     return train_with(run, settings, data, out)
 
@@ -186,19 +186,19 @@ def train_with(
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, or OUT holds
             another model.
-        TroubleError: The training cannot go on.
+        TrainingError: The training cannot go on.
     """
     settings = _with_absolute_paths(settings)
-    made_from = _made_from(settings, data)
-    if (before := _trained_before(out, made_from)) is not None:
+    provenance = _provenance(settings, data)
+    if (before := _trained_before(out, provenance)) is not None:
         return before
     patches = {
         split: usable_patches(data, split, settings) for split in ("train", "val")
     }
     _check_patches(patches, data)
-    contract = _contract(settings, patches["train"], data)
-    _check_inputs(settings, contract, data)
-    network = build_network(settings, len(contract.classes))
+    model_config = _model_config(settings, patches["train"], data)
+    _check_inputs(settings, model_config, data)
+    network = build_network(settings, len(model_config.classes))
     cluster.connect()
     log.info(
         "training on %d patches, validating on %d, into %s",
@@ -208,20 +208,22 @@ def train_with(
     )
     start = time.perf_counter()
     # The name holds the digest: only the very same training is resumed.
-    name = made_from["digest"].removeprefix("blake2b:")
-    run(settings, contract, name)
+    name = provenance["digest"].removeprefix("blake2b:")
+    run(settings, model_config, name)
     best = read_best(out, name)
     history = read_history(out)
     metrics = best["metrics"] | {"history": history}
-    contract = replace(contract, made_from=made_from | {"epochs": len(history)})
+    model_config = replace(
+        model_config, provenance=provenance | {"epochs": len(history)}
+    )
     network.load_state_dict(best["model"])
     if settings.teacher is not None:
         metrics["teacher"] = files.read_json(teacher_uri(out))
     metrics["parameters"] = sum(p.numel() for p in network.parameters())
-    _write_report(out, contract, metrics)
+    _write_report(out, model_config, metrics)
     if holds_images(data):
         write_seen(out, _seen(settings, patches))
-    save_model(out, contract, network, metrics)
+    save_model(out, model_config, network, metrics)
     seconds = time.perf_counter() - start
     page = files.join(out, "training.html")
     return Training(out, True, len(history), metrics["f1"], page, seconds)
@@ -240,9 +242,9 @@ def _seen(settings: Recipe, patches: dict[str, list[Row]]) -> dict[str, str]:
     return seen
 
 
-def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
+def _model_config(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
     """Give what inference must know; training itself uses it too."""
-    contract = ModelConfig(
+    model_config = ModelConfig(
         architecture=settings.model,
         classes=read_dataset(data).classes,
         window=settings.window,
@@ -251,10 +253,10 @@ def _contract(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
         morphology=_morphology(patches, data) if settings.model.morphology else None,
     )
     if settings.scaling != "imagenet":
-        contract = replace(contract, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        model_config = replace(model_config, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     if settings.scaling == "zscore":
-        contract = replace(contract, zscore=True)
-    return contract
+        model_config = replace(model_config, zscore=True)
+    return model_config
 
 
 def _morphology(patches: list[Row], data: str) -> Morphology:
@@ -267,13 +269,13 @@ def _morphology(patches: list[Row], data: str) -> Morphology:
 
 
 def _run(
-    settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
+    settings: Recipe, model_config: ModelConfig, data: str, out: str, name: str
 ) -> None:
     """Have Ray Train run the loop on the workers; what died is started again."""
     gpu = bool(cluster.gpus())
     config = {
         "recipe": to_dict(settings),
-        "contract": to_dict(contract),
+        "model_config": to_dict(model_config),
         "data": data,
         "out": out,
         "name": name,
@@ -296,26 +298,27 @@ def _run(
     )
     try:
         with _telling_epochs(out):
-            trouble = trainer.fit().return_value
+            failure = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         problem = str(error).strip().splitlines()[-1][:300]
-        raise TroubleError(
+        half = max(1, settings.crops_per_micro_batch // 2)
+        raise TrainingError(
             f"workers of the training died {_LIVES + 1} times, the last time by: "
-            f"{problem}; if it was memory, at_once={max(1, settings.held // 2)} needs "
-            f"half; run the same command again to go on"
+            f"{problem}; if it was memory, micro_batch_size={half} needs half; run the "
+            f"same command again to go on"
         ) from error
-    if trouble:
-        raise TroubleError(trouble)
+    if failure:
+        raise TrainingError(failure)
 
 
-def _write_report(out: str, contract: ModelConfig, metrics: Row) -> None:
+def _write_report(out: str, model_config: ModelConfig, metrics: Row) -> None:
     uris = [example_uri(out, number) for number in range(100)]
     pictures = []
     for uri in uris:
         if not files.exists(uri):
             break
         pictures.append(files.read_bytes(uri))
-    write_training_report(out, contract, metrics, pictures)
+    write_training_report(out, model_config, metrics, pictures)
 
 
 @contextmanager
@@ -365,7 +368,7 @@ def read_history(out: str) -> list[Row]:
     return [json.loads(line) for line in files.read_bytes(uri).splitlines()]
 
 
-def _made_from(recipe: Recipe, data: str) -> Row:
+def _provenance(recipe: Recipe, data: str) -> Row:
     """Name a training: equal digests mean equal recipe and data."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(to_dict(recipe), sort_keys=True).encode())
@@ -392,11 +395,11 @@ def _made_from(recipe: Recipe, data: str) -> Row:
     }
 
 
-def _trained_before(out: str, made_from: Row) -> Training | None:
+def _trained_before(out: str, provenance: Row) -> Training | None:
     if not files.exists(files.join(out, "model.yaml")):
         return None
-    before = read_config(out).made_from
-    if before.get("digest") != made_from["digest"]:
+    before = read_config(out).provenance
+    if before.get("digest") != provenance["digest"]:
         raise ConfigError(
             f"{out}: holds a model of another recipe or dataset; choose another --out, "
             f"or delete this model"
@@ -438,7 +441,7 @@ def _mpp(patches: list[Row]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
+def _check_inputs(settings: Recipe, model_config: ModelConfig, data: str) -> None:
     """Check what the recipe refers to, before anything is started."""
     side = read_dataset(data).patch
     if holds_images(data) and not (
@@ -482,20 +485,20 @@ def _check_inputs(settings: Recipe, contract: ModelConfig, data: str) -> None:
             )
     if settings.teacher is not None:
         teacher = read_config(settings.teacher.model)
-        if teacher.classes != contract.classes:
+        if teacher.classes != model_config.classes:
             raise ConfigError(
                 f"teacher.model: {settings.teacher.model} knows "
-                f"{teacher.classes.names}, the dataset {contract.classes.names}; they "
-                f"must be the same"
+                f"{teacher.classes.names}, the dataset {model_config.classes.names}; "
+                f"they must be the same"
             )
-        if (teacher.mpp or 0) != (contract.mpp or 0) and not (
+        if (teacher.mpp or 0) != (model_config.mpp or 0) and not (
             teacher.mpp
-            and contract.mpp
-            and abs(teacher.mpp / contract.mpp - 1) <= _MPP_APART
+            and model_config.mpp
+            and abs(teacher.mpp / model_config.mpp - 1) <= _MPP_APART
         ):
             raise ConfigError(
                 f"teacher.model: {settings.teacher.model} looks at {teacher.mpp} um "
-                f"per pixel, the dataset has {contract.mpp}; they must be the same"
+                f"per pixel, the dataset has {model_config.mpp}; they must be the same"
             )
 
 

@@ -9,8 +9,8 @@ The way of a step, top to bottom:
     check    after an epoch the validation patches are counted
     keep     rank 0 stores all that the next step depends on, and the best weights
 
-A step's parts are numbered (`Recipe.parts`), and so are the places of their crops in
-the order: how many workers share them changes nothing but the order of a sum.
+A step's parts are numbered (`Recipe.micro_batches`), and so are the places of their
+crops in the order: how many workers share them changes nothing but the order of a sum.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from medray.models.network import choose_device
 from medray.models.pictures import first_kernels, score_maps
 from medray.storage import files
 from medray.storage.yaml_config import from_dict, to_dict
-from medray.training.dataloader import Part, Place, read_parts, val_batch
-from medray.training.learner import Batch, Learner, Team
+from medray.training.dataloader import MicroBatch, Place, read_micro_batches, val_batch
+from medray.training.learner import Batch, Learner, World
 from medray.training.loggers import Tracker
 from medray.training.recipe import Recipe
 from medray.training.sampler import read_val, steps_per_epoch, usable_patches
 from medray.types import Row
 
-_STREAM_PARTS = 4096  # that one chain of Ray Data reads
+_STREAM_MICRO_BATCHES = 4096  # that one chain of Ray Data reads
 _MOST_READERS = 8  # a worker's processes that read
 _WEIGHED = 512  # validation images on which an encoder's stages are weighed
 _COMPARED = 64  # validation patches on which student and teacher are compared
@@ -63,7 +63,7 @@ _EXAMPLES = 4  # validation patches that are shown
 _LEAST_DAMAGED = 3  # damaged patches that are endured in any case
 
 
-class TroubleError(MedrayError):
+class TrainingError(MedrayError):
     """A training cannot go on, and why."""
 
 
@@ -76,55 +76,57 @@ def run_worker(config: Row) -> str | None:
     """
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    team = Team(rank, size, choose_device(), context.get_local_world_size())
-    if team.device.type == "cpu":
+    world = World(rank, size, choose_device(), context.get_local_world_size())
+    if world.device.type == "cpu":
         # As many as Ray counts: a container may have fewer than its machine.
-        torch.set_num_threads(max(1, cluster.cpus_per_node() // team.neighbours))
+        torch.set_num_threads(max(1, cluster.cpus_per_node() // world.local_size))
     recipe = from_dict(Recipe, config["recipe"], "recipe")
-    contract = from_dict(ModelConfig, config["contract"], "model.yaml")
+    model_config = from_dict(ModelConfig, config["model_config"], "model.yaml")
     try:
-        train_as(team, recipe, contract, config["data"], config["out"], config["name"])
+        train_as(
+            world, recipe, model_config, config["data"], config["out"], config["name"]
+        )
     except MedrayError as error:
         return f"{error}"
     return None
 
 
 def train_as(
-    team: Team,
+    world: World,
     recipe: Recipe,
-    contract: ModelConfig,
+    model_config: ModelConfig,
     data: str,
     out: str,
     name: str,
     told: Callable[[Row], None] = lambda entry: None,
 ) -> None:
-    """Train as one of a team, from the last checkpoint to the end.
+    """Train as one of a world, from the last checkpoint to the end.
 
     Args:
-        team: Who this is, of how many.
+        world: Who this is, of how many.
         recipe: What to do.
-        contract: How pixels become inputs, and the classes.
+        model_config: How pixels become inputs, and the classes.
         data: Dataset.
         out: Model folder; checkpoints/NAME-last.pt and NAME-best.pt are kept there.
         name: Of this very training.
         told: Is given the entry of each epoch, of those before a checkpoint too.
 
     Raises:
-        TroubleError: It cannot go on; all of the team raise it.
+        TrainingError: It cannot go on; all of the world raise it.
     """
     patches = len(usable_patches(data, "train", recipe))
     steps = steps_per_epoch(recipe, patches)
     last = _checkpoint_uri(out, name, "last")
     measures = {}
-    if contract.morphology is not None:
+    if model_config.morphology is not None:
         measures = {
             split: read_morphology(data, usable_patches(data, split, recipe))[1]
             for split in ("train", "val")
         }
-    learner = _start(team, recipe, contract, patches, steps, measures, last)
+    learner = _start(world, recipe, model_config, patches, steps, measures, last)
     begun = learner.epoch * steps + learner.step
     tracker = Tracker(
-        out, step=begun, name=name, settings=to_dict(recipe), shown=team.rank == 0
+        out, step=begun, name=name, settings=to_dict(recipe), shown=world.rank == 0
     )
     for entry in learner.history:
         told(entry)
@@ -140,14 +142,14 @@ def _train_epochs(
     name: str,
     told: Callable[[Row], None],
 ) -> None:
-    team, recipe, steps = learner.team, learner.recipe, learner.steps
-    names = learner.contract.classes.names
+    world, recipe, steps = learner.world, learner.recipe, learner.steps
+    names = learner.model_config.classes.names
     last = _checkpoint_uri(out, name, "last")
     saved = time.monotonic()
     for epoch, stream in _epochs(learner, data):
         if learner.must_decide():
             _decide(learner, data)
-            _write(team, last, learner.state())
+            _write(world, last, learner.state())
         start = time.perf_counter()
         for step in range(learner.step, steps):
             loss = _do_step(learner, stream, out)
@@ -158,7 +160,7 @@ def _train_epochs(
             minutes = (time.monotonic() - saved) / 60
             if minutes >= recipe.schedule.save_minutes and step + 1 < steps:
                 learner.seconds += time.perf_counter() - start
-                _write(team, last, learner.state())
+                _write(world, last, learner.state())
                 start, saved = time.perf_counter(), time.monotonic()
         learner.seconds += time.perf_counter() - start
         checked = _validate(learner, stream, data, tracker)
@@ -169,26 +171,26 @@ def _train_epochs(
             metrics = entry | {"per_class": per_class}
             metrics["confusion"] = checked.counts.tolist()
             kept = {"model": weights, "metrics": metrics}
-            _write(team, _checkpoint_uri(out, name, "best"), kept)
+            _write(world, _checkpoint_uri(out, name, "best"), kept)
             for number, picture in enumerate(checked.pictures):
                 files.write_bytes(example_uri(out, number), picture)
-        _write(team, last, learner.state())
+        _write(world, last, learner.state())
         saved = time.monotonic()
-        if team.rank == 0:
+        if world.rank == 0:
             lines = "".join(json.dumps(each) + "\n" for each in learner.history)
             files.write_bytes(history_uri(out), lines.encode())
         tracker.epoch((epoch + 1) * steps, entry)
         told(entry)
         if learner.is_over():
             break
-    if learner.teacher is not None and team.rank == 0:
+    if learner.teacher is not None and world.rank == 0:
         files.write_json(teacher_uri(out), _beside_teacher(learner, data))
 
 
 def _start(
-    team: Team,
+    world: World,
     recipe: Recipe,
-    contract: ModelConfig,
+    model_config: ModelConfig,
     patches: int,
     steps: int,
     measures: Mapping[str, npt.NDArray[np.float64]],
@@ -196,73 +198,81 @@ def _start(
 ) -> Learner:
     """Build the model and what changes it, as the last checkpoint left them."""
     try:
-        learner = Learner(team, recipe, contract, patches, steps, measures)
+        learner = Learner(world, recipe, model_config, patches, steps, measures)
         if files.exists(last):
             learner.load_state(_load(last))
     except MedrayError as error:
-        _raise_together(team, f"{error}")
+        _raise_together(world, f"{error}")
         raise  # not reached
-    _raise_together(team, None)
+    _raise_together(world, None)
     return learner
 
 
-def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[Part]]]:
+def _epochs(learner: Learner, data: str) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
     """Give each epoch that is left, and the parts that are read for this worker.
 
     One chain of Ray Data reads several epochs, so that the next one is under way while
     this one ends; where the order follows the losses, it reads one.
     """
-    recipe, team, steps = learner.recipe, learner.team, learner.steps
+    recipe, world, steps = learner.recipe, learner.world, learner.steps
     checks = -(-len(usable_patches(data, "val", recipe)) // val_batch(data))
     epochs = recipe.schedule.epochs
-    readers = (os.cpu_count() or 1) // (2 * team.neighbours)
+    readers = (os.cpu_count() or 1) // (2 * world.local_size)
     readers = min(_MOST_READERS, max(1, readers))
     while learner.epoch < epochs and not learner.is_over():
         places: list[Place] = []
         first = end = learner.epoch
         while end < epochs and (
-            end == first or (len(places) < _STREAM_PARTS and not recipe.data.hard)
+            end == first
+            or (len(places) < _STREAM_MICRO_BATCHES and not recipe.data.hard)
         ):
             begin = learner.step if end == first else 0
-            share = team.share(recipe.parts)
+            share = world.share(recipe.micro_batches)
             places += [Place(end, s, p) for s in range(begin, steps) for p in share]
-            places += [Place(end, steps, batch) for batch in team.share(checks)]
+            places += [Place(end, steps, batch) for batch in world.share(checks)]
             end += 1
         losses = learner.order_losses.numpy().tobytes() if recipe.data.hard else b""
-        stream = read_parts(places, recipe, data, steps, losses, readers)
+        stream = read_micro_batches(places, recipe, data, steps, losses, readers)
         for epoch in range(first, end):
             yield epoch, stream
 
 
-def _do_step(learner: Learner, stream: Iterator[Part], out: str) -> float:
+def _do_step(learner: Learner, stream: Iterator[MicroBatch], out: str) -> float:
     """Take this worker's parts from the stream and learn from them."""
-    team, number = learner.team, learner.step
-    parts: list[Part] = []
-    trouble = None
+    world, number = learner.world, learner.step
+    micro_batches: list[MicroBatch] = []
+    failure = None
     start = time.perf_counter()
     try:
-        parts = [next(stream) for _ in team.share(learner.recipe.parts)]
+        micro_batches = [
+            next(stream) for _ in world.share(learner.recipe.micro_batches)
+        ]
         learner.waited += time.perf_counter() - start
-        _bound_damage(learner, parts)
+        _bound_damage(learner, micro_batches)
     except MedrayError as error:
-        trouble = f"{error}"
+        failure = f"{error}"
     batches = [
-        Batch(part.crops.images, part.crops.masks, part.crops.patches, part.unlabelled)
-        for part in parts
+        Batch(
+            micro_batch.crops.images,
+            micro_batch.crops.masks,
+            micro_batch.crops.patches,
+            micro_batch.unlabelled,
+        )
+        for micro_batch in micro_batches
     ]
-    loss, trouble = learner.do_step(batches, trouble)
+    loss, failure = learner.do_step(batches, failure)
     if not np.isfinite(loss):
-        if trouble is not None and batches:
-            trouble += _keep_batch(out, learner, number, batches)
-        _raise_together(team, trouble)
+        if failure is not None and batches:
+            failure += _keep_batch(out, learner, number, batches)
+        _raise_together(world, failure)
     return loss
 
 
-def _bound_damage(learner: Learner, parts: list[Part]) -> None:
+def _bound_damage(learner: Learner, micro_batches: list[MicroBatch]) -> None:
     """Note damaged patches, and stop where they are too many."""
     patches = len(learner.losses)
-    for part in parts:
-        learner.damaged |= part.crops.damaged
+    for micro_batch in micro_batches:
+        learner.damaged |= micro_batch.crops.damaged
     most = max(_LEAST_DAMAGED, patches // 100)
     if len(learner.damaged) > most:
         name, problem = next(iter(learner.damaged.items()))
@@ -274,8 +284,8 @@ def _bound_damage(learner: Learner, parts: list[Part]) -> None:
 
 def _keep_batch(out: str, learner: Learner, number: int, batches: list[Batch]) -> str:
     """Store what a step was given when it went wrong, and say where."""
-    name = f"epoch-{learner.epoch}-step-{number}-rank-{learner.team.rank}.npz"
-    uri = files.join(out, "trouble", name)
+    name = f"epoch-{learner.epoch}-step-{number}-rank-{learner.world.rank}.npz"
+    uri = files.join(out, "failures", name)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -287,31 +297,34 @@ def _keep_batch(out: str, learner: Learner, number: int, batches: list[Batch]) -
     return f"; its crops are kept in {uri}"
 
 
-def _raise_together(team: Team, trouble: str | None) -> None:
-    """Raise what any of the team has to say, on all of them."""
-    said = dict.fromkeys(problem for problem in team.gather(trouble) if problem)
+def _raise_together(world: World, failure: str | None) -> None:
+    """Raise what any of the world has to say, on all of them."""
+    said = dict.fromkeys(problem for problem in world.gather(failure) if problem)
     if said:
-        raise TroubleError("; ".join(said))
+        raise TrainingError("; ".join(said))
 
 
 def _decide(learner: Learner, data: str) -> None:
     """Weigh the encoder's stages at the start of an adaptive phase, by rank 0."""
-    team, recipe = learner.team, learner.recipe
+    world, recipe = learner.world, learner.recipe
     weighed: dict[str, float] = {}
-    trouble = None
-    if team.rank == 0:
-        at_once = val_batch(data)
-        batches = -(-len(usable_patches(data, "val", recipe)) // at_once)
-        most = max(1, _WEIGHED // at_once)
+    failure = None
+    if world.rank == 0:
+        micro_batch_size = val_batch(data)
+        batches = -(-len(usable_patches(data, "val", recipe)) // micro_batch_size)
+        most = max(1, _WEIGHED // micro_batch_size)
         chosen = np.linspace(0, batches - 1, min(batches, most)).round().astype(int)
         try:
-            crops = [read_val(data, recipe, at * at_once, at_once) for at in chosen]
+            crops = [
+                read_val(data, recipe, at * micro_batch_size, micro_batch_size)
+                for at in chosen
+            ]
             given = [(c.images, c.masks, c.patches) for c in crops]
             weighed = learner.weigh_stages(given)
         except MedrayError as error:
-            trouble = f"{error}"
-    _raise_together(team, trouble)
-    learner.decide(team.gather(weighed)[0])
+            failure = f"{error}"
+    _raise_together(world, failure)
+    learner.decide(world.gather(weighed)[0])
 
 
 # --- check ----------------------------------------------------------------------------
@@ -337,22 +350,22 @@ class _Checked:
 
 
 def _validate(
-    learner: Learner, stream: Iterator[Part], data: str, tracker: Tracker
+    learner: Learner, stream: Iterator[MicroBatch], data: str, tracker: Tracker
 ) -> _Checked:
     """Predict the validation patches."""
     start = time.perf_counter()
-    team, classes = learner.team, read_dataset(data).classes
+    world, classes = learner.world, read_dataset(data).classes
     patches = usable_patches(data, "val", learner.recipe)
-    at_once, classifies = val_batch(data), learner.recipe.classifies
-    shown = [] if classifies else _examples(patches, at_once, team)
+    micro_batch_size, classifies = val_batch(data), learner.recipe.classifies
+    shown = [] if classifies else _examples(patches, micro_batch_size, world)
     pictures: list[bytes] = []
     counts = np.zeros((len(classes), len(classes)), np.int64)
     small = np.zeros(4, np.int64)
     loss = seen = 0.0
-    trouble = None
+    failure = None
     learner.share_what_was_seen()
     try:
-        for _ in team.share(-(-len(patches) // at_once)):
+        for _ in world.share(-(-len(patches) // micro_batch_size)):
             crops = next(stream).crops
             learner.damaged |= crops.damaged
             if not len(crops.images):
@@ -376,10 +389,12 @@ def _validate(
                     _show(learner, tracker, len(pictures), picture, crops.images[at])
                     pictures.append(picture)
     except MedrayError as error:
-        trouble = f"{error}"
-    _raise_together(team, trouble)
-    gathered = team.gather((counts, small, loss, seen))
-    counts, small, loss, seen = (sum(part[i] for part in gathered) for i in range(4))
+        failure = f"{error}"
+    _raise_together(world, failure)
+    gathered = world.gather((counts, small, loss, seen))
+    counts, small, loss, seen = (
+        sum(micro_batch[i] for micro_batch in gathered) for i in range(4)
+    )
     seconds = time.perf_counter() - start
     return _Checked(counts, small, loss / max(seen, 1), pictures, seconds)
 
@@ -400,9 +415,9 @@ def _beside_teacher(learner: Learner, data: str) -> Row:
     seconds = dict.fromkeys(models, 0.0)
     patches = len(usable_patches(data, "val", learner.recipe))
     seen = 0
-    at_once = val_batch(data)
-    for first in range(0, min(patches, _COMPARED), at_once):
-        crops = read_val(data, learner.recipe, first, at_once)
+    micro_batch_size = val_batch(data)
+    for first in range(0, min(patches, _COMPARED), micro_batch_size):
+        crops = read_val(data, learner.recipe, first, micro_batch_size)
         if not len(crops.images):
             continue
         for name, (_, predict) in models.items():
@@ -429,11 +444,11 @@ def _no_labels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.zeros_like(images[:, 0])
 
 
-def _examples(patches: list[Row], at_once: int, team: Team) -> list[int]:
+def _examples(patches: list[Row], micro_batch_size: int, world: World) -> list[int]:
     """Choose patches of rank 0 to show: large ones with something to find, spread."""
-    if team.rank:
+    if world.rank:
         return []
-    mine = [i for i in range(len(patches)) if i // at_once % team.size == 0]
+    mine = [i for i in range(len(patches)) if i // micro_batch_size % world.size == 0]
     found = [i for i in mine if any(patches[i]["class_px"][1:])] or mine
     most = max(patches[i]["height"] * patches[i]["width"] for i in found)
     candidates = [
@@ -458,7 +473,7 @@ def _show(
         kernels = first_kernels(learner.kept)
         if kernels is not None:
             tracker.picture(step, "network/first_kernels", kernels)
-        image = torch.from_numpy(pixels.copy())[None].to(learner.team.device)
+        image = torch.from_numpy(pixels.copy())[None].to(learner.world.device)
         maps = score_maps(learner.kept.eval(), learner.normalise(image))
         for name, drawn in maps.items():
             tracker.picture(step, f"network/{name}", drawn)
@@ -510,9 +525,9 @@ def _checkpoint_uri(out: str, name: str, which: str) -> str:
     return files.join(out, "checkpoints", f"{name}-{which}.pt")
 
 
-def _write(team: Team, uri: str, state: Row) -> None:
+def _write(world: World, uri: str, state: Row) -> None:
     """Store a checkpoint; it counts once it is whole."""
-    if team.rank == 0:
+    if world.rank == 0:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         files.write_bytes(uri, buffer.getvalue())

@@ -33,7 +33,7 @@ from medray.models.network import choose_device
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import read_yaml
-from medray.training.learner import Team
+from medray.training.learner import World
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import read_history, train_with
 from medray.training.trainer import train_as
@@ -287,12 +287,12 @@ def _train_one(
         last.update(score=entry["score"], epochs=entry["epoch"] + 1)
         ray.tune.report(dict(last))
 
-    def run(settings: Recipe, contract: ModelConfig, training: str) -> None:
+    def run(settings: Recipe, model_config: ModelConfig, training: str) -> None:
         device = choose_device()
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-        team = Team(0, 1, device)
-        train_as(team, settings, contract, data, folder, training, told)
+        world = World(0, 1, device)
+        train_as(world, settings, model_config, data, folder, training, told)
 
     try:
         done = train_with(run, trial.recipe, data, folder)

@@ -51,11 +51,11 @@ def found_of(folder: Path, slide: str) -> Any:
 
 
 def test_the_curves_are_those_of_all_pixels(folder: Path, metrics: Any) -> None:
-    truths = [truth_of(folder, slide).ravel() for slide in SIZES]
+    ground_truths = [truth_of(folder, slide).ravel() for slide in SIZES]
     found = [found_of(folder, slide).ravel() for slide in SIZES]
     uris = [probabilities_uri(str(folder / "run"), slide) for slide in SIZES]
     shares = [np.asarray(open_mask(uri)).reshape(2, -1) for uri in uris]
-    truth, share = np.concatenate(truths), np.concatenate(shares, axis=1)
+    truth, share = np.concatenate(ground_truths), np.concatenate(shares, axis=1)
     (row,) = metrics["curves"]["per_class"]
     wanted = average_precision_score(truth, share[1])
     assert row["average_precision"] == pytest.approx(wanted)

@@ -14,7 +14,7 @@ import torch
 import zarr
 
 from medray.cli import main
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
 from medray.execution.commit import Commit, changed_slides
@@ -110,7 +110,9 @@ def in_one_process(
             raise CrashError
 
     progress = Progress("serial", 0)
-    wanted = as_given(find_slides([str(slides)]), mpp=None, scene=scene, plane=None)
+    wanted = with_overrides(
+        find_slides([str(slides)]), mpp=None, scene=scene, plane=None
+    )
     for row in changed_slides(wanted, ledger):
         header, regions = stage._plan(row, settings, str(out))
         if not regions:

@@ -131,7 +131,8 @@ def test_other_runtimes_give_the_models_logits(
 def test_an_exported_folder_is_a_model_folder(
     segmenter: Path, exported: dict[str, Path]
 ) -> None:
-    """Its contract is the model's, and so is what the predictor makes of windows."""
+    """Its configuration is the model's, and so is what the predictor makes of
+    windows."""
     before, contract = load_model(str(segmenter))
     cpu = torch.device("cpu")
     pixels = torch.from_numpy(pixels_of(4))
@@ -153,7 +154,8 @@ def test_an_exported_folder_is_a_model_folder(
 def test_masks_of_exports_are_the_models(
     segmenter: Path, exported: dict[str, Path]
 ) -> None:
-    """Predicted as a lane does it: threads that each take batches of their own."""
+    """Predicted as a GPU worker does it: threads that each take batches of their
+    own."""
     pixels = pixels_of(12, seed=1).reshape(2, 6, 64, 64, 3)
     pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(128, 384, 3)
     grid = Grid(64, 48)

@@ -18,7 +18,7 @@ from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.network import Network
 from medray.training import trainer
-from medray.training.learner import Learner, Team
+from medray.training.learner import Learner, World
 from medray.training.recipe import (
     Augment,
     Data,
@@ -30,7 +30,7 @@ from medray.training.recipe import (
     Unlabelled,
 )
 
-TEAM = Team(0, 1, torch.device("cpu"))
+TEAM = World(0, 1, torch.device("cpu"))
 SMALL = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),
     data=Data(crop=64, samples=16),
@@ -45,7 +45,7 @@ def dataset(training_data: str) -> str:
     return training_data
 
 
-def contract(dataset: str, recipe: Recipe) -> ModelConfig:
+def model_config(dataset: str, recipe: Recipe) -> ModelConfig:
     return ModelConfig(
         architecture=recipe.model,
         classes=read_dataset(dataset).classes,
@@ -58,7 +58,9 @@ def contract(dataset: str, recipe: Recipe) -> ModelConfig:
 def run(dataset: str, out: Path, recipe: Recipe) -> dict:
     """Train; give the weights of the last step."""
     torch.set_num_threads(1)
-    trainer.train_as(TEAM, recipe, contract(dataset, recipe), dataset, str(out), "t")
+    trainer.train_as(
+        TEAM, recipe, model_config(dataset, recipe), dataset, str(out), "t"
+    )
     state = torch.load(out / "checkpoints" / "t-last.pt", weights_only=True)
     return state["network"]
 
@@ -94,12 +96,12 @@ def test_what_was_killed_and_resumed_has_the_same_weights(
     for deaths in (3,):  # of the 4 steps of an epoch
         done = 0
 
-        def dying(self, parts, trouble=None, *, deaths=deaths):
+        def dying(self, parts, failure=None, *, deaths=deaths):
             nonlocal done
             done += 1
             if done > deaths:
                 raise DeadError
-            return do_step(self, parts, trouble)
+            return do_step(self, parts, failure)
 
         monkeypatch.setattr(Learner, "do_step", dying)
         out = tmp_path / f"killed-{deaths}"
@@ -121,8 +123,8 @@ def test_seed_decides_everything(dataset: str, tmp_path: Path) -> None:
     recipe = replace(SMALL, schedule=Schedule(epochs=1))
     one, again = (run(dataset, tmp_path / name, recipe) for name in "ab")
     assert_same(one, again)
-    other = Learner(TEAM, replace(recipe, seed=1), contract(dataset, recipe), 4, 1)
-    first = Learner(TEAM, recipe, contract(dataset, recipe), 4, 1)
+    other = Learner(TEAM, replace(recipe, seed=1), model_config(dataset, recipe), 4, 1)
+    first = Learner(TEAM, recipe, model_config(dataset, recipe), 4, 1)
     weights = first.network.state_dict()
     assert any(not v.equal(weights[k]) for k, v in other.network.state_dict().items())
 
@@ -137,7 +139,7 @@ def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
         augment=Augment(False, brightness=0, contrast=0, saturation=0, hue=0),
         schedule=Schedule(epochs=1, warmup=0),
     )
-    parts = replace(whole, at_once=1)
+    parts = replace(whole, micro_batch_size=1)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
     masks = rng.integers(0, 2, (4, 64, 64), dtype=np.uint8)
@@ -151,9 +153,9 @@ def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
         (whole, [batch(slice(0, 4))]),
         (parts, [batch(slice(i, i + 1)) for i in range(4)]),
     ):
-        learner = Learner(TEAM, recipe, contract(dataset, recipe), 4, 1)
-        loss, trouble = learner.do_step(batches)
-        assert trouble is None
+        learner = Learner(TEAM, recipe, model_config(dataset, recipe), 4, 1)
+        loss, failure = learner.do_step(batches)
+        assert failure is None
         results.append((loss, learner.network.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, weight in results[0][1].items():
@@ -176,7 +178,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_kept(
     monkeypatch.setattr(Learner, "_loss", spoilt)
     with pytest.raises(MedrayError, match="step 2 is not a number; lower optimizer.lr"):
         run(dataset, tmp_path, recipe)
-    (kept,) = (tmp_path / "trouble").iterdir()
+    (kept,) = (tmp_path / "failures").iterdir()
     with np.load(kept) as batch:
         assert batch["images"].shape == (4, 3, 64, 64)
         assert batch["masks"].shape == (4, 64, 64)
@@ -190,7 +192,7 @@ def test_an_exploding_training_is_stopped(dataset: str, tmp_path: Path) -> None:
     )
     with pytest.raises(MedrayError, match="not a number"):
         run(dataset, tmp_path, recipe)
-    assert list((tmp_path / "trouble").iterdir())
+    assert list((tmp_path / "failures").iterdir())
 
 
 def test_too_little_memory_says_what_halves_it(
@@ -200,16 +202,18 @@ def test_too_little_memory_says_what_halves_it(
         return torch.empty(1 << 55).sum()  # more than any machine has
 
     monkeypatch.setattr(Learner, "_loss", hungry)
-    message = "not enough memory on cpu for 4 crops of 64 px.*at_once=2 halves it"
+    message = (
+        "not enough memory on cpu for 4 crops of 64 px.*micro_batch_size=2 halves it"
+    )
     with pytest.raises(MedrayError, match=message):
         run(dataset, tmp_path, SMALL)
 
 
 def test_synchronised_batch_normalisation_needs_gpus(dataset: str) -> None:
-    recipe = replace(SMALL, sync_batch_norm=True, at_once=2)
-    team = Team(0, 2, torch.device("cpu"))
+    recipe = replace(SMALL, sync_batch_norm=True, micro_batch_size=2)
+    world = World(0, 2, torch.device("cpu"))
     with pytest.raises(MedrayError, match="sync_batch_norm: needs GPUs"):
-        Learner(team, recipe, contract(dataset, recipe), 4, 1)
+        Learner(world, recipe, model_config(dataset, recipe), 4, 1)
 
 
 def test_a_compiled_network_learns_the_same(
@@ -313,7 +317,7 @@ def test_training_and_inference_feed_a_model_the_same(
 
     for stain, zscore in (("none", False), ("macenko", False), ("none", True)):
         recipe = replace(SMALL, stain=stain)  # type: ignore[arg-type]
-        config = replace(contract(dataset, recipe), zscore=zscore)
+        config = replace(model_config(dataset, recipe), zscore=zscore)
         learner = Learner(TEAM, recipe, config, 4, 1)
         crops = read_val(dataset, recipe, 0, 2)
         folder = str(tmp_path / f"{stain}-{zscore}")
@@ -331,7 +335,7 @@ def test_training_and_inference_feed_a_model_the_same(
 
 
 def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None:
-    config = contract(dataset, SMALL)
+    config = model_config(dataset, SMALL)
     teacher = Learner(TEAM, replace(SMALL, seed=5), config, 4, 1).network
     save_model(str(tmp_path / "teacher"), config, teacher, {"f1": None})
     how = Teacher(str(tmp_path / "teacher"), features=0.1)
@@ -362,7 +366,7 @@ def test_other_classes_than_the_model_are_refused_by_pruning(
     from medray.training.learner import build_network
     from medray.training.recipe import Prune
 
-    config = replace(contract(dataset, SMALL), classes=Classes(("a", "b", "c")))
+    config = replace(model_config(dataset, SMALL), classes=Classes(("a", "b", "c")))
     network = build_network(SMALL, 3)
     save_model(str(tmp_path), config, network, {"f1": None})
     with pytest.raises(ConfigError, match="prune.model.*3 classes"):

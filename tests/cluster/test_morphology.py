@@ -26,7 +26,7 @@ from medray.models.classify import load_classifier
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-from medray.training.learner import Batch, Learner, Team
+from medray.training.learner import Batch, Learner, World
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import read_val, usable_patches
 from medray.training.train import train
@@ -43,7 +43,7 @@ augment: {flips: true, brightness: 0.0, contrast: 0.0, saturation: 0.0, hue: 0.0
 batch: 12
 precision: float32
 """
-ALONE = Team(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_evaluation_feeds_a_model_as_training_did(
     patches = usable_patches(dataset, "val", recipe)
     measures = read_morphology(dataset, patches)[1]
     learner = Learner(ALONE, recipe, config, 1, 1, {"val": measures})
-    name = config.made_from["digest"].removeprefix("blake2b:")
+    name = config.provenance["digest"].removeprefix("blake2b:")
     learner.network.load_state_dict(read_best(classifier, name)["model"])
     crops = read_val(dataset, recipe, 2, 7)  # not from the first patch on
     beside = learner._beside("val", crops.patches)
@@ -162,7 +162,7 @@ def test_each_crop_learns_with_its_own_measures() -> None:
         precision="float32",
     )
     names = feature_names()
-    contract = ModelConfig(
+    model_config = ModelConfig(
         architecture=recipe.model,
         classes=Classes(("one", "other")),
         window=recipe.window,
@@ -171,15 +171,15 @@ def test_each_crop_learns_with_its_own_measures() -> None:
     )
     labels = np.arange(24) % 2
     measures = np.where(labels[:, None] == 1, 7.0, 3.0) * np.ones((24, FEATURES))
-    learner = Learner(ALONE, recipe, contract, 24, 100, {"train": measures})
+    learner = Learner(ALONE, recipe, model_config, 24, 100, {"train": measures})
     images = np.full((8, 3, 32, 32), 120, np.uint8)
     rng = np.random.default_rng(0)
     for _ in range(40):
         chosen = rng.permutation(24)[:8]
         masks = np.broadcast_to(labels[chosen][:, None, None], (8, 32, 32))
         batch = Batch(images, masks.astype(np.uint8), chosen, images[:0])
-        loss, trouble = learner.do_step([batch])
-        assert trouble is None
+        loss, failure = learner.do_step([batch])
+        assert failure is None
     assert loss < 0.2  # log(2) = 0.69 is what pixels alone can reach
 
 

@@ -24,11 +24,11 @@ from medray.models.folder import load_model
 from medray.models.network import Normalise
 from medray.training import trainer
 from medray.training.finetuning import find_stages, importance, most_important
-from medray.training.learner import Batch, Learner, Team, build_network
+from medray.training.learner import Batch, Learner, World, build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import train, train_with
 
-TEAM = Team(0, 1, torch.device("cpu"))
+TEAM = World(0, 1, torch.device("cpu"))
 HEAD, REST = "{epochs: 1, train: head}", "{epochs: 1, train: all, lr: 0.1}"
 TEXT = """
 model: {name: classifier, encoder: resnet10t, hidden: 8, norm: true, dropout: 0.1}

@@ -50,17 +50,17 @@ def start(
     *,
     seconds: float = 0.0,
     calls: int = 2,
-    patience: float | None = None,
+    timeout: float | None = None,
 ) -> Pool:
     actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=calls + 1)
     begin = functools.partial(actor.remote, str(folder), seconds)
-    allowed = None if patience is None else lambda _: patience
-    return Pool(begin, "work", actors, calls=calls, patience=allowed)
+    allowed = None if timeout is None else lambda _: timeout
+    return Pool(begin, "work", actors, calls=calls, timeout=allowed)
 
 
-def run(pool: Pool, packets: list) -> list:
-    """Give all packets, as there is room; take all results."""
-    todo, found = list(packets), []
+def run(pool: Pool, batches: list) -> list:
+    """Give all batches, as there is room; take all results."""
+    todo, found = list(batches), []
     while todo or pool.busy:
         while todo and pool.room > 0:
             pool.give(todo.pop(0))
@@ -68,7 +68,7 @@ def run(pool: Pool, packets: list) -> list:
     return found
 
 
-def packets(count: int, size: int, **kinds: set) -> list:
+def batches(count: int, size: int, **kinds: set) -> list:
     rows = [{"i": i} | {k: i in of for k, of in kinds.items()} for i in range(count)]
     return [rows[first : first + size] for first in range(0, count, size)]
 
@@ -81,14 +81,14 @@ def test_each_row_has_its_result_and_every_actor_works(tmp_path: Path) -> None:
     with start(tmp_path, 3, seconds=0.05) as pool:
         while pool.room < 6:
             poll(pool)
-        found = run(pool, packets(40, 4))
+        found = run(pool, batches(40, 4))
     assert sorted(found) == [(i, 2 * i) for i in range(40)]
     assert len({pids(tmp_path, i)[0] for i in range(40)}) == 3
 
 
 def test_rows_that_are_handed_back_are_done_later(tmp_path: Path) -> None:
     with start(tmp_path, 2) as pool:
-        found = run(pool, packets(20, 4, back={3, 8, 9, 19}))
+        found = run(pool, batches(20, 4, back={3, 8, 9, 19}))
     assert sorted(found) == [(i, 2 * i) for i in range(20)]
     assert len(pids(tmp_path, 9)) == 3
 
@@ -96,7 +96,7 @@ def test_rows_that_are_handed_back_are_done_later(tmp_path: Path) -> None:
 def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
     poison = {5, 6, 13}
     with start(tmp_path, 2, seconds=0.02) as pool:
-        found = run(pool, packets(24, 4, kills=poison))
+        found = run(pool, batches(24, 4, kills=poison))
     assert sorted(i for i, _ in found) == list(range(24))
     for i, result in found:
         if i in poison:
@@ -113,14 +113,14 @@ def test_an_actor_killed_from_outside_is_replaced(tmp_path: Path) -> None:
         handle = pool._actors[0].handle
         victim = ray.get(handle.pid.remote())
         threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
-        found = run(pool, packets(60, 6))
+        found = run(pool, batches(60, 6))
     assert sorted(found) == [(i, 2 * i) for i in range(60)]
     assert any(str(victim) in pids(tmp_path, i) for i in range(60))
 
 
 def test_who_says_that_a_row_takes_long_is_not_taken_to_hang(tmp_path: Path) -> None:
-    with start(tmp_path, 2, calls=1, patience=3) as pool:
-        found = dict(run(pool, packets(4, 2, copies={1, 2}, hangs={3})))
+    with start(tmp_path, 2, calls=1, timeout=3) as pool:
+        found = dict(run(pool, batches(4, 2, copies={1, 2}, hangs={3})))
     assert [found[i] for i in range(3)] == [0, 2, 4]
     assert [len(pids(tmp_path, i)) for i in (1, 2)] == [1, 1]
     assert isinstance(found[3], LostError)
@@ -128,14 +128,14 @@ def test_who_says_that_a_row_takes_long_is_not_taken_to_hang(tmp_path: Path) -> 
 
 def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
     with start(tmp_path, 1) as pool, pytest.raises(MedrayError, match="told to"):
-        run(pool, packets(4, 2, raises={3}))
+        run(pool, batches(4, 2, raises={3}))
 
 
 def test_actors_that_always_die_end_the_run(tmp_path: Path) -> None:
     rows = set(range(40))
     with start(tmp_path, 1, calls=1) as pool:
         with pytest.raises(MedrayError, match="10 processes died"):
-            run(pool, packets(40, 1, kills=rows))
+            run(pool, batches(40, 1, kills=rows))
 
 
 def test_a_cluster_without_a_node_is_not_waited_for(
@@ -172,7 +172,7 @@ def test_a_pool_grows_as_far_as_it_may(tmp_path: Path) -> None:
         while len(pool.awaited) and pool.room < 2:
             poll(pool)
         assert pool.start_s > 0
-        assert sorted(run(pool, packets(6, 1))) == [(i, 2 * i) for i in range(6)]
+        assert sorted(run(pool, batches(6, 1))) == [(i, 2 * i) for i in range(6)]
         time.sleep(1.1)  # it counts by the second
         pool.look_after()
         assert pool.there_s > 1

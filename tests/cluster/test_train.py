@@ -27,7 +27,7 @@ from medray.models.segmenters import build_segmenter
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Data, Loss, Optimizer, Recipe, Schedule
 from medray.training.train import train
-from medray.training.trainer import TroubleError
+from medray.training.trainer import TrainingError
 
 TINY = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),
@@ -63,7 +63,7 @@ def test_a_training_makes_a_model_and_is_not_done_twice(
     assert (first.trained, first.epochs) == (True, 2)
     config = load_model(str(out))[1]
     assert config.mpp == pytest.approx(0.5)
-    assert config.made_from["recipe"]["data"]["crop"] == 96
+    assert config.provenance["recipe"]["data"]["crop"] == 96
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     page = (out / "training.html").read_text()
     assert "validation" in page
@@ -142,14 +142,14 @@ def test_datasets_that_cannot_teach_are_refused(
 
 def test_a_teacher_of_other_classes_is_refused(dataset: Path, tmp_path: Path) -> None:
     settings = Recipe()
-    contract = ModelConfig(
+    model_config = ModelConfig(
         architecture=settings.model,
         classes=Classes(("a", "b", "c")),
         window=settings.window,
         mpp=0.5,
     )
     network = build_segmenter(settings.model, 3)
-    save_model(str(tmp_path / "teacher"), contract, network, {"f1": None})
+    save_model(str(tmp_path / "teacher"), model_config, network, {"f1": None})
     write_settings(str(tmp_path / "r.yaml"), Recipe())
     with pytest.raises(ConfigError, match="teacher.model.*'a', 'b', 'c'"):
         train(
@@ -160,16 +160,16 @@ def test_a_teacher_of_other_classes_is_refused(dataset: Path, tmp_path: Path) ->
         )
 
 
-def test_trouble_of_a_worker_reaches_the_person_who_asked(
+def test_failure_of_a_worker_reaches_the_person_who_asked(
     dataset: Path, tmp_path: Path
 ) -> None:
     """The loss explodes in the worker's process; it is not tried again and again."""
     recipe = replace(TINY, optimizer=Optimizer("sgd", lr=1e30, clip=0))
     write_settings(str(tmp_path / "r.yaml"), recipe)
     start = time.monotonic()
-    with pytest.raises(TroubleError, match=r"not a number.*its crops are kept in"):
+    with pytest.raises(TrainingError, match=r"not a number.*its crops are kept in"):
         train(str(tmp_path / "r.yaml"), data=str(dataset), out=str(tmp_path / "m"))
-    assert list((tmp_path / "m" / "trouble").iterdir())
+    assert list((tmp_path / "m" / "failures").iterdir())
     assert time.monotonic() - start < 200
     assert not (tmp_path / "m" / "model.yaml").exists()
 
@@ -264,7 +264,7 @@ def test_two_workers_take_the_steps_of_one(dataset: Path, tmp_path: Path) -> Non
         loss=Loss(dice=0, focal=0, cross_entropy=1),
         optimizer=Optimizer("sgd", lr=0.01),
         data=Data(crop=64, samples=8),
-        at_once=2,
+        micro_batch_size=2,
         schedule=Schedule(epochs=1),
     )
     serial.train(one, str(dataset), str(tmp_path / "one"))

@@ -132,7 +132,7 @@ def test_a_sweep_keeps_the_best_and_trains_nothing_twice(
     (why,) = first.failed.values()
     assert "not a number" in why
     _, config = load_model(str(out / "best"))
-    assert config.made_from["recipe"]["optimizer"]["lr"] == 1e-3
+    assert config.provenance["recipe"]["optimizer"]["lr"] == 1e-3
     assert json.loads((out / "best/metrics.json").read_text())["f1"] == first.f1
     assert "1e+30" in (out / "tune.html").read_text()
     before = {p: p.stat().st_mtime_ns for p in (out / "trials").rglob("*")}

@@ -16,7 +16,7 @@ from medray.errors import ConfigError, SlideError
 from medray.execution.commit import GIVEN, changed_slides
 from medray.slides import dicom, open_slide
 from medray.slides.discovery import SlideFile, find_slides
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
 from medray.slides.scanner import scanner_of
 from medray.storage.ledger import Ledger
@@ -143,7 +143,7 @@ def test_a_series_is_not_done_twice_under_two_addresses(tmp_path: Path) -> None:
     def run() -> list[str]:
         rows = changed_slides(find_slides([f"{tmp_path}/slides"]), ledger)
         for row in rows:
-            names = ("slide", "uri", "annotation", "stamp", *GIVEN)
+            names = ("slide", "uri", "annotation", "fingerprint", *GIVEN)
             done = {"status": "done", "message": "", "digest": slide_digest(row["uri"])}
             ledger.commit_slide({name: row[name] for name in names} | done)
         return [row["slide"] for row in rows]
@@ -268,12 +268,15 @@ def test_a_series_without_all_of_its_pixels_is_refused(
 
 def test_a_level_that_is_missing_changes_no_pixel(tmp_path: Path) -> None:
     paths = write_series(tmp_path / "case1", picture(*SIZE), Scan("j2k"))
-    digest, stamp = slide_digest(f"{tmp_path}/case1"), slide_stamp(f"{tmp_path}/case1")
+    digest, fingerprint = (
+        slide_digest(f"{tmp_path}/case1"),
+        slide_fingerprint(f"{tmp_path}/case1"),
+    )
     paths[1].unlink()
     with open_slide(tmp_path / "case1") as slide:
         np.testing.assert_array_equal(slide.read(0, 0, *SIZE), picture(*SIZE))
     assert slide_digest(f"{tmp_path}/case1") != digest
-    assert slide_stamp(f"{tmp_path}/case1") != stamp
+    assert slide_fingerprint(f"{tmp_path}/case1") != fingerprint
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "j2k", "raw"])

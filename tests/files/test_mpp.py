@@ -12,7 +12,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medray.datasets.given import as_given
+from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import changed_slides
 from medray.slides import ArraySlide, open_slide
@@ -157,7 +157,7 @@ def test_a_csv_names_slides_as_annotations_do(
     table = tmp_path / "mpp.csv"
     table.write_text("slide,mpp\na__one,0.25\ntwo.svs,0.5\nb/one.tif,1\nthree,2\n")
     with caplog.at_level(logging.WARNING):
-        found = as_given(wanted, mpp=str(table), scene=None, plane=2)
+        found = with_overrides(wanted, mpp=str(table), scene=None, plane=2)
     assert {f.slide: f.mpp for f in found} == {
         "a__one": 0.25,
         "a__two": 0.5,
@@ -191,7 +191,7 @@ def test_a_csv_that_is_wrong_is_refused(
     wanted = slides_in(tmp_path)
     (tmp_path / "mpp.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        as_given(wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None)
+        with_overrides(wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None)
 
 
 def test_what_says_the_same_twice_is_taken(tmp_path: Path) -> None:
@@ -200,22 +200,24 @@ def test_what_says_the_same_twice_is_taken(tmp_path: Path) -> None:
     (tmp_path / "mpp.csv").write_bytes(
         b"slide,mpp\ra/one.tif,0.5\ra/one,0.50\rtwo,0.25\r"
     )
-    found = as_given(wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None)
+    found = with_overrides(
+        wanted, mpp=str(tmp_path / "mpp.csv"), scene=None, plane=None
+    )
     assert [f.mpp for f in found] == [0.5, 0.25, None]
 
 
 def test_a_number_that_is_wrong_is_refused(tmp_path: Path) -> None:
     wanted = slides_in(tmp_path)
     with pytest.raises(ConfigError, match="--mpp: expected 0.01 to 100"):
-        as_given(wanted, mpp=400.0, scene=None, plane=None)
+        with_overrides(wanted, mpp=400.0, scene=None, plane=None)
     with pytest.raises(ConfigError, match="--scene: expected 0 or more, found -1"):
-        as_given(wanted, mpp=None, scene=-1, plane=None)
+        with_overrides(wanted, mpp=None, scene=-1, plane=None)
 
 
 def test_a_slide_that_is_said_to_be_another_is_done_again(tmp_path: Path) -> None:
     wanted = slides_in(tmp_path)
     ledger = Ledger(str(tmp_path / "out"))
-    first = as_given(wanted, mpp=0.5, scene=None, plane=None)
+    first = with_overrides(wanted, mpp=0.5, scene=None, plane=None)
     rows = changed_slides(first, ledger)
     for row in rows:
         kept = {name: row[name] for name in row if name not in ("before", "committed")}
@@ -223,5 +225,5 @@ def test_a_slide_that_is_said_to_be_another_is_done_again(tmp_path: Path) -> Non
     assert changed_slides(first, ledger) == []
     table = tmp_path / "mpp.csv"
     table.write_text("slide,mpp\na__one,0.5\na__two,0.25\nb__one,0.5\n")
-    second = as_given(wanted, mpp=str(table), scene=None, plane=None)
+    second = with_overrides(wanted, mpp=str(table), scene=None, plane=None)
     assert [row["slide"] for row in changed_slides(second, ledger)] == ["a__two"]

@@ -13,7 +13,7 @@ from serial_ingest import ingest
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri
 from medray.errors import ConfigError
-from medray.evaluation.ground_truth import find_truths
+from medray.evaluation.ground_truth import find_ground_truth
 from medray.slides.discovery import find_slides
 
 
@@ -34,9 +34,9 @@ def test_a_truth_of_another_image_is_refused(tmp_path: Path) -> None:
     assert rows["x"]["status"] == "done"
     data = str(tmp_path / "data")
     wanted = find_slides([str(tmp_path / "slides")])
-    places, _ = find_truths(wanted, data, Classes())
+    places, _ = find_ground_truth(wanted, data, Classes())
     assert places == {"x": labels_uri(data, "x")}
     for what in ("scene", "plane"):
         other = [replace(wanted[0], **{what: 1})]
         with pytest.raises(ConfigError, match=f"no --{what}, the run of .*--{what} 1"):
-            find_truths(other, data, Classes())
+            find_ground_truth(other, data, Classes())

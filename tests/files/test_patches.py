@@ -203,7 +203,7 @@ def test_crops_are_drawn_around_the_class_that_is_wanted(dataset: str) -> None:
 def test_the_order_does_not_depend_on_how_it_is_read(dataset: str) -> None:
     recipe = Recipe(data=Data(crop=64), batch=4)
     whole = read_train(dataset, recipe, 1, 4)
-    single = Recipe(data=Data(crop=64), batch=4, at_once=1)
+    single = Recipe(data=Data(crop=64), batch=4, micro_batch_size=1)
     parts = [read_train(dataset, single, 1, place) for place in range(4, 8)]
     np.testing.assert_array_equal(
         whole.images, np.concatenate([part.images for part in parts])

@@ -16,7 +16,7 @@ from medray.errors import SlideError
 from medray.execution.commit import changed_slides, plan_one
 from medray.slides import open_slide
 from medray.slides.discovery import find_slides
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
 from medray.storage import files
 from medray.storage.ledger import Ledger
@@ -86,8 +86,11 @@ def test_each_of_its_files_that_is_missing_is_named(slide: Path) -> None:
 
 
 def test_each_of_its_files_that_is_replaced_makes_it_another(slide: Path) -> None:
-    digest, stamp = slide_digest(f"{slide}"), slide_stamp(f"{slide}")
-    assert (slide_digest(f"{slide}"), slide_stamp(f"{slide}")) == (digest, stamp)
+    digest, fingerprint = slide_digest(f"{slide}"), slide_fingerprint(f"{slide}")
+    assert (slide_digest(f"{slide}"), slide_fingerprint(f"{slide}")) == (
+        digest,
+        fingerprint,
+    )
     for path in members(slide):
         data, status = path.read_bytes(), path.stat()
         changed = bytearray(data)
@@ -98,9 +101,9 @@ def test_each_of_its_files_that_is_replaced_makes_it_another(slide: Path) -> Non
         path.write_bytes(data)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
         assert slide_digest(f"{slide}") == digest
-        assert slide_stamp(f"{slide}") != stamp
+        assert slide_fingerprint(f"{slide}") != fingerprint
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert slide_stamp(f"{slide}") == stamp
+        assert slide_fingerprint(f"{slide}") == fingerprint
 
 
 def test_files_that_change_places_make_another_slide(tmp_path: Path) -> None:
@@ -114,9 +117,12 @@ def test_files_that_change_places_make_another_slide(tmp_path: Path) -> None:
 
 
 def test_a_moved_slide_is_the_same(slide: Path) -> None:
-    digest, stamp = slide_digest(f"{slide}"), slide_stamp(f"{slide}")
+    digest, fingerprint = slide_digest(f"{slide}"), slide_fingerprint(f"{slide}")
     moved = slide.parent.rename(slide.parent.parent / "moved") / slide.name
-    assert (slide_digest(f"{moved}"), slide_stamp(f"{moved}")) == (digest, stamp)
+    assert (slide_digest(f"{moved}"), slide_fingerprint(f"{moved}")) == (
+        digest,
+        fingerprint,
+    )
 
 
 def test_large_files_are_known_at_a_bounded_cost(
@@ -172,7 +178,7 @@ def test_the_digest_of_one_file_is_what_it_always_was(
     named = hashlib.blake2b(text, digest_size=16).hexdigest()
     assert slide_digest(f"{path}") == f"blake2b:{named}"
     status = path.stat()
-    assert slide_stamp(f"{path}") == f"{status.st_size} {status.st_mtime}"
+    assert slide_fingerprint(f"{path}") == f"{status.st_size} {status.st_mtime}"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_a_damaged_slidedat_is_refused(
     text = ini.read_text()
     assert old in text
     ini.write_text(text.replace(old, new))
-    for look in (open_slide, slide_digest, slide_stamp):
+    for look in (open_slide, slide_digest, slide_fingerprint):
         with pytest.raises(SlideError, match=r"Slidedat\.ini.*" + said):
             look(f"{tmp_path}/x.mrxs")
 

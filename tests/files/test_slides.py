@@ -11,7 +11,7 @@ from PIL import Image
 
 from medray.errors import SlideError
 from medray.slides import ArraySlide, open_slide, read_thumbnail
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.readable import read_readable
 from medray.slides.resolution import Working, choose_level, read_working
 from medray.storage import files, ome_zarr
@@ -320,13 +320,13 @@ def test_thumbnails_of_large_blocks_are_not_darker() -> None:
 def test_digest_follows_the_content(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     path.write_bytes(b"a" * 1000)
-    first, stamp = slide_digest(str(path)), slide_stamp(str(path))
+    first, fingerprint = slide_digest(str(path)), slide_fingerprint(str(path))
     assert slide_digest(str(path)) == first
     path.write_bytes(b"a" * 999 + b"b")
     # As if a second later: file systems may tell times in steps of milliseconds.
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 1))
     assert slide_digest(str(path)) != first
-    assert slide_stamp(str(path)) != stamp
+    assert slide_fingerprint(str(path)) != fingerprint
     with open(tmp_path / "large.tif", "wb") as file:
         file.truncate(200 << 20)
     large = slide_digest(str(tmp_path / "large.tif"))

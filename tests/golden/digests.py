@@ -1,10 +1,10 @@
 """Digests of what medray writes: what a person sees of it, and no bookkeeping.
 
-A digest changes with a pixel, a coordinate, a class's name or colour, a score, a weight;
-it does not change with dates, hosts, timings, versions, places, the provenance that
-medray adds for itself, or the order of rows that has no meaning. So code may be renamed
-and moved under its protection. Nothing of medray is imported here: its readers are part
-of what is checked.
+A digest changes with a pixel, a coordinate, a class's name or colour, a score, a
+weight; it does not change with dates, hosts, timings, versions, places, the provenance
+that medray adds for itself, or the order of rows that has no meaning. So code may be
+renamed and moved under its protection. Nothing of medray is imported here: its readers
+are part of what is checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BOOKKEEPING = frozenset(
         # where
         *("uri", "truth", "run", "data", "out", "report"),
         # of what: medray's own settings, digests of files that hold them
-        *("provenance", "made_from", "merkle_root", "stamp", "inputs"),
+        *("provenance", "made_from", "merkle_root", "fingerprint", "stamp", "inputs"),
     }
 )
 """Keys and columns that say how a thing came about, not what it is."""

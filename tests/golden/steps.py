@@ -90,7 +90,7 @@ def of_dataset(name: str, dataset: Path) -> Found:
 
 
 def of_model(name: str, model: Path) -> Found:
-    """Digest a model: weights, contract, scores."""
+    """Digest a model: weights, configuration, scores."""
     yield f"{name}/weights", digest_weights(model / "weights.safetensors")
     config = yaml.safe_load((model / "model.yaml").read_text())
     yield f"{name}/contract", digest(config)
@@ -314,7 +314,7 @@ def dataset(name: str, data: Callable[[], Path]) -> Found:
 
 # --- trainings ------------------------------------------------------------------------
 
-SMALL = ("batch=4", "at_once=2", "data.samples=8", "precision=float32")
+SMALL = ("batch=4", "micro_batch_size=2", "data.samples=8", "precision=float32")
 TINY = "model.encoder=tu-test_resnet"
 IMAGES = (
     *("data.crop=64", "window.size=64", "window.stride=64", "model.encoder=resnet10t"),

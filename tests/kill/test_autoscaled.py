@@ -124,13 +124,13 @@ from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
 
 cluster.connect()
-print("gpus", cluster.gpus(), "lanes", cluster.lanes(), flush=True)
+print("gpus", cluster.gpus(), "workers", cluster.gpu_workers(), flush=True)
 
-class Lane:
+class Worker:
     def work(self, rows):
         yield rows
 
-with Pool(ray.remote(Lane).options(num_gpus=8).remote, "work", 1) as pool:
+with Pool(ray.remote(Worker).options(num_gpus=8).remote, "work", 1) as pool:
     while True:
         poll(pool)
 """
@@ -141,6 +141,6 @@ def test_a_gpu_request_that_no_node_can_meet_is_told(scaling: dict[str, str]) ->
     done = subprocess.run(
         command, env=scaling, capture_output=True, text=True, timeout=180
     )
-    assert "gpus 2 lanes 2" in done.stdout
+    assert "gpus 2 workers 2" in done.stdout
     assert done.returncode != 0
     assert "no node" in done.stderr.strip().split("\n")[-1]

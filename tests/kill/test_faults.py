@@ -144,7 +144,7 @@ def test_slides_that_end_hang_or_bloat_their_reader_are_quarantined(
     write_marked(folder, "hangs_opened", b"<HANG>", 1)
     write_marked(folder, "eats", b"<EAT>", 0)
     out = tmp_path / "run"
-    process = start(folder, model, out, "--patience", "20", faulty=True)
+    process = start(folder, model, out, "--timeout", "20", faulty=True)
     summary = answer(process, 600)
     assert process.returncode == 3
     assert summary["done"] == 2

@@ -15,29 +15,29 @@ from heads import BIN, PORT, Head, head_node
 from manifests import ROOT, build, find
 
 import medray.apps.leave
-from medray.execution.gpu_worker import Lane
+from medray.execution.gpu_worker import GpuWorker
 
 pytestmark = pytest.mark.timeout(600)
 
-LANES = """
+GPU_WORKERS = """
 import sys, time
 import ray
 
-class Lane:
+class GpuWorker:
     def work(self):
         time.sleep(3)  # what is in hand
         return True
 
 ray.init(log_to_driver=False, logging_level="ERROR")
-actor = ray.remote(Lane).options(num_cpus=1, resources={"worker": 1})
-lane = actor.remote()
-ray.get(lane.__ray_ready__.remote())
+actor = ray.remote(GpuWorker).options(num_cpus=1, resources={"worker": 1})
+worker = actor.remote()
+ray.get(worker.__ray_ready__.remote())
 print("there", flush=True)
 while not ray._private.state.state.get_draining_nodes():
     time.sleep(0.1)
 print("told", flush=True)
-ray.get(lane.work.remote())
-lane.__ray_terminate__.remote()
+ray.get(worker.work.remote())
+worker.__ray_terminate__.remote()
 time.sleep(60)
 """
 
@@ -62,7 +62,7 @@ def hook() -> list[str]:
 
 def test_it_looks_for_the_lanes_that_there_are() -> None:
     """By the name that Ray gives the processes of an actor."""
-    assert f"ray::{Lane.__name__}" == medray.apps.leave._LANE
+    assert f"ray::{GpuWorker.__name__}" == medray.apps.leave._GPU_WORKER
 
 
 def leave(environment: dict[str, str], pod: int = 0) -> tuple[str, float]:
@@ -117,7 +117,7 @@ def test_a_node_that_lives_is_drained_and_its_lanes_end(tmp_path: Path) -> None:
     with head_node(cpus=0) as head:
         node = worker(head, tmp_path)
         running = subprocess.Popen(
-            [sys.executable, "-c", LANES],
+            [sys.executable, "-c", GPU_WORKERS],
             env=pod_environment(head),
             stdout=subprocess.PIPE,
             text=True,
@@ -133,5 +133,5 @@ def test_a_node_that_lives_is_drained_and_its_lanes_end(tmp_path: Path) -> None:
                 running.kill()
                 node.kill()
     assert told == "told\n"
-    assert "no lane works here any more" in said
+    assert "no GPU worker works here any more" in said
     assert 3 < seconds < 50  # what was in hand was waited for

@@ -29,7 +29,7 @@ def model(slow_model: Path) -> Path:
 
 @pytest.fixture
 def nodes() -> Iterator[list]:
-    """Two nodes of one CPU lane each, on this machine."""
+    """Two nodes of one worker without a GPU each, on this machine."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
@@ -93,7 +93,7 @@ def test_a_node_with_notice_finishes_what_it_has_and_loses_nothing(
     out, log = tmp_path / "run", tmp_path / "log"
     with log.open("w") as told:
         process = start(slides, model, out, cluster.address, told)
-    while committed(out) < 1 or len(titled(b"ray::Lane")) < 2:
+    while committed(out) < 1 or len(titled(b"ray::GpuWorker")) < 2:
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     # What `ray drain-node` does, without the seconds that the command takes to start.
@@ -106,8 +106,8 @@ def test_a_node_with_notice_finishes_what_it_has_and_loses_nothing(
     )
     assert accepted, why
     deadline = time.monotonic() + 100
-    while len(titled(b"ray::Lane")) > 1:
-        assert time.monotonic() < deadline, "the lane does not leave"
+    while len(titled(b"ray::GpuWorker")) > 1:
+        assert time.monotonic() < deadline, "the GPU worker does not leave"
         time.sleep(0.2)
     cluster.remove_node(second, allow_graceful=False)
     answer, _ = process.communicate(timeout=600)
@@ -212,7 +212,7 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
         schedule=Schedule(epochs=3),
         augment=Augment(stain=0.1),
         batch=4,
-        at_once=2,
+        micro_batch_size=2,
         precision="float32",
         workers=(1, 2),
     )

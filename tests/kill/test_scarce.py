@@ -24,13 +24,13 @@ import ray
 ray.init(log_to_driver=False, logging_level="ERROR")
 
 @ray.remote(num_gpus=1)
-class Lane:
+class Worker:
     def market(self):
         return ray.get_runtime_context().get_node_labels().get("medray/market")
 
-lane = Lane.remote()
+worker = Worker.remote()
 print("asked", flush=True)
-print(ray.get(lane.market.remote()), flush=True)
+print(ray.get(worker.market.remote()), flush=True)
 """
 
 

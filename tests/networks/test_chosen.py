@@ -25,7 +25,7 @@ from medray.apps.view_tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic import draw_scene
-from medray.evaluation.evaluate import match_truths
+from medray.evaluation.evaluate import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
@@ -197,7 +197,7 @@ def test_pictures_of_an_evaluation(
     stage = importlib.import_module("medray.evaluation.evaluate")
     monkeypatch.setattr(stage, "draw_overlay", only_pixels)
     made, classes = str(run[1]), Classes()
-    (row,) = match_truths([row_of(run[1])], str(folder / "truth"), classes)
+    (row,) = match_ground_truth([row_of(run[1])], str(folder / "truth"), classes)
     assert stage._overlay(row, made, classes) == images[1].tobytes()
     place = SimpleNamespace(slide="x", y=0, x=0)
     assert stage._close_up(row, place, made, classes) == images[1].tobytes()

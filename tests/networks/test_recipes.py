@@ -15,7 +15,7 @@ from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.segmenters import build_segmenter
 from medray.training import trainer
-from medray.training.learner import Team, build_network
+from medray.training.learner import World, build_network
 from medray.training.recipe import Prune, Recipe, Schedule, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_every_recipe_trains(
     path: Path, dataset: str, trained: dict[str, str], tmp_path: Path
 ) -> None:
     """End to end at small size: what it names stays, sizes and numbers shrink."""
-    recipe = read_recipe(str(path), ["batch=4", "at_once=2", "data.samples=4"])
+    recipe = read_recipe(str(path), ["batch=4", "micro_batch_size=2", "data.samples=4"])
     phases = tuple(replace(phase, epochs=1) for phase in recipe.schedule.phases)
     grows = len(recipe.data.crops) > 1
     epochs = max(1 + grows, len(phases))
@@ -86,7 +86,7 @@ def test_every_recipe_trains(
         prune = replace(recipe.prune, model=trained["highres_unet"])
         recipe = replace(recipe, prune=prune)
     contract = contract_of(recipe, dataset)
-    team = Team(0, 1, torch.device("cpu"))
+    team = World(0, 1, torch.device("cpu"))
     trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
     best = trainer.read_best(str(tmp_path), "t")
     network = build_network(recipe, 2)
@@ -107,8 +107,10 @@ def test_a_single_crop_is_too_few_for_some_networks(
     """Batch normalisation after global pooling sees one value a channel."""
     recipe = read_recipe(str(ROOT / "recipes" / "deeplab.yaml"), ["batch=1"])
     contract = contract_of(recipe, dataset)
-    team = Team(0, 1, torch.device("cpu"))
-    with pytest.raises(trainer.TroubleError, match="set at_once to 2 or more"):
+    team = World(0, 1, torch.device("cpu"))
+    with pytest.raises(
+        trainer.TrainingError, match="set micro_batch_size to 2 or more"
+    ):
         trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
 
 

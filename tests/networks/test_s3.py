@@ -25,7 +25,7 @@ from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.slides import open_slide
 from medray.slides.discovery import find_slides
-from medray.slides.fingerprint import slide_digest, slide_stamp
+from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.storage import files, lock
 
 
@@ -142,9 +142,9 @@ def test_a_slide_is_the_same_file_anywhere(
     upload(slides, place)
     remote = files.join(place, "in", "s0.tif")
     assert slide_digest(remote) == slide_digest(str(slides / "in" / "s0.tif"))
-    before = slide_stamp(remote)
+    before = slide_fingerprint(remote)
     files.write_bytes(remote, b"another")
-    assert slide_stamp(remote) != before
+    assert slide_fingerprint(remote) != before
 
 
 @pytest.mark.parametrize("real", ["CMU-1-Small-Region.svs", "generated"])

@@ -24,7 +24,7 @@ import medray
 from medray.errors import ConfigError, SlideError, StoreError
 from medray.execution import scheduler
 from medray.execution.commit import changed_slides, plan_one
-from medray.execution.gpu_worker import Lane
+from medray.execution.gpu_worker import GpuWorker
 from medray.slides import cache, open_slide
 from medray.slides.bounds import scanned_bounds
 from medray.slides.discovery import find_slides
@@ -370,16 +370,16 @@ def test_who_has_a_limit_has_the_copy_made_before(
         return "there" if copy.suffix != ".new" else "not yet"
 
     monkeypatch.setattr(ingest, "_cut", made)
-    lane: Any = SimpleNamespace(_loading=Future(), _group=1)
-    lane._loading.set_result(None)
-    lane._work = lambda rows: iter([{"record": made()} for _ in rows])
+    gpu_worker: Any = SimpleNamespace(_loading=Future(), _group=1)
+    gpu_worker._loading.set_result(None)
+    gpu_worker._work = lambda rows: iter([{"record": made()} for _ in rows])
     worker = scheduler.SlideWorker(made, made)  # type: ignore[arg-type]
     cutter = ingest._Cutter(None, "")
     for work, rows, last in (
         (worker.work, [{"slide": "m0", "uri": uri}], ["there"]),
         (worker.work, [row | {"todo": 1}], ["there"]),
         (cutter.work, [row], ["there"]),
-        (functools.partial(Lane.work, lane), [row], [{"record": "there"}]),
+        (functools.partial(GpuWorker.work, gpu_worker), [row], [{"record": "there"}]),
     ):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         *before, result = work(rows)

@@ -9,7 +9,7 @@ import pytest
 from medray.annotations.matching import match_annotations, match_names, slide_names
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.evaluation.ground_truth import find_truths
+from medray.evaluation.ground_truth import find_ground_truth
 from medray.execution.commit import changed_slides
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest
@@ -33,7 +33,7 @@ def matched(
     found = match_annotations(wanted, folder)
     # A run knows id and address of a slide, no more.
     rows = [SlideFile(file.slide, file.uri) for file in wanted]
-    assert find_truths(rows, folder, Classes()) == (found, "annotation")
+    assert find_ground_truth(rows, folder, Classes()) == (found, "annotation")
     uris = {file.slide: file.uri for file in wanted}
     return {
         uris[slide].removeprefix(f"{root}/"): uri.removeprefix(f"{folder}/")
@@ -152,7 +152,7 @@ def test_a_slide_does_not_take_the_place_of_another(tmp_path: Path) -> None:
     (row,) = changed_slides(found("south"), ledger)
     digest = slide_digest(row["uri"])
     done = {"status": "done", "message": "", "digest": digest}
-    names = ("slide", "uri", "annotation", "stamp")
+    names = ("slide", "uri", "annotation", "fingerprint")
     ledger.commit_slide({name: row[name] for name in names} | done)
     assert changed_slides(found("south"), ledger) == []
     with pytest.raises(ConfigError, match=r"north/n\.tif: .*south/n\.tif, another"):
@@ -177,7 +177,7 @@ def test_a_slide_is_not_done_twice_under_two_ids(tmp_path: Path) -> None:
         """Do what is to do; give the ids."""
         rows = changed_slides(find_slides(items), ledger)
         for row in rows:
-            names = ("slide", "uri", "annotation", "stamp", "given_mpp", "scene")
+            names = ("slide", "uri", "annotation", "fingerprint", "given_mpp", "scene")
             done = {"status": "done", "message": "", "plane": row["plane"]}
             done["digest"] = slide_digest(row["uri"])
             ledger.commit_slide({name: row[name] for name in names} | done)

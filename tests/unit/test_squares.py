@@ -12,7 +12,7 @@ from medray.classes import Classes
 from medray.errors import FormatError
 from medray.geometry import Rectangle
 from medray.storage import ome_zarr, squares
-from medray.storage.squares import read_square
+from medray.storage.squares import read_part
 
 
 def write_level(folder: Path, height: int, width: int, *, holes: bool) -> str:
@@ -56,7 +56,7 @@ def test_any_part_is_as_zarr_reads_it(
     x = data.draw(st.integers(0, columns - 1))
     height = data.draw(st.integers(1, rows - y))
     width = data.draw(st.integers(1, columns - x))
-    found = read_square(level, y, x, height, width)
+    found = read_part(level, y, x, height, width)
     np.testing.assert_array_equal(found, level[:, y : y + height, x : x + width])
     assert squares._is_ours(level.array)
 
@@ -76,7 +76,7 @@ def test_labels_have_no_channels(tmp_path: Path) -> None:
     )
     block = np.random.default_rng(0).integers(0, 3, (72, 128), np.uint8)
     ome_zarr.write_region(uri, Rectangle(128, 0, 72, 128), block)
-    found = read_square(ome_zarr.open_level(uri), 100, 50, 90, 140)
+    found = read_part(ome_zarr.open_level(uri), 100, 50, 90, 140)
     expected = np.zeros((200, 200), np.uint8)
     expected[128:, :128] = block
     np.testing.assert_array_equal(found, expected[100:190, 50:190])
@@ -88,18 +88,16 @@ def test_what_others_wrote_is_read_by_zarr(tmp_path: Path) -> None:
     array = group.create_array("0", data=values, chunks=(1, 16, 16))
     level = ome_zarr.Pixels(array, "other")
     assert not squares._is_ours(array)
-    np.testing.assert_array_equal(
-        read_square(level, 3, 4, 20, 30), values[:, 3:23, 4:34]
-    )
+    np.testing.assert_array_equal(read_part(level, 3, 4, 20, 30), values[:, 3:23, 4:34])
 
 
 def test_what_was_written_anew_is_read_as_it_is_now(tmp_path: Path) -> None:
     uri = write_level(tmp_path, 200, 200, holes=False)
     level = ome_zarr.open_level(uri)
-    read_square(level, 0, 0, 128, 128)
+    read_part(level, 0, 0, 128, 128)
     block = np.random.default_rng(9).integers(0, 9, (3, 128, 128), np.uint8)
     ome_zarr.write_region(uri, Rectangle(0, 0, 128, 128), block)
-    np.testing.assert_array_equal(read_square(level, 0, 0, 128, 128), block)
+    np.testing.assert_array_equal(read_part(level, 0, 0, 128, 128), block)
 
 
 @pytest.mark.parametrize("at", [-1, -40, 3])
@@ -111,8 +109,8 @@ def test_damage_is_told(tmp_path: Path, at: int) -> None:
     data[at] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(FormatError, match="damaged"):
-        read_square(ome_zarr.open_level(uri), 0, 0, 128, 128)
+        read_part(ome_zarr.open_level(uri), 0, 0, 128, 128)
     path.write_bytes(data[:50])
     squares._index.cache_clear()
     with pytest.raises(FormatError, match="damaged"):
-        read_square(ome_zarr.open_level(uri), 0, 0, 128, 128)
+        read_part(ome_zarr.open_level(uri), 0, 0, 128, 128)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def in_words(command: str, values: dict[str, Any]) -> str:
+def as_text(command: str, values: dict[str, Any]) -> str:
     """Tell a result: where things are, and last how many slides failed."""
     lines = []
     if "budget_bytes" in values:
-        return _estimate_in_words(values)
+        return _estimate_text(values)
     if "checks" in values:
         return "\n".join(
             f"{'ok    ' if c['passed'] else 'FAILED'} {c['name']:18} {c['asked']}"
@@ -17,30 +17,30 @@ def in_words(command: str, values: dict[str, Any]) -> str:
             for c in values["checks"]
         )
     if "verified" in values:
-        return _verified_in_words(values)
+        return _verified_text(values)
     if "removed" in values:
         verb = "would remove" if values["dry_run"] else "removed"
         lines = [f"{verb}  {path}" for path in values["removed"]]
         size = f"{values['bytes'] / 2**20:.1f} MiB"
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
     if command == "check":
-        return _check_in_words(values)
+        return _check_text(values)
     if command == "view":
-        return _viewing_in_words(values)
+        return _viewing_text(values)
     if "speed_up" in values:
-        return _export_in_words(values)
+        return _export_text(values)
     if "findings" in values:
-        return _diagnosis_in_words(values)
+        return _diagnosis_text(values)
     if command == "submit":
-        return _job_in_words(values)
+        return _job_text(values)
     if "handed_on" in values:
-        return _night_in_words(values)
+        return _night_text(values)
     if "squares" in values:
-        return _review_in_words(values)
+        return _review_text(values)
     if "worse" in values:
-        return _comparison_in_words(values)
+        return _comparison_text(values)
     if "agreement" in values:
-        return _difference_in_words(values)
+        return _difference_text(values)
     if "f1" in values:
         score = (
             "none (no foreground)" if values["f1"] is None else f"{values['f1']:.4f}"
@@ -49,7 +49,7 @@ def in_words(command: str, values: dict[str, Any]) -> str:
         span = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
         lines.append(f"F1      {score}{span}")
     if "calibration" in values:
-        lines += _images_in_words(values)
+        lines += _images_text(values)
     if "report" in values:
         lines.append(f"report  {values['report']}")
     lines.append(f"out     {values['out']}")
@@ -97,7 +97,7 @@ def in_words(command: str, values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check_in_words(values: dict[str, Any]) -> str:
+def _check_text(values: dict[str, Any]) -> str:
     head = ("", "slide", "height x width", "levels", "um", "format", "annotation")
     table = [(*head, "areas"), *map(_check_cells, values["slides"])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -141,14 +141,14 @@ def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _job_in_words(values: dict[str, Any]) -> str:
+def _job_text(values: dict[str, Any]) -> str:
     said = f"submit: {values['job']} {values['status']}, exit code {values['code']}"
     if values["lost"]:
         said += f"; submitted again {values['lost']} times, for the head was lost"
     return said if values["status"] == "SUCCEEDED" else f"{said}: {values['message']}"
 
 
-def _viewing_in_words(values: dict[str, Any]) -> str:
+def _viewing_text(values: dict[str, Any]) -> str:
     lines = [f"run     {values['run']} ({values['slides']} slides)"]
     for name in ("report", "truth"):
         said = values[name] or f"none; give --{name} to see it"
@@ -156,7 +156,7 @@ def _viewing_in_words(values: dict[str, Any]) -> str:
     return "\n".join([*lines, f"open    {values['url']}", "view: Ctrl-C ends it"])
 
 
-def _images_in_words(values: dict[str, Any]) -> list[str]:
+def _images_text(values: dict[str, Any]) -> list[str]:
     found, beside = values["calibration"], values["beside"]
     if "temperature" in found:
         said = f"{found['error_scaled']:.4f} at temperature {found['temperature']:.2f}"
@@ -173,7 +173,7 @@ def _images_in_words(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _verified_in_words(values: dict[str, Any]) -> str:
+def _verified_text(values: dict[str, Any]) -> str:
     failed = values["failed"]
     lines = [f"damaged  {slide}: {why}" for slide, why in failed.items()]
     lines.append(
@@ -185,7 +185,7 @@ def _verified_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _export_in_words(values: dict[str, Any]) -> str:
+def _export_text(values: dict[str, Any]) -> str:
     before, after = (values[name] / 2**20 for name in ("model_bytes", "file_bytes"))
     lines = [
         f"compared  on {values['compared']} windows of {values['source']}",
@@ -201,7 +201,7 @@ def _export_in_words(values: dict[str, Any]) -> str:
     return "\n".join([*lines, f"out       {values['out']}"])
 
 
-def _diagnosis_in_words(values: dict[str, Any]) -> str:
+def _diagnosis_text(values: dict[str, Any]) -> str:
     findings = values["findings"]
     lines = []
     for one in findings:
@@ -213,7 +213,7 @@ def _diagnosis_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _night_in_words(values: dict[str, Any]) -> str:
+def _night_text(values: dict[str, Any]) -> str:
     handed_on, given_up = values["handed_on"], values["given_up"]
     lines = [f"left out  {name}: {why}" for name, why in values["left_out"].items()]
     lines += [f"failed    {name}: {why}" for name, why in handed_on.items()]
@@ -230,7 +230,7 @@ def _night_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _difference_in_words(values: dict[str, Any]) -> str:
+def _difference_text(values: dict[str, Any]) -> str:
     lines = [
         f"cannot   {slide}: {why}" for slide, why in values["not_compared"].items()
     ]
@@ -248,7 +248,7 @@ def _difference_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _review_in_words(values: dict[str, Any]) -> str:
+def _review_text(values: dict[str, Any]) -> str:
     lines = [f"cannot  {slide}: {why}" for slide, why in values["failed"].items()]
     lines += [
         f"{count:6}  {values['out']}/{slide}.geojson"
@@ -261,7 +261,7 @@ def _review_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _comparison_in_words(values: dict[str, Any]) -> str:
+def _comparison_text(values: dict[str, Any]) -> str:
     lines = [f"cannot      {slide}: {why}" for slide, why in values["failed"].items()]
     if values["difference"] is not None:
         interval = values["interval"]
@@ -281,14 +281,15 @@ def _comparison_in_words(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _estimate_in_words(values: dict[str, Any]) -> str:
+def _estimate_text(values: dict[str, Any]) -> str:
     gib = {k: v / 2**30 for k, v in values.items() if k.endswith("_bytes")}
     least, most = values["seconds"]
     lines = [
         f"slides   {values['slides']}, {values['sampled']} of them looked at, "
         f"{len(values['failed'])} cannot be planned",
         f"work     {values['regions']} regions, {values['windows']} windows at "
-        f"{values['window_s'] * 1e3:.1f} ms on each of {values['lanes']} lanes",
+        f"{values['window_s'] * 1e3:.1f} ms on each of "
+        f"{values['gpu_workers']} GPU workers",
         f"time     {least:.0f} to {most:.0f} s",
         f"memory   at most {gib['host_bytes']:.1f} GiB a node, "
         f"{gib['store_bytes']:.1f} GiB of it the object store; Ray has "

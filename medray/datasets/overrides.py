@@ -16,7 +16,7 @@ from medray.slides.discovery import SlideFile
 log = logging.getLogger(__name__)
 
 
-def as_given(
+def with_overrides(
     slides: Sequence[SlideFile],
     *,
     mpp: float | str | None,

@@ -1,0 +1,72 @@
+"""What medray 0.1 wrote, under the names of then, is read with those of today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from medray.apps.catalog import read_catalog
+from medray.classes import Classes
+from medray.errors import ConfigError
+from medray.inference.run import Options, RunSettings
+from medray.models.config import Windows, read_config
+from medray.storage import files
+from medray.storage.ledger import Ledger
+from medray.storage.yaml_config import from_dict, keep_settings, to_dict
+
+
+def settings(**options: Any) -> RunSettings:
+    return RunSettings(
+        models=("/model",),
+        model_digest="d",
+        classes=Classes(("glass", "tumour")),
+        windows=Windows(512, 256),
+        model_mpp=0.5,
+        options=Options(**options),
+    )
+
+
+def test_settings_of_a_run(tmp_path: Path) -> None:
+    old = to_dict(settings(timeout=77.0))
+    old["options"]["patience"] = old["options"].pop("timeout")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(old))
+    assert from_dict(RunSettings, old, "run.yaml") == settings(timeout=77.0)
+    keep_settings(str(tmp_path / "run.yaml"), settings())  # the same masks
+    with pytest.raises(ConfigError, match="other settings.*coarse"):
+        keep_settings(str(tmp_path / "run.yaml"), settings(coarse=2))
+
+
+def test_an_unknown_key_is_still_refused() -> None:
+    wrong = to_dict(settings()) | {"patience": 3}
+    with pytest.raises(ConfigError, match="unknown key patience"):
+        from_dict(RunSettings, wrong, "run.yaml")
+
+
+def test_the_table_of_a_run_or_dataset(tmp_path: Path) -> None:
+    row = {"slide": "s1", "digest": "d", "status": "done", "stamp": "12 3.5"}
+    files.write_table(str(tmp_path / "slides.parquet"), pa.Table.from_pylist([row]))
+    (found,) = Ledger(str(tmp_path)).slides.values()
+    assert found["fingerprint"] == "12 3.5"
+    assert "stamp" not in found
+
+
+def test_the_catalog_of_an_inbox(tmp_path: Path) -> None:
+    row = {"digest": "d", "names": ["a.tif"], "stamps": ["12 3.5"]}
+    files.write_table(str(tmp_path / "catalog.parquet"), pa.Table.from_pylist([row]))
+    assert read_catalog(str(tmp_path))["d"]["fingerprints"] == ["12 3.5"]
+
+
+def test_a_model_and_its_digest(tmp_path: Path) -> None:
+    values = {
+        "architecture": {"name": "unet", "encoder": "resnet18"},
+        "classes": {"names": ["glass", "tumour"]},
+        "window": {"size": 512, "stride": 256},
+        "mpp": 0.5,
+        "made_from": {"digest": "blake2b:1"},
+    }
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(values))
+    assert read_config(str(tmp_path)).provenance == {"digest": "blake2b:1"}
