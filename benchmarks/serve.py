@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 from ray import serve as ray_serve
 
-from medray.apps import serve
-from medray.apps.serve import ServeSettings
-from medray.apps.served import Served
+from medray.apps.serve import deployment as serve
+from medray.apps.serve.deployment import ServeSettings
+from medray.apps.serve.model import Served
 from medray.classes import Classes
 from medray.datasets.synthetic import generate
 from medray.execution import cluster

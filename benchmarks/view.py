@@ -29,7 +29,7 @@ import pyarrow as pa
 import tifffile
 import zarr
 
-from medray.apps.view_tiles import TILE, last_zoom
+from medray.apps.viewer.tiles import TILE, last_zoom
 from medray.classes import Classes
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.geometry import Rectangle, Windows

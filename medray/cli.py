@@ -258,7 +258,7 @@ def _export(args: argparse.Namespace) -> Any:
 
 
 def _nightly(args: argparse.Namespace) -> Any:
-    from medray.apps.nightly import nightly
+    from medray.apps.nightly.night import nightly
 
     return nightly(
         args.inbox,
@@ -275,7 +275,7 @@ def _nightly(args: argparse.Namespace) -> Any:
 
 
 def _doctor(args: argparse.Namespace) -> Any:
-    from medray.apps.doctor import doctor
+    from medray.apps.doctor.doctor import doctor
 
     if args.namespace and not args.kubernetes:
         raise ConfigError("--namespace goes with --kubernetes")
@@ -310,8 +310,8 @@ def _explain(args: argparse.Namespace) -> Any:
 
 def _serve(args: argparse.Namespace) -> Any:
     try:
-        from medray.apps.serve import ServeSettings, serve
-        from medray.apps.serve_app import Bounds
+        from medray.apps.serve.api import Bounds
+        from medray.apps.serve.deployment import ServeSettings, serve
     except ImportError as error:
         raise ConfigError(
             f"serve needs {error.name}; install medray with the extra `serve`"
@@ -372,7 +372,7 @@ def _convert(args: argparse.Namespace) -> Any:
 
 
 def _view(args: argparse.Namespace) -> Any:
-    from medray.apps.view import Viewing, view
+    from medray.apps.viewer.server import Viewing, view
 
     def announce(viewing: Viewing) -> None:
         values = dataclasses.asdict(viewing)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from documents import ROOT, blocks
 
-from medray.apps.catalog import COLUMNS
+from medray.apps.nightly.catalog import COLUMNS
 from medray.storage import files
 
 

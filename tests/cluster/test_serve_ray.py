@@ -35,9 +35,9 @@ from serving import (
     save_classifier,
 )
 
-from medray.apps import serve
-from medray.apps.serve import ServeSettings
-from medray.apps.serve_app import Bounds, token_digest
+from medray.apps.serve import deployment as serve
+from medray.apps.serve.api import Bounds, token_digest
+from medray.apps.serve.deployment import ServeSettings
 from medray.datasets.dataset import read_patches
 from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_images import evaluate_images

@@ -23,9 +23,9 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from medray import open_mask
-from medray.apps.view import Viewing, build_app, view
-from medray.apps.view_run import open_viewed
-from medray.apps.view_tiles import (
+from medray.apps.viewer.run import open_viewed
+from medray.apps.viewer.server import Viewing, build_app, view
+from medray.apps.viewer.tiles import (
     differences,
     last_zoom,
     outlines,

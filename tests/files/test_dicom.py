@@ -11,7 +11,7 @@ import pytest
 from dicoms import Scan, half, picture, write_ct, write_series
 
 from medray.annotations.matching import match_annotations
-from medray.apps.inbox import Watch, plan_night
+from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import GIVEN, changed_slides
 from medray.slides import dicom, open_slide

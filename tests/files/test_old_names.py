@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from medray.apps.catalog import read_catalog
+from medray.apps.nightly.catalog import read_catalog
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.inference.run import Options, RunSettings

@@ -11,7 +11,7 @@ import tifffile
 from dicoms import picture
 from several_files import write_mrxs, write_vms
 
-from medray.apps.inbox import Watch, plan_night
+from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import SlideError
 from medray.execution.commit import changed_slides, plan_one
 from medray.slides import open_slide
@@ -255,7 +255,7 @@ def test_a_night_leaves_a_slide_whose_file_grows(
         with open(last, "ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr("medray.apps.inbox.time.sleep", grow)
+    monkeypatch.setattr("medray.apps.nightly.inbox.time.sleep", grow)
     watch = Watch(inbox=f"{slide.parent}", out=f"{slide.parent.parent}/o", models=())
     plan = plan_night(watch, {}, "2026-01-01")
     assert (plan["slides"], list(plan["left_out"])) == ([], [slide.name])

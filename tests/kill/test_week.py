@@ -19,8 +19,8 @@ import pytest
 import ray
 import serial
 
-from medray.apps.drift import stain_values
-from medray.apps.nightly import Night, nightly
+from medray.apps.nightly.drift import stain_values
+from medray.apps.nightly.night import Night, nightly
 from medray.datasets.synthetic import generate
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
@@ -86,7 +86,9 @@ def test_a_week(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("medray.apps.drift.LEAST", 2)  # the slides of a week are few
+    monkeypatch.setattr(
+        "medray.apps.nightly.drift.LEAST", 2
+    )  # the slides of a week are few
     inbox, truth, out = (tmp_path / name for name in ("inbox", "truth", "out"))
     (inbox / "sub").mkdir(parents=True)
     truth.mkdir()

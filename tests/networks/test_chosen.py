@@ -19,9 +19,9 @@ import zarr
 
 from medray import cli, open_mask
 from medray.apps.convert import _of_dataset, _of_run, _write
-from medray.apps.drift import stain_values
-from medray.apps.view_run import open_viewed, place_of, read_rows
-from medray.apps.view_tiles import open_unchanged, slide_tile
+from medray.apps.nightly.drift import stain_values
+from medray.apps.viewer.run import open_viewed, place_of, read_rows
+from medray.apps.viewer.tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic import draw_scene
@@ -251,7 +251,7 @@ def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert alone[2] == {}
     assert [stain_values(uri, **{kind: n}) for n in range(3)] == alone
     # As a night measures it of its slides: Ray's tasks, done here.
-    stage = importlib.import_module("medray.apps.nightly")
+    stage = importlib.import_module("medray.apps.nightly.night")
     here: Any = SimpleNamespace(
         remote=lambda **_: lambda work: SimpleNamespace(remote=work),
         get=lambda value, timeout: value,

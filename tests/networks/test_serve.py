@@ -34,9 +34,9 @@ from serving import (
     save_classifier,
 )
 
-from medray.apps import serve
-from medray.apps.serve_app import build_api, token_digest
-from medray.apps.served import Answer, Served
+from medray.apps.serve import deployment as serve
+from medray.apps.serve.api import build_api, token_digest
+from medray.apps.serve.model import Answer, Served
 from medray.cli import main
 from medray.errors import ConfigError
 

@@ -16,7 +16,7 @@ import pytest
 import ray
 from s3 import serving
 
-from medray.apps.doctor import (
+from medray.apps.doctor.doctor import (
     check_bytecode,
     check_free,
     check_memory,
@@ -124,7 +124,7 @@ def test_a_head_that_is_not_there_is_told_within_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert check_ray("")[0].status == "ok"  # a local one will do
-    monkeypatch.setattr("medray.apps.doctor._CLUSTER_S", 3)
+    monkeypatch.setattr("medray.apps.doctor.doctor._CLUSTER_S", 3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         started = time.monotonic()

@@ -27,7 +27,7 @@ from manifests import (
     with_components,
 )
 
-from medray.apps.doctor_kubernetes import _number
+from medray.apps.doctor.kubernetes import _number
 
 KUBERNETES = "1.37"
 # Seconds that a Pending pod may be there for nothing, and that one may be Pending at all.

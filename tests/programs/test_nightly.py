@@ -19,10 +19,16 @@ import pytest
 import tifffile
 from s3 import serving
 
-from medray.apps.catalog import Found, Outcome, current, note_files, note_outcomes
-from medray.apps.drift import Slide, run_values, stain_values, watch
-from medray.apps.inbox import Watch, plan_night
-from medray.apps.nightly import night_of, nightly
+from medray.apps.nightly.catalog import (
+    Found,
+    Outcome,
+    current,
+    note_files,
+    note_outcomes,
+)
+from medray.apps.nightly.drift import Slide, run_values, stain_values, watch
+from medray.apps.nightly.inbox import Watch, plan_night
+from medray.apps.nightly.night import night_of, nightly
 from medray.errors import ConfigError
 from medray.inference.run import Options
 from medray.slides.scanner import scanner_of
@@ -313,7 +319,7 @@ def test_a_webhook_gets_the_summary_and_cannot_fail_a_night(
     night(inbox, model, "2026-01-01", webhook=f"{address}/take")
     assert len(taken) == 1  # committed before: nothing is told again
     # Only now, for the one that hangs: on a busy machine an answer may take a second.
-    monkeypatch.setattr("medray.apps.summary._WEBHOOK_S", 0.5)
+    monkeypatch.setattr("medray.apps.nightly.summary._WEBHOOK_S", 0.5)
     for day, broken in enumerate(
         (f"{address}/refuse?secret", f"{address}/hang?secret", "http://127.0.0.1:9/")
     ):

@@ -44,7 +44,11 @@ def depends(name: str) -> frozenset[str]:
 @pytest.mark.parametrize(
     ("changed", "touched", "others"),
     [
-        ("medray/apps/serve.py", {SERVED}, {TRAINED, KILLED, SIGNALLED, README}),
+        (
+            "medray/apps/serve/deployment.py",
+            {SERVED},
+            {TRAINED, KILLED, SIGNALLED, README},
+        ),
         (
             "medray/training/train.py",
             {TRAINED, README},
@@ -52,21 +56,25 @@ def depends(name: str) -> frozenset[str]:
         ),
         ("medray/geometry.py", {SERVED, TRAINED, KILLED, SIGNALLED, README}, set()),
         ("medray/apps/convert.py", {CONVERTED}, {SERVED, TRAINED, README, SIGNALLED}),
-        ("medray/apps/view.py", {VIEWED}, {SERVED, README, SIGNALLED}),
+        ("medray/apps/viewer/server.py", {VIEWED}, {SERVED, README, SIGNALLED}),
         ("medray/cli.py", {README, SIGNALLED, TRAINED}, {SERVED, CONVERTED}),
         (
             "medray/evaluation/templates/night.html.jinja",
             {"test_a_week"},
             {SERVED, README},
         ),
-        ("medray/apps/static/slide.js", {VIEWED}, {SERVED, README}),
+        ("medray/apps/viewer/static/slide.js", {VIEWED}, {SERVED, README}),
         ("medray/__init__.py", {SERVED, TRAINED, SIGNALLED, README}, set()),
         ("tests/hostile.py", {"test_hostile_tiffs"}, {SERVED, README}),
         ("tests/lost_nodes.py", {"test_nodes_that_go_speak_against_no_row"}, {TRAINED}),
         ("benchmarks/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
         ("jobs/infer.py", {JOBS}, {SERVED, README}),
         ("medray/evaluation/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
-        ("medray/apps/doctor.py", {"test_doctor_tells_a_wrong_token"}, {JOBS, README}),
+        (
+            "medray/apps/doctor/doctor.py",
+            {"test_doctor_tells_a_wrong_token"},
+            {JOBS, README},
+        ),
         ("recipes/unet.yaml", {README, "test_every_recipe_trains"}, {SERVED, KILLED}),
         ("k8s/new.yaml", {"test_a_few_small_slides_bring_one_gpu"}, {SERVED, README}),
         ("tests/serial.py", {X_RAYS, SIGNALLED}, {KILLED}),  # X_RAYS by `usefixtures`

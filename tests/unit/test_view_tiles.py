@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from medray.apps.view_tiles import (
+from medray.apps.viewer.tiles import (
     Place,
     difference_tile,
     differences,

@@ -2,8 +2,8 @@
 
 The way of a request, top to bottom:
 
-    HTTP      token, type and size are checked, the body goes to a file (serve_app.py)
-    read      a thread decodes the image and plans its windows (served.py)
+    HTTP      token, type and size are checked, the body goes to a file (api.py)
+    read      a thread decodes the image and plans its windows (model.py)
     predict   images that wait are predicted together; one thread has the device
     finish    a thread makes the class with probabilities, or the mask
 
@@ -28,8 +28,8 @@ import ray
 from ray import serve as ray_serve
 from ray.util.metrics import Counter, Histogram
 
-from medray.apps.serve_app import Bounds, build_api, token_digest
-from medray.apps.served import Answer, Format, Kind, Prepared, Served, check_model
+from medray.apps.serve.api import Bounds, build_api, token_digest
+from medray.apps.serve.model import Answer, Format, Kind, Prepared, Served, check_model
 from medray.errors import ConfigError, MedrayError, StoreError
 from medray.execution import cluster
 from medray.execution.signals import StoppedError, Stopping, stopping
@@ -259,7 +259,7 @@ class _Endpoint:
         return self._served.describe()
 
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:
-        """Answer for an image in a file; see `medray.apps.served`."""
+        """Answer for an image in a file; see `medray.apps.serve.model`."""
         async with self._room:
             image = await self._by_hand(self._served.read, path, mpp)
             found = await self._predict(image)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medray.apps.doctor import Finding
+from medray.apps.doctor.doctor import Finding
 from medray.errors import ConfigError
 from medray.execution.cluster import GPUS_LABEL
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-from medray.apps.catalog import Catalog, Found, current
+from medray.apps.nightly.catalog import Catalog, Found, current
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.inference.run import Options
@@ -76,9 +76,9 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
 
     Returns:
         The plan, as it is written as night.json: `files` that are new or touched and
-        what they hold (see medray.apps.catalog.Found), `slides` to be done, which of
-        them are `retried`, `copies` of known contents, names that were `replaced`, and
-        why files were `left_out`.
+        what they hold (see `Found`), `slides` to be done, which of them are `retried`,
+        `copies` of known contents, names that were `replaced`, and why files were
+        `left_out`.
 
     Raises:
         ConfigError: There is no such inbox.

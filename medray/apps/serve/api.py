@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from medray.apps.served import (
+from medray.apps.serve.model import (
     SUFFIXES,
     Answer,
     Format,
@@ -53,7 +53,7 @@ _BEARER = HTTPBearer(auto_error=False, description="the token of `medray serve`"
 
 
 class Model(Protocol):
-    """What answers; see `medray.apps.served.Served`."""
+    """What answers; see `medray.apps.serve.model.Served`."""
 
     @property
     def kind(self) -> Kind:

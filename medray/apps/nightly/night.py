@@ -10,7 +10,7 @@ The way of a file, top to bottom:
 
 OUT/
 catalog.parquet             a row a content, of everything ever seen
-                            (medray.apps.catalog)
+                            (medray.apps.nightly.catalog)
 reference.json              staining of the slides that were trained on
 nights/YYYY-MM-DD/night.json    the plan; with it a night has begun
                   run/          what `medray infer` makes
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, field
 
 import ray
 
-from medray.apps.catalog import (
+from medray.apps.nightly.catalog import (
     Catalog,
     Found,
     Outcome,
@@ -43,7 +43,7 @@ from medray.apps.catalog import (
     values_of,
     write_catalog,
 )
-from medray.apps.drift import (
+from medray.apps.nightly.drift import (
     NIGHTS,
     Drift,
     Slide,
@@ -52,9 +52,9 @@ from medray.apps.drift import (
     run_values,
     stain_values,
 )
-from medray.apps.drift import watch as watch_drift
-from medray.apps.inbox import Watch, plan_night
-from medray.apps.summary import check_webhook, send_summary, write_summary
+from medray.apps.nightly.drift import watch as watch_drift
+from medray.apps.nightly.inbox import Watch, plan_night
+from medray.apps.nightly.summary import check_webhook, send_summary, write_summary
 from medray.datasets.dataset import read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError, MedrayError, SlideError
 from medray.evaluation.evaluate import evaluate, evaluated_slides, with_truth

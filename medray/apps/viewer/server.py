@@ -4,7 +4,7 @@ The way of a request, top to bottom:
 
     guard    the host's name, the token, headers that keep pages to themselves
     route    a fixed table; slides are looked up in the run, nothing is made a path
-    draw     in a thread: a tile of the slide, its mask or its truth (view_tiles)
+    draw     in a thread: a tile of the slide, its mask or its truth (tiles)
     answer   a picture or JSON; what went wrong in words that help
 
 Nothing is ever written.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from medray.apps.view_run import (
+from medray.apps.viewer.run import (
     COLORS,
     ViewedRun,
     describe_run,
@@ -34,7 +34,7 @@ from medray.apps.view_run import (
     place_of,
     version_of,
 )
-from medray.apps.view_tiles import (
+from medray.apps.viewer.tiles import (
     TILE,
     UNSURE,
     as_heat,
@@ -305,7 +305,7 @@ def _assets() -> dict[str, tuple[bytes, str]]:
     kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
     found = {
         item.name: item.read_bytes()
-        for item in importlib.resources.files("medray.apps")
+        for item in importlib.resources.files("medray.apps.viewer")
         .joinpath("static")
         .iterdir()
         if item.is_file()

@@ -9,7 +9,7 @@ import urllib.request
 from http.client import HTTPException
 from typing import Any
 
-from medray.apps.drift import Drift, in_words
+from medray.apps.nightly.drift import Drift, in_words
 from medray.errors import ConfigError
 from medray.evaluation.html import render
 from medray.storage import files
@@ -25,7 +25,7 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
 
     Args:
         folder: Of the night.
-        summary: As medray.apps.nightly gathers it.
+        summary: As medray.apps.nightly.night gathers it.
     """
     slides = summary["slides"]
     by_status = {

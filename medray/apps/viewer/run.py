@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medray.annotations.matching import match_names
-from medray.apps.view_tiles import Place, last_zoom, open_unchanged, whole_step
+from medray.apps.viewer.tiles import Place, last_zoom, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.ground_truth import list_ground_truth, name_in
 from medray.evaluation.report import AGREEMENT
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _FRESH_S = 2.0  # how long what was read of the run counts as new
 COLORS = ("#000000", *AGREEMENT.values())
-"""Of the differences, by their value in `medray.apps.view_tiles.KINDS`."""
+"""Of the differences, by their value in `medray.apps.viewer.tiles.KINDS`."""
 
 
 @dataclass

@@ -97,7 +97,7 @@ def doctor(
         ConfigError: `kubernetes` without its package.
     """
     if kubernetes:
-        from medray.apps.doctor_kubernetes import check_kubernetes
+        from medray.apps.doctor.kubernetes import check_kubernetes
 
         return Diagnosis(check_kubernetes(namespace))
     findings = [check_packages(importlib.metadata.requires("medray") or ())]
@@ -277,7 +277,11 @@ def _versions_finding(where: str, versions: set[str]) -> Finding:
 
 def _ask_cluster(address: str) -> list[Finding]:
     """Ask each node, from a process of its own: Ray may wait for minutes."""
-    command = [sys.executable, "-c", "import medray.apps.doctor as d; d.tell_cluster()"]
+    command = [
+        sys.executable,
+        "-c",
+        "import medray.apps.doctor.doctor as d; d.tell_cluster()",
+    ]
     try:
         asked = subprocess.run(
             command,

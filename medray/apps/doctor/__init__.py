@@ -1,0 +1,1 @@
+"""Checks of machines, clusters and storage: can they run medray?"""
