@@ -27,8 +27,8 @@ from PIL import Image
 from ray import serve as ray_serve
 
 from medray.apps.serve import deployment as serve
-from medray.apps.serve.deployment import ServeSettings
 from medray.apps.serve.model import Served
+from medray.apps.serve.settings import ServeSettings
 from medray.classes import Classes
 from medray.datasets.synthetic import generate
 from medray.execution import cluster

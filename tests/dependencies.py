@@ -2,9 +2,9 @@
 
 Modules of medray depend on what they import, directly or not (`grimp`). Everything that
 imports `medray.cli` would so depend on all of medray; therefore tests, helpers, fixtures,
-benchmarks, jobs and `medray.cli` are followed by their top-level definitions: a test
-depends on what its own function, its fixtures and the functions that these use name. Of
-the commands in `medray.cli` it depends on those that it gives as arguments.
+benchmarks, jobs, `medray.cli` and its commands are followed by their top-level
+definitions: a test depends on what its own function, its fixtures and the functions that
+these use name. Of the commands it depends on those that it gives as arguments.
 
 Files are named by strings: `ROOT / "recipes" / name`, "docs/view.md". A page's commands
 count as given by the test that names the page.
@@ -20,7 +20,9 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
-CLI, ENTRY, COMMANDS = "medray.cli", "main", "_COMMANDS"
+CLI, ENTRY, PARSE = "medray.cli", "main", "parse"
+COMMANDS = "medray.apps.commands"  # each of its modules has a table of this name:
+TABLE = "COMMANDS"
 EVERY_TIME, AS_SCRIPT = "", "__main__"  # statements of a module that define nothing
 HELPERS = ("tests", "benchmarks", "jobs")
 TOGETHER = ("k8s",)  # folders whose files refer to one another
@@ -47,7 +49,7 @@ def dependencies(path: Path, name: str) -> frozenset[str]:
     if reached.cli:
         commands = _commands()
         given = commands.keys() & reached.words
-        reached.follow((_path_of(CLI), commands[word]) for word in given or commands)
+        reached.follow(one for word in given or commands for one in commands[word])
     return frozenset(reached.files)
 
 
@@ -77,12 +79,10 @@ class _Reached:
             self.seen.add(step)
             self.files.add(_relative(path))
             found = read_definitions(path)
-            in_cli = path == _path_of(CLI)
+            in_cli = path in _cli_paths()
             waiting.append((path, EVERY_TIME))
             definition = found.get(name, Definition())
             for used in definition.names:
-                if in_cli and used == COMMANDS:
-                    continue  # which of them, the test says
                 waiting += [(p, used) for p in _places(path, used)]
             if not in_cli:
                 self.words |= definition.arguments
@@ -102,9 +102,12 @@ class _Reached:
         elif name is not None and f"{module}.{name}" in _modules():
             module, name = f"{module}.{name}", None
         if module == CLI:
-            self.cli = True
-            known = name in read_definitions(_path_of(CLI)) and name != COMMANDS
+            self.cli |= name != PARSE
+            known = name in read_definitions(_path_of(CLI))
             yield _path_of(CLI), str(name) if known else ENTRY
+        elif _path_of(module) in _cli_paths():
+            if name != TABLE:  # which of them, the test says
+                yield _path_of(module), str(name)
         elif module in _modules():
             self.files |= _files_below(module)
         elif (path := _helper(module)) is not None:
@@ -342,20 +345,30 @@ def _modules() -> frozenset[str]:
 
 
 @functools.cache
-def _commands() -> dict[str, str]:
-    """Return the function of each command."""
-    for statement in ast.parse(_path_of(CLI).read_text()).body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(
-            statement.value, ast.Dict
-        ):
-            table = statement.value
-            if ast.unparse(statement.target) == COMMANDS:
-                return {
-                    ast.literal_eval(key): ast.unparse(value)
-                    for key, value in zip(table.keys, table.values, strict=True)
-                    if key is not None
-                }
-    raise ValueError(f"{CLI}: no dictionary {COMMANDS}")
+def _cli_paths() -> frozenset[Path]:
+    """Return the files of `medray.cli` and of its commands."""
+    return frozenset({_path_of(CLI), *_path_of(COMMANDS).parent.glob("*.py")})
+
+
+@functools.cache
+def _commands() -> dict[str, list[tuple[Path, str]]]:
+    """Return the functions of each command: its options, and what it calls."""
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for path in sorted(_cli_paths()):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Assign) and isinstance(
+                statement.value, ast.Dict
+            ):
+                table = statement.value
+                for key, command in zip(table.keys, table.values, strict=True):
+                    if ast.unparse(statement.targets[0]) == TABLE and key is not None:
+                        names = [
+                            n.id for n in ast.walk(command) if isinstance(n, ast.Name)
+                        ]
+                        found[ast.literal_eval(key)] = [(path, name) for name in names]
+    if not found:
+        raise ValueError(f"{COMMANDS}: no dictionary {TABLE}")
+    return found
 
 
 @functools.cache

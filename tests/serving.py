@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medray.apps.serve.api import Bounds
+from medray.apps.serve.requests import Bounds
 from medray.classes import Classes
 from medray.geometry import Windows
 from medray.models.classifiers import build_classifier

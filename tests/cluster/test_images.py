@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.apps.arguments import parse
-from medray.cli import _evaluate, main
+from medray.apps.commands.evaluation import _evaluate
+from medray.cli import main, parse
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.datasets.image_folder import find_images, ingest_images, read_resized
 from medray.errors import ConfigError

@@ -36,8 +36,9 @@ from serving import (
 )
 
 from medray.apps.serve import deployment as serve
-from medray.apps.serve.api import Bounds, token_digest
-from medray.apps.serve.deployment import ServeSettings
+from medray.apps.serve.api import token_digest
+from medray.apps.serve.requests import Bounds
+from medray.apps.serve.settings import ServeSettings
 from medray.datasets.dataset import read_patches
 from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_images import evaluate_images

@@ -23,14 +23,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from medray import open_mask
+from medray.apps.viewer.layers import differences, outlines
 from medray.apps.viewer.run import open_viewed
 from medray.apps.viewer.server import Viewing, build_app, view
-from medray.apps.viewer.tiles import (
-    differences,
-    last_zoom,
-    outlines,
-    slide_tile,
-)
+from medray.apps.viewer.tiles import last_zoom, slide_tile
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError

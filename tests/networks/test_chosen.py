@@ -251,22 +251,23 @@ def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert alone[2] == {}
     assert [stain_values(uri, **{kind: n}) for n in range(3)] == alone
     # As a night measures it of its slides: Ray's tasks, done here.
-    stage = importlib.import_module("medray.apps.nightly.night")
+    measure = importlib.import_module("medray.apps.nightly.measure")
+    finish = importlib.import_module("medray.apps.nightly.finish")
     here: Any = SimpleNamespace(
         remote=lambda **_: lambda work: SimpleNamespace(remote=work),
         get=lambda value, timeout: value,
     )
-    monkeypatch.setattr(stage, "ray", here)
-    monkeypatch.setattr(stage.cluster, "connect", lambda: None)
+    monkeypatch.setattr(measure, "ray", here)
+    monkeypatch.setattr(measure.cluster, "connect", lambda: None)
     plan = {"night": "n", "slides": [{"slide": "x", "file": "f", "uri": uri}]}
     plan["slides"][0]["digest"] = "d"
     row = {"status": "done", "digest": "d"}
-    monkeypatch.setattr(stage, "run_values", lambda *_: {})
+    monkeypatch.setattr(finish, "run_values", lambda *_: {})
     options = Options(**{kind: 1})
     settings = SimpleNamespace(
         options=options, model_digest="m", classes=SimpleNamespace(names=())
     )
-    found = stage._outcomes(plan, {"x": row}, settings, "out", {}, [])
+    found = finish._outcomes(plan, {"x": row}, settings, "out", {}, [])
     assert found["f"].values == alone[1]
 
 

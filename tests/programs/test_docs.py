@@ -11,7 +11,7 @@ import pytest
 import yaml
 from documents import PAGES, ROOT, blocks
 
-from medray.apps.arguments import parse
+from medray.cli import parse
 from medray.training.recipe import read_recipe
 
 

@@ -16,15 +16,9 @@ import pytest
 import ray
 from s3 import serving
 
-from medray.apps.doctor.doctor import (
-    check_bytecode,
-    check_free,
-    check_memory,
-    check_model,
-    check_packages,
-    check_ray,
-    check_storage,
-)
+from medray.apps.doctor.doctor import check_free, check_model, check_storage
+from medray.apps.doctor.machine import check_bytecode, check_memory, check_packages
+from medray.apps.doctor.ray_cluster import check_ray
 from medray.cli import main
 
 GIB = 1 << 30
@@ -124,7 +118,7 @@ def test_a_head_that_is_not_there_is_told_within_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert check_ray("")[0].status == "ok"  # a local one will do
-    monkeypatch.setattr("medray.apps.doctor.doctor._CLUSTER_S", 3)
+    monkeypatch.setattr("medray.apps.doctor.ray_cluster._CLUSTER_S", 3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         started = time.monotonic()

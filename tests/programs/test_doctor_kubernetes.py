@@ -18,7 +18,7 @@ import pytest
 import yaml
 from manifests import ROOT, Object, build, find, with_components
 
-from medray.apps.doctor import kubernetes
+from medray.apps.doctor import kubernetes_objects
 from medray.cli import main
 
 MINE = "/namespaces/medray"
@@ -443,6 +443,6 @@ def test_every_component_is_looked_at(tmp_path: Path) -> None:
     built = with_components("cpu-kind", ["cronjob", "raycronjob"], tmp_path)
     assert find(built, "RayCluster")["metadata"]["name"] == "medray"
     night = find(built, "CronJob")["spec"]["jobTemplate"]
-    assert kubernetes._is_night(night)
+    assert kubernetes_objects._is_night(night)
     policy = json.dumps(find(built, "NetworkPolicy", "jobs-to-head"))
     assert "kuberay-system" in policy

@@ -27,7 +27,7 @@ from manifests import (
     with_components,
 )
 
-from medray.apps.doctor.kubernetes import _number
+from medray.apps.doctor.kubernetes_capacity import read_quantity
 
 KUBERNETES = "1.37"
 # Seconds that a Pending pod may be there for nothing, and that one may be Pending at all.
@@ -334,7 +334,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
 def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
-    from medray.apps.arguments import parse
+    from medray.cli import parse
 
     found = list(entrypoints(all_objects))
     where = {one.where for one in found}
@@ -539,8 +539,8 @@ def test_a_laptop_has_room_for_what_is_said() -> None:
         for one in (cluster, night)
         for _, pod in pods(one)
     ] + [cluster["spec"]["autoscalerOptions"]["resources"]["requests"]]
-    cpus = sum(_number(one["cpu"]) for one in asked)
-    memory = sum(_number(one["memory"]) for one in asked) / 2**30
+    cpus = sum(read_quantity(one["cpu"]) for one in asked)
+    memory = sum(read_quantity(one["memory"]) for one in asked) / 2**30
     text = (ROOT / "docs" / "kubernetes.md").read_text()
     assert f"ask for {cpus:.1f} CPUs and\n{memory:.1f} GiB" in text
 

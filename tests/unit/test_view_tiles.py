@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from medray.apps.viewer.tiles import (
-    Place,
-    difference_tile,
-    differences,
-    last_zoom,
-    mask_tile,
-    slide_tile,
-    tile_region,
-    worst_regions,
-)
+from medray.apps.viewer.layers import difference_tile, differences, mask_tile
+from medray.apps.viewer.tiles import Place, last_zoom, slide_tile, tile_region
+from medray.apps.viewer.worst import worst_regions
 from medray.classes import Classes
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.geometry import Rectangle

@@ -25,7 +25,7 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
 
     Args:
         folder: Of the night.
-        summary: As medray.apps.nightly.night gathers it.
+        summary: As medray.apps.nightly.finish gathers it.
     """
     slides = summary["slides"]
     by_status = {

@@ -12,28 +12,26 @@ import hashlib
 import hmac
 import importlib.metadata
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from medray.apps.serve.model import (
-    SUFFIXES,
-    Answer,
-    Format,
-    Kind,
-    TooLargeError,
-    image_format,
+from medray.apps.serve.images import TooLargeError
+from medray.apps.serve.model import Answer, Format, Kind
+from medray.apps.serve.requests import Bounds, receive
+from medray.apps.serve.schema import (
+    About,
+    Class,
+    Health,
+    describe_body,
+    describe_problems,
 )
 from medray.errors import SlideError
 from medray.slides.base import SANE_MPP
@@ -41,14 +39,6 @@ from medray.slides.resolution import MOST_ENLARGED
 
 log = logging.getLogger(__name__)
 
-# Content types by format; octet-stream leaves it to the bytes.
-_TYPES = {
-    "image/png": "PNG",
-    "image/jpeg": "JPEG",
-    "image/bmp": "BMP",
-    "image/tiff": "TIFF",
-    "application/octet-stream": "",
-}
 _BEARER = HTTPBearer(auto_error=False, description="the token of `medray serve`")
 
 
@@ -67,66 +57,6 @@ class Model(Protocol):
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:
         """Answer for an image in a file."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """What a request may cost.
-
-    Attributes:
-        max_mpixel: Megapixels of an image.
-        max_mbyte: Megabytes of a body.
-        timeout_s: Seconds from a request's head to its answer.
-    """
-
-    max_mpixel: float = 64.0
-    max_mbyte: float = 256.0
-    timeout_s: float = 120.0
-
-
-class Problem(BaseModel):
-    """Why a request was refused, and what to do."""
-
-    detail: str
-
-
-class Health(BaseModel):
-    """That the service is there."""
-
-    status: Literal["ok"]
-
-
-class Class(BaseModel):
-    """The class of an image."""
-
-    name: str = Field(alias="class", description="the likeliest class")
-    label: int = Field(description="its label value", ge=0)
-    probabilities: dict[str, float] = Field(description="by class, they sum to one")
-    temperature: float | None = Field(description="of the calibration; null: none")
-    height: int = Field(description="of the image, pixels", ge=1)
-    width: int = Field(description="of the image, pixels", ge=1)
-    mpp: float | None = Field(description="microns per pixel of the image")
-    mpp_from: Literal["image", "request", "unknown"]
-    note: str = Field(description="what was done to come to the model's resolution")
-    model_digest: str
-
-
-class About(BaseModel):
-    """The model that is served, and what it takes."""
-
-    name: str
-    digest: str
-    architecture: str
-    encoder: str
-    endpoint: str = Field(description="the one that works with this model")
-    classes: list[str] = Field(description="names by label value")
-    mpp: float | None = Field(description="microns per pixel that it works at")
-    window: int = Field(description="side of its input, pixels")
-    stride: int = Field(description="between neighbouring windows, pixels")
-    temperature: float | None
-    max_mpixel: float
-    max_mbyte: float
-    timeout_s: float
 
 
 def token_digest(token: str) -> str:
@@ -170,7 +100,7 @@ def build_api(
             )
 
     closed: dict[str, Any] = {}
-    refusals = _problems(401) if digest else {}
+    refusals = describe_problems(401) if digest else {}
     if digest:
         closed["dependencies"] = [Depends(check_token)]
 
@@ -218,7 +148,7 @@ def build_api(
         try:
             async with asyncio.timeout(bounds.timeout_s):
                 with tempfile.TemporaryDirectory(prefix="medray-") as folder:
-                    path = await _receive(request, folder, bounds)
+                    path = await receive(request, folder, bounds)
                     found = await _ask(model, path, mpp, form)
         except TimeoutError:
             raise HTTPException(
@@ -238,8 +168,8 @@ def build_api(
         description="microns per pixel, over what the image says",
     )
     posted: dict[str, Any] = {
-        "openapi_extra": {"requestBody": _body()},
-        "responses": refusals | _problems(400, 409, 413, 415, 422, 503, 504),
+        "openapi_extra": {"requestBody": describe_body()},
+        "responses": refusals | describe_problems(400, 409, 413, 415, 422, 503, 504),
     }
 
     @api.post(
@@ -320,96 +250,3 @@ async def _ask(model: Model, path: str, mpp: float | None, form: Format) -> Answ
         raise HTTPException(
             413, "decoding it takes more memory than there is; send a smaller image"
         ) from error
-
-
-# --- what comes in --------------------------------------------------------------------
-
-
-async def _receive(request: Request, folder: str, bounds: Bounds) -> str:
-    """Write the body of a request to a file named by its format.
-
-    Raises:
-        HTTPException: It is too large, no image, or not what its type says.
-    """
-    stated = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    expected = ", ".join(_TYPES)
-    if stated not in _TYPES:
-        raise HTTPException(
-            415,
-            f"content type: expected one of {expected}, found {stated[:80] or 'none'}; "
-            f"send the image itself as the body, with its type",
-        )
-    most = int(bounds.max_mbyte * 1e6)
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > most:
-        raise _too_long(length, most)
-    received, start = 0, b""
-    place = os.path.join(folder, "body")
-    try:
-        with open(place, "wb") as file:
-            async for chunk in request.stream():
-                received += len(chunk)
-                if received > most:
-                    raise _too_long(f"more than {most}", most)
-                start = (start + chunk)[:8] if len(start) < 8 else start
-                file.write(chunk)
-    except ClientDisconnect:
-        raise HTTPException(
-            400, f"the body ended after {received} bytes; send it whole"
-        ) from None
-    except OSError as error:
-        raise HTTPException(
-            503, f"the image cannot be kept here ({error.strerror}); try again later"
-        ) from error
-    found = image_format(start)
-    if found is None:
-        raise HTTPException(
-            422,
-            f"the body ({received} bytes) is no PNG, JPEG, BMP or TIFF image; send the "
-            f"image file itself, for example with curl --data-binary @FILE",
-        )
-    if _TYPES[stated] not in ("", found):
-        raise HTTPException(
-            415, f"the content type says {stated}, the body is {found}; correct one"
-        )
-    path = os.path.join(folder, f"image{SUFFIXES[found]}")
-    os.rename(place, path)
-    return path
-
-
-def _too_long(found: str, most: int) -> HTTPException:
-    return HTTPException(
-        413,
-        f"the body has {found} bytes, at most {most} are taken; send a smaller image, "
-        f"or give it to `medray infer`",
-        # The connection stays: what still comes is thrown away, and the answer is read.
-    )
-
-
-# --- what is said of it ---------------------------------------------------------------
-
-
-def _body() -> dict[str, Any]:
-    """Describe the body of a request for OpenAPI."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    return {
-        "required": True,
-        "description": "the image file itself",
-        "content": dict.fromkeys(_TYPES, binary),
-    }
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    said = {
-        400: "the body ended too early",
-        401: "no token, or a wrong one",
-        409: "the model does something else",
-        413: "too many bytes or pixels",
-        415: "another content type",
-        422: "no image, a damaged one, one that does not suit the model, a wrong query",
-        503: "too many requests at a time, or no place for the image",
-        504: "it took too long",
-    }
-    return {
-        status: {"model": Problem, "description": said[status]} for status in statuses
-    }

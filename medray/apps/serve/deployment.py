@@ -12,81 +12,35 @@ Each replica holds the model once. How many there are follows the requests under
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
-from ray.util.metrics import Counter, Histogram
 
-from medray.apps.serve.api import Bounds, build_api, token_digest
-from medray.apps.serve.model import Answer, Format, Kind, Prepared, Served, check_model
-from medray.errors import ConfigError, MedrayError, StoreError
+from medray.apps.serve.model import Kind, check_model
+from medray.apps.serve.replica import IN_HAND, Endpoint
+from medray.apps.serve.requests import Bounds
+from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
+from medray.errors import ConfigError, MedrayError
 from medray.execution import cluster
 from medray.execution.signals import StoppedError, Stopping, stopping
-from medray.models.config import Precision
 from medray.storage import files
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 APP = "medray"
 """What the application is called in Ray Serve."""
 
-TOKEN = "MEDRAY_SERVE_TOKEN"
-"""The environment variable of the token that requests must carry."""
-
-_LEAST_TOKEN = 16  # characters
-_BATCH = 16  # images that are predicted together, at most
-_WAIT_S = 0.005  # for others, when the device is free
-_IN_HAND = 8  # images that a replica holds as pixels
 _UNDER_WAY = 32  # requests that a replica holds
 _WAITING = 128  # requests that wait for one; more get 503
-_STUCK = 10  # times the time limit, after which a replica is taken to hang
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """What is served, and how; the `args` of a Serve config file.
-
-    Attributes:
-        model: Folder of the model.
-        report: Of `medray evaluate` of a classifier of images, for its temperature.
-        precision: Of the arithmetic.
-        min_replicas: That are always there.
-        max_replicas: That there are at most.
-        cpus: Cores of a replica; 0: shares of the smallest node.
-        gpus: GPUs of a replica; -1: one where the cluster has any.
-        bounds: Of a request.
-        token_file: Holds the token, if the environment does not.
-    """
-
-    model: str
-    report: str = ""
-    precision: Precision = "auto"
-    min_replicas: int = 1
-    max_replicas: int = 1
-    cpus: int = 0
-    gpus: int = -1
-    bounds: Bounds = field(default_factory=Bounds)
-    token_file: str = ""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not 1 <= self.min_replicas <= self.max_replicas:
-            raise ConfigError(
-                f"replicas: expected 1 or more, and at most the greatest number, found "
-                f"{self.min_replicas} to {self.max_replicas}"
-            )
 
 
 def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> Any:
@@ -102,11 +56,11 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
         FormatError: The model is damaged.
         StoppedError: SIGTERM or Ctrl-C; the requests under way were answered.
     """
-    digest = _read_token(settings.token_file)
+    digest = read_token(settings.token_file)
     if not digest and not _is_loopback(host):
         raise ConfigError(
             f"--host {host}: others can reach it, so requests need a token; set "
-            f"{TOKEN} to one of {_LEAST_TOKEN} or more characters, or give --token-file"
+            f"{TOKEN} to one of {LEAST_TOKEN} or more characters, or give --token-file"
         )
     settings = replace(
         settings,
@@ -174,7 +128,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
         settings = ServeSettings(**others, bounds=bounds)
     except TypeError as error:
         raise ConfigError(f"args of the Serve config: {error}") from error
-    digest = _read_token(settings.token_file)
+    digest = read_token(settings.token_file)
     if not digest:
         raise ConfigError(f"the environment has no {TOKEN}; set it on every node")
     return _deploy(settings, digest)
@@ -190,130 +144,16 @@ def _deploy(settings: ServeSettings, digest: str) -> ray_serve.Application:
             "min_replicas": settings.min_replicas,
             "initial_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": _IN_HAND / 2,
+            "target_ongoing_requests": IN_HAND / 2,
         },
         max_ongoing_requests=_UNDER_WAY,
         max_queued_requests=_WAITING,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=settings.bounds.timeout_s + 5,
         health_check_period_s=5,
-    )(_Endpoint)
+    )(Endpoint)
     app: ray_serve.Application = deployment.bind(settings, digest, cpus)
     return app
-
-
-@ray_serve.ingress()
-class _Endpoint:
-    """A replica: the model and the app in front of it."""
-
-    def __init__(self, settings: ServeSettings, digest: str, cpus: int) -> None:
-        """Load the model and run it once; requests come when that is done."""
-        self._bounds, self._digest = settings.bounds, digest
-        self._served = Served(
-            settings.model,
-            report=settings.report,
-            precision=settings.precision,
-            max_pixels=int(settings.bounds.max_mpixel * 1e6),
-            threads=cpus,
-        )
-        # Decoding and compressing; the device has a thread to itself.
-        self._threads = ThreadPoolExecutor(_IN_HAND, "hand")
-        self._device = ThreadPoolExecutor(1, "device")
-        self._room = asyncio.Semaphore(_IN_HAND)
-        self._since: float | None = None
-        self._requests = Counter(
-            "medray_serve_requests",
-            "Requests, by what came of them.",
-            tag_keys=("route", "status"),
-        )
-        self._seconds = Histogram(
-            "medray_serve_seconds",
-            "From a request's head to its answer.",
-            boundaries=[0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
-            tag_keys=("route",),
-        )
-        self._pixels = Counter("medray_serve_pixels", "Pixels of images answered for.")
-        self._images = Histogram(
-            "medray_serve_batch_images",
-            "Images that were predicted together.",
-            boundaries=[1, 2, 4, 8, 16],
-        )
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Give Ray Serve the app; it calls this once the model is loaded."""
-        return build_api(self, self._bounds, self._digest, self._note)
-
-    def check_health(self) -> None:
-        """Tell Ray Serve to replace a replica whose device hangs."""
-        limit = _STUCK * self._bounds.timeout_s
-        if self._since is not None and time.monotonic() - self._since > limit:
-            raise RuntimeError(f"a batch has not ended for {limit:g} s")
-
-    @property
-    def kind(self) -> Kind:
-        """What the model can be asked for."""
-        return self._served.kind
-
-    def describe(self) -> dict[str, Any]:
-        """Say what the model is."""
-        return self._served.describe()
-
-    async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:
-        """Answer for an image in a file; see `medray.apps.serve.model`."""
-        async with self._room:
-            image = await self._by_hand(self._served.read, path, mpp)
-            found = await self._predict(image)
-            if isinstance(found, MedrayError):
-                raise found
-            return await self._by_hand(self._served.finish, image, found, form)
-
-    async def _by_hand(self, do: Callable[..., T], *args: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, do, *args)
-
-    @ray_serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
-    async def _predict(self, images: list[Prepared]) -> list[Any]:
-        """Predict what waits: of each image what `finish` takes."""
-        self._images.observe(len(images))
-        self._since = time.monotonic()
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._device, self._served.predict, images
-            )
-        finally:
-            self._since = None
-
-    def _note(self, route: str, status: int, seconds: float, pixels: int) -> None:
-        self._requests.inc(tags={"route": route, "status": str(status)})
-        self._seconds.observe(seconds, tags={"route": route})
-        if pixels:
-            self._pixels.inc(pixels)
-
-
-# --- what is asked for ----------------------------------------------------------------
-
-
-def _read_token(path: str) -> str:
-    """Give the digest of the token; "" if there is none.
-
-    Raises:
-        ConfigError: It is too short, or its file cannot be read.
-    """
-    token = os.environ.get(TOKEN, "")
-    if path:
-        try:
-            token = files.read_bytes(path).decode().strip()
-        except (OSError, StoreError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--token-file {path}: cannot be read: {error}"
-            ) from error
-    if (path or token) and len(token) < _LEAST_TOKEN:
-        raise ConfigError(
-            f"the token has {len(token)} characters, expected {_LEAST_TOKEN} or more; "
-            f'make one with python -c "import secrets; print(secrets.token_urlsafe())"'
-        )
-    return token_digest(token) if token else ""
 
 
 def _is_loopback(host: str) -> bool:

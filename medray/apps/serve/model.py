@@ -12,7 +12,6 @@ is neither Ray nor HTTP: any thread may read and finish, one thread predicts.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from medray.apps.serve.images import as_png, check_header, check_pixels
 from medray.datasets.image_folder import read_resized
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.calibration import scaled
@@ -43,23 +42,6 @@ from medray.types import Row, UInt8
 Floats = npt.NDArray[np.float64]
 Format = Literal["png", "geojson"]
 Kind = Literal["classify", "segment"]
-
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif"}
-"""How a file of each format is named, so that the right reader takes it."""
-
-_MAGIC = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-}
-
-
-class TooLargeError(SlideError):
-    """An image has more pixels than are taken."""
 
 
 @dataclass(frozen=True)
@@ -176,20 +158,20 @@ class Served:
             TooLargeError: It has more pixels than are taken.
             SlideError: It is no image, damaged, or does not suit the model.
         """
-        _check_header(path, self._max)
+        check_header(path, self._max)
         if self._whole:
             return self._read_whole(path, mpp)
         settings = self._settings
         with open_slide(path) as slide:
             level = slide.levels[0]
-            _check_pixels(level.height, level.width, self._max)
+            check_pixels(level.height, level.width, self._max)
             if self._config.mpp and not (mpp or slide.mpp):
                 raise SlideError(
                     f"{path}: does not say how many microns a pixel has, and the model "
                     f"works at {self._config.mpp:g}; give ?mpp="
                 )
             facts, rows = plan_slide(slide, settings, given_mpp=mpp)
-            _check_pixels(facts["height"], facts["width"], self._max)
+            check_pixels(facts["height"], facts["width"], self._max)
             regions = []
             for row in rows:
                 row, pixels = read_pixels(slide, facts | row, settings)
@@ -210,7 +192,7 @@ class Served:
     def _read_whole(self, path: str, mpp: float | None) -> Prepared:
         with open_slide(path) as slide:
             level, found = slide.levels[0], slide.mpp
-        _check_pixels(level.height, level.width, self._max)
+        check_pixels(level.height, level.width, self._max)
         side = self._config.window.size
         pixels = read_resized({"uri": path}, side)
         note = ""
@@ -303,7 +285,7 @@ class Served:
             areas = trace(labels, classes, downsample=facts["downsample"])
             body, media_type = as_geojson(areas, classes), "application/geo+json"
         else:
-            body, media_type = _as_png(labels, image.height, image.width), "image/png"
+            body, media_type = as_png(labels, image.height, image.width), "image/png"
         return Answer(body, media_type, headers, image.height * image.width)
 
 
@@ -312,47 +294,6 @@ def _resolution(found: float | None, given: float | None) -> tuple[float | None,
     if given:
         return given, "request"
     return found, "image" if found else "unknown"
-
-
-def image_format(start: bytes) -> str | None:
-    """Tell PNG, JPEG, BMP and TIFF by their first bytes (8 are enough)."""
-    return next(
-        (name for magic, name in _MAGIC.items() if start.startswith(magic)), None
-    )
-
-
-def _as_png(labels: UInt8, height: int, width: int) -> bytes:
-    """Give labels as a grey PNG of the image's size; a pixel's value is its label."""
-    picture = Image.fromarray(labels)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.NEAREST)
-    target = io.BytesIO()
-    picture.save(target, "PNG", compress_level=1)
-    return target.getvalue()
-
-
-def _check_header(path: str, most: int) -> None:
-    """Look at the size of a PNG, JPEG or BMP; readers decode these when they open them.
-
-    Raises:
-        TooLargeError: It has more pixels than are taken.
-    """
-    if path.endswith(SUFFIXES["TIFF"]):
-        return
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-    except Exception:  # of many kinds; the reader says what is wrong
-        return
-    _check_pixels(height, width, most)
-
-
-def _check_pixels(height: int, width: int, most: int) -> None:
-    if height * width > most:
-        raise TooLargeError(
-            f"{height} x {width} are {height * width / 1e6:.1f} megapixels, at most "
-            f"{most / 1e6:g} are taken; cut or shrink it, or give it to `medray infer`"
-        )
 
 
 def _check_finite(finite: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the viewer shows of a slide: tiles of its pixels, mask, truth and differences.
+"""What the viewer shows of a slide: where all of it lies, and tiles of its pixels.
 
 A view has zooms: at zoom 0 the whole slide fits into one tile, at the last one a pixel
 of a tile is a pixel of the slide's level 0. In between a pixel of a tile spans `step`
@@ -13,47 +13,32 @@ Nothing here knows of HTTP or of the run's folder.
 from __future__ import annotations
 
 import functools
-import io
 import math
 import threading
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
-from medray.classes import Classes
 from medray.errors import SlideError
-from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
 from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.readable import read_readable
 from medray.slides.thumbnail import block_means
-from medray.storage import ome_zarr
 from medray.types import UInt8
 
 TILE = 256
 """Side of a tile, pixels."""
-KINDS = ("nothing", "correct", "wrongly marked", "missed", "another class")
-"""What `differences` tells of a pixel, by value."""
-STRIDES = 5
-"""A mask whose coarse levels are yet to be built is shown down to 1 / 2^5."""
 
 # What one tile may read of a level; a slide without coarse levels needs more when it is
 # seen as a whole, and then tiles are cut from one small picture of it.
 _MOST_READ = 4096**2
-_OVERVIEW = 2048
-_MOST_SQUARES = 20
-UNSURE = "#008b8b"
-"""Colour of what is uncertain: neither of the stains has it."""
+OVERVIEW = 2048
 _ONE_AT_A_TIME = threading.Lock()  # a page asks for many of its tiles at once
-_BESIDE = (238, 241, 243)  # the background of the page
 _DAMAGED = (214, 204, 204)
-_LINE = 2  # half the width of an outline, pixels
 
 
 @dataclass(frozen=True)
@@ -226,7 +211,7 @@ def slide_tile(slide: Slide, region: Rectangle, step: int) -> UInt8:
 
 @functools.lru_cache(maxsize=4)
 def _overview(slide: Any) -> tuple[UInt8, float, npt.NDArray[np.bool_]]:
-    return read_thumbnail(slide, _OVERVIEW)
+    return read_thumbnail(slide, OVERVIEW)
 
 
 def _reduced(pixels: UInt8, region: Rectangle, scale: float, read: Rectangle) -> UInt8:
@@ -244,233 +229,3 @@ def _reduced(pixels: UInt8, region: Rectangle, scale: float, read: Rectangle) ->
     size = (region.width, region.height)
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize(size, Image.Resampling.BOX, (x0, y0, x1, y1)))
-
-
-# --- labels ---------------------------------------------------------------------------
-
-
-def mask_tile(place: Place, region: Rectangle, step: int) -> UInt8:
-    """Read the mask: (height, width) uint8 label values.
-
-    Raises:
-        MedrayError: The mask is damaged or cannot be read.
-    """
-    return _layer_tile(place, place.mask, region, step)
-
-
-def probability_tile(place: Place, region: Rectangle, step: int) -> UInt8:
-    """Read the class probabilities: (class, height, width) uint8, 255 is certain.
-
-    Raises:
-        MedrayError: They are damaged or cannot be read.
-    """
-    return _layer_tile(place, place.probabilities, region, step)
-
-
-def uncertainty_tile(place: Place, region: Rectangle, step: int) -> UInt8:
-    """Read the uncertainty: (height, width) uint8, 255 is the most.
-
-    Raises:
-        MedrayError: It is damaged or cannot be read.
-    """
-    return _layer_tile(place, place.uncertainty, region, step)
-
-
-def _layer_tile(place: Place, uri: str, region: Rectangle, step: int) -> UInt8:
-    ratio = step / place.mask_step
-    if math.log2(ratio) > place.coarsest + STRIDES:
-        shape = (region.height, region.width)  # it would take too much to read
-        return np.zeros(shape, np.uint8)
-    opened = functools.partial(_level, version=place.version)
-    return nearest_labels(
-        uri, region, ratio, place.mask_shape, place.coarsest, opened=opened
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _level(uri: str, level: int, version: str) -> ome_zarr.Pixels:
-    """Keep levels open: to read their metadata takes longer than to read a tile."""
-    return ome_zarr.open_level(uri, level)
-
-
-def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> UInt8:
-    """Draw or read the truth: (height, width) uint8 label values.
-
-    Raises:
-        MedrayError: The truth is damaged, or of another slide.
-    """
-    return read_truth(_truth_row(place, step), region, classes)
-
-
-def _truth_row(place: Place, step: float) -> dict[str, Any]:
-    """Give what `read_truth` wants to know of a slide."""
-    row: dict[str, Any] = {"truth": place.truth, "kind": place.kind, "uri": place.uri}
-    row["downsample"] = step
-    return row | {"level0_height": place.height, "level0_width": place.width}
-
-
-def difference_tile(
-    place: Place, region: Rectangle, step: int, classes: Classes
-) -> UInt8:
-    """Compare mask and truth: (height, width) uint8, see `KINDS`.
-
-    Where nobody annotated there is no difference.
-
-    Raises:
-        MedrayError: One of them is damaged, or of another slide.
-    """
-    row = _truth_row(place, step)
-    mask, truth = mask_tile(place, region, step), read_truth(row, region, classes)
-    kinds, known = differences(mask, truth), read_known(row, region, classes)
-    return kinds if known is None else kinds * known
-
-
-def truth_outlines(
-    place: Place, region: Rectangle, step: int, classes: Classes
-) -> UInt8:
-    """Draw the outlines of the truth: (height, width) uint8, 0 off the lines.
-
-    Raises:
-        MedrayError: The truth is damaged, or of another slide.
-    """
-    # What lies around the tile decides about lines at its border.
-    top, left = max(0, region.y - _LINE), max(0, region.x - _LINE)
-    bottom = min(region.bottom + _LINE, -(-place.height // step))
-    right = min(region.right + _LINE, -(-place.width // step))
-    around = Rectangle(top, left, bottom - top, right - left)
-    lines = outlines(truth_tile(place, around, step, classes))
-    return lines[region.slices(origin=around)]
-
-
-def outlines(labels: UInt8) -> UInt8:
-    """Keep the labels (h, w) only where another one is at most two pixels away."""
-    size = 2 * _LINE + 1
-    low = ndimage.minimum_filter(labels, size, mode="nearest")
-    high = ndimage.maximum_filter(labels, size, mode="nearest")
-    return np.where(low != high, labels, 0).astype(np.uint8)
-
-
-def differences(mask: UInt8, truth: UInt8) -> UInt8:
-    """Tell where a mask is right and wrong: (h, w) uint8, see `KINDS`."""
-    kinds = np.zeros(mask.shape, np.uint8)
-    kinds[(mask == truth) & (truth > 0)] = 1
-    kinds[(mask > 0) & (truth == 0)] = 2
-    kinds[(mask == 0) & (truth > 0)] = 3
-    kinds[(mask > 0) & (truth > 0) & (mask != truth)] = 4
-    return kinds
-
-
-def worst_regions(
-    place: Place, classes: Classes, *, side: int = 512
-) -> list[dict[str, float]]:
-    """Find the squares of a slide in which most is wrong, or least certain.
-
-    What is wrong is told by the truth; without one the uncertainty counts. Both are
-    taken at a coarse level, of at most some 2000 pixels a side.
-
-    Args:
-        place: With a mask, and a truth or uncertainty.
-        classes: Names by label value.
-        side: Of a square, in pixels of the mask.
-
-    Returns:
-        `y`, `x`, `height` and `width` in level-0 pixels, and the share of their pixels
-        that is `wrong`, or else how `uncertain` they are, from 0 to 1 (the mean); the
-        worst first, 20 at most.
-
-    Raises:
-        MedrayError: The mask, the truth or the uncertainty is damaged.
-    """
-    coarse = 0
-    while max(place.mask_shape) >> coarse > _OVERVIEW:
-        coarse += 1
-    height, width = (math.ceil(n / 2**coarse) for n in place.mask_shape)
-    whole = Rectangle(0, 0, height, width)
-    uri = place.mask if place.truth else place.uncertainty
-    found = nearest_labels(uri, whole, 2**coarse, place.mask_shape, place.coarsest)
-    if not place.truth:
-        return _squares(found / 255, "uncertain", side, coarse, place.mask_step)
-    row = _truth_row(place, place.mask_step * 2**coarse)
-    wrong = (found != read_truth(row, whole, classes)).astype(np.float64)
-    known = read_known(row, whole, classes)
-    if known is not None:
-        wrong *= known
-    return _squares(wrong, "wrong", side, coarse, place.mask_step)
-
-
-def _squares(
-    values: npt.NDArray[np.float64], name: str, side: int, coarse: int, mask_step: float
-) -> list[dict[str, float]]:
-    """Give the squares with the highest sums, each with its mean as `name`."""
-    height, width = values.shape
-    block, step = max(8, side >> coarse), mask_step * 2**coarse
-    sums = np.add.reduceat(values, np.arange(0, height, block), axis=0)
-    sums = np.add.reduceat(sums, np.arange(0, width, block), axis=1)
-    order = np.argsort(-sums, axis=None, kind="stable")[:_MOST_SQUARES]
-    found = []
-    for y, x in np.transpose(np.unravel_index(order, sums.shape)).tolist():
-        if sums[y, x]:
-            size = (min(block, height - y * block), min(block, width - x * block))
-            found.append(
-                {
-                    "y": y * block * step,
-                    "x": x * block * step,
-                    "height": size[0] * step,
-                    "width": size[1] * step,
-                    name: float(sums[y, x]) / (size[0] * size[1]),
-                }
-            )
-    return found
-
-
-# --- pictures -------------------------------------------------------------------------
-
-
-def as_jpeg(pixels: UInt8, *, side: int = 0) -> bytes:
-    """Write (h, w, 3) uint8 RGB as JPEG, filled up to `side` pixels like the page."""
-    height, width = (max(side, n) for n in pixels.shape[:2])
-    whole = np.full((height, width, 3), _BESIDE, np.uint8)
-    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    buffer = io.BytesIO()
-    # Without chroma subsampling: it washes out the edges of nuclei.
-    Image.fromarray(whole).save(buffer, "JPEG", quality=85, subsampling=0)
-    return buffer.getvalue()
-
-
-def as_overlay(values: UInt8, colors: Sequence[str], shown: Collection[int]) -> bytes:
-    """Write (h, w) uint8 as a PNG tile: a colour a value, the rest transparent.
-
-    Args:
-        values: At most 256 x 256.
-        colors: #rrggbb by value.
-        shown: The values to be seen.
-    """
-    tile = np.zeros((TILE, TILE), np.uint8)
-    tile[: values.shape[0], : values.shape[1]] = values
-    picture = Image.fromarray(tile, "P")
-    picture.putpalette([n for color in colors for n in bytes.fromhex(color[1:])])
-    alpha = bytes(255 if value in shown else 0 for value in range(len(colors)))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", transparency=alpha, compress_level=3)
-    return buffer.getvalue()
-
-
-def as_heat(shares: UInt8, colors: Sequence[str], shown: Collection[int]) -> bytes:
-    """Write probabilities as a PNG tile: the likeliest class, opaque where certain.
-
-    Args:
-        shares: (class, h, w) uint8, 255 is certain; at most 256 x 256.
-        colors: #rrggbb by class.
-        shown: The classes to be seen.
-    """
-    tile = np.zeros((TILE, TILE, 4), np.uint8)
-    classes = [value for value in sorted(shown) if value < len(shares)]
-    if classes and shares.ndim == 3:
-        part = shares[classes]
-        table = np.array([[*bytes.fromhex(colors[value][1:])] for value in classes])
-        height, width = part.shape[1:]
-        tile[:height, :width, :3] = table[part.argmax(axis=0)]
-        tile[:height, :width, 3] = part.max(axis=0)
-    buffer = io.BytesIO()
-    Image.fromarray(tile).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()

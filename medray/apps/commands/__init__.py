@@ -1,0 +1,1 @@
+"""The commands of `medray`: the options of each, and the one function that it calls."""

@@ -1,0 +1,37 @@
+"""What checks find, and the exit code that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "WARN", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: What was looked at.
+        status: ok, WARN (it works, but badly or not everywhere) or FAIL.
+        found: What it is.
+        mend: What to do; empty when it is fine.
+    """
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was found."""
+
+    findings: list[Finding]
+
+    @property
+    def code(self) -> int:
+        """The exit code: 1 if anything failed."""
+        return int(any(finding.status == "FAIL" for finding in self.findings))

@@ -1,0 +1,97 @@
+"""The body of a request, written to a file named by its format."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from medray.apps.serve.images import SUFFIXES, image_format
+
+# Content types by format; octet-stream leaves it to the bytes.
+CONTENT_TYPES = {
+    "image/png": "PNG",
+    "image/jpeg": "JPEG",
+    "image/bmp": "BMP",
+    "image/tiff": "TIFF",
+    "application/octet-stream": "",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a request may cost.
+
+    Attributes:
+        max_mpixel: Megapixels of an image.
+        max_mbyte: Megabytes of a body.
+        timeout_s: Seconds from a request's head to its answer.
+    """
+
+    max_mpixel: float = 64.0
+    max_mbyte: float = 256.0
+    timeout_s: float = 120.0
+
+
+async def receive(request: Request, folder: str, bounds: Bounds) -> str:
+    """Write the body of a request to a file named by its format.
+
+    Raises:
+        HTTPException: It is too large, no image, or not what its type says.
+    """
+    stated = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    expected = ", ".join(CONTENT_TYPES)
+    if stated not in CONTENT_TYPES:
+        raise HTTPException(
+            415,
+            f"content type: expected one of {expected}, found {stated[:80] or 'none'}; "
+            f"send the image itself as the body, with its type",
+        )
+    most = int(bounds.max_mbyte * 1e6)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise _too_long(length, most)
+    received, start = 0, b""
+    place = os.path.join(folder, "body")
+    try:
+        with open(place, "wb") as file:
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > most:
+                    raise _too_long(f"more than {most}", most)
+                start = (start + chunk)[:8] if len(start) < 8 else start
+                file.write(chunk)
+    except ClientDisconnect:
+        raise HTTPException(
+            400, f"the body ended after {received} bytes; send it whole"
+        ) from None
+    except OSError as error:
+        raise HTTPException(
+            503, f"the image cannot be kept here ({error.strerror}); try again later"
+        ) from error
+    found = image_format(start)
+    if found is None:
+        raise HTTPException(
+            422,
+            f"the body ({received} bytes) is no PNG, JPEG, BMP or TIFF image; send the "
+            f"image file itself, for example with curl --data-binary @FILE",
+        )
+    if CONTENT_TYPES[stated] not in ("", found):
+        raise HTTPException(
+            415, f"the content type says {stated}, the body is {found}; correct one"
+        )
+    path = os.path.join(folder, f"image{SUFFIXES[found]}")
+    os.rename(place, path)
+    return path
+
+
+def _too_long(found: str, most: int) -> HTTPException:
+    return HTTPException(
+        413,
+        f"the body has {found} bytes, at most {most} are taken; send a smaller image, "
+        f"or give it to `medray infer`",
+        # The connection stays: what still comes is thrown away, and the answer is read.
+    )

@@ -1,0 +1,74 @@
+"""What is served and how, and the token that requests must carry."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from medray.apps.serve.api import token_digest
+from medray.apps.serve.requests import Bounds
+from medray.errors import ConfigError, StoreError
+from medray.models.config import Precision
+from medray.storage import files
+
+TOKEN = "MEDRAY_SERVE_TOKEN"
+"""The environment variable of the token that requests must carry."""
+
+LEAST_TOKEN = 16  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What is served, and how; the `args` of a Serve config file.
+
+    Attributes:
+        model: Folder of the model.
+        report: Of `medray evaluate` of a classifier of images, for its temperature.
+        precision: Of the arithmetic.
+        min_replicas: That are always there.
+        max_replicas: That there are at most.
+        cpus: Cores of a replica; 0: shares of the smallest node.
+        gpus: GPUs of a replica; -1: one where the cluster has any.
+        bounds: Of a request.
+        token_file: Holds the token, if the environment does not.
+    """
+
+    model: str
+    report: str = ""
+    precision: Precision = "auto"
+    min_replicas: int = 1
+    max_replicas: int = 1
+    cpus: int = 0
+    gpus: int = -1
+    bounds: Bounds = field(default_factory=Bounds)
+    token_file: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"replicas: expected 1 or more, and at most the greatest number, found "
+                f"{self.min_replicas} to {self.max_replicas}"
+            )
+
+
+def read_token(path: str) -> str:
+    """Give the digest of the token; "" if there is none.
+
+    Raises:
+        ConfigError: It is too short, or its file cannot be read.
+    """
+    token = os.environ.get(TOKEN, "")
+    if path:
+        try:
+            token = files.read_bytes(path).decode().strip()
+        except (OSError, StoreError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--token-file {path}: cannot be read: {error}"
+            ) from error
+    if (path or token) and len(token) < LEAST_TOKEN:
+        raise ConfigError(
+            f"the token has {len(token)} characters, expected {LEAST_TOKEN} or more; "
+            f'make one with python -c "import secrets; print(secrets.token_urlsafe())"'
+        )
+    return token_digest(token) if token else ""
