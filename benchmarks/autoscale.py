@@ -330,7 +330,8 @@ def write_inputs(out: Path, slides: int) -> tuple[Path, Path]:
     import torch
 
     from medray.classes import Classes
-    from medray.datasets.synthetic import draw_scene, write_slide
+    from medray.datasets.synthetic import write_slide
+    from medray.datasets.synthetic_scene import draw_scene
     from medray.geometry import Windows
     from medray.models.config import Architecture, ModelConfig
     from medray.models.folder import save_model

@@ -33,7 +33,8 @@ import torch
 from ray.cluster_utils import Cluster
 
 from medray.classes import Classes
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.execution import memory
 from medray.geometry import Windows
 from medray.models.config import Architecture, ModelConfig

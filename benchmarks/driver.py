@@ -15,7 +15,8 @@ from pathlib import Path
 
 from infer import random_model
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.execution.commit import WORKING, Commit
 from medray.execution.progress import Progress
 from medray.inference.infer import _slide_row, settings_of

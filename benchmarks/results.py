@@ -37,7 +37,8 @@ import torch
 from medray import open_mask
 from medray.datasets.dataset import labels_uri
 from medray.datasets.ingest import ingest
-from medray.datasets.synthetic import Lesions, generate
+from medray.datasets.synthetic import generate
+from medray.datasets.synthetic_scene import Lesions
 from medray.evaluation.metrics import (
     bootstrap,
     class_scores,

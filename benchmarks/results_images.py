@@ -36,7 +36,8 @@ import torch
 from results import ROOT, digest_of, number, read_record, write_record
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from medray.datasets.image_folder import find_images, ingest_images
+from medray.datasets.find_images import find_images
+from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_images import evaluate_images
 from medray.evaluation.image_metrics import score
 from medray.execution import cluster

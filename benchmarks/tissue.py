@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from medray.datasets.synthetic import Scene, draw_scene, write_pyramid, write_slide
+from medray.datasets.synthetic import write_pyramid, write_slide
+from medray.datasets.synthetic_scene import Scene, draw_scene
 from medray.execution import cluster
 from medray.inference.infer import infer
 from medray.inference.run import Options, mask_uri

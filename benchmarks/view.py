@@ -31,7 +31,8 @@ import zarr
 
 from medray.apps.viewer.tiles import TILE, last_zoom
 from medray.classes import Classes
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, Windows
 from medray.inference.run import RunSettings, mask_uri, open_run
 from medray.slides import open_slide

@@ -176,7 +176,8 @@ def write_layered(folder: Path, model: Path) -> None:
     import serial
     from PIL import Image
 
-    from medray.datasets.synthetic import draw_scene, write_slide
+    from medray.datasets.synthetic import write_slide
+    from medray.datasets.synthetic_scene import draw_scene
     from medray.inference.run import Options
     from medray.models.config import Prediction
     from medray.models.predict import Predictor

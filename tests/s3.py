@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
 
-from medray.storage import files
+from medray.storage import object_store
 
 EXPIRED = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ExpiredToken</Code>'
@@ -145,8 +145,8 @@ def serving() -> Iterator[tuple[Proxy, dict[str, str]]]:
     connection.request("PUT", "/bucket")
     assert connection.getresponse().status == 200
     connection.close()
-    files._bucket.cache_clear()  # of a server that was there before
+    object_store._bucket.cache_clear()  # of a server that was there before
     yield proxy, environment
-    files._bucket.cache_clear()
+    object_store._bucket.cache_clear()
     proxy.close()
     server.stop()

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from defusedxml import ElementTree
 from defusedxml.common import EntitiesForbidden
 
-from medray.annotations.geojson import geojson_features, parse_geojson
-from medray.annotations.mask_image import is_picture, parse_mask
-from medray.annotations.polygons import (
-    Area,
-    Note,
+from medray.annotations.areas import (
     clip_to_slide,
     draw_nested_last,
     leave_out_unclassed,
     note_extremes,
 )
+from medray.annotations.geojson import parse_geojson
+from medray.annotations.geojson_write import geojson_features
+from medray.annotations.mask_image import is_picture, parse_mask
+from medray.annotations.polygons import Area, Note
 from medray.annotations.rasterize import rasterise
 from medray.annotations.svg import parse_svg
 from medray.annotations.xml import parse_asap, parse_imagescope

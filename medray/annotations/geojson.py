@@ -9,7 +9,6 @@ guess when it comes back, corrected or not.
 from __future__ import annotations
 
 import json
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ import shapely
 from shapely import affinity
 
 from medray.annotations.polygons import Area, Note, Ring, areal, fill
-from medray.classes import Classes
 from medray.errors import SlideError
 from medray.geometry import Rectangle
 
@@ -32,7 +30,7 @@ _QUPATH_0_2 = {
     "PathRootObject",
 }
 _COLOURS = {"color", "colorRGB"}
-_ORIGIN = "medray:origin"
+ORIGIN = "medray:origin"
 """Key of a feature's metadata: its coordinates count from the corner of the scanned
 part; the value is where on the canvas that is ("x y", level-0 pixels)."""
 
@@ -66,7 +64,7 @@ def parse_geojson(
         properties = feature.get("properties") or {}
         from_qupath |= "objectType" in properties or feature.get("id") in _QUPATH_0_2
         metadata = properties.get("metadata")
-        stated_origin |= isinstance(metadata, dict) and _ORIGIN in metadata
+        stated_origin |= isinstance(metadata, dict) and ORIGIN in metadata
         class_name = _class_of(properties.get("classification"))
         geometry = feature.get("geometry") or {}
         if stated := geometry.get("plane"):
@@ -88,14 +86,14 @@ def parse_geojson(
             )
         elif not _counts_from(bounds, areas, from_qupath, where, note):
             return areas
-        return _moved(areas, bounds.x, bounds.y)
+        return moved_areas(areas, bounds.x, bounds.y)
     return areas
 
 
 def _counts_from(
     bounds: Rectangle, areas: list[Area], from_qupath: bool, where: str, note: Note
 ) -> bool:
-    """Tell whether areas that state no origin count from that of the scanned part.
+    """Return whether areas that state no origin count from that of the scanned part.
 
     QuPath counts from it, unless it was told to show the whole canvas (`--no-crop`),
     or the file only looks like one of QuPath's. Nobody sees what lies beyond the part
@@ -136,14 +134,15 @@ def _area_in(polygons: Any, x: int, y: int, size: Rectangle) -> float:
     return float(shapely.area(shapely.intersection(polygons, inside)).sum())
 
 
-def _moved(areas: Sequence[Area], x: float, y: float) -> list[Area]:
+def moved_areas(areas: Sequence[Area], x: float, y: float) -> list[Area]:
+    """Return areas moved by x and y pixels."""
     return [
         Area(affinity.translate(area.polygon, x, y), area.class_name) for area in areas
     ]
 
 
 def _all_features(features: Sequence[Any]) -> Iterator[Any]:
-    """Give features and, after each, its children, in the order of the document."""
+    """Yield features and, after each, its children, in the order of the document."""
     waiting = list(reversed(features))
     while waiting:
         feature = waiting.pop()
@@ -199,7 +198,7 @@ def _features(uri: str, document: Any) -> list[Any]:
 
 
 def _polygons(geometry: Any, flat: Counter[str]) -> Iterator[Any]:
-    """Give the rings of each polygon, and count what has no area in `flat`.
+    """Yield the rings of each polygon, and count what has no area in `flat`.
 
     Raises:
         SlideError: A geometry is none of GeoJSON (RFC 7946), such as a circle.
@@ -232,79 +231,3 @@ def _ring(points: Any) -> Ring:
     # A third coordinate is the height, and says nothing here.
     ring = [(float(x), float(y)) for x, y, *_ in points]
     return np.array(ring, np.float64).reshape(-1, 2)
-
-
-def geojson_features(
-    areas: Sequence[Area], classes: Classes, bounds: Rectangle | None = None
-) -> dict[str, Any]:
-    """Give areas as a FeatureCollection of annotations that QuPath imports.
-
-    Ids are made of the areas themselves, so the same areas give the same file.
-
-    Args:
-        areas: In level-0 pixels of the slide as medray reads it.
-        classes: Names and colours.
-        bounds: The scanned part of the slide, if it is not all of it: the coordinates
-            that are written count from its corner, as QuPath's do.
-    """
-    if bounds is not None:
-        areas = _moved(areas, -bounds.x, -bounds.y)
-    features = []
-    for index, area in enumerate(areas):
-        value = classes.value(area.class_name)
-        geometry = json.loads(shapely.to_geojson(area.polygon))
-        name = json.dumps([index, value, geometry["coordinates"]])
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
-                "geometry": geometry,
-                "properties": {
-                    "objectType": "annotation",
-                    "classification": {
-                        "name": classes.names[value],
-                        "color": list(bytes.fromhex(classes.colors[value][1:])),
-                    },
-                    **_origin(bounds),
-                },
-            }
-        )
-    return {"type": "FeatureCollection", "features": features}
-
-
-def _origin(bounds: Rectangle | None) -> dict[str, Any]:
-    # A text, for QuPath keeps no other kind of value.
-    return {"metadata": {_ORIGIN: f"{bounds.x} {bounds.y}"}} if bounds else {}
-
-
-def extent_features(
-    extent: Sequence[Any],
-    names: Sequence[str],
-    class_name: str,
-    bounds: Rectangle | None = None,
-) -> list[dict[str, Any]]:
-    """Give where a slide is annotated as locked annotations that QuPath imports.
-
-    Args:
-        extent: Polygons in level-0 pixels of the slide as medray reads it.
-        names: What each is called.
-        class_name: QuPath ignores a class whose name ends with `*` in measurements.
-        bounds: As for `geojson_features`.
-    """
-    if bounds is not None:
-        extent = [affinity.translate(one, -bounds.x, -bounds.y) for one in extent]
-    return [
-        {
-            "type": "Feature",
-            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {polygon.wkt}")),
-            "geometry": json.loads(shapely.to_geojson(polygon)),
-            "properties": {
-                "objectType": "annotation",
-                "name": name,
-                "classification": {"name": class_name, "color": [0, 114, 178]},
-                "isLocked": True,
-                **_origin(bounds),
-            },
-        }
-        for polygon, name in zip(extent, names, strict=True)
-    ]

@@ -5,26 +5,30 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import numpy.typing as npt
 import svgelements
 
+from medray.annotations.areas import covers_slide
 from medray.annotations.polygons import (
     Area,
-    FillRule,
     Note,
     Outline,
     Ring,
     combine,
-    covers_slide,
     fill,
     match_class,
 )
 from medray.annotations.svg_limits import check_size, check_values, tag_of
+from medray.annotations.svg_shapes import (
+    fill_rule_of,
+    prepare_tree,
+    rings_of,
+    shapes_below,
+)
 from medray.classes import Classes
 from medray.errors import SlideError
 
@@ -32,20 +36,6 @@ from medray.errors import SlideError
 _FLATNESS = 0.1
 _OPEN = 0.1  # gap between the ends of an outline, as a share of its length
 _HOLE = "hole"
-_IMPORTANT = re.compile(r"\s*!\s*important", re.IGNORECASE)
-# What is drawn elsewhere, by reference, or is no area.
-_NOT_DRAWN = {
-    "clipPath",
-    "filter",
-    "foreignObject",
-    "image",
-    "line",
-    "marker",
-    "mask",
-    "pattern",
-    "script",
-    "text",
-}
 
 
 def parse_svg(
@@ -84,7 +74,7 @@ def parse_svg(
     whole_page = _whole_page_clips(
         root, (left, top, left + space_width, top + space_height)
     )
-    _prepare(uri, root)
+    prepare_tree(uri, root)
     check_values(uri, root)
     # svgelements applies the viewport itself, in CSS pixels, but coordinates are wanted
     # as they are drawn. A viewport of the drawing's own size leaves them alone, and
@@ -100,18 +90,18 @@ def parse_svg(
     tolerance = _FLATNESS / max(scale_x, scale_y)
     outlines, backgrounds = [], []
     hidden = lines = 0
-    for shape, ancestors in _shapes(drawing, (drawing,)):
+    for shape, ancestors in shapes_below(drawing, (drawing,)):
         filled = _is_painted(shape, "fill")
         if _is_hidden(shape) or not (filled or _is_painted(shape, "stroke")):
             hidden += 1
             continue
         _check_clips(uri, [shape, *ancestors], whole_page)
-        rings = [(ring - (left, top)) * scale for ring in _rings(shape, tolerance)]
+        rings = [(ring - (left, top)) * scale for ring in rings_of(shape, tolerance)]
         if not filled:
             closed = [ring for ring in rings if not _is_line(ring)]
             lines += len(rings) - len(closed)
             rings = closed
-        polygon = fill(rings, _fill_rule(shape))
+        polygon = fill(rings, fill_rule_of(shape))
         # An unknown class is an error, whatever carries it.
         class_name, hole = _class_of([shape, *reversed(ancestors)], classes)
         if polygon.is_empty:
@@ -142,13 +132,13 @@ def parse_svg(
 
 
 def _is_hidden(shape: Any) -> bool:
-    """Tell whether `visibility` or `opacity` hides a shape; `display` is applied."""
+    """Return whether `visibility` or `opacity` hides a shape; `display` is applied."""
     visibility = str(shape.values.get("visibility", "")).strip().casefold()
     return visibility in ("hidden", "collapse") or _is_zero(shape.values.get("opacity"))
 
 
 def _is_painted(shape: Any, part: str) -> bool:
-    """Tell whether the `fill` or the `stroke` of a shape can be seen."""
+    """Return whether the `fill` or the `stroke` of a shape can be seen."""
     paint = str(shape.values.get(part) or "none").strip().casefold()
     sizes = [shape.values.get(f"{part}-opacity")]
     if part == "stroke":
@@ -166,7 +156,7 @@ def _is_zero(text: Any) -> bool:
 
 
 def _is_line(ring: Ring) -> bool:
-    """Tell a line from an outline that was drawn by hand and not quite closed."""
+    """Return whether it is a line, not an outline by hand that is not quite closed."""
     if len(ring) < 2:
         return True
     steps = np.hypot(*np.diff(ring, axis=0).T)
@@ -219,7 +209,7 @@ def _check_clips(uri: str, elements: Sequence[Any], whole_page: set[str]) -> Non
 def _space(
     uri: str, root: Any, height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """Give x, y, width and height of the drawing's own coordinates."""
+    """Return x, y, width and height of the drawing's own coordinates."""
     x, y = 0.0, 0.0
     if view_box := root.get("viewBox"):
         found = f"viewBox {view_box!r}"
@@ -245,114 +235,15 @@ def _space(
 
 
 def _length(text: str | None) -> float | None:
-    """Give a length in CSS pixels; a percentage says nothing about the drawing."""
+    """Return a length in CSS pixels; a percentage says nothing about the drawing."""
     if text is None or text.strip().endswith("%") or text.strip() == "auto":
         return None
     value = svgelements.Length(text).value(ppi=96)
     return float(value) if isinstance(value, int | float) else None
 
 
-def _prepare(uri: str, root: Any) -> None:
-    """Bring the tree into the part of SVG that svgelements draws right.
-
-    Raises:
-        SlideError: A part of the drawing has a viewport of its own.
-    """
-    for element in list(root.iter()):
-        # svgelements takes the mark for a part of the value: display none would show.
-        if style := element.get("style"):
-            element.set("style", _IMPORTANT.sub("", style))
-        if tag_of(element) == "style" and element.text:
-            element.text = _IMPORTANT.sub("", element.text)
-        for child in list(element):
-            tag = tag_of(child)
-            if tag in _NOT_DRAWN:
-                element.remove(child)
-            elif tag == "title" and child.text:
-                element.set("title", child.text)
-            elif tag in ("svg", "symbol") and child.get("viewBox"):
-                raise SlideError(
-                    f"{uri}: a <{tag}> in the drawing has a viewBox of its own, which "
-                    f"is not supported; ungroup it"
-                )
-            elif tag in ("a", "switch"):
-                child.tag = _with_tag(child, "g")
-            elif tag == "symbol":  # drawn where it is used, not where it stands
-                child.tag = _with_tag(child, "g")
-                place = list(element).index(child)
-                definitions = ElementTree.Element(_with_tag(child, "defs"))
-                definitions.append(child)
-                element[place] = definitions
-
-
-def _with_tag(element: Any, tag: str) -> str:
-    namespace, brace, _ = str(element.tag).rpartition("}")
-    return f"{namespace}{brace}{tag}"
-
-
-def _shapes(
-    group: Any, ancestors: tuple[Any, ...]
-) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    for element in group:
-        if isinstance(element, svgelements.Group | svgelements.Use):
-            yield from _shapes(element, (*ancestors, element))
-        elif isinstance(element, svgelements.Shape):
-            yield element, ancestors
-
-
-def _rings(shape: Any, tolerance: float) -> Iterator[Ring]:
-    """Flatten each subpath to points (n, 2) of x, y."""
-    # Reifying again: a rotated rectangle or circle keeps its transform until it is a
-    # path.
-    path = svgelements.Path(shape).reify()
-    path.approximate_arcs_with_cubics()
-    for subpath in path.as_subpaths():
-        points = [np.zeros((0, 2))]
-        for segment in subpath:
-            if segment.end is None:
-                continue
-            control = _control_points(segment)
-            points.append(_flatten(control, tolerance) if control else _xy(segment.end))
-        yield np.concatenate(points)
-
-
-def _xy(*points: Any) -> Ring:
-    return np.array([(point.x, point.y) for point in points], np.float64)
-
-
-def _control_points(segment: Any) -> Sequence[Any]:
-    if isinstance(segment, svgelements.CubicBezier):
-        return segment.start, segment.control1, segment.control2, segment.end
-    if isinstance(segment, svgelements.QuadraticBezier):
-        return segment.start, segment.control, segment.end
-    return ()
-
-
-def _flatten(control: Sequence[Any], tolerance: float) -> npt.NDArray[np.float64]:
-    """Sample a Bézier curve so densely that its chords are near enough.
-
-    The distance of n chords is at most max |B''| / (8 n^2).
-
-    Returns:
-        (n, 2) points x, y after the start.
-    """
-    points = _xy(*control)
-    degree = len(points) - 1
-    bend = np.hypot(*np.diff(points, n=2, axis=0).T).max()
-    count = math.ceil(math.sqrt(degree * (degree - 1) * bend / (8 * tolerance)))
-    t = np.linspace(0, 1, min(max(count, 1), 10_000) + 1)[1:, np.newaxis]
-    weights = [
-        math.comb(degree, k) * t**k * (1 - t) ** (degree - k) for k in range(degree + 1)
-    ]
-    return np.hstack(weights) @ points
-
-
-def _fill_rule(shape: Any) -> FillRule:
-    return "evenodd" if shape.values.get("fill-rule") == "evenodd" else "nonzero"
-
-
 def _class_of(elements: Sequence[Any], classes: Classes) -> tuple[str | None, bool]:
-    """Give the class that the innermost element names, and whether one is a hole.
+    """Return the class that the innermost element names, and whether one is a hole.
 
     Raises:
         SlideError: `data-class` is unknown.

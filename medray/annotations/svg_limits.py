@@ -36,12 +36,12 @@ _CSS_TRANSFORM = re.compile(r"(?:^|[;{\s])transform\s*:(?!\s*none)")
 
 
 def tag_of(element: Any) -> str:
-    """Give an element's tag without its namespace."""
+    """Return an element's tag without its namespace."""
     return str(element.tag).rpartition("}")[2]
 
 
 def href_of(element: Any) -> str:
-    """Give what an element refers to, as SVG 2 or 1.1 states it."""
+    """Return what an element refers to, as SVG 2 or 1.1 states it."""
     old_style = element.get("{http://www.w3.org/1999/xlink}href", "")
     return str(element.get("href") or old_style)
 

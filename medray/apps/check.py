@@ -11,36 +11,33 @@ Slides of a bucket that OpenSlide reads are copied whole for that, as in any run
 
 from __future__ import annotations
 
-import datetime
-import functools
-import io
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv
 import shapely
-from PIL import Image, ImageDraw
-from scipy import ndimage
 
-from medray.annotations import Annotation, rasterise, read_marks
+from medray.annotations import Annotation, read_marks
 from medray.annotations.matching import (
     list_annotations,
     match_names,
     unused_annotations,
 )
 from medray.annotations.measure import class_areas
-from medray.annotations.polygons import Area
-from medray.classes import AnyClass, Classes
+from medray.apps.check_page import (
+    area_columns,
+    draw_marks,
+    printable_name,
+    render_page,
+    write_slides_table,
+)
+from medray.classes import Classes
 from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError
 from medray.execution.failures import too_large
 from medray.execution.isolation import LostError, call_each
 from medray.execution.progress import Progress
-from medray.slides import Slide, open_slide, read_thumbnail
+from medray.slides import Slide, open_slide
 from medray.slides.cache import fetch_if_copied, log_copies
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.readable import check_readable
@@ -48,10 +45,6 @@ from medray.slides.resolution import settle_mpp
 from medray.storage import files
 from medray.types import Row
 
-PICTURE_PX = 480
-"""Longest side of a picture at most, pixels; twice what the page shows of it."""
-_BORDER = "#1d2429"  # of what is annotated; the pages' ink
-_MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
 # Each may take the memory that decoding one file needs, see medray.execution.failures.
 _MAX_PROCESSES = 8
@@ -128,20 +121,23 @@ def check(
     log_copies(file.uri for file in wanted)
     looks = _look_at_all(tasks)
     rows = [
-        {key: _text(v) if isinstance(v, str) else v for key, v in look.row.items()}
+        {
+            key: printable_name(v) if isinstance(v, str) else v
+            for key, v in look.row.items()
+        }
         for look in (looks[file.slide] for file in wanted)
     ]
     checked = Checked(
         slides=rows,
-        unused=[*map(_text, unused_annotations(wanted, names, matched))],
+        unused=[*map(printable_name, unused_annotations(wanted, names, matched))],
         bare=[f.slide for f in wanted if f.slide not in matched] if names else [],
         failed={row["slide"]: row["message"] for row in rows if row["message"]},
         page=files.join(out, "check.html") if out is not None else "",
         out=out or "",
     )
     if out is not None:
-        _write_table(rows, known, files.join(out, "slides.csv"))
-        page = _page(
+        write_slides_table(rows, known, files.join(out, "slides.csv"))
+        page = render_page(
             checked, known, {name: look.picture for name, look in looks.items()}
         )
         files.write_bytes(checked.page, page.encode())
@@ -170,7 +166,7 @@ class _Look:
 
 
 def _look_at_all(tasks: Sequence[_Task]) -> dict[str, _Look]:
-    """Look at each slide in some process; give what was seen by slide."""
+    """Return what was seen of each slide; each is opened in some process."""
     processes = min(len(tasks), os.cpu_count() or 1, _MAX_PROCESSES)
     found: dict[str, _Look] = {}
     with Progress("check", len(tasks)) as progress:
@@ -223,19 +219,15 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
 
 
 def _start_row(task: _Task) -> Row:
-    """Give the row of a slide of which nothing is known yet."""
+    """Return the row of a slide of which nothing is known yet."""
     names = ("format", "height", "width", "levels", "mpp", "mpp_from", "magnification")
     row: Row = {"slide": task.file.slide, "status": "ok", "message": ""}
     row |= {"uri": task.file.uri} | dict.fromkeys(names)
     row |= {"annotation": task.annotation, "annotated": bool(task.annotation)}
     row |= {"partly": None, "areas": None}
     for name in task.classes.names[1:]:
-        row |= dict.fromkeys(_columns(name))
+        row |= dict.fromkeys(area_columns(name))
     return row | {"note": ""}
-
-
-def _columns(name: str) -> tuple[str, str, str]:
-    return f"areas_{name}", f"share_{name}", f"mm2_{name}"
 
 
 def _refused(message: str) -> Row:
@@ -278,123 +270,9 @@ def _marks_facts(row: Row, marks: Annotation, task: _Task) -> Row:
     pixels = row["height"] * row["width"]
     for name, (count, px) in zip(task.classes.names[1:], found[1:], strict=True):
         mm2 = None if row["mpp"] is None else px * row["mpp"] ** 2 / 1e6
-        facts |= dict(zip(_columns(name), (count, px / pixels, mm2), strict=True))
+        facts |= dict(zip(area_columns(name), (count, px / pixels, mm2), strict=True))
     said = list(marks.notes)
     if marks.extent:
         share = shapely.union_all([area.polygon for area in marks.extent]).area / pixels
         said.append(f"annotation: of only {share:.1%} of the slide")
     return facts | {"note": "; ".join(filter(None, [row["note"], *said]))}
-
-
-# --- show -----------------------------------------------------------------------------
-
-
-def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
-    """Draw a slide small, with the outlines of what `rasterise` makes of its areas.
-
-    Areas too small to be seen are dots. A dashed line is the border of what is
-    annotated if the slide is so only in part; hatched is what cannot be read.
-
-    Args:
-        slide: Its coarse pixels are read.
-        marks: Of level 0.
-        classes: Give the colours.
-
-    Returns:
-        A JPEG, at most `PICTURE_PX` a side.
-    """
-    thumbnail, factor, damaged = read_thumbnail(slide, PICTURE_PX)
-    shown = thumbnail.copy()
-    across = np.add.outer(*map(np.arange, damaged.shape))
-    shown[damaged & (across % 8 < 4)] = (150, 150, 150)
-    draw = functools.partial(
-        rasterise,
-        y=0,
-        x=0,
-        height=shown.shape[0],
-        width=shown.shape[1],
-        downsample=factor,
-    )
-    if marks.extent:
-        border = _border(draw(marks.extent, AnyClass()) > 0)
-        shown[border & (across % 8 < 5)] = _rgb(_BORDER)
-    labels = draw(marks.areas, classes)
-    for value in np.unique(labels[labels > 0]).tolist():
-        shown[_border(labels == value)] = _rgb(classes.colors[value])
-    picture = Image.fromarray(shown)
-    _draw_dots(picture, marks.areas, classes, factor)
-    buffer = io.BytesIO()
-    # Without chroma subsampling: it washes out thin coloured lines.
-    picture.save(buffer, "JPEG", quality=85, subsampling=0)
-    return buffer.getvalue()
-
-
-def _border(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Give the outermost three pixels of a shape, at the picture's edge too."""
-    return inside & ~ndimage.binary_erosion(inside, iterations=3)
-
-
-def _draw_dots(
-    picture: Image.Image, areas: Sequence[Area], classes: Classes, factor: float
-) -> None:
-    """Draw a dot for each area of the foreground that is smaller than one."""
-    pen = ImageDraw.Draw(picture)
-    for area in areas:
-        x0, y0, x1, y1 = (value / factor for value in area.polygon.bounds)
-        value = classes.value(area.class_name)
-        if value and max(x1 - x0, y1 - y0) < 4:
-            x, y = (x0 + x1) / 2, (y0 + y1) / 2
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=classes.colors[value])
-
-
-def _rgb(code: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(code[1:])
-    return red, green, blue
-
-
-def _page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
-    """Fill the page: what is refused first, then what has a note, then the rest."""
-    from medray.evaluation.html import data_uri, render
-
-    order = sorted(
-        checked.slides, key=lambda row: (row["status"] == "ok", not row["note"])
-    )
-    seen = [row for row in order if pictures[row["slide"]]]
-    return render(
-        "check.html.jinja",
-        title="What medray understood",
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        checked=checked,
-        classes=classes,
-        noted=sum(bool(row["note"]) for row in checked.slides),
-        shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
-        left_out=max(0, len(seen) - _MAX_PICTURES),
-    )
-
-
-def _text(name: str) -> str:
-    """Write bytes of a file name that are no Unicode as a backslash and digits."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _write_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
-    schema = pa.schema(
-        [
-            (name, pa.string())
-            for name in ("slide", "status", "message", "uri", "format")
-        ]
-        + [(name, pa.int64()) for name in ("height", "width", "levels")]
-        + [("mpp", pa.float64()), ("mpp_from", pa.string())]
-        + [("magnification", pa.float64()), ("annotation", pa.string())]
-        + [("annotated", pa.bool_()), ("partly", pa.bool_()), ("areas", pa.int64())]
-        + [
-            (column, pa.int64() if column.startswith("areas_") else pa.float64())
-            for name in classes.names[1:]
-            for column in _columns(name)
-        ]
-        + [("note", pa.string())]
-    )
-    table = pa.Table.from_pylist([*rows], schema)
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(table, csv)
-    files.write_bytes(uri, csv.getvalue())

@@ -1,4 +1,7 @@
-"""The results of commands in words, for people; the same values as --json gives."""
+"""The results of commands in words, for people; the same values as --json gives.
+
+One file, because each result is a function of a few lines, chosen by `as_text`.
+"""
 
 from __future__ import annotations
 

@@ -12,49 +12,31 @@ SLIDE.ome.zarr            or SLIDE.ome.tif, or SLIDE.tif
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import ray
-import tifffile
 
-from medray.classes import Classes
+from medray.apps.convert_write import FORMATS, MASK, Copy, Layer, target_uri, write_copy
 from medray.datasets.dataset import LABELS, labels_uri, read_dataset, slide_uri
-from medray.errors import ConfigError, FormatError, MedrayError, SlideError
+from medray.errors import ConfigError, FormatError
 from medray.execution import cluster
 from medray.execution.commit import Summary
 from medray.execution.progress import Progress
 from medray.execution.scheduler import keeping
-from medray.geometry import plan_regions
 from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
-from medray.slides import Slide, open_slide
-from medray.slides.fingerprint import slide_digest
-from medray.slides.resolution import Working, read_working, working_of
-from medray.storage import files, ngff, ngff_v04, ome_zarr
+from medray.slides.resolution import Working, working_of
+from medray.storage import files, ome_zarr
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings, to_dict
-from medray.types import Row, UInt8
+from medray.types import Row
 
 log = logging.getLogger(__name__)
+
 Format = Literal["ome-zarr", "ome-zarr-0.4", "ome-tiff", "tiff"]
-
-FORMATS: dict[str, str] = {
-    "ome-zarr": ".ome.zarr",
-    "ome-zarr-0.4": ".ome.zarr",
-    "ome-tiff": ".ome.tif",
-    "tiff": ".tif",
-}
-"""What each format's files end in."""
-
-MASK = "mask"
-"""Name of a run's mask among the label images of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,52 +54,8 @@ class ConvertSettings:
     with_image: bool
 
     def decisive(self) -> dict[str, Any]:
-        """Give what decides the copies, as plain values."""
+        """Return what decides the copies, as plain values."""
         return to_dict(self)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A label image.
-
-    Attributes:
-        name: Among those of its image.
-        uri: Its OME-Zarr.
-        classes: Names and colours of its values.
-    """
-
-    name: str
-    uri: str
-    classes: Classes
-
-
-@dataclass(frozen=True)
-class Copy:
-    """What a slide's copy is made of.
-
-    Attributes:
-        slide: Its id.
-        digest: Of the slide that the labels belong to.
-        image: The file or OME-Zarr with its pixels; "" to leave them out.
-        working: How the image is read, so that it lies under the labels.
-        layers: Its label images, the first of which stands alone without an image.
-        scene: Which of several slides in the image's file, if the user chose.
-        plane: Which of several focal planes, likewise.
-    """
-
-    slide: str
-    digest: str
-    image: str
-    working: Working
-    layers: tuple[Layer, ...]
-    scene: int | None = None
-    plane: int | None = None
-
-    @property
-    def made_of(self) -> str:
-        """Name the contents: equal names, equal copies."""
-        roots = [ome_zarr.read_root(layer.uri) or "" for layer in self.layers]
-        return "+".join([self.digest, *roots])
 
 
 def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> Summary:
@@ -166,7 +104,7 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
 
 
 def _of_run(run: str, with_image: bool) -> tuple[list[Copy], dict[str, str]]:
-    """Give what is done of a run, and why the rest is not there."""
+    """Return what is done of a run, and why the rest is not there."""
     settings = read_run(run)
     done, failed = _rows(run, "infer")
     copies = []
@@ -206,7 +144,7 @@ def _of_dataset(dataset: str) -> tuple[list[Copy], dict[str, str]]:
 
 
 def _rows(folder: str, stage: str) -> tuple[list[Row], dict[str, str]]:
-    """Give the rows of slides that are done, and why the others are not."""
+    """Return the rows of slides that are done, and why the others are not."""
     uri = files.join(folder, "slides.parquet")
     if not files.exists(uri):
         raise ConfigError(f"{uri} is missing; run `medray {stage}` to its end")
@@ -225,7 +163,7 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     for copy in copies:
         made_of, before = copy.made_of, ledger.slides.get(copy.slide)
         same = before and before["status"] == "done" and before["digest"] == made_of
-        if same and files.exists(_target(copy.slide, to, out)):
+        if same and files.exists(target_uri(copy.slide, to, out)):
             continue
         todo[copy.slide] = (copy, made_of)
     skipped = len(copies) - len(todo)
@@ -237,7 +175,7 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     ledger.flush()
     cluster.connect()
     start, failed = time.perf_counter(), dict(failed)
-    write = ray.remote(_write)
+    write = ray.remote(write_copy)
     with Progress("convert", len(todo)) as progress, keeping(ledger):
         pending = {write.remote(copy, to, out): copy.slide for copy, _ in todo.values()}
         while pending:
@@ -263,177 +201,3 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     seconds = time.perf_counter() - start
     done = len(todo.keys() - failed.keys())
     return Summary(out, done, skipped, failed, 0, seconds)
-
-
-# --- write ----------------------------------------------------------------------------
-
-
-def _target(slide: str, to: str, out: str) -> str:
-    return files.join(out, f"{slide}{FORMATS[to]}")
-
-
-def _write(copy: Copy, to: str, out: str) -> str:
-    """Write one copy; say what is wrong, "" if nothing."""
-    target = _target(copy.slide, to, out)
-    try:
-        if to in ("ome-tiff", "tiff"):
-            _write_tiff(copy, target, ome=to == "ome-tiff")
-        elif to == "ome-zarr":
-            _write_05(copy, target)
-        else:
-            _write_04(copy, target)
-    except (MedrayError, OSError) as error:
-        with contextlib.suppress(MedrayError):
-            files.remove(target)  # half of a copy, or one of what was before
-        return f"{error}"
-    for name in files.list_files(target):
-        files.sync(files.join(target, name))
-    return ""
-
-
-class _Image:
-    """A slide at its working level, (3, y, x) uint8, read in parts."""
-
-    def __init__(self, slide: Slide, working: Working) -> None:
-        self._slide, self._working = slide, working
-        self.shape: tuple[int, ...] = (3, working.height, working.width)
-
-    def __getitem__(self, selection: Any) -> UInt8:
-        rows, columns = selection[-2:]
-        size = (rows.stop - rows.start, columns.stop - columns.start)
-        # What is unreadable is white here as it was for the model.
-        pixels, _, _ = read_working(
-            self._slide, self._working, rows.start, columns.start, *size
-        )
-        return pixels.transpose(2, 0, 1)
-
-
-def _image_of(copy: Copy) -> _Image:
-    """Open a copy's image, if it is what the mask was made of.
-
-    Raises:
-        SlideError: It is another now, or is not there.
-    """
-    slide, _, _ = copy.digest.partition("+")  # after it that of an annotation
-    own = copy.image.endswith(".ome.zarr")  # a dataset's, made of the slide
-    if not own and slide_digest(copy.image) != slide:
-        raise SlideError(
-            f"{copy.image}: is not the file that the mask was made of; put that back, "
-            f"or run `medray infer` again"
-        )
-    return _Image(
-        open_slide(copy.image, scene=copy.scene, plane=copy.plane), copy.working
-    )
-
-
-def _write_05(copy: Copy, target: str) -> None:
-    image, working = _image_of(copy), copy.working
-    size = (working.height, working.width)
-    about: Any = {"mpp": working.mpp, "attributes": _provenance(copy)}
-    files.remove(target)
-    ome_zarr.create_image(target, *size, name=copy.slide, **about)
-    _fill_05(target, image)
-    ome_zarr.list_labels(target, [layer.name for layer in copy.layers])
-    for layer in copy.layers:
-        uri = files.join(target, "labels", layer.name)
-        ome_zarr.create_labels(
-            uri,
-            *size,
-            name=layer.name,
-            classes=layer.classes,
-            source="../../",
-            **about,
-        )
-        _fill_05(uri, ome_zarr.open_level(layer.uri))
-
-
-def _fill_05(uri: str, pixels: ngff_v04.Readable) -> None:
-    for region in plan_regions(pixels.shape[-2], pixels.shape[-1], ome_zarr.REGION):
-        ome_zarr.write_region(uri, region, pixels[..., *region.slices()])
-    ome_zarr.build_pyramid(uri)
-
-
-def _write_04(copy: Copy, target: str) -> None:
-    mpp, about = copy.working.mpp, _provenance(copy)
-    levels = len(ome_zarr.level_shapes(copy.working.height, copy.working.width))
-    if not copy.image:
-        (layer,) = copy.layers
-        ome = ngff.labels_metadata(
-            levels, mpp=mpp, name=copy.slide, classes=layer.classes
-        )
-        ngff_v04.write(target, ome_zarr.open_level(layer.uri), ome, about)
-        return
-    ome = ngff.image_metadata(levels, mpp=mpp, name=copy.slide)
-    ngff_v04.write(target, _image_of(copy), ome, about)
-    if copy.layers:
-        ngff_v04.list_labels(target, [layer.name for layer in copy.layers])
-    for layer in copy.layers:
-        ome = ngff.labels_metadata(
-            levels, mpp=mpp, name=layer.name, classes=layer.classes, source="../../"
-        )
-        uri = files.join(target, "labels", layer.name)
-        ngff_v04.write(uri, ome_zarr.open_level(layer.uri), ome, about)
-
-
-def _provenance(copy: Copy) -> dict[str, Any]:
-    """Give what the copied mask says of itself."""
-    found = [ome_zarr.read_attributes(layer.uri) for layer in copy.layers]
-    return {"kind": "copy", "of": found[0] if found else copy.slide}
-
-
-def _write_tiff(copy: Copy, target: str, *, ome: bool) -> None:
-    """Write a mask as a pyramid of tiled, deflated label values.
-
-    Levels are SubIFDs of the first (OME-TIFF, "sub-resolutions"), or pages marked as
-    reduced (TIFF 6.0, NewSubfileType): Bio-Formats looks for the former, ASAP and
-    OpenSlide for the latter.
-    """
-    if not copy.layers:
-        raise SlideError(f"{copy.slide}: has no annotation that could be written")
-    layer, mpp = copy.layers[0], copy.working.mpp
-    shapes = ome_zarr.level_shapes(copy.working.height, copy.working.width)
-    names = {str(value): name for value, name in enumerate(layer.classes.names)}
-    folder, name = os.path.split(target)
-    partial = files.join(folder, f"{files.PARTIAL}{name}")
-    about: dict[str, Any] = {"metadata": None}
-    if ome:
-        about["metadata"] = {"axes": "YX", "Name": copy.slide, "MapAnnotation": names}
-        if mpp:
-            about["metadata"] |= {
-                f"PhysicalSize{axis}{what}": value
-                for axis in "XY"
-                for what, value in (("", mpp), ("Unit", "µm"))
-            }
-        about["subifds"] = len(shapes) - 1
-    else:
-        about["description"] = ", ".join(f"{v} {name}" for v, name in names.items())
-    try:
-        with tifffile.TiffWriter(partial, ome=ome) as tiff:
-            for level, shape in enumerate(shapes):
-                per_cm = None if mpp is None else 1e4 / (mpp * 2**level)
-                tiff.write(
-                    _tiles(ome_zarr.open_level(layer.uri, level)),
-                    shape=shape,
-                    dtype="uint8",
-                    tile=(ome_zarr.PATCH, ome_zarr.PATCH),
-                    compression="adobe_deflate",
-                    photometric="minisblack",
-                    resolution=None if per_cm is None else (per_cm, per_cm),
-                    resolutionunit=None if per_cm is None else "centimeter",
-                    subfiletype=int(level > 0),
-                    maxworkers=1,
-                    **(about if level == 0 else {"metadata": None}),
-                )
-        files.sync(partial)
-        os.replace(partial, target)
-    finally:
-        files.remove(partial)
-
-
-def _tiles(labels: ome_zarr.Pixels) -> Iterator[UInt8]:
-    """Give the tiles of a level, row by row, each whole."""
-    side = ome_zarr.PATCH
-    for part in plan_regions(labels.shape[0], labels.shape[1], side):
-        tile = labels[part.slices()]
-        missing = [(0, side - length) for length in tile.shape]
-        yield np.pad(tile, missing)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from medray.datasets.image_folder import read_resized
+from medray.datasets.cells import read_resized
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.grad_cam import Explainer

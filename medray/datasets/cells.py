@@ -16,11 +16,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+from PIL import Image
+
 from medray.annotations.dat_contours import CONTOUR_SUFFIX, read_contour
 from medray.annotations.morphology import measure
 from medray.errors import ConfigError, SlideError
 from medray.slides import open_slide
-from medray.slides.discovery import find_files, strip_suffix
+from medray.slides.find_files import find_files, strip_suffix
 from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.types import Row, UInt8
 
@@ -185,3 +188,19 @@ def read_whole(uri: str) -> UInt8:
 def _read(uri: str, fingerprint: str) -> tuple[str, UInt8]:
     """Keep the last image and its digest; a replaced file has another fingerprint."""
     return slide_digest(uri), read_whole(uri)
+
+
+def read_resized(row: Row, side: int) -> UInt8:
+    """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
+
+    Args:
+        row: With `uri`; and `box`, if it is a cell within that image.
+        side: Pixels.
+
+    Raises:
+        SlideError: It is no image, or damaged.
+    """
+    image = Image.fromarray(read_cell(row))
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image)

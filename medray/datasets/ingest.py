@@ -8,6 +8,8 @@ The way of a slide, top to bottom:
     commit   the driver notes the region and its patches; with the last one the
              pyramids are built and the slide is done
     split    slides go to train, val and test, never two of one patient apart
+
+One file, because plan, cut and commit of a slide pass on one row.
 """
 
 from __future__ import annotations
@@ -27,16 +29,18 @@ from medray.classes import AnyClass, Classes
 from medray.datasets.dataset import (
     LABELS,
     DatasetSettings,
-    check_fractions,
     labels_uri,
     open_dataset,
-    read_groups,
-    read_splits,
     slide_uri,
-    split_slides,
     write_patches,
 )
 from medray.datasets.overrides import with_overrides
+from medray.datasets.splits import (
+    check_fractions,
+    read_groups,
+    read_splits,
+    split_slides,
+)
 from medray.errors import MedrayError, SlideError
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool
@@ -52,7 +56,7 @@ from medray.slides.fingerprint import check_unchanged
 from medray.slides.readable import MOST_UNREADABLE, check_readable, read_readable
 from medray.slides.resolution import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.tissue import tissue_share
-from medray.storage import files, ome_zarr
+from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.digests import digests_below
 from medray.storage.ledger import Ledger, slide_key
 from medray.storage.lock import locked
@@ -379,9 +383,9 @@ def _finish(header: Row, out: str) -> Row:
     check_unchanged(header)
     slide = header["slide"]
     if unreadable := _unreadable(header["records"].values()):
-        ome_zarr.note_unreadable(slide_uri(out, slide), unreadable)
+        group_attributes.note_unreadable(slide_uri(out, slide), unreadable)
     ome_zarr.build_pyramid(slide_uri(out, slide))
-    if ome_zarr.read_attributes(labels_uri(out, slide)):
+    if group_attributes.read_attributes(labels_uri(out, slide)):
         ome_zarr.build_pyramid(labels_uri(out, slide))
     return {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from medray.annotations.matching import match_names, slide_names
-from medray.datasets.dataset import read_groups
+from medray.datasets.splits import read_groups
 from medray.errors import ConfigError
 from medray.slides.base import SANE_MPP
 from medray.slides.discovery import SlideFile

@@ -29,7 +29,7 @@ import ray.data
 from PIL import Image
 
 from medray.classes import Classes
-from medray.datasets.dataset import read_groups
+from medray.datasets.splits import read_groups
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.curves import count_levels
 from medray.evaluation.ground_truth import (

@@ -20,7 +20,7 @@ import pyarrow as pa
 import shapely
 
 from medray.annotations import EXTENT, Area, geojson_features
-from medray.annotations.geojson import extent_features
+from medray.annotations.geojson_write import extent_features
 from medray.classes import Classes
 from medray.errors import ConfigError, FormatError, SlideError
 from medray.geometry import Rectangle

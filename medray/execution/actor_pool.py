@@ -1,4 +1,7 @@
-"""Actors that work off rows: who has what, and who has it when one dies."""
+"""Actors that work off rows: who has what, and who has it when one dies.
+
+One file, because the methods of `Pool` change one state: who works on which row.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A stage's rows come in any order: a header row a slide (its facts, how many regions it
 has) and a row a region. The driver feeds them to `Commit`, which notes regions and
 slides in the ledger and says when a slide needs finishing.
+
+One file, because what is left to do follows from what `Commit` has noted.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
     write    the same processes store the classes as the region's shards
 
 Why it is made so: docs/decisions/0005-gpu-workers.md.
+
+One file, because reading, predicting and writing share one budget of bytes, one end.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ Pixels go from the readers to the GPU worker and from the GPU worker to the writ
 driver only sees numbers. No two processes write one shard, and work that is done twice
 writes the same bytes, so any process may die or be repeated. What the driver has noted
 is not computed again.
+
+One file, because it is the way of a slide through `medray infer`, top to bottom.
 """
 
 from __future__ import annotations

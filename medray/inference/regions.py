@@ -2,6 +2,8 @@
 
 What runs in read and write workers; neither torch nor Ray is imported, so that such a
 worker starts quickly.
+
+One file, because one process reads and writes a region, and imports only this.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from medray.slides.bounds import scanned_bounds
 from medray.slides.fingerprint import check_unchanged
 from medray.slides.resolution import read_working, working_of
 from medray.slides.tissue import tissue_share
-from medray.storage import files, ome_zarr
+from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.digests import Digests, content_digest, digests_below
 from medray.types import Row, UInt8
 
@@ -215,10 +217,10 @@ def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:
         start = f"{uri[len(out) + 1 :]}/"
         inside = {k[len(start) :]: v for k, v in kept.items() if k.startswith(start)}
         own = areas if uri == mask else None
-        digests, roots[uri] = ome_zarr.finalize(uri, inside, own)
+        digests, roots[uri] = group_attributes.finalize(uri, inside, own)
         finalized |= digests_below(out, [(uri, digests)])
     if settings.options.outlines:
-        downsample = ome_zarr.read_attributes(mask)["downsample"]
+        downsample = group_attributes.read_attributes(mask)["downsample"]
         target = outlines_uri(out, slide)
         # Imported here: few runs need it, and it takes a second to load.
         from medray.inference.outlines import write_outlines

@@ -15,7 +15,7 @@ from typing import Any
 
 from medray.errors import FormatError, StoreError
 from medray.inference.run import RunSettings, groups_of, mask_uri, read_run, record_uri
-from medray.storage import files, ome_zarr
+from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.digests import Digests, content_digest, merkle_root
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
@@ -134,7 +134,7 @@ def _check_record(out: str, row: Row) -> tuple[dict[str, str], Any]:
         return {name: "damaged"}, None
     if root != row["merkle_root"]:
         return {name: "its digests are not those of slides.parquet"}, None
-    if ome_zarr.read_root(mask_uri(out, row["slide"])) != root:
+    if group_attributes.read_root(mask_uri(out, row["slide"])) != root:
         return {f"{start}zarr.json": "holds another Merkle root"}, None
     return {}, record | {"regions": regions}
 
@@ -275,7 +275,7 @@ def _leftovers(out: str, settings: RunSettings) -> Iterator[str]:
 
 def _is_ours(uri: str, settings: RunSettings) -> bool:
     """Tell a mask of this run, or the beginning of one, from what others put there."""
-    attributes = ome_zarr.read_attributes(uri)
+    attributes = group_attributes.read_attributes(uri)
     if attributes:
         return bool(attributes.get("run_digest") == settings.digest())
     names = {path.rpartition("/")[2] for path in files.list_files(uri)}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from medray.datasets.dataset import check_fractions
+from medray.datasets.splits import check_fractions
 from medray.errors import ConfigError
 from medray.mil.features import Encoder
 from medray.storage import files

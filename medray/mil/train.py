@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import split_slides
+from medray.datasets.splits import split_slides
 from medray.errors import ConfigError
 from medray.evaluation.metrics import class_scores, confusion
 from medray.mil.config import (

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from medray.errors import SlideError
-from medray.slides import dicom
+from medray.slides import dicom, dicom_header
 from medray.slides.base import Level, NeedsOpenSlideError, Slide
-from medray.slides.discovery import SLIDE_SUFFIXES
+from medray.slides.find_files import SLIDE_SUFFIXES
 from medray.slides.image import ArraySlide, open_image
 from medray.slides.members import SEVERAL_FILES, slide_members
 from medray.slides.ome_zarr import ZarrSlide
@@ -18,7 +18,7 @@ from medray.slides.openslide import OpenSlideSlide
 from medray.slides.staged import StagedSlide
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tiff import TiffSlide
-from medray.slides.vendors import check_choice
+from medray.slides.tiff_pages import check_choice
 from medray.storage import files
 
 __all__ = [
@@ -136,7 +136,7 @@ def _is_dicom(uri: str) -> bool:
     Raises:
         SlideError: It is, and no slide.
     """
-    if dicom.may_be_dicom(uri) or (files.is_local(uri) and os.path.isdir(uri)):
+    if dicom_header.may_be_dicom(uri) or (files.is_local(uri) and os.path.isdir(uri)):
         return dicom.find_series(uri) is not None
     # Asking a store takes a request, so only of what is no file by its name.
     if (

@@ -12,6 +12,8 @@ replaced is copied anew. Readers hold a copy's lock together (flock, shared), an
 while they read; who makes or removes it has the lock alone. The system frees the locks
 of a process that is killed, and what it left unfinished is removed by the next. What
 was used longest ago is removed first.
+
+One file, because all that makes, uses or removes a copy takes its lock in one order.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
-from medray.slides import dicom
+from medray.slides import dicom_header
 from medray.slides.base import NeedsOpenSlideError
-from medray.slides.discovery import SLIDE_SUFFIXES
+from medray.slides.find_files import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, Member, slide_members
 from medray.slides.tiff import TiffSlide
-from medray.storage import files
+from medray.storage import files, object_store, remote_files
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ SIZE_VARIABLE = "MEDRAY_SLIDE_CACHE_GIB"
 """At most so many GiB of copies are kept."""
 _DEFAULT_GIB = 50.0
 
-_COPIED = (*SEVERAL_FILES, *dicom.SUFFIXES, ".bif")
+_COPIED = (*SEVERAL_FILES, *dicom_header.SUFFIXES, ".bif")
 _NO_TIFFS = (".zarr", ".png", ".jpeg", ".jpg", ".bmp")
 _READERS = 16
 _NEW, _LOCK, _GONE = ".new", ".lock", ".gone"
@@ -290,10 +292,10 @@ def _make(
     try:
         for member, name in zip(members, _inside(members), strict=True):
             path = new / name
-            with files.answered(f"{path}", "written"):
+            with object_store.answered(f"{path}", "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                for _ in files.download(member.uri, f"{path}"):
+                for _ in remote_files.download(member.uri, f"{path}"):
                     yield
                 now = files.fingerprint(member.uri)
             except FileNotFoundError as error:
@@ -341,7 +343,7 @@ def _take_room(entry: Path, uri: str, size: int, most: int) -> None:
                 _remove_unused(other)
                 taken, free = _taken(root), shutil.disk_usage(root).free
             if taken + size <= most and size <= free:
-                with files.answered(f"{new}", "written"):
+                with object_store.answered(f"{new}", "written"):
                     new.mkdir()
                 return
         if size > free and not taken:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import itertools
 import logging
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -15,32 +12,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medray.errors import ConfigError, SlideError, StoreError
-from medray.slides import dicom, members
-from medray.storage import files
+from medray.slides import dicom, dicom_header, members
+from medray.slides.find_files import (
+    SLIDE_SUFFIXES,
+    expand_item,
+    expand_names,
+    is_searched_folder,
+    strip_suffix,
+)
+from medray.storage import files, object_store
 
 log = logging.getLogger(__name__)
 
-SLIDE_SUFFIXES = (
-    ".ome.zarr",
-    ".ome.tiff",
-    ".ome.tif",
-    ".tiff",
-    ".tif",
-    ".svs",
-    ".ndpi",
-    ".scn",
-    ".bif",
-    ".qptiff",
-    ".mrxs",
-    ".vms",
-    ".vmu",
-    ".dcm",
-    ".dicom",
-    ".png",
-    ".jpeg",
-    ".jpg",
-    ".bmp",
-)
 _MAX_ID = 120  # bytes; file systems allow 255, and suffixes are added
 
 
@@ -84,15 +67,6 @@ class SlideFile:
         return self.slide
 
 
-def strip_suffix(name: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str | None:
-    """Give `name` without its suffix; None when it has none of `suffixes`."""
-    lower = name.lower()
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if lower.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return None
-
-
 def slide_id(relative: str, suffixes: Iterable[str] = SLIDE_SUFFIXES) -> str:
     """Make a safe id of a path: one file name, never a path, never hidden.
 
@@ -119,147 +93,8 @@ def _unique_id(name: str, uri: str) -> str:
     return f"{name}-{_short_hash(uri)}"
 
 
-def _walk(folder: str) -> list[str]:
-    """List files and `*.zarr` folders under a local folder, as absolute paths."""
-    found = []
-
-    def refuse(error: OSError) -> None:
-        raise ConfigError(
-            f"{error.filename}: folder cannot be read ({error.strerror}); give this "
-            f"user permission to read it, or name the slides to use"
-        ) from error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        zarrs = [name for name in folders if name.endswith(".zarr")]
-        folders[:] = [f for f in folders if f not in zarrs and not f.startswith(".")]
-        shown = (name for name in [*zarrs, *names] if not name.startswith("."))
-        found += [os.path.join(root, name) for name in shown]
-    return found
-
-
-def _expand_address(address: str) -> list[tuple[str, str]]:
-    """Give (address, path below what was named) of what lies at an address.
-
-    A glob names files and, as among local files, folders, whose files it stands for.
-    """
-    if address.endswith(".zarr"):
-        return [(address, address.rpartition("/")[2])]
-    pattern = re.search(r"[*?\[]", address)
-    root = address[: pattern.start()].rpartition("/")[0] if pattern else address
-    found: dict[str, str] = {}
-    for name in files.list_files(root):
-        # The files of an OME-Zarr stand for the whole.
-        inside = re.match(r".*?\.zarr(?=/)", name)
-        name = inside[0] if inside else name
-        found[files.join(root, name)] = name
-    if pattern:
-        wanted = address[len(root) :].strip("/").split("/")
-        matched = ((uri, _below(name, wanted)) for uri, name in found.items())
-        return [(uri, name) for uri, name in matched if name]
-    if not found and (files.exists(address) or dicom.find_series(address)):
-        return [(address, address.rpartition("/")[2])]
-    return list(found.items())
-
-
-def _below(name: str, wanted: list[str]) -> str:
-    """Give a file's path below what a glob names of it; "" if it names nothing of it.
-
-    That is the whole path of a file that matches, and else what lies below the
-    uppermost of its folders that does.
-    """
-    parts = name.split("/")
-    if _matches(parts, wanted):
-        return name
-    for count in range(1, len(parts)):
-        if _matches(parts[:count], wanted):
-            return "/".join(parts[count:])
-    return ""
-
-
-def _matches(parts: list[str], wanted: list[str]) -> bool:
-    """Tell whether the parts of a path are as a glob wants them; ** is any number."""
-    if not wanted or not parts:
-        return wanted in (parts, ["**"])
-    if wanted[0] == "**":
-        return _matches(parts, wanted[1:]) or _matches(parts[1:], wanted)
-    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
-
-
-def _names(item: str) -> list[str]:
-    """Give the files, folders and addresses that an item names: of a glob several.
-
-    What a shell would make of a glob, so that it need not matter who expands it.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    path = os.path.expanduser(item)
-    if "://" in item or os.path.lexists(path):
-        return [item]
-    if names := sorted(glob.glob(path, recursive=True)):
-        return names
-    if dicom.find_series(os.path.abspath(path)):
-        return [item]
-    raise ConfigError(
-        f"{item}: nothing there; name a file, a glob, a folder or an address"
-    )
-
-
-def _expand(
-    item: str, suffixes: tuple[str, ...], *, bare: bool = False
-) -> list[tuple[str, str]]:
-    """Give (address, path below what was named) of each file of what `_names` gives.
-
-    With `bare` files count too that may be DICOM, which need no suffix.
-    """
-
-    def wanted(name: str) -> bool:
-        suffixed = strip_suffix(name, suffixes) is not None
-        return suffixed or (bare and dicom.may_be_dicom(name))
-
-    if files.exists(files.join(item, "dataset.yaml")):
-        item = files.join(item, "slides")
-    if "://" in item:
-        return [
-            (uri, relative)
-            for uri, relative in _expand_address(item.rstrip("/"))
-            if wanted(relative)
-        ]
-    path = os.path.abspath(os.path.expanduser(item))
-    if _is_folder(path):
-        found = [name for name in _walk(path) if wanted(name)]
-        return [(name, os.path.relpath(name, path)) for name in found]
-    return [(path, os.path.basename(path))]
-
-
-def _is_folder(path: str) -> bool:
-    """Tell a folder that is searched from a file, or from an OME-Zarr."""
-    path = os.path.expanduser(path)
-    return os.path.isdir(path) and not path.rstrip("/").endswith(".zarr")
-
-
-def find_files(
-    items: Iterable[str], suffixes: tuple[str, ...]
-) -> list[tuple[str, str]]:
-    """Give (address, relative path) of the files that `items` name, without repeats.
-
-    Args:
-        items: Files, globs, folders (searched in depth) or addresses. A file
-            that is named is taken whatever its suffix; a dataset stands for its slides.
-        suffixes: Which files count in a folder.
-
-    Raises:
-        ConfigError: An item names nothing, or a folder cannot be read.
-    """
-    found: dict[str, str] = {}
-    for name in itertools.chain.from_iterable(map(_names, items)):
-        for uri, relative in _expand(name, suffixes):
-            found.setdefault(uri, relative)
-    return sorted(found.items())
-
-
 def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
-    """Give (address, relative path) of the slides that `items` name, without repeats.
+    """Return (address, relative path) of the slides that `items` name, without repeats.
 
     A slide of several files is one: the files that a VMS names are none of their own,
     and DICOM instances of one series are the slide that medray.slides.dicom says: their
@@ -274,16 +109,16 @@ def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     named: set[str] = set()
     try:
-        for name in itertools.chain.from_iterable(map(_names, items)):
-            expanded = _expand(name, SLIDE_SUFFIXES, bare=True)
-            if not ("://" in name or _is_folder(name)):
+        for name in itertools.chain.from_iterable(map(expand_names, items)):
+            expanded = expand_item(name, SLIDE_SUFFIXES, bare=True)
+            if not ("://" in name or is_searched_folder(name)):
                 named.update(uri for uri, _ in expanded)
             for uri, relative in expanded:
                 found.setdefault(uri, relative)
         for uri in _in_data_folders([*found]):
             del found[uri]
         by_folder: dict[str, dict[str, str]] = {}
-        for uri in [uri for uri in found if dicom.may_be_dicom(uri)]:
+        for uri in [uri for uri in found if dicom_header.may_be_dicom(uri)]:
             folder = uri.rpartition("/")[0]
             by_folder.setdefault(folder, {})[uri] = found.pop(uri)
         for folder, group in by_folder.items():
@@ -298,20 +133,20 @@ def find_slide_files(items: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _parts_of_vms(uri: str, others: list[str]) -> list[str]:
-    """Give the files that a VMS or VMU names, as far as it can be read."""
+    """Return the files that a VMS or VMU names, as far as it can be read."""
     try:
         return members.named_beside(uri)
     except (SlideError, FileNotFoundError):
         return []
     except StoreError as error:
-        if not files.is_of_one_file(error):
+        if not object_store.is_of_one_file(error):
             raise
         # Scanners name them like the slide: x.vms has x.jpg, x(1,0).jpg, x_macro.jpg.
         return [one for one in others if one != uri and one.startswith(uri[:-4])]
 
 
 def _in_data_folders(uris: list[str]) -> list[str]:
-    """Give what lies in the data folders of MRXS slides, which is part of those."""
+    """Return what lies in the data folders of MRXS slides, which is part of those."""
     folders, there = {uri.rpartition("/")[0] for uri in uris}, set(uris)
     data = {
         folder
@@ -327,7 +162,7 @@ def _in_data_folders(uris: list[str]) -> list[str]:
 def _dicom_slides(
     folder: str, group: dict[str, str], named: set[str]
 ) -> dict[str, str]:
-    """Give the slides (relative path by address) that files of a folder belong to.
+    """Return the slides (relative path by address) that files of a folder belong to.
 
     Args:
         folder: That they lie in.
@@ -337,8 +172,8 @@ def _dicom_slides(
     instances = {one.uri: one for one in dicom.read_folder(folder)}
     series = dicom.volume_series(instances.values())
     slides: dict[str, str] = {}
-    no_slides: list[dicom.Instance] = []
-    unread: list[dicom.Instance] = []
+    no_slides: list[dicom_header.Instance] = []
+    unread: list[dicom_header.Instance] = []
     for uri, relative in group.items():
         one = instances.get(uri)
         above, _, name = relative.rpartition("/")
@@ -351,7 +186,7 @@ def _dicom_slides(
             )
         elif uri in named or (one and one.damaged):
             slides[uri] = relative
-        elif one and one.unread and not uri.lower().endswith(dicom.SUFFIXES):
+        elif one and one.unread and not uri.lower().endswith(dicom_header.SUFFIXES):
             unread.append(one)
         elif one and not one.unread:
             no_slides.append(one)
@@ -377,7 +212,7 @@ def _dicom_slides(
 
 
 def find_slides(items: Iterable[str]) -> list[SlideFile]:
-    """Give the slides that `items` name, each with an id of its own.
+    """Return the slides that `items` name, each with an id of its own.
 
     Raises:
         ConfigError: Nothing is found, or a folder cannot be read.
@@ -393,7 +228,7 @@ def find_slides(items: Iterable[str]) -> list[SlideFile]:
 
 
 def as_slides(found: Iterable[tuple[str, str]]) -> list[SlideFile]:
-    """Give each (address, relative path) an id of its own.
+    """Assign each (address, relative path) an id of its own.
 
     Ids that would be equal (also but for case) get a hash of their address appended.
     """

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 
 from medray.errors import SlideError
-from medray.slides import dicom
+from medray.slides import dicom, dicom_header
 from medray.storage import files
 
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu")
@@ -65,7 +65,7 @@ def slide_members(uri: str) -> tuple[Member, ...]:
         wanted, optional = _named_by_vms(uri, own.fingerprint)
         return (own, *_present(uri, uri, folder, wanted, optional))
     fingerprint = dicom.fingerprint_of_file(uri)
-    maybe = fingerprint is None or dicom.may_be_dicom(uri)
+    maybe = fingerprint is None or dicom_header.may_be_dicom(uri)
     if maybe and (instances := dicom.find_series(uri)) is not None:
         dicom.check_series(uri, instances)
         return tuple(_member(one.uri, one.fingerprint) for one in instances)

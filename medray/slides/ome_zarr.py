@@ -10,7 +10,7 @@ import numpy as np
 from medray.errors import FormatError, MedrayError, SlideError, StoreError
 from medray.geometry import Rectangle
 from medray.slides.base import MAX_SIDE, Level, Mpp, Slide, check_rectangle, mpp_of
-from medray.storage import ome_zarr
+from medray.storage import group_attributes, ome_zarr, zarr_group
 from medray.types import UInt8
 
 # What is read of a shard's chunks at once; medray's have 12 MiB.
@@ -31,12 +31,14 @@ class ZarrSlide(Slide):
         """
         self.uri = uri
         try:
-            attributes: Any = ome_zarr.open_group(uri).attrs
+            attributes: Any = zarr_group.open_group(uri).attrs
             scales = attributes["ome"]["multiscales"][0]
             paths = [str(level["path"]) for level in scales["datasets"]]
             self._arrays = [ome_zarr.open_level(uri, int(path)) for path in paths]
             self.resolution = _mpp(scales)
-            self._unreadable = _rectangles(attributes.get(ome_zarr.UNREADABLE, []))
+            self._unreadable = _rectangles(
+                attributes.get(group_attributes.UNREADABLE, [])
+            )
         except StoreError:
             raise
         except (MedrayError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -106,7 +108,7 @@ def _check_sizes(uri: str, arrays: list[Any]) -> None:
 
 
 def _rectangles(found: Any) -> list[Rectangle]:
-    """Read what `ome_zarr.note_unreadable` wrote.
+    """Read what `group_attributes.note_unreadable` wrote.
 
     Raises:
         TypeError: It is something else.

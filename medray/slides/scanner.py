@@ -9,8 +9,8 @@ import tifffile
 from defusedxml import ElementTree
 
 from medray.errors import MedrayError
-from medray.slides import dicom
-from medray.storage import files
+from medray.slides import dicom, dicom_header
+from medray.storage import remote_files
 
 UNKNOWN = "unknown"
 _LONGEST = 80
@@ -30,7 +30,7 @@ def scanner_of(uri: str) -> str:
         At most 80 characters; `unknown` where the file does not say, or is of another
         format.
     """
-    if dicom.may_be_dicom(uri):
+    if dicom_header.may_be_dicom(uri):
         try:
             instances = dicom.find_series(uri)
         except (MedrayError, OSError):
@@ -39,7 +39,7 @@ def scanner_of(uri: str) -> str:
     if not uri.lower().endswith((".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")):
         return UNKNOWN
     try:
-        with files.open_file(uri) as file, tifffile.TiffFile(file) as tiff:
+        with remote_files.open_file(uri) as file, tifffile.TiffFile(file) as tiff:
             said = _said(tiff)
     except (MedrayError, OSError):
         return UNKNOWN

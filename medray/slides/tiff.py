@@ -2,6 +2,8 @@
 
 A rectangle is read by decoding only the tiles or strips that it touches, straight from
 their bytes in the file into one array.
+
+One file, because the checks of the headers decide which bytes the decoder may trust.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from medray.slides.base import MAX_SIDE, Level, Slide, check_rectangle
 from medray.slides.colors import JPEG, check_colors, to_rgb
 from medray.slides.readable import MOST_UNREADABLE
 from medray.slides.vendors import choose_image
-from medray.storage import files
+from medray.storage import files, remote_files
 from medray.types import UInt8
 
 # A tile or strip that decodes to more than this is a bomb, not a slide.
@@ -57,7 +59,7 @@ class TiffSlide(Slide):
         """
         self.uri = uri
         try:
-            self._file = files.open_file(uri)
+            self._file = remote_files.open_file(uri)
         except FileNotFoundError as error:
             raise SlideError(f"{uri}: cannot be opened ({error})") from error
         # A slide that a cache drops may still be read: its last reader closes it.

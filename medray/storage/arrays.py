@@ -13,7 +13,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from medray.errors import FormatError, StoreError
-from medray.storage import files, ome_zarr
+from medray.storage import files, object_store, zarr_group
 
 Array = npt.NDArray[Any]
 
@@ -57,9 +57,9 @@ def read_arrays(uri: str) -> tuple[dict[str, Array], dict[str, Any]]:
         FormatError: There is no such group, or it is damaged.
         StoreError: It cannot be reached.
     """
-    group = ome_zarr.open_group(uri)
+    group = zarr_group.open_group(uri)
     try:
-        with files.answered(uri):
+        with object_store.answered(uri):
             arrays = {name: np.asarray(array[...]) for name, array in group.arrays()}
     except StoreError:
         raise

@@ -26,7 +26,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from medray.errors import ConfigError, MedrayError
-from medray.storage import files
+from medray.storage import files, object_store
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _held_on_disk(path: str, owner: dict[str, Any]) -> Iterator[Callable[[], Non
 
 def _take_on_disk(path: str) -> int:
     while True:
-        with files.answered(path, "written"):
+        with object_store.answered(path, "written"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -122,9 +122,9 @@ def _is_at(handle: int, path: str) -> bool:
 
 @contextlib.contextmanager
 def _held_in_store(uri: str, owner: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    store, path = files.object_store(uri)
+    store, path = object_store.locate(uri)
     beat = 0
-    with files.answered(uri, "written"):
+    with object_store.answered(uri, "written"):
         tag = _take_in_store(uri, store, path, owner)
     stop, lost = threading.Event(), threading.Event()
 

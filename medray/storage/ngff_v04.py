@@ -19,7 +19,7 @@ import zarr
 from zarr.storage import LocalStore, ObjectStore
 
 from medray.geometry import plan_regions
-from medray.storage import files, ome_zarr
+from medray.storage import files, object_store, ome_zarr
 from medray.storage.pyramid import halved
 
 # What readers in every language have.
@@ -53,7 +53,7 @@ def write(uri: str, pixels: Readable, ome: dict[str, Any], attributes: Any) -> N
     """
     group = _new_group(uri)
     *lead, height, width = pixels.shape
-    with files.answered(uri, "written"):
+    with object_store.answered(uri, "written"):
         for level, shape in enumerate(ome_zarr.level_shapes(height, width)):
             array: Any = group.create_array(
                 str(level),
@@ -90,7 +90,7 @@ def _new_group(uri: str) -> zarr.Group:
     if files.is_local(uri):
         store, path = LocalStore(uri), ""
     else:
-        inner, path = files.object_store(uri)
+        inner, path = object_store.locate(uri)
         store = ObjectStore(inner)
     return zarr.create_group(store, path=path, zarr_format=2)
 

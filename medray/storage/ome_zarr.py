@@ -13,36 +13,46 @@ Level k+1 has half the pixels of level k in each direction (rounded up), each ma
 same rule, so they are registered to the pixel at every level.
 
 Specification: https://ngff.openmicroscopy.org/0.5/
+
+One file, because what creates, writes and reads the shards has to agree on the layout.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore
+from zarr.storage import MemoryStore
 
 from medray.classes import Classes
 from medray.errors import FormatError, StoreError
 from medray.geometry import Rectangle, plan_regions
-from medray.storage import files
-from medray.storage.digests import Digests, content_digest, merkle_root
+from medray.storage import files, object_store
+from medray.storage.digests import Digests
+from medray.storage.group_attributes import before_finalize, read_attributes
 from medray.storage.ngff import RGB, image_metadata, labels_metadata
 from medray.storage.pyramid import halved
+from medray.storage.zarr_group import (
+    GROUP,
+    Array,
+    array_of,
+    count_levels,
+    open_group,
+    written_digests,
+)
 from medray.types import UInt8
 
 if TYPE_CHECKING:
     import dask.array as da
 
+
 PATCH = 512
 REGION = 2048
-Array = zarr.Array[Any]
 
 # zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
 # in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
@@ -51,107 +61,15 @@ AT_ONCE = 3
 """Levels that the writer of a region fills at once: in level k a shard is a region's
 side / 2^k, so that no two regions share one. Coarser levels, 1/64 of the pixels, have
 large shards again and are built when the slide is complete."""
-_GROUP = "zarr.json"
-
-
-class _Writer(WrapperStore[Any]):
-    """A store of which whole shards are written, with a note of their digests.
-
-    A shard at the slide's border is only partly within its array, so zarr would read
-    what is stored there and merge: one request more, and an error if that is damaged.
-    Shards are always written whole, so here none is there to be read.
-    """
-
-    def __init__(self, store: Store, digests: Digests | None = None) -> None:
-        super().__init__(store)
-        self.digests: Digests = {} if digests is None else digests
-
-    def _with_store(self, store: Store) -> _Writer:
-        return _Writer(store, self.digests)
-
-    async def get(self, key: str, *args: Any, **kwargs: Any) -> Buffer | None:
-        if _is_shard(key):
-            return None
-        return await super().get(key, *args, **kwargs)
-
-    def get_sync(self, key: str, **kwargs: Any) -> Buffer | None:
-        return None if _is_shard(key) else super().get_sync(key, **kwargs)
-
-    async def set(self, key: str, value: Buffer) -> None:
-        await super().set(key, value)
-        self._note(key, value)
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        super().set_sync(key, value)
-        self._note(key, value)
-
-    async def delete(self, key: str) -> None:
-        await super().delete(key)
-        self.digests.pop(key, None)
-
-    def delete_sync(self, key: str) -> None:
-        super().delete_sync(key)
-        self.digests.pop(key, None)
-
-    def _note(self, key: str, value: Buffer) -> None:
-        self.digests[key] = content_digest(value.to_bytes())
-
-
-def _is_shard(key: str) -> bool:
-    return "/c/" in key
-
-
-def _store(uri: str, *, read_only: bool) -> dict[str, Any]:
-    """Give the store and the path in it, as zarr's functions want them."""
-    inner: Any
-    if files.is_local(uri):
-        inner, path = LocalStore(uri, read_only=read_only), ""
-    else:
-        store, path = files.object_store(uri)
-        inner = ObjectStore(store, read_only=read_only)
-    return {"store": inner if read_only else _Writer(inner), "path": path}
-
-
-def _written(group: zarr.Group, uri: str) -> Digests:
-    """Give the digests of what was written through a group, by path below it."""
-    store: Any = group.store
-    start = len(group.path) + 1 if group.path else 0
-    written = {key[start:]: digest for key, digest in store.digests.items()}
-    for name in written:
-        files.sync(files.join(uri, name))
-    return written
-
-
-def open_group(uri: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
-    """Open an OME-Zarr group.
-
-    Raises:
-        FormatError: There is no zarr v3 group at `uri`.
-        StoreError: It cannot be read.
-    """
-    try:
-        with files.answered(uri):
-            return zarr.open_group(
-                **_store(uri, read_only=mode == "r"), mode=mode, zarr_format=3
-            )
-    except StoreError:
-        raise
-    except Exception as error:  # zarr raises what damaged metadata lead it to
-        raise FormatError(f"{uri}: expected an OME-Zarr group ({error})") from error
 
 
 def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Give (height, width) of each level, down to one that fits into a patch."""
+    """Return (height, width) of each level, down to one that fits into a patch."""
     shapes = [(height, width)]
     while max(shapes[-1]) > PATCH:
         h, w = shapes[-1]
         shapes.append((-(-h // 2), -(-w // 2)))
     return shapes
-
-
-ROOT = "merkle_root"
-"""Key in a group's `medray` attributes: what `finalize` found. Absent until then."""
-_AREAS = ("area_px", "area_um2")
 
 
 def _create(
@@ -168,7 +86,7 @@ def _create(
     _create_arrays(group, shapes, region=region, patch=patch, fill_value=fill_value)
     group.attrs.put(attributes)
     wanted = {name: value.to_bytes() for name, value in stored.items()}
-    top = wanted.pop(_GROUP)
+    top = wanted.pop(GROUP)
     same = read_attributes(uri) == attributes["medray"]
     if not same:
         files.remove(uri)
@@ -176,85 +94,8 @@ def _create(
         place = files.join(uri, name)
         if not same or not files.exists(place) or files.read_bytes(place) != data:
             files.write_bytes(place, data)
-    if not same or _before_finalize(uri) != json.loads(top):
-        files.write_bytes(files.join(uri, _GROUP), top)
-
-
-def _before_finalize(uri: str) -> Any:
-    """Return a group's metadata without what `finalize` adds; None if damaged."""
-    try:
-        metadata = json.loads(files.read_bytes(files.join(uri, _GROUP)))
-        attributes = metadata["attributes"]
-        attributes["medray"].pop(ROOT, None)
-        for value in attributes["ome"].get("image-label", {}).get("properties", []):
-            for key in _AREAS:
-                value.pop(key, None)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return metadata
-
-
-def finalize(
-    uri: str, digests: Digests, areas: Sequence[int] | None = None
-) -> tuple[Digests, str]:
-    """Complete an OME-Zarr: remove what nobody recorded, and write its Merkle root.
-
-    Args:
-        uri: The OME-Zarr; all its shards are stored.
-        digests: Of its shards, by path below `uri`.
-        areas: Of a mask, the pixels of each class, for its properties.
-
-    Returns:
-        Digests of all its files, and the Merkle root (`merkle_root`), which is written
-        to its attributes; the group's own zarr.json, which holds it, is left out.
-
-    Raises:
-        StoreError: The place cannot be read or written.
-    """
-    found = dict(digests)
-    for name in files.list_files(uri):
-        if name.rpartition("/")[2] == _GROUP:
-            found[name] = content_digest(files.read_bytes(files.join(uri, name)))
-        elif name not in digests:
-            files.remove(files.join(uri, name))
-    found.pop(_GROUP)
-    root = merkle_root(found)
-    top = files.join(uri, _GROUP)
-    metadata = files.read_json(top)
-    attributes = metadata["attributes"]
-    attributes["medray"][ROOT] = root
-    if areas is not None:
-        mpp = attributes["medray"]["mpp"]
-        for value, px in zip(
-            attributes["ome"]["image-label"]["properties"], areas, strict=True
-        ):
-            value[_AREAS[0]] = px
-            if mpp:
-                value[_AREAS[1]] = round(px * mpp**2, 3)
-    data = json.dumps(metadata, indent=2).encode()
-    files.write_bytes(top, data)
-    found[_GROUP] = content_digest(data)
-    return found, root
-
-
-UNREADABLE = "unreadable"
-"""Key in a group's attributes: what of a slide could not be read, and so is white."""
-
-
-def note_unreadable(uri: str, places: Sequence[Sequence[int]]) -> None:
-    """Note in an image what of the slide it was made of could not be read.
-
-    Args:
-        uri: The OME-Zarr; creating it again takes the note away.
-        places: Rectangles (y, x, height, width) in pixels of level 0.
-
-    Raises:
-        StoreError: The place cannot be read or written.
-    """
-    top = files.join(uri, _GROUP)
-    metadata = files.read_json(top)
-    metadata["attributes"][UNREADABLE] = [list(place) for place in places]
-    files.write_bytes(top, json.dumps(metadata, indent=2).encode())
+    if not same or before_finalize(uri) != json.loads(top):
+        files.write_bytes(files.join(uri, GROUP), top)
 
 
 def _create_arrays(
@@ -371,7 +212,7 @@ def list_labels(uri: str, names: Sequence[str]) -> None:
         pass
     stored: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(stored), zarr_format=3).attrs.put(wanted)
-    files.write_bytes(files.join(where, _GROUP), stored[_GROUP].to_bytes())
+    files.write_bytes(files.join(where, GROUP), stored[GROUP].to_bytes())
 
 
 def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
@@ -390,9 +231,9 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
         StoreError: The place cannot be written.
     """
     group = open_group(uri, mode="r+")
-    with files.answered(f"{uri}: {region}", "written"):
-        for level in range(min(AT_ONCE, _levels(group))):
-            array = _array(group, level)
+    with object_store.answered(f"{uri}: {region}", "written"):
+        for level in range(min(AT_ONCE, count_levels(group))):
+            array = array_of(group, level)
             side = (array.shards or array.chunks)[-1]
             y, x = region.y >> level, region.x >> level
             if y % side or x % side:
@@ -401,14 +242,7 @@ def write_region(uri: str, region: Rectangle, pixels: UInt8) -> Digests:
                 pixels = halved(pixels)
             height, width = pixels.shape[-2:]
             array[..., y : y + height, x : x + width] = pixels
-        return _written(group, uri)
-
-
-def _array(group: zarr.Group, level: int) -> Array:
-    array = group[str(level)]
-    if not isinstance(array, zarr.Array):
-        raise FormatError(f"{group.store_path}: level {level} is not an array")
-    return array
+        return written_digests(group, uri)
 
 
 class Pixels:
@@ -426,7 +260,7 @@ class Pixels:
 
     def __getitem__(self, selection: Any) -> UInt8:
         try:
-            with files.answered(self.uri):
+            with object_store.answered(self.uri):
                 return np.asarray(self.array[selection], dtype=np.uint8)
         except (StoreError, IndexError):
             raise
@@ -451,8 +285,8 @@ def open_level(uri: str, level: int = 0) -> Pixels:
     """
     group = open_group(uri)
     try:
-        with files.answered(uri):
-            return Pixels(_array(group, level), f"{uri}/{level}")
+        with object_store.answered(uri):
+            return Pixels(array_of(group, level), f"{uri}/{level}")
     except (StoreError, FormatError):
         raise
     except KeyError as error:
@@ -462,11 +296,6 @@ def open_level(uri: str, level: int = 0) -> Pixels:
             f"{uri}: the metadata of level {level} are damaged "
             f"({type(error).__name__}: {error})"
         ) from error
-
-
-def _levels(group: zarr.Group) -> int:
-    ome: Any = group.attrs["ome"]
-    return len(ome["multiscales"][0]["datasets"])
 
 
 def build_pyramid(uri: str) -> Digests:
@@ -479,9 +308,9 @@ def build_pyramid(uri: str) -> Digests:
         StoreError: The place cannot be read or written.
     """
     group = open_group(uri, mode="r+")
-    with files.answered(uri, "written"):
-        for level in range(AT_ONCE, _levels(group)):
-            below, target = open_level(uri, level - 1), _array(group, level)
+    with object_store.answered(uri, "written"):
+        for level in range(AT_ONCE, count_levels(group)):
+            below, target = open_level(uri, level - 1), array_of(group, level)
             height, width = target.shape[-2:]
             side = (target.shards or target.chunks)[-1]
             for region in plan_regions(height, width, side):
@@ -489,31 +318,7 @@ def build_pyramid(uri: str) -> Digests:
                     slice(2 * part.start, 2 * part.stop) for part in region.slices()
                 )
                 target[..., *region.slices()] = halved(below[..., rows, columns])
-        return _written(group, uri)
-
-
-def read_attributes(uri: str) -> Any:
-    """Give what was stored under the key `medray`, the Merkle root apart.
-
-    Returns:
-        None when nothing is there.
-    """
-    try:
-        stored: Any = open_group(uri).attrs.get("medray")
-    except FormatError:
-        return None
-    if not isinstance(stored, dict):
-        return None
-    return {key: value for key, value in stored.items() if key != ROOT}
-
-
-def read_root(uri: str) -> str | None:
-    """Give the Merkle root that `finalize` wrote; None when there is none."""
-    try:
-        stored: Any = open_group(uri).attrs.get("medray")
-    except FormatError:
-        return None
-    return stored.get(ROOT) if isinstance(stored, dict) else None
+        return written_digests(group, uri)
 
 
 def open_mask(uri: str, level: int = 0) -> da.Array:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import SPLITS, read_dataset, read_patches
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.dataset import read_dataset, read_patches
+from medray.datasets.splits import SPLITS
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, SlideError
 from medray.models.config import ModelConfig
 from medray.slides import ArraySlide, Slide, open_slide

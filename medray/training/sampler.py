@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from medray.datasets.dataset import labels_uri, read_dataset, read_patches, slide_uri
 from medray.errors import FormatError
-from medray.storage import ome_zarr
+from medray.storage import group_attributes, ome_zarr
 from medray.storage.squares import read_part
 from medray.training.recipe import Recipe
 from medray.types import Row, UInt8
@@ -119,7 +119,7 @@ def _arrays(data: str, slide: str) -> tuple[ome_zarr.Pixels, ome_zarr.Pixels | N
     """Keep what is known of the slides' arrays; no file stays open."""
     image = ome_zarr.open_level(slide_uri(data, slide))
     uri = labels_uri(data, slide)
-    labelled = ome_zarr.read_attributes(uri) is not None
+    labelled = group_attributes.read_attributes(uri) is not None
     return image, ome_zarr.open_level(uri) if labelled else None
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medray.inference.conformance import check_medray
+from medray.inference.conformance_medray import check_medray
 
 
 @pytest.mark.usefixtures("cluster")

@@ -10,7 +10,8 @@ from PIL import Image
 
 from medray.annotations.morphology import feature_names
 from medray.datasets.dataset import read_morphology, read_patches, slide_uri
-from medray.datasets.image_folder import Images, find_images, ingest_images
+from medray.datasets.find_images import find_images
+from medray.datasets.image_folder import Images, ingest_images
 from medray.datasets.synthetic_cells import CELL_CLASSES, generate_cells
 from medray.errors import ConfigError
 from medray.storage import files, ome_zarr

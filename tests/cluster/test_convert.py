@@ -16,7 +16,8 @@ from PIL import Image
 from medray import cli, open_mask
 from medray.apps.convert import convert
 from medray.datasets.ingest import ingest
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.inference.run import LAYERS, layer_uri
 from medray.slides import open_slide

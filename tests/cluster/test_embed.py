@@ -15,7 +15,8 @@ import zarr
 
 from medray.cli import main
 from medray.datasets.overrides import with_overrides
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.execution.commit import Commit, changed_slides
 from medray.execution.progress import Progress

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from run_memory import MARK, run_watched
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.execution import cluster
 from medray.execution.memory import check_budget

@@ -18,7 +18,8 @@ from image_cells import write_cells
 from sklearn.metrics import f1_score
 from wsinfer_zoo.client import validate_config_json
 
-from medray.apps.export import compare, export, keep
+from medray.apps.export import export
+from medray.apps.export_agreement import compare, keep
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError, FormatError, MedrayError

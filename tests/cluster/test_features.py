@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 
 from medray.annotations import rasterise, read_annotation
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, region_windows
 from medray.inference.infer import infer
 from medray.inference.postprocess import Cleaning, clean_labels

@@ -24,7 +24,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.diff import diff
 from medray.inference.run import Options
 from medray.inference.verify import collect, verify

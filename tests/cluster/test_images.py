@@ -24,8 +24,10 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from medray.apps.commands.evaluation import _evaluate
 from medray.cli import main, parse
+from medray.datasets.cells import read_resized
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
-from medray.datasets.image_folder import find_images, ingest_images, read_resized
+from medray.datasets.find_images import find_images
+from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
 from medray.evaluation.evaluate_images import _for_temperature, evaluate_images
 from medray.evaluation.evaluate_images import _predicted as predict_one

@@ -13,7 +13,8 @@ from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation, read_extent
 from medray.classes import Classes
 from medray.datasets.ingest import ingest
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.evaluation.evaluate import evaluate
 from medray.evaluation.review import SIDE, review

@@ -13,7 +13,8 @@ import medray
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.datasets.ingest import ingest
-from medray.datasets.synthetic import draw_scene, write_slide, write_svg
+from medray.datasets.synthetic import write_slide, write_svg
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.evaluation.evaluate import evaluate
 from medray.evaluation.ground_truth import read_truth

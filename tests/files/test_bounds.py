@@ -11,7 +11,7 @@ from noise import noise
 from several_files import write_mrxs
 
 from medray.annotations import Annotation, rasterise, read_marks
-from medray.annotations.geojson import extent_features, geojson_features
+from medray.annotations.geojson_write import extent_features, geojson_features
 from medray.classes import Classes
 from medray.geometry import Rectangle
 from medray.inference.outlines import trace, write_outlines

@@ -40,7 +40,7 @@ from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError, SlideError
 from medray.execution.isolation import LostError, call_each
 from medray.slides import open_slide
-from medray.storage import ome_zarr
+from medray.storage import group_attributes, ome_zarr
 
 CLASSES = ("background", "tumour", "stroma")
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
@@ -530,7 +530,7 @@ def test_damaged_notes_of_what_is_unreadable_are_refused(
 ) -> None:
     uri = str(tmp_path / "x.zarr")
     ome_zarr.create_image(uri, 64, 64, mpp=None, name="x", attributes={})
-    ome_zarr.note_unreadable(uri, [[0, 0, 9, 9]])
+    group_attributes.note_unreadable(uri, [[0, 0, 9, 9]])
     with open_slide(uri) as slide:
         assert slide.absent == 81 / 64**2
     top = tmp_path / "x.zarr" / "zarr.json"

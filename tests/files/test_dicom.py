@@ -14,7 +14,7 @@ from medray.annotations.matching import match_annotations
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import GIVEN, changed_slides
-from medray.slides import dicom, open_slide
+from medray.slides import dicom_header, open_slide
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
@@ -214,7 +214,7 @@ def test_without_pydicom_it_is_said_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_series(tmp_path / "case1", picture(*SIZE))
-    dicom._read_header.cache_clear()
+    dicom_header._read_header.cache_clear()
     monkeypatch.setitem(sys.modules, "pydicom.filereader", None)
     with pytest.raises(ConfigError, match=r"pip install 'medray\[openslide\]'"):
         find_slides([f"{tmp_path}"])

@@ -15,9 +15,10 @@ from several_files import write_mrxs, write_vms
 
 import medray
 from medray.errors import ConfigError, SlideError, StoreError
-from medray.slides import dicom, open_slide
-from medray.slides.discovery import find_files, find_slides
-from medray.storage import files
+from medray.slides import dicom, dicom_header, open_slide
+from medray.slides.discovery import find_slides
+from medray.slides.find_files import find_files
+from medray.storage import files, object_store
 
 SIZE = (512, 768)
 
@@ -65,7 +66,7 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:start] + packed + deflate.flush())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SlideError, match=r"bomb\.dcm: is DICOM compressed as a whole"):
-        dicom.read_header(str(path))
+        dicom_header.read_header(str(path))
     assert ids(tmp_path) == ["case1__bomb"]  # a row with that reason
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 64 << 10  # kB
@@ -76,27 +77,27 @@ def test_what_is_read_of_a_header_is_bounded(
 ) -> None:
     (path,) = write_series(tmp_path, picture(*SIZE), Scan(levels=1, others=False))
     whole, start = path.read_bytes(), first_element(path)
-    known = dicom.read_header(str(path))
+    known = dicom_header.read_header(str(path))
     assert known is not None
 
-    def changed(found: bytes) -> dicom.Instance | None:
+    def changed(found: bytes) -> dicom_header.Instance | None:
         path.write_bytes(whole[:start] + found + whole[start:])
-        return dicom.read_header(str(path))
+        return dicom_header.read_header(str(path))
 
     read: list[int] = []
-    original = dicom._Header.read
+    original = dicom_header._Header.read
 
-    def counted(self: dicom._Header, length: int = -1) -> bytes:
+    def counted(self: dicom_header._Header, length: int = -1) -> bytes:
         data = original(self, length)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(dicom._Header, "read", counted)
+    monkeypatch.setattr(dicom_header._Header, "read", counted)
     # One long value is passed over,
     one = changed(element(7, 0x10, b"OB", bytes(30 << 20)))
     assert one is not None
     assert (one.series, one.flavor) == (known.series, known.flavor)
-    assert sum(read) < dicom._MOST_BYTES
+    assert sum(read) < dicom_header._MOST_BYTES
     # many short ones, or a sequence of many items, are not read to their end,
     items = b"\xfe\xff\x00\xe0" + bytes(4)
     sequence = b"\x07\x00\x10\x00SQ\0\0\xff\xff\xff\xff" + items * (1 << 18)
@@ -109,7 +110,7 @@ def test_what_is_read_of_a_header_is_bounded(
     length = int.from_bytes(whole[at + 6 : at + 8], "little")
     path.write_bytes(whole[:at] + text + whole[at + 8 + length :])
     with pytest.raises(SlideError, match="Manufacturer of at most 4096 bytes"):
-        dicom.read_header(str(path))
+        dicom_header.read_header(str(path))
 
 
 def test_meta_information_is_bounded(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_meta_information_is_bounded(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.truncate(2 << 30)  # sparse
     with pytest.raises(SlideError, match="header of at most"):
-        dicom.read_header(str(path))
+        dicom_header.read_header(str(path))
 
 
 # --- files that cannot be read --------------------------------------------------------
@@ -155,7 +156,7 @@ def test_a_store_that_is_out_of_reach_ends_the_request(
         raise StoreError("s3://b: cannot be read") from ConnectionError()
 
     monkeypatch.setattr(dicom, "read_header", gone)
-    monkeypatch.setattr(files, "is_of_one_file", lambda _: False)
+    monkeypatch.setattr(object_store, "is_of_one_file", lambda _: False)
     with pytest.raises(StoreError, match="s3://b"):
         find_slides([f"{tmp_path}"])
 

@@ -13,7 +13,7 @@ import medray
 from medray.classes import Classes
 from medray.errors import FormatError
 from medray.geometry import Rectangle, plan_regions
-from medray.storage import ome_zarr
+from medray.storage import group_attributes, ome_zarr
 from medray.storage.pyramid import halved
 
 
@@ -162,8 +162,8 @@ def test_damaged_metadata_raise_nothing_else(
     else:
         content[place] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    assert isinstance(ome_zarr.read_attributes(uri), dict | None)
-    assert ome_zarr.read_root(uri) is None  # nothing has sealed it
+    assert isinstance(group_attributes.read_attributes(uri), dict | None)
+    assert group_attributes.read_root(uri) is None  # nothing has sealed it
     for level in (0, 1):
         try:
             pixels = ome_zarr.open_level(uri, level)[:64, :64]

@@ -8,7 +8,8 @@ from scipy import ndimage
 
 from medray.annotations import rasterise, read_annotation
 from medray.classes import Classes
-from medray.datasets.synthetic import draw_scene, generate, write_slide
+from medray.datasets.synthetic import generate, write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.slides import open_slide
 
 

@@ -14,15 +14,10 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from medray.datasets.synthetic import (
-    Scene,
-    bezier,
-    draw_scene,
-    generate,
-    write_slide,
-    write_svg,
-)
+from medray.datasets.synthetic import generate, write_slide, write_svg
 from medray.datasets.synthetic_cells import generate_cells
+from medray.datasets.synthetic_scene import Scene, draw_scene
+from medray.datasets.synthetic_tissue import bezier
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

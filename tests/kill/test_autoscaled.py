@@ -23,7 +23,8 @@ from autoscale import (
     watching,
 )
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import read_run
 from medray.models.predict import Predictor
 

@@ -20,7 +20,8 @@ import pytest
 import serial
 import tifffile
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import StoreError
 from medray.execution.commit import Commit
 from medray.inference.infer import infer

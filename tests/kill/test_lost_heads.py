@@ -9,7 +9,8 @@ import pytest
 import serial
 from heads import BIN, head_node, jobs_of
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import read_run
 from medray.models.predict import Predictor
 

@@ -17,7 +17,8 @@ from typing import IO
 import pytest
 import serial
 
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import read_run
 from medray.models.predict import Predictor
 

@@ -11,7 +11,7 @@ from dicoms import picture
 from read_copies import SIZE, copies, prepare, size_of, start_reader
 
 from medray.slides import cache, open_slide
-from medray.storage import files
+from medray.storage import object_store
 
 pytest.importorskip("openslide")
 
@@ -59,4 +59,4 @@ def test_what_killed_processes_leave_is_never_read_and_makes_room(
         stored = sum(p.stat().st_size for p in kept.rglob("*") if p.is_file())
         assert stored == size_of(uris[seed]) == int(kept.name.rpartition("-")[2])
     assert unfinished >= 3
-    files._bucket.cache_clear()
+    object_store._bucket.cache_clear()

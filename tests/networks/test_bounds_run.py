@@ -15,7 +15,7 @@ from medray import open_mask
 from medray.annotations import rasterise, read_marks
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.ground_truth import read_truth
 from medray.evaluation.review import review
 from medray.geometry import Rectangle

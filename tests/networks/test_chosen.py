@@ -18,13 +18,14 @@ import tifffile
 import zarr
 
 from medray import cli, open_mask
-from medray.apps.convert import _of_dataset, _of_run, _write
+from medray.apps.convert import _of_dataset, _of_run
+from medray.apps.convert_write import write_copy
 from medray.apps.nightly.drift import stain_values
 from medray.apps.viewer.run import open_viewed, place_of, read_rows
 from medray.apps.viewer.tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.evaluate import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
@@ -157,7 +158,7 @@ def test_a_dataset(
     # A copy of the dataset is one of what it holds.
     ((copy,), failed) = _of_dataset(str(tmp_path / "data"))
     assert failed == {}
-    assert _write(copy, "ome-zarr-0.4", str(tmp_path / "copies")) == ""
+    assert write_copy(copy, "ome-zarr-0.4", str(tmp_path / "copies")) == ""
     written = zarr_level(tmp_path / "copies" / "x.ome.zarr")
     np.testing.assert_array_equal(written, images[0])
 
@@ -174,7 +175,7 @@ def test_a_copy_with_its_image(
 ) -> None:
     ((copy,), failed) = _of_run(str(run[1]), True)
     assert failed == {}
-    assert _write(copy, to, str(tmp_path)) == ""
+    assert write_copy(copy, to, str(tmp_path)) == ""
     store = tmp_path / "x.ome.zarr"
     if to == "ome-zarr":
         found = np.moveaxis(ome_zarr.open_level(str(store))[:], 0, 2)

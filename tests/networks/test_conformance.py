@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medray.geometry import Stitch, Windows, window_starts
-from medray.inference.conformance import Engine, check_engine, medray_engine
+from medray.inference.conformance import Engine, check_engine
+from medray.inference.conformance_medray import medray_engine
 
 UInt8 = np.ndarray
 

@@ -17,7 +17,8 @@ import s3
 import serial
 
 import medray
-from medray.datasets.synthetic import draw_scene, write_slide, write_svg
+from medray.datasets.synthetic import write_slide, write_svg
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, StoreError
 from medray.inference.run import Options
 from medray.inference.verify import collect, verify
@@ -26,7 +27,7 @@ from medray.models.predict import Predictor
 from medray.slides import open_slide
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
-from medray.storage import files, lock
+from medray.storage import files, lock, object_store
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def bucket(
     proxy, environment = served
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(files._RETRY, "max_retries", 6)
-    files._bucket.cache_clear()
+    monkeypatch.setitem(object_store._RETRY, "max_retries", 6)
+    object_store._bucket.cache_clear()
     proxy.heal()
     yield f"s3://bucket/{request.node.name}", proxy
     proxy.heal()
-    files._bucket.cache_clear()
+    object_store._bucket.cache_clear()
 
 
 def upload(folder: Path, address: str) -> None:
@@ -291,9 +292,9 @@ def test_a_store_that_does_not_answer_is_said(
     proxy.delay = 0.5
     assert files.read_bytes(files.join(place, "x")) == b"x"
     proxy.delay = 5.0
-    monkeypatch.setitem(files._CLIENT, "timeout", timedelta(seconds=1))
-    monkeypatch.setitem(files._RETRY, "max_retries", 1)
-    files._bucket.cache_clear()
+    monkeypatch.setitem(object_store._CLIENT, "timeout", timedelta(seconds=1))
+    monkeypatch.setitem(object_store._RETRY, "max_retries", 1)
+    object_store._bucket.cache_clear()
     with pytest.raises(StoreError, match="reached"):
         files.read_bytes(files.join(place, "x"))
 

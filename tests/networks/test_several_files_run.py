@@ -11,7 +11,7 @@ from dicoms import Scan, write_series
 from read_copies import upload
 from several_files import write_mrxs, write_vms
 
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import Options
 from medray.inference.verify import verify
 from medray.models.config import Prediction

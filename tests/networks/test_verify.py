@@ -10,7 +10,8 @@ import pytest
 import serial
 
 from medray.cli import main
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.evaluation.diff import diff
 from medray.geometry import Rectangle

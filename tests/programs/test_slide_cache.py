@@ -30,7 +30,7 @@ from medray.slides.bounds import scanned_bounds
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest
 from medray.slides.members import slide_members
-from medray.storage import files
+from medray.storage import files, object_store, remote_files
 from medray.storage.ledger import Ledger
 
 pytest.importorskip("openslide")
@@ -53,11 +53,11 @@ def bucket(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
-    files._bucket.cache_clear()
+    object_store._bucket.cache_clear()
     proxy.heal()
     yield f"s3://bucket/{request.node.name.replace('[', '-').rstrip(']')}", proxy
     proxy.heal()
-    files._bucket.cache_clear()
+    object_store._bucket.cache_clear()
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -298,11 +298,11 @@ def test_large_objects_are_copied_in_parts(
     data = np.random.default_rng(0).bytes((150 << 20) + 12345)
     for name, content in (("large", data), ("empty", b"")):
         files.write_bytes(f"{address}/{name}", content)
-        parts = [*files.download(f"{address}/{name}", f"{tmp_path}/{name}")]
+        parts = [*remote_files.download(f"{address}/{name}", f"{tmp_path}/{name}")]
         assert (sum(parts), len(parts) > 5) == (len(content), name == "large")
         assert (tmp_path / name).read_bytes() == content
     with pytest.raises(FileNotFoundError):
-        next(files.download(f"{address}/none", f"{tmp_path}/none"))
+        next(remote_files.download(f"{address}/none", f"{tmp_path}/none"))
 
 
 def test_a_copy_says_that_it_goes_on(

@@ -12,7 +12,7 @@ from shapely.geometry import Polygon
 from medray.annotations.dat_contours import read_contour
 from medray.annotations.morphology import FEATURES, feature_names, measure
 from medray.cli import main
-from medray.datasets.image_folder import find_images
+from medray.datasets.find_images import find_images
 from medray.datasets.synthetic_cells import CELL_CLASSES, generate_cells
 from medray.errors import ConfigError, SlideError
 

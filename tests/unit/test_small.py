@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from medray import cli
 from medray.classes import Classes
-from medray.datasets.dataset import split_slides
-from medray.datasets.synthetic import draw_scene
+from medray.datasets.splits import split_slides
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.metrics import bootstrap, class_scores, confusion, summary
 from medray.evaluation.report import (

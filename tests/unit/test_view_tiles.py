@@ -13,7 +13,8 @@ from medray.apps.viewer.layers import difference_tile, differences, mask_tile
 from medray.apps.viewer.tiles import Place, last_zoom, slide_tile, tile_region
 from medray.apps.viewer.worst import worst_regions
 from medray.classes import Classes
-from medray.datasets.synthetic import draw_scene, write_slide
+from medray.datasets.synthetic import write_slide
+from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle
 from medray.slides import open_slide
 from medray.slides.image import ArraySlide

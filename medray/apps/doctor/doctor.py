@@ -38,7 +38,7 @@ def doctor(
     kubernetes: bool = False,
     namespace: str | None = None,
 ) -> Diagnosis:
-    """Look at packages, memory, GPUs, and at a model, a place and a cluster if named.
+    """Check packages, memory and GPUs; a model, storage and a cluster if named.
 
     Args:
         model: Model folder.
@@ -72,7 +72,7 @@ def doctor(
 
 
 def check_model(model: str) -> Finding:
-    """Look whether a model folder can be read."""
+    """Check that a model folder can be read."""
     try:
         config, digest = read_config(model), model_digest(model)
     except (MedrayError, OSError) as error:

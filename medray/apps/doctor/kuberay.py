@@ -19,7 +19,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def check_kinds(cluster: Cluster) -> Iterator[Finding]:
-    """Look for the kinds of objects that KubeRay brings (its CRDs)."""
+    """Check that the kinds of objects that KubeRay brings (its CRDs) are there."""
     group = cluster.get("/apis/ray.io/v1")
     kinds = {one["kind"] for one in (group or {}).get("resources", [])}
     missing = {"RayCluster", "RayJob"} - kinds

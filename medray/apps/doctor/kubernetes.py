@@ -33,7 +33,7 @@ _KUBERNETES = (1, 30)
 
 
 def check_kubernetes(namespace: str | None = None) -> list[Finding]:
-    """Look at all that a night needs of a cluster.
+    """Check all that a night needs of a cluster.
 
     Args:
         namespace: Where medray is; None: this pod's, or `medray`.
@@ -68,7 +68,7 @@ def check_kubernetes(namespace: str | None = None) -> list[Finding]:
 
 
 def look_at(cluster: Cluster) -> list[Finding]:
-    """Make all checks."""
+    """Return the findings of all checks."""
     try:
         findings = list(_check_server(cluster))
     except (OSError, ForbiddenError) as error:

@@ -69,7 +69,7 @@ def _is_ready(pod: Object) -> bool:
 
 
 def check_pods(cluster: Cluster) -> Iterator[Finding]:
-    """Look for pods that wait: for an image, for a machine, or that were ended."""
+    """Check for pods that wait for an image or a machine, or that were ended."""
     pods = cluster.mine("pods")
     fine = True
     for pod in pods:

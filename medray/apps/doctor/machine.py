@@ -49,7 +49,7 @@ def check_packages(requirements: Iterable[str]) -> Finding:
 
 
 def check_bytecode() -> Finding:
-    """Look whether Python finds its packages compiled.
+    """Check that Python finds its packages compiled.
 
     Every worker of Ray is a new process that imports torch; where neither an installer
     nor Python itself left bytecode, each compiles all of it again.

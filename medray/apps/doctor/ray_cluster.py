@@ -27,7 +27,7 @@ _PORT_S, _PAGE_S, _CLUSTER_S = 5.0, 10.0, 60.0
 
 
 def check_ray(address: str) -> list[Finding]:
-    """Look whether a cluster answers, and whether its nodes are alike.
+    """Check that a cluster answers, and that its nodes are alike.
 
     Args:
         address: As `doctor` takes it; empty: none.

@@ -113,7 +113,7 @@ def _uri(out: str) -> str:
 
 
 def current(catalog: Catalog) -> dict[str, Found]:
-    """Give what each name stood for when it was last looked at."""
+    """Return what each name stood for when it was last looked at."""
     return {
         name: Found(name, fingerprint, row["digest"])
         for row in catalog.values()
@@ -189,7 +189,7 @@ def note_outcomes(
 
 
 def values_of(row: Row) -> dict[str, float]:
-    """Give the values of a row that are watched for drift."""
+    """Return the values of a row that are watched for drift."""
     return {
         name: value
         for name, value in row.items()

@@ -38,7 +38,7 @@ _HED /= np.linalg.norm(_HED, axis=1, keepdims=True)
 
 
 def run_values(row: dict[str, Any], classes: Sequence[str]) -> dict[str, float]:
-    """Give what a run says of a finished slide.
+    """Return what a run says of a finished slide.
 
     Args:
         row: Of the run's slides.parquet.
@@ -58,7 +58,7 @@ def run_values(row: dict[str, Any], classes: Sequence[str]) -> dict[str, float]:
 
 
 def class_shares(dataset: str) -> dict[str, dict[str, float]]:
-    """Give `share_CLASS` of what is annotated in training slides, by slide.
+    """Return `share_CLASS` of what is annotated in training slides, by slide.
 
     As of a run's slides: of the pixels of patches with tissue; but by people.
 
@@ -214,7 +214,7 @@ def _by_scanner_and_value(
 
 
 def in_words(drift: Drift) -> str:
-    """Say what drifted how far."""
+    """Return what drifted, and how far, in words."""
     return (
         f"{drift.scanner}: {drift.value} {drift.median:.3f} tonight "
         f"({drift.slides} slides), {drift.reference_median:.3f} in {drift.against} "

@@ -65,7 +65,7 @@ class Watch:
 
 
 def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
-    """Settle what a night does.
+    """Plan what a night does.
 
     Takes the watch's `settle` seconds if anything is new.
 
@@ -145,7 +145,7 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
 
 
 def _look(inbox: str) -> dict[str, tuple[SlideFile, str]]:
-    """Give the slides of the inbox and their fingerprints, by path below it."""
+    """Return the slides of the inbox and their fingerprints, by path below it."""
     if files.is_local(inbox) and not files.is_folder(inbox):
         raise ConfigError(f"{inbox}: expected a folder, the inbox; make it or name it")
     found = find_slide_files([inbox])
@@ -176,13 +176,13 @@ def _with_overrides(
 
 
 def _is_said(digest: str, slide: SlideFile) -> bool:
-    """Tell whether a content was known with what the user says of the slide now."""
+    """Return whether a content was known with what the user says of the slide now."""
     content, _, _ = digest.partition("+")
     return digest == content + slide.given
 
 
 def _fingerprint(uri: str) -> tuple[str, str]:
-    """Give size and time of a slide, of an OME-Zarr also how much is there.
+    """Return size and time of a slide, of an OME-Zarr also how much is there.
 
     Returns:
         Empty, and why, if not all of its files are there.
@@ -200,7 +200,7 @@ def _fingerprint(uri: str) -> tuple[str, str]:
 
 
 def _digest(slide: SlideFile) -> tuple[str, str]:
-    """Give the digest, or why there is none."""
+    """Return the digest, or why there is none."""
     try:
         return slide_digest(slide.uri) + slide.given, ""
     except (MedrayError, OSError) as error:
@@ -229,7 +229,7 @@ def _digested(
 def _sorted_out(
     catalog: Catalog, found: Iterable[Found]
 ) -> tuple[dict[str, str], list[Row]]:
-    """Tell new contents (digest by name) from files that hold what is known already."""
+    """Return new contents (digest by name), and files that copy known ones."""
     new: dict[str, str] = {}
     name_of = {digest: row["names"][0] for digest, row in catalog.items()}
     copies = []
@@ -243,7 +243,7 @@ def _sorted_out(
 
 
 def _to_retry(catalog: Catalog, now: dict[str, str], tries: int) -> dict[str, str]:
-    """Give the contents (digest by name) that were not done before and are there."""
+    """Return the contents (digest by name) that were not done before and are there."""
     retried: dict[str, str] = {}
     for name, digest in now.items():
         row = catalog.get(digest)

@@ -3,14 +3,13 @@
 The way of a file, top to bottom:
 
     look     what is new or touched since the last night, and no longer being written
-    plan     by digest: new content, copies, replacements, what is to be tried again
-    infer    the night's run; with annotations an evaluation
-    measure  scanner and staining of each finished slide
-    commit   the catalog, then the night's summary
+    plan     by digest: new content, copies, replacements, retries (inbox)
+    infer    the night's run (finish); with annotations an evaluation (evaluations)
+    measure  scanner and staining of each finished slide (measure, drift)
+    commit   the catalog, then the night's summary (catalog, summary)
 
 OUT/
-catalog.parquet             a row a content, of everything ever seen
-                            (medray.apps.nightly.catalog)
+catalog.parquet             one row per content, of everything ever seen
 reference.json              staining of the slides that were trained on
 nights/YYYY-MM-DD/night.json    the plan; with it a night has begun
                   run/          what `medray infer` makes

@@ -51,7 +51,7 @@ class Model(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Say what the model is."""
+        """Return what the model is."""
         ...
 
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:

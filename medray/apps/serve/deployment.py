@@ -135,7 +135,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def _deploy(settings: ServeSettings, digest: str) -> ray_serve.Application:
-    """Say how many replicas there may be, and what each takes."""
+    """Return the application: how many replicas there may be, and what each takes."""
     gpus = settings.gpus if settings.gpus >= 0 else min(1, cluster.gpus())
     cpus = settings.cpus or max(1, cluster.cpus_per_node() // settings.max_replicas)
     deployment = ray_serve.deployment(
@@ -196,7 +196,7 @@ def _say_ready(model: str, kind: Kind, host: str, port: int, *, token: bool) -> 
 
 
 def _metrics() -> Sequence[str]:
-    """Give where Ray's nodes export metrics for Prometheus."""
+    """Return where Ray's nodes export metrics for Prometheus."""
     return [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in ray.nodes()

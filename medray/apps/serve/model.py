@@ -8,6 +8,8 @@ The way of an image, top to bottom:
 
 It is the way of `medray infer` and `medray evaluate`, so the answers are theirs. There
 is neither Ray nor HTTP: any thread may read and finish, one thread predicts.
+
+One file, because reading, predicting and finishing share the settings of one model.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.apps.serve.images import as_png, check_header, check_pixels
-from medray.datasets.image_folder import read_resized
+from medray.datasets.cells import read_resized
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.calibration import scaled
 from medray.geometry import Rectangle
@@ -130,7 +132,7 @@ class Served:
         return "classify" if self._config.classifies else "segment"
 
     def describe(self) -> Row:
-        """Say what the model is, as plain values."""
+        """Return what the model is, as plain values."""
         config, settings = self._config, self._settings
         return {
             "name": settings.names,
@@ -223,7 +225,7 @@ class Served:
     # --- finish -----------------------------------------------------------------------
 
     def finish(self, image: Prepared, found: Any, form: Format = "png") -> Answer:
-        """Make the answer of what the model said.
+        """Return the answer that follows from the model's output.
 
         Raises:
             SlideError: The model gives numbers that are none.
@@ -253,7 +255,7 @@ class Served:
         return Answer(body, "application/json", {}, image.height * image.width)
 
     def _shares(self, found: Sequence[RegionClasses | None]) -> tuple[int, Floats]:
-        """Give the commonest class and mean probabilities, as slides.parquet does."""
+        """Return the commonest class and mean probabilities, as slides.parquet does."""
         counts = np.zeros(len(self._config.classes), np.int64)
         sums = np.zeros(len(self._config.classes), np.float64)
         for one in found:
@@ -290,7 +292,7 @@ class Served:
 
 
 def _resolution(found: float | None, given: float | None) -> tuple[float | None, str]:
-    """Give an image's microns per pixel, and who says so."""
+    """Return an image's microns per pixel, and who says so."""
     if given:
         return given, "request"
     return found, "image" if found else "unknown"

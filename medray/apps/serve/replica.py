@@ -63,7 +63,7 @@ class Endpoint:
         )
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Give Ray Serve the app; it calls this once the model is loaded."""
+        """Return Ray Serve the app; it calls this once the model is loaded."""
         return build_api(self, self._bounds, self._digest, self._note)
 
     def check_health(self) -> None:
@@ -78,7 +78,7 @@ class Endpoint:
         return self._served.kind
 
     def describe(self) -> dict[str, Any]:
-        """Say what the model is."""
+        """Return what the model is."""
         return self._served.describe()
 
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:

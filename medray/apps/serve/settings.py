@@ -53,7 +53,7 @@ class ServeSettings:
 
 
 def read_token(path: str) -> str:
-    """Give the digest of the token; "" if there is none.
+    """Return the digest of the token; "" if there is none.
 
     Raises:
         ConfigError: It is too short, or its file cannot be read.

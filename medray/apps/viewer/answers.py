@@ -80,7 +80,7 @@ def asset_response(
 
 
 def _kept(request: Request, data: bytes, kind: str, cache: str) -> Response:
-    """Give bytes by their digest, or only say that the browser has them."""
+    """Return bytes with their digest, or status 304 if the browser has them."""
     tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
     headers = {"ETag": tag, "Cache-Control": cache}
     if tag in request.headers.get("if-none-match", ""):
@@ -89,7 +89,7 @@ def _kept(request: Request, data: bytes, kind: str, cache: str) -> Response:
 
 
 def _picture(request: Request, row: dict[str, Any], data: bytes, kind: str) -> Response:
-    """Give a picture; of a slide that is done, asked for by its version, for a day."""
+    """Return a picture; cached for a day if its slide is done and its version named."""
     final = row["status"] == "done" and _asked(request, "v") == version_of(row)
     cache = "private, max-age=86400, immutable" if final else "private, no-cache"
     return _kept(request, data, kind, cache)

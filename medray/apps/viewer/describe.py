@@ -14,7 +14,7 @@ COLORS = ("#000000", *AGREEMENT.values())
 
 
 def describe_run(viewed: ViewedRun) -> Row:
-    """Tell the gallery about the run and each of its slides."""
+    """Return what the gallery shows: the run and each of its slides."""
     classes = viewed.settings.classes
     return {
         "run": viewed.uri.rpartition("/")[2],
@@ -39,7 +39,7 @@ def _card(viewed: ViewedRun, row: Row) -> Row:
 
 
 def describe_slide(viewed: ViewedRun, row: Row) -> Row:
-    """Tell the page of a slide what there is to see."""
+    """Return what the page of a slide shows."""
     classes = viewed.settings.classes
     place = place_of(viewed, row)
     problem = ""
@@ -88,7 +88,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
 
 
 def _legend(names: tuple[str, ...], colors: tuple[str, ...]) -> list[Row]:
-    """Give name, colour and value of all but the first, which is not drawn."""
+    """Return name, colour and value of all but the first, which is not drawn."""
     legend = [
         {"value": value, "name": name, "color": color}
         for value, (name, color) in enumerate(zip(names, colors, strict=True))

@@ -78,7 +78,7 @@ def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> 
 
 
 def truth_row(place: Place, step: float) -> dict[str, Any]:
-    """Give what `read_truth` wants to know of a slide."""
+    """Return what `read_truth` wants to know of a slide."""
     row: dict[str, Any] = {"truth": place.truth, "kind": place.kind, "uri": place.uri}
     row["downsample"] = step
     return row | {"level0_height": place.height, "level0_width": place.width}
@@ -126,7 +126,7 @@ def outlines(labels: UInt8) -> UInt8:
 
 
 def differences(mask: UInt8, truth: UInt8) -> UInt8:
-    """Tell where a mask is right and wrong: (h, w) uint8, see `KINDS`."""
+    """Return where a mask is right and wrong: (h, w) uint8, see `KINDS`."""
     kinds = np.zeros(mask.shape, np.uint8)
     kinds[(mask == truth) & (truth > 0)] = 1
     kinds[(mask > 0) & (truth == 0)] = 2

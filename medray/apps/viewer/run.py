@@ -22,7 +22,7 @@ from medray.inference.run import (
     read_run,
 )
 from medray.slides.discovery import SlideFile, find_slides
-from medray.storage import files, ome_zarr
+from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.ledger import Ledger
 from medray.types import Row
 
@@ -59,7 +59,7 @@ class ViewedRun:
     _read_at: float = -math.inf
 
     def rows(self) -> dict[str, Row]:
-        """Give a row a slide: of slides.parquet, or of what is under way."""
+        """Return a row a slide: of slides.parquet, or of what is under way."""
         if time.monotonic() - self._read_at > _FRESH_S:
             self._rows = read_rows(self.uri)
             slides = [SlideFile(slide, row["uri"]) for slide, row in self._rows.items()]
@@ -68,12 +68,12 @@ class ViewedRun:
         return self._rows
 
     def truth_of(self, slide: str) -> str:
-        """Give the address of a slide's truth; empty when there is none."""
+        """Return the address of a slide's truth; empty when there is none."""
         self.rows()
         return self._truth_of.get(slide, "")
 
     def row(self, slide: str) -> Row:
-        """Give the row of a slide.
+        """Return the row of a slide.
 
         Raises:
             LookupError: The run has no such slide.
@@ -214,7 +214,7 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
     """Place a slide of which there is no row yet, by the attributes of its mask."""
     slide = common["slide"]
     mask = mask_uri(viewed.uri, slide)
-    told = ome_zarr.read_attributes(mask)
+    told = group_attributes.read_attributes(mask)
     if not told:
         raise MedrayError(f"{mask}: not begun, or damaged; look again in a while")
     if viewed.settings.options.clean:  # the mask itself is written at the end
@@ -241,7 +241,7 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
 
 
 def _chosen(digest: str) -> dict[str, int]:
-    """Give the scene and the plane that a slide's digest names, if the user chose."""
+    """Return the scene and the plane that a slide's digest names, if the user chose."""
     said = dict(part.partition("=")[::2] for part in digest.split("+")[1:])
     return {name: int(said[name]) for name in ("scene", "plane") if name in said}
 

@@ -90,12 +90,12 @@ class Place:
 
 
 def last_zoom(height: int, width: int) -> int:
-    """Give the zoom at which a pixel of a tile is a pixel of level 0."""
+    """Return the zoom at which a pixel of a tile is a pixel of level 0."""
     return max(0, math.ceil(math.log2(max(height, width) / TILE)))
 
 
 def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int]:
-    """Give what a tile shows, in its own pixels, and its step.
+    """Return what a tile shows, in its own pixels, and its step.
 
     Returns:
         The tile's rectangle as far as the slide reaches, and how many level-0 pixels
@@ -120,7 +120,7 @@ def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int
 
 
 def whole_step(downsample: float) -> float:
-    """Give what a level is meant to be reduced by: sizes are rounded, 2.0003 is 2."""
+    """Return what a level is meant to be reduced by: sizes are rounded, 2.0003 is 2."""
     whole = round(downsample)
     return float(whole) if whole and abs(downsample / whole - 1) < 5e-3 else downsample
 

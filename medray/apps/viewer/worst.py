@@ -57,7 +57,7 @@ def worst_regions(
 def _squares(
     values: npt.NDArray[np.float64], name: str, side: int, coarse: int, mask_step: float
 ) -> list[dict[str, float]]:
-    """Give the squares with the highest sums, each with its mean as `name`."""
+    """Return the squares with the highest sums, each with its mean as `name`."""
     height, width = values.shape
     block, step = max(8, side >> coarse), mask_step * 2**coarse
     sums = np.add.reduceat(values, np.arange(0, height, block), axis=0)

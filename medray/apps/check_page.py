@@ -1,0 +1,148 @@
+"""The page of `medray check`: each slide small, with its annotation as it is drawn."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from medray.annotations import Annotation, rasterise
+from medray.annotations.polygons import Area
+from medray.classes import AnyClass, Classes
+from medray.slides import Slide, read_thumbnail
+from medray.storage import files
+from medray.types import Row
+
+if TYPE_CHECKING:
+    from medray.apps.check import Checked
+
+PICTURE_PX = 480
+"""Longest side of a picture at most, pixels; twice what the page shows of it."""
+_BORDER = "#1d2429"  # of what is annotated; the pages' ink
+_MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
+
+
+def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
+    """Draw a slide small, with the outlines of what `rasterise` makes of its areas.
+
+    Areas too small to be seen are dots. A dashed line is the border of what is
+    annotated if the slide is so only in part; hatched is what cannot be read.
+
+    Args:
+        slide: Its coarse pixels are read.
+        marks: Of level 0.
+        classes: Give the colours.
+
+    Returns:
+        A JPEG, at most `PICTURE_PX` a side.
+    """
+    thumbnail, factor, damaged = read_thumbnail(slide, PICTURE_PX)
+    shown = thumbnail.copy()
+    across = np.add.outer(*map(np.arange, damaged.shape))
+    shown[damaged & (across % 8 < 4)] = (150, 150, 150)
+    draw = functools.partial(
+        rasterise,
+        y=0,
+        x=0,
+        height=shown.shape[0],
+        width=shown.shape[1],
+        downsample=factor,
+    )
+    if marks.extent:
+        border = _border(draw(marks.extent, AnyClass()) > 0)
+        shown[border & (across % 8 < 5)] = _rgb(_BORDER)
+    labels = draw(marks.areas, classes)
+    for value in np.unique(labels[labels > 0]).tolist():
+        shown[_border(labels == value)] = _rgb(classes.colors[value])
+    picture = Image.fromarray(shown)
+    _draw_dots(picture, marks.areas, classes, factor)
+    buffer = io.BytesIO()
+    # Without chroma subsampling: it washes out thin coloured lines.
+    picture.save(buffer, "JPEG", quality=85, subsampling=0)
+    return buffer.getvalue()
+
+
+def _border(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the outermost three pixels of a shape, at the picture's edge too."""
+    return inside & ~ndimage.binary_erosion(inside, iterations=3)
+
+
+def _draw_dots(
+    picture: Image.Image, areas: Sequence[Area], classes: Classes, factor: float
+) -> None:
+    """Draw a dot for each area of the foreground that is smaller than one."""
+    pen = ImageDraw.Draw(picture)
+    for area in areas:
+        x0, y0, x1, y1 = (value / factor for value in area.polygon.bounds)
+        value = classes.value(area.class_name)
+        if value and max(x1 - x0, y1 - y0) < 4:
+            x, y = (x0 + x1) / 2, (y0 + y1) / 2
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=classes.colors[value])
+
+
+def _rgb(code: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(code[1:])
+    return red, green, blue
+
+
+def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
+    """Fill the page: what is refused first, then what has a note, then the rest."""
+    from medray.evaluation.html import data_uri, render
+
+    order = sorted(
+        checked.slides, key=lambda row: (row["status"] == "ok", not row["note"])
+    )
+    seen = [row for row in order if pictures[row["slide"]]]
+    return render(
+        "check.html.jinja",
+        title="What medray understood",
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        checked=checked,
+        classes=classes,
+        noted=sum(bool(row["note"]) for row in checked.slides),
+        shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
+        left_out=max(0, len(seen) - _MAX_PICTURES),
+    )
+
+
+def printable_name(name: str) -> str:
+    """Write bytes of a file name that are no Unicode as a backslash and digits."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
+    """Write one row per slide as CSV."""
+    schema = pa.schema(
+        [
+            (name, pa.string())
+            for name in ("slide", "status", "message", "uri", "format")
+        ]
+        + [(name, pa.int64()) for name in ("height", "width", "levels")]
+        + [("mpp", pa.float64()), ("mpp_from", pa.string())]
+        + [("magnification", pa.float64()), ("annotation", pa.string())]
+        + [("annotated", pa.bool_()), ("partly", pa.bool_()), ("areas", pa.int64())]
+        + [
+            (column, pa.int64() if column.startswith("areas_") else pa.float64())
+            for name in classes.names[1:]
+            for column in area_columns(name)
+        ]
+        + [("note", pa.string())]
+    )
+    table = pa.Table.from_pylist([*rows], schema)
+    csv = io.BytesIO()
+    pyarrow.csv.write_csv(table, csv)
+    files.write_bytes(uri, csv.getvalue())
+
+
+def area_columns(name: str) -> tuple[str, str, str]:
+    """Return the columns of a class: areas, share, square millimetres."""
+    return f"areas_{name}", f"share_{name}", f"mm2_{name}"
