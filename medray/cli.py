@@ -17,9 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.logging import RichHandler
-
 from medray.apps.commands import (
     data,
     evaluation,
@@ -131,6 +128,10 @@ def _set_up_logging(verbose: bool) -> None:
     logger.handlers.clear()
     logger.propagate = False
     if sys.stderr.isatty():
+        # Imported here: it takes as long as all else of `medray --help`.
+        from rich.console import Console
+        from rich.logging import RichHandler
+
         handler: logging.Handler = RichHandler(
             console=Console(stderr=True), show_path=False, show_time=False
         )

@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
 SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
 
 
@@ -153,6 +151,8 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 
 def key_values(text: str) -> tuple[str, list[Any]]:
     """Parse `key=[A,B]`."""
+    import yaml
+
     key, equals, values = text.partition("=")
     found = yaml.safe_load(values) if equals else None
     if not isinstance(found, list):
