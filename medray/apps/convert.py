@@ -30,7 +30,6 @@ from medray.errors import ConfigError, FormatError, MedrayError, SlideError
 from medray.execution import cluster
 from medray.execution.commit import Summary
 from medray.execution.progress import Progress
-from medray.execution.scheduler import keeping
 from medray.geometry import plan_regions
 from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
 from medray.slides import Slide, open_slide
@@ -238,7 +237,7 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     cluster.connect()
     start, failed = time.perf_counter(), dict(failed)
     write = ray.remote(_write)
-    with Progress("convert", len(todo)) as progress, keeping(ledger):
+    with Progress("convert", len(todo)) as progress, ledger.kept():
         pending = {write.remote(copy, to, out): copy.slide for copy, _ in todo.values()}
         while pending:
             (reference,), _ = ray.wait([*pending])
