@@ -21,8 +21,7 @@ from rich.logging import RichHandler
 
 from medray.apps.arguments import parse
 from medray.apps.console import as_text
-from medray.errors import ConfigError, MedrayError
-from medray.execution.signals import StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError
 
 
 def _ingest(args: argparse.Namespace) -> Any:

@@ -354,13 +354,13 @@ def zarrs(
 def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.annotations import rasterise, read_annotation
     from medray.classes import Classes
-    from medray.execution.failures import bound_memory
     from medray.execution.stage import plan_slide, read_region
     from medray.geometry import Windows
     from medray.inference.infer import stage_of
     from medray.inference.run import Options, RunSettings
     from medray.slides.discovery import find_slides
     from medray.slides.fingerprint import fingerprint_of
+    from medray.slides.limits import bound_memory
     from medray.training.recipe import read_recipe
 
     bound_memory()

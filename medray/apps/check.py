@@ -36,13 +36,13 @@ from medray.annotations.measure import class_areas
 from medray.annotations.polygons import Area
 from medray.classes import AnyClass, Classes
 from medray.datasets.overrides import with_overrides
-from medray.errors import MedrayError
-from medray.execution.failures import too_large
-from medray.execution.isolation import LostError, call_each
+from medray.errors import LostError, MedrayError
+from medray.execution.isolation import call_each
 from medray.execution.progress import Progress
 from medray.slides import Slide, open_slide, read_thumbnail
 from medray.slides.cache import fetch_if_copied, log_copies
 from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.limits import too_large
 from medray.slides.readable import check_readable
 from medray.slides.resolution import settle_mpp
 from medray.storage import files
@@ -53,7 +53,7 @@ PICTURE_PX = 480
 _BORDER = "#1d2429"  # of what is annotated; the pages' ink
 _MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
-# Each may take the memory that decoding one file needs, see medray.execution.failures.
+# Each may take the memory that decoding one file needs, see medray.slides.limits.
 _MAX_PROCESSES = 8
 
 

@@ -13,23 +13,24 @@ SLIDE.ome.zarr            or SLIDE.ome.tif, or SLIDE.tif
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import ray
 import tifffile
 
 from medray.classes import Classes
 from medray.datasets.dataset import LABELS, labels_uri, read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError, MedrayError, SlideError
-from medray.execution import cluster
 from medray.execution.commit import Summary
 from medray.execution.progress import Progress
+from medray.execution.rows import map_rows
+from medray.execution.run import Executor
 from medray.geometry import plan_regions
 from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
 from medray.slides import Slide, open_slide
@@ -51,6 +52,8 @@ FORMATS: dict[str, str] = {
     "tiff": ".tif",
 }
 """What each format's files end in."""
+
+_TIMEOUT_S = 24 * 3600.0  # for a copy, however large
 
 MASK = "mask"
 """Name of a run's mask among the label images of an image."""
@@ -119,7 +122,14 @@ class Copy:
         return "+".join([self.digest, *roots])
 
 
-def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> Summary:
+def convert(
+    source: str,
+    *,
+    to: Format,
+    out: str,
+    with_image: bool = False,
+    executor: Executor = "ray",
+) -> Summary:
     """Write copies of a run's masks, or of a dataset, for viewers and other tools.
 
     Copies have the pixels, the levels and the resolution of the masks. Running the same
@@ -133,6 +143,7 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
         out: Folder to make; TIFF needs one on a disk.
         with_image: The slide's image, read as the model read it, with the mask in its
             `labels`. A dataset has it in any case.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds other copies.
@@ -156,9 +167,9 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
         )
     settings = ConvertSettings(source=source, to=to, with_image=with_image)
     copies, failed = _of_run(source, with_image) if is_run else _of_dataset(source)
-    with locked(out, "convert"):
+    with locked(out, "convert") as check:
         keep_settings(files.join(out, "convert.yaml"), settings)
-        return _convert(copies, failed, to, out)
+        return _convert(copies, failed, to, out, executor, check)
 
 
 # --- find -----------------------------------------------------------------------------
@@ -218,7 +229,14 @@ def _rows(folder: str, stage: str) -> tuple[list[Row], dict[str, str]]:
 # --- commit ---------------------------------------------------------------------------
 
 
-def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> Summary:
+def _convert(
+    copies: list[Copy],
+    failed: dict[str, str],
+    to: str,
+    out: str,
+    executor: Executor,
+    check: Callable[[], None],
+) -> Summary:
     ledger = Ledger(out)
     todo: dict[str, tuple[Copy, str]] = {}
     for copy in copies:
@@ -234,18 +252,14 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     for slide in ledger.slides.keys() & todo.keys():
         ledger.forget_slide(slide)  # its file is about to be replaced
     ledger.flush()
-    cluster.connect()
     start, failed = time.perf_counter(), dict(failed)
-    write = ray.remote(_write)
+    write = functools.partial(_write, to=to, out=out)
+    copies = [copy for copy, _ in todo.values()]
     with Progress("convert", len(todo)) as progress, ledger.kept():
-        pending = {write.remote(copy, to, out): copy.slide for copy, _ in todo.values()}
-        while pending:
-            (reference,), _ = ray.wait([*pending])
-            slide = pending.pop(reference)
-            try:
-                message = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                message = f"the process that wrote it was lost ({error})"
+        for copy, error in map_rows(
+            write, copies, executor=executor, timeout=_TIMEOUT_S, check=check
+        ):
+            slide, message = copy.slide, f"{error or ''}"
             ledger.commit_slide(
                 {
                     "slide": slide,
@@ -271,8 +285,12 @@ def _target(slide: str, to: str, out: str) -> str:
     return files.join(out, f"{slide}{FORMATS[to]}")
 
 
-def _write(copy: Copy, to: str, out: str) -> str:
-    """Write one copy; say what is wrong, "" if nothing."""
+def _write(copy: Copy, to: str, out: str) -> None:
+    """Write one copy; nothing of it is left where that fails.
+
+    Raises:
+        MedrayError: The mask or the image cannot be read, or the copy not be written.
+    """
     target = _target(copy.slide, to, out)
     try:
         if to in ("ome-tiff", "tiff"):
@@ -281,13 +299,12 @@ def _write(copy: Copy, to: str, out: str) -> str:
             _write_05(copy, target)
         else:
             _write_04(copy, target)
-    except (MedrayError, OSError) as error:
+    except (MedrayError, OSError):
         with contextlib.suppress(MedrayError):
             files.remove(target)  # half of a copy, or one of what was before
-        return f"{error}"
+        raise
     for name in files.list_files(target):
         files.sync(files.join(target, name))
-    return ""
 
 
 class _Image:

@@ -30,9 +30,9 @@ from ray.util.metrics import Counter, Histogram
 
 from medray.apps.serve_app import Bounds, build_api, token_digest
 from medray.apps.served import Answer, Format, Kind, Prepared, Served, check_model
-from medray.errors import ConfigError, MedrayError, StoreError
+from medray.errors import ConfigError, MedrayError, StoppedError, StoreError
 from medray.execution import cluster
-from medray.execution.signals import StoppedError, Stopping, stopping
+from medray.execution.signals import Stopping, stopping
 from medray.models.config import Precision
 from medray.storage import files
 

@@ -50,9 +50,9 @@ from medray.apps.view_tiles import (
     uncertainty_tile,
     worst_regions,
 )
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.evaluation.html import INK
-from medray.execution.signals import StoppedError, Stopping, stopping
+from medray.execution.signals import Stopping, stopping
 from medray.slides import read_thumbnail
 from medray.storage import files
 

@@ -22,14 +22,12 @@ import logging
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from PIL import Image
 
 from medray.annotations.morphology import feature_names
@@ -56,15 +54,15 @@ from medray.datasets.dataset import (
     write_morphology,
     write_patches,
 )
-from medray.errors import ConfigError, MedrayError
-from medray.execution import cluster
-from medray.execution.actor_pool import LostError, Pool, poll
-from medray.execution.failures import bound_memory, too_large
+from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution.progress import Progress
-from medray.execution.signals import StoppedError, stopping
+from medray.execution.rows import map_rows
+from medray.execution.run import Executor
+from medray.execution.signals import stopping
 from medray.geometry import Rectangle
 from medray.slides.discovery import find_files
 from medray.slides.fingerprint import fingerprint_of, slide_digest
+from medray.slides.limits import too_large
 from medray.storage import files, ome_zarr
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
@@ -111,6 +109,7 @@ def ingest_images(
     seed: int = 0,
     contours: bool = False,
     mpp: float | None = None,
+    executor: Executor = "ray",
 ) -> Images:
     """Turn images in class folders into a dataset to train a classifier on.
 
@@ -136,6 +135,7 @@ def ingest_images(
             medray.datasets.cells), for classifiers that take this beside the pixels
             (see medray.annotations.morphology).
         mpp: Microns per pixel of the images, for those measures; None: in pixels.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, a class has no image, OUT was made with
@@ -176,7 +176,7 @@ def ingest_images(
         if (before := _ingested_before(out, request)) is not None:
             return before
         features = feature_names(mpp) if contours else ()
-        return _ingest(images, settings, out, deal, request, features, check)
+        return _ingest(images, settings, out, deal, request, features, executor, check)
 
 
 def _digest_of(values: Any) -> str:
@@ -206,10 +206,10 @@ def _ingest(
     deal: Callable[[list[Row]], None],
     request: str,
     features: tuple[str, ...],
+    executor: Executor,
     check: Callable[[], None],
 ) -> Images:
     """Look at the images, deal them out and place them; the tables come last."""
-    cluster.connect()
     start = time.perf_counter()
     tables = (images_uri(out), morphology_uri(out))
     others = [
@@ -218,21 +218,23 @@ def _ingest(
     for place in (*tables, *others):
         files.remove(place)  # of other images
     columns = settings.region // settings.patch
-    with stopping() as asked, _start_readers(settings, out) as readers:
+    with stopping() as asked:
 
         def go_on() -> None:
             check()
             if asked.signal:
                 raise StoppedError(asked.signal, "nothing of it is kept")
 
-        _look(images, readers, go_on)
+        map_them = functools.partial(map_rows, executor=executor, check=go_on)
+        _look(images, settings.patch, map_them)
         _leave_out_copies(images)
         deal(images)
         sheets = list(_sheets(images, columns))
         with Progress("ingest", len(sheets)) as progress:
-            for sheet, result in _work_off(sheets, readers, 1, go_on):
-                if isinstance(result, LostError):
-                    raise MedrayError(f"{sheet['slide']}: {result}, three times")
+            write = functools.partial(_write_sheet, settings=settings, out=out)
+            for sheet, result in map_them(write, sheets):
+                if isinstance(result, Exception):
+                    raise MedrayError(f"{sheet['slide']}: {result}") from result
                 for row, (y, x) in zip(sheet["images"], result, strict=True):
                     row |= {"sheet": sheet["slide"], "y": y, "x": x}
                 progress.slide(sheet["slide"], "done")
@@ -323,53 +325,16 @@ def _folders(root: str) -> set[str]:
 # --- look -----------------------------------------------------------------------------
 
 
-class _Reader:
-    """Looks at images, and then puts them side by side."""
-
-    def __init__(self, settings: DatasetSettings, out: str) -> None:
-        bound_memory()
-        self._settings, self._out = settings, out
-
-    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Give what there is to say of an image, or where a sheet's images are."""
-        for row in rows:
-            if "images" in row:
-                yield [_write_sheet(row, self._settings, self._out)]
-            else:
-                yield [_look_at(row, self._settings.patch)]
-
-
-def _start_readers(settings: DatasetSettings, out: str) -> Pool:
-    """Start a reader a core."""
-    actor = ray.remote(_Reader).options(num_cpus=0.75)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    start = functools.partial(actor.remote, settings, out)
-    return Pool(start, "work", max(1, cpus), timeout=lambda _: _TIMEOUT_S)
-
-
-def _work_off(
-    rows: list[Row], readers: Pool, batch: int, go_on: Callable[[], None]
-) -> Iterator[tuple[Row, Any]]:
-    """Give each row with what came of it, as it comes."""
-    todo = deque(itertools.batched(rows, batch))
-    while todo or readers.busy:
-        go_on()
-        while todo and readers.room > 0:
-            readers.give(list(todo.popleft()))
-        for _, row, result in poll(readers):
-            yield row, result
-
-
-def _look(images: list[Row], readers: Pool, go_on: Callable[[], None]) -> None:
+def _look(images: list[Row], side: int, map_them: Callable[..., Any]) -> None:
     """Add `digest`, `status` and `message` to each image.
 
     It is decoded as well, though only to be decoded again when it is placed: which
     images can be is to be known before they are dealt out and given their places.
     """
-    for row, result in _work_off(images, readers, _BATCH, go_on):
-        if isinstance(result, LostError):
-            why = f"{row['uri']}: quarantined: opening it: {result}, three times"
-            result = _failed(why)
+    look = functools.partial(_look_at, side=side)
+    for row, result in map_them(look, images, batch=_BATCH):
+        if isinstance(result, Exception):
+            result = _failed(f"{row['uri']}: quarantined: opening it: {result}")
         row |= result
         if row["status"] == "failed":
             said = (row["image"], row["message"])

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import ConfigError, MedrayError, SlideError, StoreError
+from medray.errors import ConfigError, MedrayError, SlideError, StoppedError, StoreError
 from medray.execution.progress import Progress
-from medray.execution.signals import StoppedError
 from medray.execution.stage import HEADER, OVERRIDES
 from medray.slides.discovery import SlideFile
 from medray.slides.fingerprint import fingerprint_of, slide_digest

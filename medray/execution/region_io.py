@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from medray.execution.failures import bound_memory
 from medray.execution.stage import Layers, Stage, read_region, write_region
+from medray.slides.limits import bound_memory
 from medray.types import Row
 
 

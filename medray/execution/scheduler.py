@@ -15,7 +15,6 @@ from ray.util.metrics import Counter, Gauge
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
 from medray.execution.commit import Commit
-from medray.execution.failures import bound_memory
 from medray.execution.gpu_worker import start_gpu_workers
 from medray.execution.progress import Progress
 from medray.execution.signals import stopping
@@ -28,6 +27,7 @@ from medray.execution.stage import (
     plan_slide,
 )
 from medray.slides.cache import fetch, fetch_if_copied
+from medray.slides.limits import bound_memory
 from medray.types import Row
 
 # Regions that show how fast they go, after as many that waited for the model, too.
@@ -317,13 +317,13 @@ def schedule(
 def _outcome_of(row: Row, result: Any) -> Row:
     if isinstance(result, Exception):
         where = f"{row['uri']}: quarantined: region {row['region']}"
-        return {"error": f"{where}: {result}, three times", "lost": True}
+        return {"error": f"{where}: {result}", "lost": True}
     return dict(result)
 
 
 def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
     if isinstance(result, Exception):
-        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
+        why = f"{row['uri']}: quarantined: opening it: {result}"
         return row | {"index": HEADER, "todo": 0, "error": why}, []
     header, regions = result
     return header, regions

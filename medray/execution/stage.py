@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from medray.errors import MedrayError, StoreError
-from medray.execution.failures import too_large
 from medray.slides import Slide, opened
 from medray.slides.discovery import SlideFile
 from medray.slides.fingerprint import slide_digest
+from medray.slides.limits import too_large
 from medray.slides.staged import StagedSlide
 from medray.storage import files
 from medray.types import Row
