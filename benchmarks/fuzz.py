@@ -30,7 +30,7 @@ import hostile
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.execution.failures import bound_memory
+from medray.slides.limits import bound_memory
 from medray.storage import files
 
 CLASSES = Classes()

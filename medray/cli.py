@@ -28,8 +28,7 @@ from medray.apps.commands import (
 )
 from medray.apps.commands.options import Command
 from medray.apps.console import as_text
-from medray.errors import ConfigError, MedrayError
-from medray.execution.signals import StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError
 
 _COMMANDS: dict[str, Command] = (
     data.COMMANDS

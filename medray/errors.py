@@ -1,5 +1,9 @@
 """What can go wrong, grouped by what the caller does about it."""
 
+from __future__ import annotations
+
+import signal
+
 
 class MedrayError(Exception):
     """Base of every error that medray raises on purpose."""
@@ -19,3 +23,23 @@ class StoreError(MedrayError):
 
 class FormatError(MedrayError):
     """A store, model or dataset is not what it says it is: stop."""
+
+
+class LostError(MedrayError):
+    """What was done could not be: its processes died, or took too long."""
+
+
+class StoppedError(MedrayError):
+    """A signal ended a stage; running the same command again goes on.
+
+    Attributes:
+        signal: Its number.
+    """
+
+    def __init__(self, number: int, kept: str) -> None:
+        """Take the signal's number, and what is kept."""
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name}: {kept}; run the same command again to go on"
+        )
+        self.signal = number

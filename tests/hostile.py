@@ -354,13 +354,13 @@ def zarrs(
 def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.annotations import rasterise, read_annotation
     from medray.classes import Classes
-    from medray.execution.failures import bound_memory
+    from medray.execution.stage import plan_slide, read_region
     from medray.geometry import Windows
-    from medray.inference.infer import _plan
-    from medray.inference.regions import read_region
+    from medray.inference.infer import stage_of
     from medray.inference.run import Options, RunSettings
     from medray.slides.discovery import find_slides
     from medray.slides.fingerprint import fingerprint_of
+    from medray.slides.limits import bound_memory
     from medray.training.recipe import read_recipe
 
     bound_memory()
@@ -372,6 +372,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
         model_mpp=0.5,
         options=Options(region=512),
     )
+    stage = stage_of(settings, out)
 
     def slide(path: str) -> str:
         (found,) = find_slides([path])
@@ -383,11 +384,11 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
         row |= {"annotation": "", "before": "null", "given_mpp": 0.5}
         row |= {"scene": None, "plane": None}
         row |= {"committed": {"digest": "", "shards": {}}}
-        header, regions = _plan(row, settings, out)
+        header, regions = plan_slide(stage, row)
         if "error" in header:
             return header["error"]
         for region in (*regions[:2], *regions[-2:]):
-            read, _ = read_region(header | region, settings)
+            read, _ = read_region(stage, header | region)
             if "error" in read:
                 return read["error"]
         return ""

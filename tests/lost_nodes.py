@@ -10,7 +10,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from medray.execution.actor_pool import LostError, Pool, poll
+from medray.errors import LostError
+from medray.execution.actor_pool import Pool, poll
 
 
 class Slow:

@@ -1,30 +1,24 @@
 """Runs and trainings in one process and one loop: what the distributed must equal."""
 
+import contextlib
+import functools
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from medray.datasets.overrides import with_overrides
-from medray.errors import MedrayError
-from medray.execution.commit import Commit, changed_slides
-from medray.execution.progress import Progress
-from medray.inference.infer import (
-    _plan,
-    _slide_row,
-    region_pixels,
-    settings_of,
-    slides_within,
-)
-from medray.inference.postprocess import Cleaning
-from medray.inference.regions import finish_slide, read_region, write_region
-from medray.inference.run import Options, RunSettings, open_run
+import medray
+from medray.execution.commit import Summary
+from medray.execution.stage import Layers, Stage
+from medray.inference.infer import stage_of
+from medray.inference.run import Options
 from medray.models.config import ModelConfig
 from medray.models.predict import Predictor
-from medray.slides.discovery import find_slides
 from medray.storage.ledger import Ledger
 from medray.training.learner import World
 from medray.training.recipe import Recipe
@@ -39,94 +33,47 @@ class CrashError(Exception):
 
 
 def infer(
-    slides: Path,
+    slides: Path | str,
     predictor: Predictor,
     model: Path | str | Sequence[Path],
-    out: Path,
+    out: Path | str,
     options: Options,
     crash_after: int = -1,
-) -> Commit:
-    """Do what is missing of a run; die after so many regions, if that is not below
-    0."""
+) -> Summary:
+    """Do what is missing of a run by a model that is loaded; die after so many regions,
+    if that is not below 0."""
     models = [model] if isinstance(model, Path | str) else model
-    settings = settings_of([str(folder) for folder in models], options)
-    if options.coarse > 1:
-        assert settings.model_mpp is not None
-        coarse = replace(
-            settings,
-            model_mpp=settings.model_mpp * options.coarse,
-            options=replace(
-                settings.options, coarse=1, outlines=False, clean=Cleaning()
-            ),
+    written = itertools.count()
+
+    def stage(*args: Any) -> Stage:
+        made = stage_of(*args)
+        assert made.device is not None
+        device = replace(made.device, load=lambda _: predictor)
+        write = functools.partial(dying_write, made.write, written, crash_after)
+        if made.name != "infer":
+            write = made.write
+        return replace(made, device=device, write=write)
+
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(patch("medray.inference.infer.stage_of", stage))
+        if crash_after >= 0:
+            nothing = lambda _: contextlib.nullcontext()  # noqa: E731
+            patched.enter_context(patch.object(Ledger, "kept", nothing))
+        return medray.infer(
+            [str(slides)],
+            model=[str(folder) for folder in models],
+            out=str(out),
+            options=options,
+            executor="local",
         )
-        _work_off(slides, predictor, coarse, f"{out}/coarse", -1)
-    return _work_off(slides, predictor, settings, str(out), crash_after)
 
 
-def _work_off(
-    slides: Path,
-    predictor: Predictor,
-    settings: RunSettings,
-    run: str,
-    crash_after: int,
-) -> Commit:
-    open_run(run, settings)
-    ledger = Ledger(run)
-    within = settings.options.within
-    options = settings.options
-    found = with_overrides(
-        find_slides([str(slides)]),
-        mpp=options.mpp,
-        scene=options.scene,
-        plane=options.plane,
-    )
-    wanted, areas = slides_within(found, within)
-    commit = Commit(ledger, _slide_row)
-    progress = Progress("serial", len(wanted))
-
-    def note(row: dict) -> None:
-        nonlocal crash_after
-        header = commit.take(row, progress)
-        if header is not None:
-            header |= {"records": commit.records(header)}
-            result: Row | Exception
-            try:
-                result = finish_slide(settings, run, header)
-            except MedrayError as error:
-                result = error
-            commit.finished(header, result, progress)
-        if "record" in row:
-            crash_after -= 1
-            if crash_after == -1:
-                raise CrashError
-
-    if crash_after == 0:
+def dying_write(
+    write: Any, written: Any, crash_after: int, row: Row, layers: Layers
+) -> Row:
+    if next(written) == crash_after:
         raise CrashError
-    for row in changed_slides(wanted, ledger, areas):
-        header, regions = _plan(row, settings, run)
-        if not regions:
-            note(header)
-        for region in regions:
-            todo, pixels = read_region(header | region, settings)
-            layers = {}
-            if pixels is not None:
-                layers = _predict(predictor, todo, pixels, settings)
-            if "error" not in todo:
-                todo = write_region(todo, layers, settings, run)
-            note(todo)
-    commit.close(progress)
-    ledger.close()
-    return commit
-
-
-def _predict(predictor: Predictor, row: dict, pixels, settings) -> dict:
-    source = region_pixels(settings, row, pixels)
-    (result,) = predictor.predict([source])
-    layers = {
-        name: getattr(result, name)
-        for name in ("labels", "probabilities", "uncertainty", "disagreement")
-    }
-    return {name: layer for name, layer in layers.items() if layer is not None}
+    return write(row, layers)
 
 
 def train(recipe: Recipe, data: str, out: str) -> Training:

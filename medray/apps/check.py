@@ -33,20 +33,20 @@ from medray.apps.check_page import (
 )
 from medray.classes import Classes
 from medray.datasets.overrides import with_overrides
-from medray.errors import MedrayError
-from medray.execution.failures import too_large
-from medray.execution.isolation import LostError, call_each
+from medray.errors import LostError, MedrayError
+from medray.execution.isolation import call_each
 from medray.execution.progress import Progress
 from medray.slides import Slide, open_slide
 from medray.slides.cache import fetch_if_copied, log_copies
 from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.limits import too_large
 from medray.slides.readable import check_readable
 from medray.slides.resolution import settle_mpp
 from medray.storage import files
 from medray.types import Row
 
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
-# Each may take the memory that decoding one file needs, see medray.execution.failures.
+# Each may take the memory that decoding one file needs, see medray.slides.limits.
 _MAX_PROCESSES = 8
 
 

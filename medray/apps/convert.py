@@ -12,20 +12,20 @@ SLIDE.ome.zarr            or SLIDE.ome.tif, or SLIDE.tif
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import ray
 
 from medray.apps.convert_write import FORMATS, MASK, Copy, Layer, target_uri, write_copy
 from medray.datasets.dataset import LABELS, labels_uri, read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError
-from medray.execution import cluster
 from medray.execution.commit import Summary
 from medray.execution.progress import Progress
-from medray.execution.scheduler import keeping
+from medray.execution.rows import map_rows
+from medray.execution.run import Executor
 from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
 from medray.slides.resolution import Working, working_of
 from medray.storage import files, ome_zarr
@@ -35,6 +35,7 @@ from medray.storage.yaml_config import keep_settings, to_dict
 from medray.types import Row
 
 log = logging.getLogger(__name__)
+_TIMEOUT_S = 24 * 3600.0  # for a copy, however large
 
 Format = Literal["ome-zarr", "ome-zarr-0.4", "ome-tiff", "tiff"]
 
@@ -58,7 +59,14 @@ class ConvertSettings:
         return to_dict(self)
 
 
-def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> Summary:
+def convert(
+    source: str,
+    *,
+    to: Format,
+    out: str,
+    with_image: bool = False,
+    executor: Executor = "ray",
+) -> Summary:
     """Write copies of a run's masks, or of a dataset, for viewers and other tools.
 
     Copies have the pixels, the levels and the resolution of the masks. Running the same
@@ -72,6 +80,7 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
         out: Folder to make; TIFF needs one on a disk.
         with_image: The slide's image, read as the model read it, with the mask in its
             `labels`. A dataset has it in any case.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds other copies.
@@ -95,9 +104,9 @@ def convert(source: str, *, to: Format, out: str, with_image: bool = False) -> S
         )
     settings = ConvertSettings(source=source, to=to, with_image=with_image)
     copies, failed = _of_run(source, with_image) if is_run else _of_dataset(source)
-    with locked(out, "convert"):
+    with locked(out, "convert") as check:
         keep_settings(files.join(out, "convert.yaml"), settings)
-        return _convert(copies, failed, to, out)
+        return _convert(copies, failed, to, out, executor, check)
 
 
 # --- find -----------------------------------------------------------------------------
@@ -157,7 +166,14 @@ def _rows(folder: str, stage: str) -> tuple[list[Row], dict[str, str]]:
 # --- commit ---------------------------------------------------------------------------
 
 
-def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> Summary:
+def _convert(
+    copies: list[Copy],
+    failed: dict[str, str],
+    to: str,
+    out: str,
+    executor: Executor,
+    check: Callable[[], None],
+) -> Summary:
     ledger = Ledger(out)
     todo: dict[str, tuple[Copy, str]] = {}
     for copy in copies:
@@ -173,18 +189,14 @@ def _convert(copies: list[Copy], failed: dict[str, str], to: str, out: str) -> S
     for slide in ledger.slides.keys() & todo.keys():
         ledger.forget_slide(slide)  # its file is about to be replaced
     ledger.flush()
-    cluster.connect()
     start, failed = time.perf_counter(), dict(failed)
-    write = ray.remote(write_copy)
-    with Progress("convert", len(todo)) as progress, keeping(ledger):
-        pending = {write.remote(copy, to, out): copy.slide for copy, _ in todo.values()}
-        while pending:
-            (reference,), _ = ray.wait([*pending])
-            slide = pending.pop(reference)
-            try:
-                message = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                message = f"the process that wrote it was lost ({error})"
+    write = functools.partial(write_copy, to=to, out=out)
+    copies = [copy for copy, _ in todo.values()]
+    with Progress("convert", len(todo)) as progress, ledger.kept():
+        for copy, error in map_rows(
+            write, copies, executor=executor, timeout=_TIMEOUT_S, check=check
+        ):
+            slide, message = copy.slide, f"{error or ''}"
             ledger.commit_slide(
                 {
                     "slide": slide,

@@ -81,8 +81,12 @@ def target_uri(slide: str, to: str, out: str) -> str:
     return files.join(out, f"{slide}{FORMATS[to]}")
 
 
-def write_copy(copy: Copy, to: str, out: str) -> str:
-    """Write one copy; say what is wrong, "" if nothing."""
+def write_copy(copy: Copy, to: str, out: str) -> None:
+    """Write one copy; nothing of it is left where that fails.
+
+    Raises:
+        MedrayError: The mask or the image cannot be read, or the copy not be written.
+    """
     target = target_uri(copy.slide, to, out)
     try:
         if to in ("ome-tiff", "tiff"):
@@ -91,13 +95,12 @@ def write_copy(copy: Copy, to: str, out: str) -> str:
             _write_05(copy, target)
         else:
             _write_04(copy, target)
-    except (MedrayError, OSError) as error:
+    except (MedrayError, OSError):
         with contextlib.suppress(MedrayError):
             files.remove(target)  # half of a copy, or one of what was before
-        return f"{error}"
+        raise
     for name in files.list_files(target):
         files.sync(files.join(target, name))
-    return ""
 
 
 class _Image:

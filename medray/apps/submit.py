@@ -26,8 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from medray.errors import ConfigError, MedrayError
-from medray.execution.signals import StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError
 
 log = logging.getLogger(__name__)
 

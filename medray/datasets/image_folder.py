@@ -25,11 +25,13 @@ import pyarrow as pa
 
 from medray.annotations.morphology import feature_names
 from medray.classes import Classes
+from medray.datasets.check_images import check_images
 from medray.datasets.contact_sheets import (
     digest_of_values,
     patch_rows,
     plan_sheets,
     sheet_row,
+    write_sheet,
 )
 from medray.datasets.dataset import (
     DatasetSettings,
@@ -40,14 +42,13 @@ from medray.datasets.dataset import (
     write_patches,
 )
 from medray.datasets.find_images import find_images
-from medray.datasets.image_readers import check_images, read_each, start_readers
 from medray.datasets.split_images import deal_out, leave_out_copies, set_patients
 from medray.datasets.splits import check_fractions, read_groups, read_splits
-from medray.errors import ConfigError, MedrayError
-from medray.execution import cluster
-from medray.execution.actor_pool import LostError
+from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution.progress import Progress
-from medray.execution.signals import StoppedError, stopping
+from medray.execution.rows import map_rows
+from medray.execution.run import Executor
+from medray.execution.signals import stopping
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.types import Row
@@ -89,6 +90,7 @@ def ingest_images(
     seed: int = 0,
     contours: bool = False,
     mpp: float | None = None,
+    executor: Executor = "ray",
 ) -> Images:
     """Turn images in class folders into a dataset to train a classifier on.
 
@@ -114,6 +116,7 @@ def ingest_images(
             medray.datasets.cells), for classifiers that take this beside the pixels
             (see medray.annotations.morphology).
         mpp: Microns per pixel of the images, for those measures; None: in pixels.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, a class has no image, OUT was made with
@@ -154,7 +157,7 @@ def ingest_images(
         if (before := _ingested_before(out, request)) is not None:
             return before
         features = feature_names(mpp) if contours else ()
-        return _ingest(images, settings, out, deal, request, features, check)
+        return _ingest(images, settings, out, deal, request, features, executor, check)
 
 
 def _ingested_before(out: str, request: str) -> Images | None:
@@ -180,10 +183,10 @@ def _ingest(
     deal: Callable[[list[Row]], None],
     request: str,
     features: tuple[str, ...],
+    executor: Executor,
     check: Callable[[], None],
 ) -> Images:
     """Check the images, split them and write the sheets; the tables come last."""
-    cluster.connect()
     start = time.perf_counter()
     tables = (images_uri(out), morphology_uri(out))
     others = [
@@ -192,21 +195,23 @@ def _ingest(
     for place in (*tables, *others):
         files.remove(place)  # of other images
     columns = settings.region // settings.patch
-    with stopping() as asked, start_readers(settings, out) as readers:
+    with stopping() as asked:
 
         def go_on() -> None:
             check()
             if asked.signal:
                 raise StoppedError(asked.signal, "nothing of it is kept")
 
-        check_images(images, readers, go_on)
+        map_them = functools.partial(map_rows, executor=executor, check=go_on)
+        check_images(images, settings.patch, map_them)
         leave_out_copies(images)
         deal(images)
         sheets = list(plan_sheets(images, columns))
         with Progress("ingest", len(sheets)) as progress:
-            for sheet, result in read_each(sheets, readers, 1, go_on):
-                if isinstance(result, LostError):
-                    raise MedrayError(f"{sheet['slide']}: {result}, three times")
+            write = functools.partial(write_sheet, settings=settings, out=out)
+            for sheet, result in map_them(write, sheets):
+                if isinstance(result, Exception):
+                    raise MedrayError(f"{sheet['slide']}: {result}") from result
                 for row, (y, x) in zip(sheet["images"], result, strict=True):
                     row |= {"sheet": sheet["slide"], "y": y, "x": x}
                 progress.slide(sheet["slide"], "done")

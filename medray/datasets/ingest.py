@@ -15,13 +15,11 @@ One file, because plan, cut and commit of a slide pass on one row.
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import ray
 
 from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.matching import match_annotations
@@ -41,16 +39,12 @@ from medray.datasets.splits import (
     read_splits,
     split_slides,
 )
-from medray.errors import MedrayError, SlideError
-from medray.execution import cluster
-from medray.execution.actor_pool import Pool
-from medray.execution.commit import Commit, Summary, add_note, changed_slides, plan_one
-from medray.execution.failures import bound_memory, failure, too_large
-from medray.execution.progress import Progress
-from medray.execution.scheduler import keeping, schedule, start_workers
+from medray.errors import SlideError
+from medray.execution.commit import Summary
+from medray.execution.run import Executor, run_stage
+from medray.execution.stage import Stage
 from medray.geometry import Rectangle, plan_regions
 from medray.slides import ArraySlide, Slide, opened
-from medray.slides.cache import fetch, log_copies
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import check_unchanged
 from medray.slides.readable import MOST_UNREADABLE, check_readable, read_readable
@@ -58,13 +52,9 @@ from medray.slides.resolution import MPP_COLUMNS, mpp_columns, settle_mpp
 from medray.slides.tissue import tissue_share
 from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.digests import digests_below
-from medray.storage.ledger import Ledger, slide_key
+from medray.storage.ledger import Ledger, add_note, slide_key
 from medray.storage.lock import locked
-from medray.types import Row
-
-log = logging.getLogger(__name__)
-_BATCH = 4  # regions that a cutter is given at once
-_TIMEOUT_S = 300.0  # for one of them, or for planning a slide
+from medray.types import Row, UInt8
 
 
 def ingest(
@@ -80,6 +70,7 @@ def ingest(
     splits: str | None = None,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
+    executor: Executor = "ray",
 ) -> Summary:
     """Turn slides and their annotations into a dataset of zarr-tiled patches.
 
@@ -100,6 +91,7 @@ def ingest(
         splits: CSV (slide,split) that says train, val or test itself.
         fractions: Shares of slides in train, val and test.
         seed: Decides the splits.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, OUT was made with other settings, or another
@@ -122,7 +114,7 @@ def ingest(
             fractions=fractions,
             seed=seed,
         )
-        return _ingest(wanted, matched, settings, out, assign, check)
+        return _ingest(wanted, matched, settings, out, assign, executor, check)
 
 
 def _ingest(
@@ -131,72 +123,46 @@ def _ingest(
     settings: DatasetSettings,
     out: str,
     assign_splits: Callable[[Ledger], None],
+    executor: Executor,
     check: Callable[[], None],
 ) -> Summary:
     # The regions of all slides become patches.parquet at the end.
     ledger = Ledger(out, keep_finished=True)
-    todo = changed_slides(wanted, ledger, matched)
-    log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
-    start = time.perf_counter()
-    commit = Commit(ledger, _slide_row)
-    if todo:
-        log_copies(row["uri"] for row in todo)
-        cluster.connect()
-        start = time.perf_counter()
-        plan = functools.partial(_plan, settings=settings, out=out)
-        finish = functools.partial(_finish, out=out)
-        with (
-            Progress("ingest", len(todo)) as progress,
-            keeping(ledger),
-            start_workers(plan, finish, len(todo), _TIMEOUT_S) as workers,
-            _start_cutters(settings, out) as cutters,
-        ):
-            schedule(todo, workers, cutters, commit, progress, _BATCH, check)
+    summary = run_stage(
+        stage_of(settings, out),
+        wanted,
+        ledger,
+        annotations=matched,
+        executor=executor,
+        check=check,
+    )
     assign_splits(ledger)
     _write_patches(out, ledger)
     ledger.close()
-    skipped = len(wanted) - len(todo)
-    return commit.summary(out, skipped, time.perf_counter() - start)
+    return summary
 
 
-class _Cutter:
-    """Reads, labels and writes regions."""
-
-    def __init__(self, settings: DatasetSettings, out: str) -> None:
-        """Take what all regions share."""
-        bound_memory()
-        self._settings, self._out = settings, out
-
-    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """Cut regions one after the other."""
-        for row in rows:
-            for _ in fetch(row["uri"]) if row.get("copied") else ():
-                yield []
-            yield [_cut(row, self._settings, self._out)]
-
-
-def _start_cutters(settings: DatasetSettings, out: str) -> Pool:
-    """Start a cutter a core; they leave room for the slide workers."""
-    actor = ray.remote(_Cutter).options(num_cpus=0.75)
-    start = functools.partial(actor.remote, settings, out)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return Pool(start, "work", max(1, cpus), timeout=lambda _: _TIMEOUT_S)
+def stage_of(settings: DatasetSettings, out: str) -> Stage:
+    """Return what ingest does with slides."""
+    return Stage(
+        name="ingest",
+        out=out,
+        plan=functools.partial(_plan_slide, settings=settings),
+        create=functools.partial(_create_slide, settings=settings, out=out),
+        read=functools.partial(_read, settings=settings),
+        write=functools.partial(_write, settings=settings, out=out),
+        finish=functools.partial(_finish, out=out),
+        slide_row=_slide_row,
+    )
 
 
 # --- plan -----------------------------------------------------------------------------
 
 
-def _plan(row: Row, settings: DatasetSettings, out: str) -> tuple[Row, list[Row]]:
-    """Give a slide's header and the regions that are to be cut."""
-    cut = functools.partial(_plan_slide, settings=settings)
-    make = functools.partial(_create_slide, settings=settings, out=out)
-    return plan_one(row, out, cut, make)
-
-
 def _plan_slide(
     header: Row, slide: Slide, settings: DatasetSettings
 ) -> tuple[Row, list[Row]]:
-    """Give a slide's facts, and its regions that hold tissue or annotation."""
+    """Return a slide's facts, and its regions that hold tissue or annotation."""
     check_readable(slide)
     height, width = slide.levels[0].height, slide.levels[0].width
     marks = Annotation([], [], ())
@@ -304,54 +270,58 @@ def _create_slide(header: Row, settings: DatasetSettings, out: str) -> None:
 # --- cut ------------------------------------------------------------------------------
 
 
-def _cut(row: Row, settings: DatasetSettings, out: str) -> Row:
-    """Read, label and write one region; give its `record`, or an `error`."""
+def _read(row: Row, settings: DatasetSettings) -> tuple[Row, dict[str, UInt8]]:
+    """Read and label one region.
+
+    Returns:
+        The row with the tissue of its patches; and `pixels` (height, width, 3),
+        `labels` and `known` (height, width; 0: no label is known there), uint8.
+    """
     start = time.time()
     region = Rectangle(*row["region"])
     place = {"y": region.y, "x": region.x}
     place |= {"height": region.height, "width": region.width}
-    try:
-        slide = opened(row)
-        pixels, damaged, why = read_readable(slide, **place)
-        labels = np.zeros(pixels.shape[:2], np.uint8)
-        known = np.ones(pixels.shape[:2], np.uint8)
-        if row["annotated"]:
-            size = (row["height"], row["width"])
-            marks = _marks(
-                row["annotation"], row["uri"], row["digest"], *size, settings
-            )
-            labels = rasterise(marks.areas, settings.classes, **place)
-            if row["partly"]:
-                known = rasterise(marks.extent, AnyClass(), **place)
-        # What was never seen is no background: no patch that touches it is listed.
-        unreadable = []
-        for y, x, height, width in damaged:
-            labels[y : y + height, x : x + width] = 0
-            known[y : y + height, x : x + width] = 0
-            unreadable.append([region.y + y, region.x + x, height, width])
-        tissue = row["tissue"]
-        if tissue is None:
-            size = (region.height, region.width)
-            tissue = tissue_share(ArraySlide(pixels), *size, settings.patch).tolist()
-    except (MedrayError, OSError) as error:
-        return failure(error, "slides")
-    except MemoryError as error:
-        return {"error": too_large(row, error)}
-    record: Row = {"unreadable": unreadable, "why": why} if unreadable else {}
-    try:
-        uri = slide_uri(out, row["slide"])
-        written = [(uri, ome_zarr.write_region(uri, region, np.moveaxis(pixels, 2, 0)))]
-        if row["annotated"]:
-            uri = labels_uri(out, row["slide"])
-            written.append((uri, ome_zarr.write_region(uri, region, labels)))
-        if row["regions"] == 1:
-            _finish(row | {"records": {row["index"]: record}}, out)
-    except (MedrayError, OSError) as error:
-        return failure(error, "run")
-    patches = list(_count_patches(region, labels, known, tissue, settings))
-    times = {"cut_at": start, "cut_s": time.time() - start}
-    shards = digests_below(out, written)
-    return {"record": record | {"patches": patches, "files": shards} | times}
+    pixels, damaged, why = read_readable(opened(row), **place)
+    labels = np.zeros(pixels.shape[:2], np.uint8)
+    known = np.ones(pixels.shape[:2], np.uint8)
+    if row["annotated"]:
+        size = (row["height"], row["width"])
+        marks = _marks(row["annotation"], row["uri"], row["digest"], *size, settings)
+        labels = rasterise(marks.areas, settings.classes, **place)
+        if row["partly"]:
+            known = rasterise(marks.extent, AnyClass(), **place)
+    # What was never seen is no background: no patch that touches it is listed.
+    unreadable = []
+    for y, x, height, width in damaged:
+        labels[y : y + height, x : x + width] = 0
+        known[y : y + height, x : x + width] = 0
+        unreadable.append([region.y + y, region.x + x, height, width])
+    tissue = row["tissue"]
+    if tissue is None:
+        size = (region.height, region.width)
+        tissue = tissue_share(ArraySlide(pixels), *size, settings.patch).tolist()
+    row = row | {"cut_at": start, "tissue": tissue}
+    if unreadable:
+        row |= {"unreadable": unreadable, "why": why}
+    return row, {"pixels": pixels, "labels": labels, "known": known}
+
+
+def _write(
+    row: Row, arrays: dict[str, UInt8], settings: DatasetSettings, out: str
+) -> Row:
+    """Write what was read of one region; give its record."""
+    region = Rectangle(*row["region"])
+    uri, pixels = slide_uri(out, row["slide"]), np.moveaxis(arrays["pixels"], 2, 0)
+    written = [(uri, ome_zarr.write_region(uri, region, pixels))]
+    if row["annotated"]:
+        uri = labels_uri(out, row["slide"])
+        written.append((uri, ome_zarr.write_region(uri, region, arrays["labels"])))
+    labels, known, tissue = arrays["labels"], arrays["known"], row["tissue"]
+    record: Row = {name: row[name] for name in ("unreadable", "why") if name in row}
+    record["patches"] = [*_count_patches(region, labels, known, tissue, settings)]
+    record["files"] = digests_below(out, written)
+    seconds = time.time() - row["cut_at"]
+    return record | {"cut_at": row["cut_at"], "cut_s": seconds}
 
 
 def _count_patches(

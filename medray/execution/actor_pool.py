@@ -22,9 +22,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from medray.errors import MedrayError
+from medray.errors import LostError, MedrayError
 from medray.execution import cluster
-from medray.types import Row
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class _Actor:
 @dataclass
 class _Call:
     actor: _Actor
-    rows: list[Row]  # that have no result yet
+    rows: list[Any]  # that have no result yet
     lost_on: tuple[str, ...]  # nodes on which an actor died that had them at hand
     since: float  # when it last gave a result
 
@@ -80,7 +79,7 @@ class Pool:
         *,
         most: int = 0,
         calls: int = 1,
-        timeout: Callable[[Row], float] | None = None,
+        timeout: Callable[[Any], float] | None = None,
     ) -> None:
         """Start the actors.
 
@@ -99,8 +98,8 @@ class Pool:
         self._starting: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
         self._leaving: list[_Actor] = []
-        self._queue: deque[list[Row]] = deque()
-        self._again: deque[tuple[Row, tuple[str, ...]]] = deque()
+        self._queue: deque[list[Any]] = deque()
+        self._again: deque[tuple[Any, tuple[str, ...]]] = deque()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
         self.start_s = self.there_s = 0.0
@@ -146,12 +145,12 @@ class Pool:
         if self.size < self._most:
             self._start_actor()
 
-    def give(self, rows: list[Row]) -> None:
+    def give(self, rows: list[Any]) -> None:
         """Give rows to the next actor that can take them."""
         self._queue.append(rows)
         self._start_calls()
 
-    def take(self, ready: Any) -> list[tuple[Row, Any]]:
+    def take(self, ready: Any) -> list[tuple[Any, Any]]:
         """Take what is ready of what is awaited.
 
         Returns:
@@ -161,7 +160,7 @@ class Pool:
             MedrayError: The actors die, whatever they are given.
             Exception: What the method raised.
         """
-        found: list[tuple[Row, Any]] = []
+        found: list[tuple[Any, Any]] = []
         try:
             if ready in self._starting:
                 ray.get(ready)
@@ -262,7 +261,7 @@ class Pool:
         can = [a for a in self._actors if a.calls <= most and not a.alone]
         return min(can, key=lambda actor: actor.calls, default=None)
 
-    def _call(self, actor: _Actor, rows: list[Row], lost_on: tuple[str, ...]) -> None:
+    def _call(self, actor: _Actor, rows: list[Any], lost_on: tuple[str, ...]) -> None:
         method = getattr(actor.handle, self._method)
         call = method.options(num_returns="streaming").remote(rows)
         self._calls[call] = _Call(actor, rows, lost_on, time.monotonic())
@@ -274,7 +273,7 @@ class Pool:
         self._dismiss(ended.actor)
         return ended
 
-    def _lost(self, call: _Call, error: RayError) -> list[tuple[Row, Any]]:
+    def _lost(self, call: _Call, error: RayError) -> list[tuple[Any, Any]]:
         """Replace a dead actor; do again what it held, or give it up."""
         why = call.actor.hung or why_lost(error)
         if call.actor in self._actors:  # the first of its calls to tell
@@ -286,7 +285,8 @@ class Pool:
             sum(not cluster.is_gone(node) for node in lost_on) >= _TRIES
             or len(lost_on) >= _MOST_TRIES
         ):
-            return [(row, LostError(why)) for row in call.rows]
+            said = f"{why}, three times"
+            return [(row, LostError(said)) for row in call.rows]
         self._again.extend((row, lost_on) for row in call.rows)
         return []
 
@@ -300,10 +300,6 @@ class Pool:
             )
         ray.kill(actor.handle)  # it may only be out of reach
         self._start_actor()
-
-
-class LostError(Exception):
-    """So many processes were lost with a row at hand that it is given up."""
 
 
 def _one_line(error: Exception) -> str:
@@ -324,7 +320,7 @@ def why_lost(error: RayError) -> str:
 
 def poll(
     *pools: Pool, wait: bool = True, seconds: float = 1.0
-) -> list[tuple[Pool, Row, Any]]:
+) -> list[tuple[Pool, Any, Any]]:
     """Take results of several pools as they come: (pool, row, result).
 
     Args:

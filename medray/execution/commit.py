@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import ConfigError, MedrayError, SlideError, StoreError
-from medray.execution.failures import failure, too_large
+from medray.errors import ConfigError, MedrayError, SlideError, StoppedError, StoreError
 from medray.execution.progress import Progress
-from medray.slides import Slide, opened
+from medray.execution.stage import HEADER, OVERRIDES
 from medray.slides.discovery import SlideFile
 from medray.slides.fingerprint import fingerprint_of, slide_digest
-from medray.slides.resolution import MPP_COLUMNS
-from medray.slides.staged import StagedSlide
 from medray.storage import files
 from medray.storage.ledger import Ledger, slide_key
 from medray.types import Row
@@ -33,12 +30,6 @@ log = logging.getLogger(__name__)
 
 # So many slides or regions in succession that storage does not give are no accident.
 _MOST_UNREACHED = 10
-
-GIVEN = ("given_mpp", "scene", "plane")
-"""What a slide's row tells of what the user said of it; see `SlideFile`."""
-
-HEADER = -1
-"""Index of the row that speaks for a slide, not for one of its regions."""
 
 
 @dataclass(frozen=True)
@@ -172,125 +163,6 @@ def _check_same_slide(file: SlideFile, before: Row | None) -> None:
         )
 
 
-def plan_one(
-    row: Row,
-    out: str,
-    cut: Callable[[Row, Slide], tuple[Row, list[Row]]],
-    make: Callable[[Row], None] = lambda _: None,
-) -> tuple[Row, list[Row]]:
-    """Plan a slide: its header, and the regions that are yet to be done.
-
-    Args:
-        row: Of the slide, from `changed_slides`.
-        out: The stage's folder.
-        cut: Gives the facts and all regions of a slide, from its header and itself.
-        make: Makes the empty stores of a slide, from its header with its facts.
-
-    Returns:
-        The header has an `error` where the slide cannot be planned, and `unchanged`,
-        its finished row, where it is what it was though somebody touched it.
-    """
-    names = ("slide", "uri", "annotation", "fingerprint", *GIVEN)
-    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
-    try:
-        digest = slide_digest(row["uri"])
-        digest += SlideFile("", "", *(row[name] for name in GIVEN)).given
-        if row["annotation"]:
-            digest += f"+{slide_digest(row['annotation'])}"
-        header["digest"] = digest
-        before = json.loads(row["before"])
-        if before and before["digest"] == digest:
-            unchanged = before | {name: row[name] for name in names}
-            return header | {"unchanged": unchanged}, []
-        slide = opened(row)
-        facts, regions = cut(header, slide)
-        if isinstance(slide, StagedSlide):  # who reads it has its copy made first
-            facts = facts | {"copied": True}
-            regions = [region | {"copied": True} for region in regions]
-        try:
-            make(header | facts)
-            regions = missing_regions(row, digest, regions, out)
-        except StoreError as error:
-            return header | failure(error, "run"), []
-    except (MedrayError, OSError) as error:
-        return header | failure(error, "slides"), []
-    except MemoryError as error:
-        return header | {"error": too_large(row, error)}, []
-    return header | facts | {"todo": len(regions)}, regions
-
-
-def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
-    """Give the regions of a slide that are yet to be done.
-
-    What is committed is believed only as far as its shards are there: somebody may
-    have removed them, or the slide was another one in between.
-
-    Args:
-        row: Of the slide, from `changed_slides`.
-        digest: What the slide is now.
-        regions: All its regions.
-        out: The stage's folder.
-    """
-    committed = row["committed"]
-    if committed["digest"] != digest:
-        return regions
-    shards: dict[int, list[str]] = committed["shards"]
-    folders = {_folder_of(path) for paths in shards.values() for path in paths}
-    stored = {
-        f"{folder}/{name}"
-        for folder in folders
-        for name in files.list_files(files.join(out, folder))
-    }
-    done = {index for index, paths in shards.items() if stored.issuperset(paths)}
-    return [region for region in regions if region["index"] not in done]
-
-
-def _folder_of(path: str) -> str:
-    """Give the store that a file is part of, or else its folder."""
-    store, inside, _ = path.partition(".zarr/")
-    return f"{store}.zarr" if inside else path.rpartition("/")[0]
-
-
-# What a slide's row tells of how it was read.
-WORKING = (
-    "level",
-    "scale",
-    "downsample",
-    "mpp",
-    *MPP_COLUMNS,
-    "height",
-    "width",
-    "level0_height",
-    "level0_width",
-    "regions",
-    "note",
-)
-
-
-def start_row(header: Row, regions: list[Row]) -> Row:
-    """Begin the row of a slide that a model has looked at.
-
-    Args:
-        header: The slide's facts.
-        regions: Records of its regions.
-
-    Returns:
-        `WORKING`, how long its regions took, and when the first was read and the last
-        written; seconds.
-    """
-    row = {key: header[key] for key in WORKING}
-    for part in ("read_s", "predict_s", "waited_s", "write_s"):
-        row[part] = sum(region.get(part, 0.0) for region in regions)
-    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
-    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
-    return row
-
-
-def add_note(row: Row, said: str) -> None:
-    """Add to what the user should know of a slide."""
-    row["note"] = f"{row['note']}; {said}" if row["note"] else said
-
-
 @dataclass
 class _Slide:
     """What has arrived of one slide."""
@@ -404,12 +276,13 @@ class Commit:
         if row.get("storage") == "run" or self._unreached == _MOST_UNREACHED:
             raise StoreError(row["error"])
 
-    def in_words(self) -> str:
-        """Say what is kept."""
+    def stopped(self, signal: int) -> StoppedError:
+        """Return what says that a signal ended the stage, and what is kept."""
         under_way = sum(slide.arrived > 0 for slide in self._slides.values())
-        return (
+        return StoppedError(
+            signal,
             f"{self.done} slides are finished and {self.regions} regions computed by "
-            f"this command are kept, {under_way} slides are under way"
+            f"this command are kept, {under_way} slides are under way",
         )
 
     def close(self, progress: Progress) -> None:
@@ -446,7 +319,7 @@ def _outcome(header: Row, status: str, message: str) -> Row:
         "digest": header.get("digest"),
         "fingerprint": header["fingerprint"],
         "annotation": header.get("annotation", ""),
-        **{name: header.get(name) for name in GIVEN},
+        **{name: header.get(name) for name in OVERRIDES},
         "finished_at": now,
         "committed_at": time.time(),
     }

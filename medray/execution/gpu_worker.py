@@ -19,10 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
 import ray
 from ray.util.metrics import Counter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,37 +28,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
 from medray.execution.region_io import RegionIO
+from medray.execution.stage import Layers, Stage, not_finite, outcome
 from medray.slides.cache import fetch
 from medray.types import Row, UInt8
-
-Layers = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What GPU workers do with regions, as functions of modules, which Ray can send.
-
-    Attributes:
-        load: Gives, of a number of threads, what predicts: it has `warm_up()`, and
-            `predict` gives a result with `finite` for each of a stream of sources, in
-            their order.
-        read: Gives a region's row and its pixels, None where there is nothing to
-            predict; runs in a process without torch.
-        source: Gives of a row and its pixels what is predicted, and may add to the row.
-        layers: Gives the arrays of a result that are written, by name.
-        write: Writes them; gives the row with a `record` or an `error`. It runs where
-            `read` runs.
-        read_bytes: How many bytes of pixels a region has.
-        timeout: Seconds that reading or writing a region may take.
-    """
-
-    load: Callable[[int], Any]
-    read: Callable[[Row], tuple[Row, UInt8 | None]]
-    source: Callable[[Row, UInt8], Any]
-    layers: Callable[[Any], Layers]
-    write: Callable[[Row, Layers], Row]
-    read_bytes: Callable[[Row], int]
-    timeout: float
 
 
 def gpu_worker_resources() -> dict[str, float]:
@@ -77,7 +47,7 @@ def gpu_worker_resources() -> dict[str, float]:
     return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + io_workers}
 
 
-def start_gpu_workers(work: Work, slides: int) -> Pool:
+def start_gpu_workers(stage: Stage, slides: int) -> Pool:
     """Start a GPU worker for each device that is there, but no more than slides.
 
     Where GPUs come on request there may be none yet: then for one. More are asked for
@@ -87,9 +57,9 @@ def start_gpu_workers(work: Work, slides: int) -> Pool:
     actor = ray.remote(GpuWorker).options(
         **gpu_worker_resources(), max_concurrency=memory.BATCHES
     )
-    start = functools.partial(actor.remote, work)
+    start = functools.partial(actor.remote, stage)
     # A GPU worker answers for each region of a batch, or ends itself what hangs.
-    timeout = 2 * 16 * work.timeout
+    timeout = 2 * 16 * stage.timeout
     return Pool(
         start,
         "work",
@@ -101,7 +71,6 @@ def start_gpu_workers(work: Work, slides: int) -> Pool:
 
 
 _LOOK_S = 1.0  # for a notice that the node goes
-_OUTCOME = ("record", "error", "storage", "lost")
 
 
 class GpuWorker:
@@ -112,15 +81,16 @@ class GpuWorker:
     first are written.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, stage: Stage) -> None:
         """Start to load the models onto the device, and the processes that read."""
-        self._do = work
+        assert stage.device is not None
+        self._device = stage.device
         gpu = bool(ray.get_gpu_ids())
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._loading = self._device.submit(self._load)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._loading = self._thread.submit(self._load)
         self._ahead_bytes = memory.AHEAD_BYTES[gpu]
         self._group = 8 if gpu else 1
-        self._io_workers = _IoWorkers(gpu)
+        self._io_workers = _IoWorkers(stage, gpu)
         self._notice = _Notice()
         self._lost: dict[str, str] = {}  # slides whose regions end processes, and how
         self._regions = Counter("medray_regions", "Regions predicted.")
@@ -131,7 +101,7 @@ class GpuWorker:
         )
 
     def _load(self) -> Any:
-        predictor = self._do.load(cluster.cpus_per_node())
+        predictor = self._device.load(cluster.cpus_per_node())
         predictor.warm_up()
         return predictor
 
@@ -150,8 +120,7 @@ class GpuWorker:
                 yield []
         outcomes: list[Row | None] = []
         for row in self._work(rows):
-            done = {k: row[k] for k in _OUTCOME if k in row}
-            outcomes.append(None if "left" in row else done)
+            outcomes.append(None if "left" in row else outcome(row))
             if len(outcomes) == self._group:
                 yield outcomes
                 outcomes = []
@@ -162,13 +131,13 @@ class GpuWorker:
         ahead = _ReadAhead(
             self._io_workers,
             rows,
-            self._do,
+            self._device.read_bytes,
             self._ahead_bytes,
             self._lost,
             self._notice,
         )
         predicted: queue.Queue[Any] = queue.Queue(memory.UNWRITTEN // 3)
-        predicting = self._device.submit(self._predict, ahead, predicted)
+        predicting = self._thread.submit(self._predict, ahead, predicted)
         writes: deque[tuple[Row, Any]] = deque()
         more = True
         while more or writes:
@@ -207,7 +176,7 @@ class GpuWorker:
                 if pixels is not None:
                     self._waited.inc(waited)
                     row["waited_s"] = waited
-                    yield self._do.source(row, pixels)
+                    yield self._device.source(row, pixels)
 
         def passed_through() -> Iterator[tuple[Row, Layers]]:
             while waiting and not waiting[0][1]:
@@ -221,16 +190,15 @@ class GpuWorker:
             self._regions.inc()
             self._pixels.inc(row["region"][2] * row["region"][3])
             if not result.finite:
-                row = row | {"error": _not_finite(row), "lost": True}
-            yield row, self._do.layers(result)
+                row = row | not_finite(row)
+            yield row, self._device.layers(result)
             start = time.perf_counter()
         yield from passed_through()
 
     def _start_writing(self, row: Row, layers: Layers) -> Any:
         if "error" in row or "left" in row:
             return None
-        do = self._do
-        return self._io_workers.start("write", do.timeout, do.write, row, layers)
+        return self._io_workers.start("write", row, layers)
 
     def _outcome(self, row: Row, write: Any) -> Row:
         if write is not None:
@@ -242,13 +210,6 @@ class GpuWorker:
         if "error" in row:
             self._failures.inc()
         return row
-
-
-def _not_finite(row: Row) -> str:
-    return (
-        f"{row['uri']}: quarantined: the model gives NaN or infinity in region "
-        f"{row['region']}; try --precision float32, or look at what is special there"
-    )
 
 
 def _is_ready(write: Any) -> bool:
@@ -278,7 +239,8 @@ class _IoWorkers:
     region.
     """
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, stage: Stage, gpu: bool) -> None:
+        self._stage = stage
         # On the GPU worker's own node, so that pixels go through shared memory.
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
@@ -286,25 +248,25 @@ class _IoWorkers:
         actor = ray.remote(RegionIO).options(
             num_cpus=0, max_restarts=-1, scheduling_strategy=here
         )
-        self._actors = [actor.remote() for _ in range(memory.io_workers_of(gpu))]
+        self._actors = [actor.remote(stage) for _ in range(memory.io_workers_of(gpu))]
         # Readers and writers take turns from opposite ends.
         self._turns = {
             "read": itertools.cycle(self._actors),
             "write": itertools.cycle(reversed(self._actors)),
         }
 
-    def start(self, name: str, timeout: float, *args: Any) -> _Started:
-        """Start to `read` or to `write`; each may take so many seconds."""
-        return _Started(name, timeout, args, next(self._turns[name]))
+    def start(self, name: str, *args: Any) -> _Started:
+        """Start to `read` or to `write`."""
+        return _Started(self._stage, name, args, next(self._turns[name]))
 
 
 class _Started:
     """Work that was given to a worker."""
 
     def __init__(
-        self, name: str, timeout: float, args: tuple[Any, ...], io_worker: Any
+        self, stage: Stage, name: str, args: tuple[Any, ...], io_worker: Any
     ) -> None:
-        self._name, self._timeout, self._args = name, timeout, args
+        self._stage, self._name, self._args = stage, name, args
         self._returns = 2 if name == "read" else 1
         self._io_worker = io_worker
         method = getattr(io_worker, name)
@@ -324,7 +286,7 @@ class _Started:
             ray.exceptions.RayError: That one died too, or hangs.
         """
         try:
-            return ray.get(self._ref, timeout=self._timeout)
+            return ray.get(self._ref, timeout=self._stage.timeout)
         except ray.exceptions.GetTimeoutError:
             ray.kill(self._io_worker, no_restart=False)
         except ray.exceptions.RayError:
@@ -332,18 +294,18 @@ class _Started:
         alone = (
             ray.remote(_alone)
             .options(num_cpus=0, max_retries=0, num_returns=self._returns)
-            .remote(self._name, self._args)
+            .remote(self._stage, self._name, self._args)
         )
         try:
-            return ray.get(alone, timeout=self._timeout)
+            return ray.get(alone, timeout=self._stage.timeout)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(alone[0] if isinstance(alone, list) else alone, force=True)
             raise
 
 
-def _alone(name: str, args: tuple[Any, ...]) -> Any:
+def _alone(stage: Stage, name: str, args: tuple[Any, ...]) -> Any:
     """Read or write in a process of its own."""
-    return getattr(RegionIO(), name)(*args)
+    return getattr(RegionIO(stage), name)(*args)
 
 
 class _ReadAhead:
@@ -353,12 +315,13 @@ class _ReadAhead:
         self,
         io_workers: _IoWorkers,
         rows: list[Row],
-        work: Work,
+        read_bytes: Callable[[Row], int],
         ahead_bytes: int,
         lost: dict[str, str],
         notice: _Notice,
     ) -> None:
-        self._io_workers, self._do, self._lost = io_workers, work, lost
+        self._io_workers, self._lost = io_workers, lost
+        self._read_bytes = read_bytes
         self._notice = notice
         self._todo = deque(rows)
         self._under_way: deque[tuple[Row, Any]] = deque()
@@ -370,11 +333,10 @@ class _ReadAhead:
             if self._notice:
                 return
             row = self._todo.popleft()
-            do = self._do
-            self._free -= do.read_bytes(row)
+            self._free -= self._read_bytes(row)
             reading = None
             if row["slide"] not in self._lost:
-                reading = self._io_workers.start("read", do.timeout, do.read, row)
+                reading = self._io_workers.start("read", row)
             self._under_way.append((row, reading))
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
@@ -383,7 +345,7 @@ class _ReadAhead:
             row, reading = self._under_way.popleft()
             start = time.perf_counter()
             pixels: UInt8 | None = None
-            self._free += self._do.read_bytes(row)
+            self._free += self._read_bytes(row)
             slide = row["slide"]
             try:
                 if reading is not None and slide not in self._lost:

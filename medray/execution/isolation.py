@@ -20,13 +20,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from medray.execution.failures import bound_memory
+from medray.errors import LostError
+from medray.slides.limits import bound_memory
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the parent is the thread of the call
-
-
-class LostError(Exception):
-    """The process of a call ended, or took too long."""
 
 
 class Isolated:

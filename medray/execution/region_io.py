@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from medray.execution.failures import bound_memory
-from medray.types import Row, UInt8
+from medray.execution.stage import Layers, Stage, read_region, write_region
+from medray.slides.limits import bound_memory
+from medray.types import Row
 
 
 class RegionIO:
     """Both ways in a process that stays: its imports and its open slides remain."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: Stage) -> None:
         """Bound what a hostile file can make a decoder allocate."""
         bound_memory()
+        self._stage = stage
 
-    def read(self, read: Callable[..., Any], row: Row) -> tuple[Row, UInt8 | None]:
-        """Read a region as, for example, `read_region` does."""
-        result: tuple[Row, UInt8 | None] = read(row)
-        return result
+    def read(self, row: Row) -> tuple[Row, Any]:
+        """Read a region."""
+        return read_region(self._stage, row)
 
-    def write(self, write: Callable[..., Row], row: Row, layers: Row) -> Row:
-        """Write a region's arrays as, for example, `write_region` does."""
-        return write(row, layers)
+    def write(self, row: Row, layers: Layers) -> Row:
+        """Write a region's arrays."""
+        return write_region(self._stage, row, layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections import deque
@@ -13,15 +12,22 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from medray.errors import StoreError
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
-from medray.execution.commit import HEADER, Commit
-from medray.execution.failures import bound_memory, failure
+from medray.execution.commit import Commit
+from medray.execution.gpu_worker import start_gpu_workers
 from medray.execution.progress import Progress
-from medray.execution.signals import StoppedError, stopping
+from medray.execution.signals import stopping
+from medray.execution.stage import (
+    HEADER,
+    Stage,
+    do_region,
+    finish_slide,
+    outcome,
+    plan_slide,
+)
 from medray.slides.cache import fetch, fetch_if_copied
-from medray.storage.ledger import Ledger
+from medray.slides.limits import bound_memory
 from medray.types import Row
 
 # Regions that show how fast they go, after as many that waited for the model, too.
@@ -33,14 +39,10 @@ _GRACE_S = 15.0
 class SlideWorker:
     """Does what concerns a whole slide: plans it before, finishes it after."""
 
-    def __init__(
-        self,
-        plan: Callable[[Row], tuple[Row, list[Row]]],
-        finish: Callable[[Row], Row],
-    ) -> None:
-        """Take how it is done."""
+    def __init__(self, stage: Stage) -> None:
+        """Take what is done."""
         bound_memory()
-        self._plan, self._finish = plan, finish
+        self._stage = stage
 
     def work(self, rows: list[Row]) -> Iterator[list[Any]]:
         """Plan rows of slides, as (header, regions); finish headers."""
@@ -50,56 +52,88 @@ class SlideWorker:
                     row["uri"], row.get("scene"), row.get("plane")
                 ):
                     yield []
-                yield [self._plan(row)]
+                yield [plan_slide(self._stage, row)]
                 continue
             for _ in fetch(row["uri"]) if row.get("copied") else ():
                 yield []
-            try:
-                yield [self._finish(row)]
-            except Exception as error:  # whatever it is, it is this slide's alone
-                yield [failure(error, "run")]
+            yield [finish_slide(self._stage, row)]
 
 
-def start_workers(
-    plan: Callable[[Row], tuple[Row, list[Row]]],
-    finish: Callable[[Row], Row],
-    slides: int,
-    timeout: float,
-) -> Pool:
+class RegionWorker:
+    """Reads and writes regions of a stage that needs no device."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Take what is done."""
+        bound_memory()
+        self._stage = stage
+
+    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Do regions one after the other."""
+        for row in rows:
+            for _ in fetch(row["uri"]) if row.get("copied") else ():
+                yield []
+            yield [outcome(do_region(self._stage, row))]
+
+
+def _start_slide_workers(stage: Stage, slides: int) -> Pool:
     """Start the slide workers: one for every four cores, none without a slide.
 
     Where nodes come on request there may be no core yet: they may grow to one for each
     GPU worker.
-
-    Args:
-        plan: Gives a slide's (header, regions to do).
-        finish: Gives what finishing adds to a header; it may raise.
-        slides: How many there are.
-        timeout: Seconds that planning may take, or finishing a region's share.
     """
     start = functools.partial(
-        ray.remote(SlideWorker).options(num_cpus=0.25).remote, plan, finish
+        ray.remote(SlideWorker).options(num_cpus=0.25).remote, stage
     )
     cpus = int(ray.cluster_resources().get("CPU", 1))
 
     def allowed(row: Row) -> float:
         # What is finished takes longer the more regions it has.
-        return timeout * max(1, len(row.get("records", ())))
+        return stage.timeout * max(1, len(row.get("records", ())))
 
     slide_workers = max(1, min(cpus // 4, slides))
     most = min(cluster.gpu_workers(), slides)
     return Pool(start, "work", slide_workers, most=most, timeout=allowed)
 
 
-@contextlib.contextmanager
-def keeping(ledger: Ledger) -> Iterator[None]:
-    """Keep what is committed, whatever ends the work."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(StoreError):
-            ledger.flush()
-        raise
+def _start_region_workers(stage: Stage, slides: int) -> Pool:
+    """Start those who do regions: a GPU worker a device, or else a process a core."""
+    if stage.device is not None:
+        return start_gpu_workers(stage, slides)
+    # They leave room for the slide workers.
+    actor = ray.remote(RegionWorker).options(num_cpus=0.75)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    start = functools.partial(actor.remote, stage)
+    return Pool(start, "work", max(1, cpus), timeout=lambda _: stage.timeout)
+
+
+def run_on_ray(
+    stage: Stage,
+    todo: list[Row],
+    commit: Commit,
+    progress: Progress,
+    check: Callable[[], None],
+) -> None:
+    """Run a stage over slides on the Ray cluster that this process is connected to.
+
+    Args:
+        stage: What is done.
+        todo: A row for each slide.
+        commit: Is told of everything.
+        progress: Shows it.
+        check: Raises if it may not go on.
+
+    Raises:
+        StoppedError: SIGTERM or Ctrl-C.
+        MedrayError: Storage fails, or the processes do whatever they are given.
+    """
+    batch = stage.batch
+    if stage.device is not None:
+        batch = 16 if cluster.gpus() else 8
+    with (
+        _start_slide_workers(stage, len(todo)) as slide_workers,
+        _start_region_workers(stage, len(todo)) as region_workers,
+    ):
+        schedule(todo, slide_workers, region_workers, commit, progress, batch, check)
 
 
 class _Gauges:
@@ -254,7 +288,7 @@ def schedule(
                     slide_workers.busy or region_workers.busy
                 ) and time.monotonic() < deadline:
                     take()
-                raise StoppedError(asked.signal, commit.in_words())
+                raise commit.stopped(asked.signal)
             check()
             # Ahead of the region workers, but not all: gigapixel slides have many
             # regions.
@@ -277,20 +311,19 @@ def schedule(
                     region_workers.give(good)
             if slide_workers.awaited or region_workers.awaited:
                 take()
-    commit.close(progress)
     gauges.update(commit, 0)
 
 
 def _outcome_of(row: Row, result: Any) -> Row:
     if isinstance(result, Exception):
         where = f"{row['uri']}: quarantined: region {row['region']}"
-        return {"error": f"{where}: {result}, three times", "lost": True}
+        return {"error": f"{where}: {result}", "lost": True}
     return dict(result)
 
 
 def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
     if isinstance(result, Exception):
-        why = f"{row['uri']}: quarantined: opening it: {result}, three times"
+        why = f"{row['uri']}: quarantined: opening it: {result}"
         return row | {"index": HEADER, "todo": 0, "error": why}, []
     header, regions = result
     return header, regions

@@ -8,23 +8,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from medray.errors import MedrayError
-
-
-class StoppedError(MedrayError):
-    """A signal ended a stage; running the same command again goes on.
-
-    Attributes:
-        signal: Its number.
-    """
-
-    def __init__(self, number: int, kept: str) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name}: {kept}; run the same command again to go on"
-        )
-        self.signal = number
-
 
 class Stopping:
     """Whether a signal has asked to stop, and which."""

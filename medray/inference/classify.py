@@ -1,7 +1,6 @@
 """Classifiers and images of a dataset -> the logits of each.
 
-An actor for each device has the models loaded and is given one sheet after the other;
-what a dead one held is done again (medray.execution.actor_pool).
+A process for each device keeps the models loaded and gets one sheet after the other.
 """
 
 from __future__ import annotations
@@ -9,18 +8,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
 
 from medray.datasets.dataset import slide_uri
-from medray.errors import MedrayError, StoreError
-from medray.execution import cluster
-from medray.execution.actor_pool import LostError, Pool, poll
+from medray.errors import StoreError
+from medray.execution.rows import map_rows
+from medray.execution.run import Executor
 from medray.models.config import TURNS, Tta
 from medray.storage import files, ome_zarr
 from medray.types import Row
@@ -33,7 +32,11 @@ _TIMEOUT_S = 1200.0  # for a sheet of 4096 images on a slow core
 
 
 def classify(
-    models: Sequence[str], data: str, rows: Sequence[Row], tta: Tta = "none"
+    models: Sequence[str],
+    data: str,
+    rows: Sequence[Row],
+    tta: Tta = "none",
+    executor: Executor = "ray",
 ) -> tuple[list[Row], dict[str, str]]:
     """Run classifiers over images.
 
@@ -42,6 +45,7 @@ def classify(
         data: Dataset of images.
         rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
         tta: Test-time augmentation, as `medray.models.classify` has it.
+        executor: On a Ray cluster, or in this process.
 
     Returns:
         The rows, with `logits` (models, classes) float64 and `truth` (label value)
@@ -50,78 +54,59 @@ def classify(
     Raises:
         MedrayError: A model cannot be loaded, or the store does not answer.
     """
-    cluster.connect()
     by_sheet: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_sheet[row["slide"]].append(row)
-    todo = deque({"sheet": name, "images": by_sheet[name]} for name in sorted(by_sheet))
+    folders = tuple(files.absolute(model) for model in models)
     found: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
-    with _start(models, data, tta, len(by_sheet)) as gpu_workers:
-        while todo or gpu_workers.busy:
-            while todo and gpu_workers.room > 0:
-                gpu_workers.give([todo.popleft()])
-            for _, sheet, result in poll(gpu_workers):
-                name = sheet["sheet"]
-                if isinstance(result, LostError):
-                    result = f"{name}: classifying it: {result}, three times"
-                if isinstance(result, str):
-                    failed[name] = result
-                    log.warning("stage=evaluate sheet=%s failed: %s", name, result)
-                    continue
-                found[name] = [
-                    row | {"logits": logits, "truth": int(np.argmax(row["class_px"]))}
-                    for row, logits in zip(sheet["images"], result, strict=True)
-                ]
+    for (name, images), result in map_rows(
+        functools.partial(_logits, folders, files.absolute(data), tta),
+        sorted(by_sheet.items()),
+        executor=executor,
+        device=True,
+        timeout=_TIMEOUT_S * len(TURNS[tta]),
+    ):
+        if isinstance(result, StoreError):
+            raise result  # is no sheet's fault
+        if isinstance(result, Exception):
+            failed[name] = f"{result}"
+            log.warning("stage=evaluate sheet=%s failed: %s", name, result)
+            continue
+        found[name] = [
+            row | {"logits": logits, "truth": int(np.argmax(row["class_px"]))}
+            for row, logits in zip(images, result, strict=True)
+        ]
     return [row for name in sorted(found) for row in found[name]], failed
 
 
-def _start(models: Sequence[str], data: str, tta: Tta, sheets: int) -> Pool:
-    if cluster.gpus():
-        resources = {"num_gpus": 1.0, "num_cpus": 1.0}
-    else:
-        resources = {"num_cpus": max(0.5, cluster.cpus_per_node() - 1.0)}
-    folders = tuple(files.absolute(model) for model in models)
-    actor = ray.remote(_Classifiers).options(**resources)
-    start = functools.partial(actor.remote, folders, files.absolute(data), tta)
-    gpu_workers = max(1, min(cluster.gpu_workers(), sheets))
-    timeout = _TIMEOUT_S * len(TURNS[tta])
-    return Pool(start, "work", gpu_workers, timeout=lambda _: timeout)
+@functools.lru_cache(maxsize=1)
+def _classifiers(folders: tuple[str, ...], tta: Tta) -> tuple[Any, ...]:
+    """Load the models onto this process's device."""
+    # Imported here: the driver needs no torch.
+    import torch
+
+    from medray.models.classify import load_classifier
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return tuple(load_classifier(folder, tta) for folder in folders)
 
 
-class _Classifiers:
-    """Models on one device."""
-
-    def __init__(self, folders: tuple[str, ...], data: str, tta: Tta) -> None:
-        # Imported here: the driver needs no torch.
-        import torch
-
-        from medray.models.classify import load_classifier
-
-        torch.set_num_threads(cluster.cpus_per_node())
-        self._data = data
-        self._models = [load_classifier(folder, tta) for folder in folders]
-
-    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Give (images, models, classes) logits of each sheet, or why it has none."""
-        for row in rows:
-            try:
-                yield [self._logits(row)]
-            except StoreError:
-                raise  # is no sheet's fault
-            except (MedrayError, OSError) as error:
-                yield [f"{error}"]
-
-    def _logits(self, row: Row) -> Floats:
-        sheet = ome_zarr.open_level(slide_uri(self._data, row["sheet"]))[...]
-        parts = []
-        for images in itertools.batched(row["images"], _BATCH):
-            pixels = np.stack([_cut(sheet, image) for image in images])
-            measures = None
-            if "measures" in images[0]:
-                measures = np.stack([image["measures"] for image in images])
-            parts.append(np.stack([m(pixels, measures) for m in self._models], 1))
-        return np.concatenate(parts)
+def _logits(
+    folders: tuple[str, ...], data: str, tta: Tta, sheet: tuple[str, list[Row]]
+) -> Floats:
+    """Return the logits (images, models, classes) of the images of a sheet."""
+    name, images = sheet
+    models = _classifiers(folders, tta)
+    pixels_of_all = ome_zarr.open_level(slide_uri(data, name))[...]
+    parts = []
+    for some in itertools.batched(images, _BATCH):
+        pixels = np.stack([_cut(pixels_of_all, image) for image in some])
+        measures = None
+        if "measures" in some[0]:
+            measures = np.stack([image["measures"] for image in some])
+        parts.append(np.stack([m(pixels, measures) for m in models], 1))
+    return np.concatenate(parts)
 
 
 def _cut(sheet: npt.NDArray[np.uint8], image: Row) -> npt.NDArray[np.uint8]:

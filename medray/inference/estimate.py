@@ -10,6 +10,7 @@ of the container rather than of the machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import random
@@ -19,13 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from medray.datasets.overrides import with_overrides
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError
 from medray.execution import cluster
-from medray.execution.gpu_worker import gpu_worker_resources
 from medray.execution.memory import check_budget
+from medray.execution.rows import map_rows
 from medray.inference.infer import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
 from medray.inference.plan import count_windows, plan_slide
@@ -124,13 +123,14 @@ def estimate(
     chosen = wanted
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)
-    cluster.connect()
-    plans = _plan_all(chosen, settings, areas)
+    plan = functools.partial(_plan, settings=settings, areas=areas)
+    plans = dict(map_rows(plan, chosen, batch=16))
     # When nothing else needs the cores.
-    measure = ray.remote(_measure).options(**gpu_worker_resources(), max_retries=0)
-    measured = ray.get(measure.remote(settings))
-    failed = {name: error for name, error in plans if isinstance(error, str)}
-    counts = [found for _, found in plans if not isinstance(found, str)]
+    ((_, measured),) = map_rows(_measure, [settings], device=True, timeout=1800)
+    if isinstance(measured, Exception):
+        raise measured
+    failed = {f.slide: f"{e}" for f, e in plans.items() if isinstance(e, Exception)}
+    counts = [plans[f] for f in chosen if not isinstance(plans[f], Exception)]
     if not counts:
         first = next(iter(failed.values()), "no slides")
         raise ConfigError(f"none of the slides can be planned; the first: {first}")
@@ -174,38 +174,20 @@ def estimate(
     return result
 
 
-def _plan_all(
-    chosen: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
-) -> list[tuple[str, Any]]:
-    """Plan slides in Ray tasks, a few each: (slide, counts or what is wrong)."""
-    work = ray.remote(_plan_some).options(num_cpus=0.5)
-    groups = [chosen[first : first + 16] for first in range(0, len(chosen), 16)]
-    found: list[tuple[str, Any]] = []
-    under_way = [work.remote(group, settings, areas) for group in groups]
-    for one in under_way:
-        found += ray.get(one)
-    return found
-
-
-def _plan_some(
-    group: Sequence[SlideFile], settings: RunSettings, areas: dict[str, str]
-) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for file in group:
-        try:
-            with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
-                facts, rows = plan_slide(
-                    slide, settings, areas.get(file.slide, ""), given_mpp=file.mpp
-                )
-        except (MedrayError, OSError) as error:
-            found.append((file.slide, f"{error}"))
-            continue
-        windows = sum(count_windows(facts, row, settings) for row in rows)
-        pixels = sum(row["region"][2] * row["region"][3] for row in rows)
-        counts = {"regions": len(rows), "windows": windows}
-        counts["bytes"] = pixels * kept_layers(settings) * 4 // 3
-        found.append((file.slide, counts))
-    return found
+def _plan(
+    file: SlideFile, settings: RunSettings, areas: dict[str, str]
+) -> dict[str, int]:
+    """Return how many regions and windows a slide has, and the bytes of its mask."""
+    with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
+        facts, rows = plan_slide(
+            slide, settings, areas.get(file.slide, ""), given_mpp=file.mpp
+        )
+    pixels = sum(row["region"][2] * row["region"][3] for row in rows)
+    return {
+        "regions": len(rows),
+        "windows": sum(count_windows(facts, row, settings) for row in rows),
+        "bytes": pixels * kept_layers(settings) * 4 // 3,
+    }
 
 
 def _measure(settings: RunSettings) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,21 +31,11 @@ import numpy as np
 
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
-from medray.execution import cluster
-from medray.execution.commit import (
-    Commit,
-    Summary,
-    add_note,
-    changed_slides,
-    plan_one,
-    start_row,
-)
-from medray.execution.gpu_worker import Layers, Work, start_gpu_workers
-from medray.execution.memory import check_budget
-from medray.execution.progress import Progress
-from medray.execution.scheduler import keeping, schedule, start_workers
+from medray.execution.commit import Summary
+from medray.execution.run import Executor, run_stage
+from medray.execution.stage import Device, Layers, Stage
 from medray.geometry import Rectangle, region_side, region_windows
-from medray.inference.memory import bounds
+from medray.inference.memory import check_memory
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import finish_slide, read_region, write_region
@@ -57,14 +46,14 @@ from medray.inference.run import (
     create_mask,
     open_run,
     raw_uri,
+    start_row,
 )
 from medray.models.config import check_runtime, model_digest, read_config, weights_uri
 from medray.slides import Slide
-from medray.slides.cache import log_copies
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.resolution import working_of
 from medray.storage import files, ome_zarr
-from medray.storage.ledger import Ledger
+from medray.storage.ledger import Ledger, add_note
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
 
@@ -77,6 +66,7 @@ def infer(
     model: str | Sequence[str],
     out: str,
     options: Options | None = None,
+    executor: Executor = "ray",
 ) -> Summary:
     """Segment slides with a model: one OME-Zarr mask a slide in OUT/masks.
 
@@ -88,6 +78,7 @@ def infer(
         model: Model folder, as `medray train` writes it, or several: an ensemble.
         out: Folder of the run; made if needed.
         options: How; by default the model's way.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
@@ -99,51 +90,53 @@ def infer(
     settings = settings_of([model] if isinstance(model, str) else model, options)
     out = files.absolute(out)
     with locked(out, "infer") as check:
-        return _infer(slides, settings, out, check)
+        open_run(out, settings)
+        return _infer(_wanted(slides, options), settings, out, executor, check)
+
+
+def _wanted(slides: Sequence[str | SlideFile], options: Options) -> list[SlideFile]:
+    """Return the slides of a request, with what it says of them."""
+    ready = [slide for slide in slides if isinstance(slide, SlideFile)]
+    named = [slide for slide in slides if isinstance(slide, str)]
+    return with_overrides(
+        ready + (find_slides(named) if named or not ready else []),
+        mpp=options.mpp,
+        scene=options.scene,
+        plane=options.plane,
+    )
 
 
 def _infer(
-    slides: Sequence[str | SlideFile],
+    wanted: list[SlideFile],
     settings: RunSettings,
     out: str,
+    executor: Executor,
     check: Callable[[], None],
 ) -> Summary:
-    options = settings.options
-    open_run(out, settings)
+    wanted, areas = slides_within(wanted, settings.options.within)
+
+    def prepare(todo: list[SlideFile]) -> None:
+        if executor == "ray":
+            check_memory(settings)
+        if settings.options.coarse > 1:
+            _first_pass(todo, settings, out, executor, check)
+
     ledger = Ledger(out)
-    ready = [slide for slide in slides if isinstance(slide, SlideFile)]
-    named = [slide for slide in slides if isinstance(slide, str)]
-    wanted = ready + (find_slides(named) if named or not ready else [])
-    wanted = with_overrides(
-        wanted, mpp=options.mpp, scene=options.scene, plane=options.plane
+    summary = run_stage(
+        stage_of(settings, out),
+        wanted,
+        ledger,
+        annotations=areas,
+        executor=executor,
+        check=check,
+        prepare=prepare,
     )
-    wanted, areas = slides_within(wanted, options.within)
-    todo = changed_slides(wanted, ledger, areas)
-    log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
-    skipped = len(wanted) - len(todo)
-    if not todo:
-        return Summary(out, 0, skipped, {}, 0, 0.0)
-    log_copies(row["uri"] for row in todo)
-    cluster.connect()
-    most, there = bounds(settings)[0], cluster.memory_per_node()
-    check_budget(most, there)
-    log.info(
-        "%d GPU workers, regions of %d px, at most %.1f of %.1f GiB of memory a node",
-        cluster.gpu_workers(),
-        settings.options.region,
-        most / 2**30,
-        there / 2**30,
-    )
-    if options.coarse > 1:
-        names = {row["slide"] for row in todo}
-        coarse = [slide for slide in wanted if slide.slide in names]
-        _first_pass(coarse, settings, out, check)
-    start = time.perf_counter()
-    commit = _work_off("infer", todo, settings, out, ledger, check)
-    _remove_raw(out, settings, ledger)
-    for about, words in against_plan(out, ledger.slides.values()).items():
-        log.info("%s: %s", about, words)
-    return commit.summary(out, skipped, time.perf_counter() - start)
+    ledger.close()
+    if summary.done or summary.failed:
+        _remove_raw(out, settings, ledger)
+        for about, words in against_plan(out, ledger.slides.values()).items():
+            log.info("%s: %s", about, words)
+    return summary
 
 
 def slides_within(
@@ -172,29 +165,25 @@ def slides_within(
     return found, areas
 
 
-def _work_off(
-    stage: str,
-    todo: list[Row],
-    settings: RunSettings,
-    out: str,
-    ledger: Ledger,
-    check: Callable[[], None],
-) -> Commit:
-    """Do the slides and commit them."""
-    commit = Commit(ledger, _slide_row)
-    plan = functools.partial(_plan, settings=settings, out=out)
-    finish = functools.partial(finish_slide, settings, out)
-    timeout = settings.options.timeout
-    with (
-        Progress(stage, len(todo)) as progress,
-        keeping(ledger),
-        start_workers(plan, finish, len(todo), timeout) as workers,
-        start_gpu_workers(_work(settings, out), len(todo)) as gpu_workers,
-    ):
-        batch = 16 if cluster.gpus() else 8
-        schedule(todo, workers, gpu_workers, commit, progress, batch, check)
-    ledger.close()
-    return commit
+def stage_of(settings: RunSettings, out: str, name: str = "infer") -> Stage:
+    """Return what a run does with slides; `name` is shown in its progress."""
+    return Stage(
+        name=name,
+        out=out,
+        plan=functools.partial(_plan, settings=settings, out=out),
+        create=functools.partial(_create, settings=settings, out=out),
+        read=functools.partial(read_region, settings=settings),
+        device=Device(
+            load=functools.partial(_load, settings),
+            source=functools.partial(region_pixels, settings),
+            layers=_layers,
+            read_bytes=functools.partial(_halo_bytes, settings),
+        ),
+        write=functools.partial(write_region, settings=settings, out=out),
+        finish=functools.partial(finish_slide, settings, out),
+        slide_row=_slide_row,
+        timeout=settings.options.timeout,
+    )
 
 
 def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:
@@ -261,6 +250,7 @@ def _first_pass(
     slides: list[SlideFile],
     settings: RunSettings,
     out: str,
+    executor: Executor,
     check: Callable[[], None],
 ) -> None:
     """Predict at a coarser level, to know where it is worth looking closely."""
@@ -275,45 +265,34 @@ def _first_pass(
     out = files.join(out, "coarse")
     open_run(out, coarse)
     ledger = Ledger(out)
-    todo = changed_slides(slides, ledger)
-    if todo:
-        _work_off("coarse", todo, coarse, out, ledger, check)
+    stage = stage_of(coarse, out, "coarse")
+    run_stage(stage, slides, ledger, executor=executor, check=check)
+    ledger.close()
 
 
 # --- plan ----------------------------------------------------------------------------
 
 
-def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
-    """Give a slide's header and the regions to do; its mask is made, empty."""
+def _plan(
+    header: Row, slide: Slide, settings: RunSettings, out: str
+) -> tuple[Row, list[Row]]:
+    """Return a slide's facts and its regions."""
+    coarse = ""
+    if settings.options.coarse > 1:
+        coarse = coarse_mask(out, header["slide"])
+    within, fingerprint = header["annotation"], header["fingerprint"]
+    given = header["given_mpp"]
+    facts, regions = plan_slide(slide, settings, within, coarse, fingerprint, given)
+    return facts | {"classes": settings.classes.names}, regions
 
-    def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
-        coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
-        within, fingerprint = header["annotation"], header["fingerprint"]
-        given = header["given_mpp"]
-        facts, regions = plan_slide(slide, settings, within, coarse, fingerprint, given)
-        return facts | {"classes": settings.classes.names}, regions
 
-    def make(header: Row) -> None:
-        place = header["slide"], header["digest"], working_of(header)
-        create_mask(*place, settings, out)
-
-    return plan_one(row, out, cut, make)
+def _create(header: Row, settings: RunSettings, out: str) -> None:
+    """Make a slide's mask, empty."""
+    place = header["slide"], header["digest"], working_of(header)
+    create_mask(*place, settings, out)
 
 
 # --- predict --------------------------------------------------------------------------
-
-
-def _work(settings: RunSettings, out: str) -> Work:
-    """Say what the run's GPU workers do with a region."""
-    return Work(
-        load=functools.partial(_load, settings),
-        read=functools.partial(read_region, settings=settings),
-        source=functools.partial(region_pixels, settings),
-        layers=_layers,
-        write=functools.partial(write_region, settings=settings, out=out),
-        read_bytes=functools.partial(_halo_bytes, settings),
-        timeout=settings.options.timeout,
-    )
 
 
 def _load(settings: RunSettings, threads: int) -> Any:

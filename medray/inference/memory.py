@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from medray.execution.memory import GPU_WORKER_BYTES, bounds_of
+import logging
+
+from medray.execution import cluster
+from medray.execution.memory import GPU_WORKER_BYTES, bounds_of, check_budget
 from medray.inference.run import RunSettings
+
+log = logging.getLogger(__name__)
 
 
 def kept_layers(settings: RunSettings) -> int:
@@ -31,3 +36,20 @@ def bounds(
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
     halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
     return bounds_of(halo, kept_layers(settings) * pixels, canvas, worker_bytes)
+
+
+def check_memory(settings: RunSettings) -> None:
+    """Check that a run's memory is there, and log how much it may be.
+
+    Raises:
+        ConfigError: A node of the cluster has less.
+    """
+    most, there = bounds(settings)[0], cluster.memory_per_node()
+    check_budget(most, there)
+    log.info(
+        "%d GPU workers, regions of %d px, at most %.1f of %.1f GiB of memory a node",
+        cluster.gpu_workers(),
+        settings.options.region,
+        most / 2**30,
+        there / 2**30,
+    )

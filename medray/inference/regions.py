@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.classes import AnyClass
-from medray.errors import MedrayError
-from medray.execution.failures import failure, too_large
 from medray.geometry import Rectangle, plan_regions, region_windows
 from medray.inference.postprocess import clean_labels
 from medray.inference.run import (
@@ -56,16 +54,14 @@ def read_region(row: Row, settings: RunSettings) -> tuple[Row, UInt8 | None]:
 
     Returns:
         The row with how it went, and (halo height, halo width, 3) uint8 pixels; None
-        where there is nothing to predict. What is damaged is listed in the row; only a
-        region that cannot be tried at all has an `error`.
+        where there is nothing to predict. What is damaged is listed in the row.
+
+    Raises:
+        SlideError: Nothing of it can be read.
+        StoreError: The slide's store does not answer.
     """
     start = time.time()
-    try:
-        row, pixels = read_pixels(opened(row), row, settings)
-    except (MedrayError, OSError) as error:
-        return row | failure(error, "slides"), None
-    except MemoryError as error:
-        return row | {"error": too_large(row, error)}, None
+    row, pixels = read_pixels(opened(row), row, settings)
     row = row | {"read_at": start, "read_s": time.time() - start}
     return row, pixels if np.any(row["blocks"]) else None
 
@@ -123,12 +119,9 @@ def _tissue_of(pixels: UInt8, height: int, width: int) -> Blocks:
 
 
 def write_region(
-    row: Row,
-    layers: dict[str, UInt8],
-    settings: RunSettings,
-    out: str,
+    row: Row, layers: dict[str, UInt8], settings: RunSettings, out: str
 ) -> Row:
-    """Write one region's shards; a slide of one region is finished at once.
+    """Write one region's shards.
 
     Args:
         row: The region, as it was read.
@@ -139,38 +132,32 @@ def write_region(
         out: Its folder.
 
     Returns:
-        The row with a `record` for the ledger, or an `error`.
+        Its record for the ledger.
     """
     start = time.time()
     region = Rectangle(*row["region"])
     shape = (region.height, region.width)
-    try:
-        unreadable = _unreadable(row, region)
-        inside = counted(row, region) & (unreadable == 0)
-        labels = np.where(inside, layers.get("labels", np.uint8(0)), np.uint8(0))
-        record = _summed_up(row, labels, inside, layers, settings)
-        raw = bool(settings.options.clean)
-        mask = raw_uri(out, row["slide"]) if raw else mask_uri(out, row["slide"])
-        written = [(mask, ome_zarr.write_region(mask, region, labels))]
-        if "probabilities" in layers:
-            kept = np.where(inside, layers["probabilities"], np.uint8(0))
-            uri = probabilities_uri(out, row["slide"])
-            written.append((uri, ome_zarr.write_region(uri, region, kept)))
-        for layer in settings.layers:
-            values = layers.get(layer, np.zeros(shape, np.uint8))
-            values = unreadable if layer == "unreadable" else values * inside
-            uri = layer_uri(out, row["slide"], layer)
-            written.append((uri, ome_zarr.write_region(uri, region, values)))
-        record["files"] = digests_below(out, written)
-        record["unreadable_px"] = int(unreadable.sum())
-        record["write_s"] = time.time() - start
-        record["written_at"] = time.time()
-        if row["regions"] == 1:
-            records = {row["index"]: record}
-            record |= finish_slide(settings, out, row | {"records": records})
-    except (MedrayError, OSError) as error:
-        return row | failure(error, "run")
-    return row | {"record": record}
+    unreadable = _unreadable(row, region)
+    inside = counted(row, region) & (unreadable == 0)
+    labels = np.where(inside, layers.get("labels", np.uint8(0)), np.uint8(0))
+    record = _summed_up(row, labels, inside, layers, settings)
+    raw = bool(settings.options.clean)
+    mask = raw_uri(out, row["slide"]) if raw else mask_uri(out, row["slide"])
+    written = [(mask, ome_zarr.write_region(mask, region, labels))]
+    if "probabilities" in layers:
+        kept = np.where(inside, layers["probabilities"], np.uint8(0))
+        uri = probabilities_uri(out, row["slide"])
+        written.append((uri, ome_zarr.write_region(uri, region, kept)))
+    for layer in settings.layers:
+        values = layers.get(layer, np.zeros(shape, np.uint8))
+        values = unreadable if layer == "unreadable" else values * inside
+        uri = layer_uri(out, row["slide"], layer)
+        written.append((uri, ome_zarr.write_region(uri, region, values)))
+    record["files"] = digests_below(out, written)
+    record["unreadable_px"] = int(unreadable.sum())
+    record["write_s"] = time.time() - start
+    record["written_at"] = time.time()
+    return record
 
 
 def finish_slide(settings: RunSettings, out: str, row: Row) -> Row:

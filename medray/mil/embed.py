@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +20,9 @@ import numpy.typing as npt
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError
 from medray.execution import cluster, memory
-from medray.execution.commit import Commit, Summary, changed_slides, plan_one
-from medray.execution.gpu_worker import Layers, Work, start_gpu_workers
-from medray.execution.progress import Progress
-from medray.execution.scheduler import keeping, schedule, start_workers
+from medray.execution.commit import Summary
+from medray.execution.run import Executor, run_stage
+from medray.execution.stage import Device, Layers, Stage
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,
@@ -38,15 +35,12 @@ from medray.mil.tiles import (
 )
 from medray.models.config import Precision
 from medray.slides import Slide
-from medray.slides.cache import log_copies
 from medray.slides.discovery import SlideFile, find_slides
 from medray.storage import files
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings
 from medray.types import Row
-
-log = logging.getLogger(__name__)
 
 # Side of a region in pixels, about.
 _REGION = 3584
@@ -66,6 +60,7 @@ def embed(
     tissue: float = 0.25,
     precision: Precision = "auto",
     region: int = 0,
+    executor: Executor = "ray",
 ) -> Summary:
     """Make features of slides: one zarr a slide in OUT/features.
 
@@ -86,6 +81,7 @@ def embed(
         precision: Of the encoder's arithmetic; with float32 features are stored as
             float32, else as float16.
         region: Side of a region in tiles; 0: about 3584 pixels.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds features of another encoder or
@@ -109,42 +105,52 @@ def embed(
     )
     with locked(out, "embed") as check:
         found = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
-        return _embed(found, settings, out, check)
+        return _embed(found, settings, out, executor, check)
 
 
 def _embed(
     wanted: list[SlideFile],
     settings: FeatureSettings,
     out: str,
+    executor: Executor,
     check: Callable[[], None],
 ) -> Summary:
     keep_settings(files.join(out, "features.yaml"), settings)
+
+    def prepare(_: list[SlideFile]) -> None:
+        if executor == "ray":
+            memory.check_budget(_bound(settings), cluster.memory_per_node())
+
     ledger = Ledger(out)
-    todo = changed_slides(wanted, ledger)
-    log.info("%d slides, %d of them to do, into %s", len(wanted), len(todo), out)
-    log_copies(row["uri"] for row in todo)
-    skipped = len(wanted) - len(todo)
-    if not todo:
-        return Summary(out, 0, skipped, {}, 0, 0.0)
-    cluster.connect()
-    memory.check_budget(_bound(settings), cluster.memory_per_node())
-    start = time.perf_counter()
-    commit = Commit(ledger, sum_up)
-    plan = functools.partial(_plan, settings=settings, out=out)
-    finish = functools.partial(finish_tiles, settings, out)
-    with (
-        Progress("embed", len(todo)) as progress,
-        keeping(ledger),
-        start_workers(plan, finish, len(todo), settings.timeout) as workers,
-        start_gpu_workers(_work(settings, out), len(todo)) as gpu_workers,
-    ):
-        batch = 16 if cluster.gpus() else 8
-        schedule(todo, workers, gpu_workers, commit, progress, batch, check)
+    stage = stage_of(settings, out)
+    summary = run_stage(
+        stage, wanted, ledger, executor=executor, check=check, prepare=prepare
+    )
     ledger.close()
     for slide, row in ledger.slides.items():
         if row["status"] == "done":
             files.remove(parts_uri(out, slide))
-    return commit.summary(out, skipped, time.perf_counter() - start)
+    return summary
+
+
+def stage_of(settings: FeatureSettings, out: str) -> Stage:
+    """Return what embedding does with slides."""
+    return Stage(
+        name="embed",
+        out=out,
+        plan=functools.partial(_plan, settings=settings),
+        read=functools.partial(read_tiles, settings=settings),
+        device=Device(
+            load=functools.partial(_load, settings),
+            source=_source,
+            layers=_layers,
+            read_bytes=tile_bytes,
+        ),
+        write=functools.partial(write_tiles, settings=settings, out=out),
+        finish=functools.partial(finish_tiles, settings, out),
+        slide_row=sum_up,
+        timeout=settings.timeout,
+    )
 
 
 def _bound(settings: FeatureSettings) -> int:
@@ -157,26 +163,11 @@ def _bound(settings: FeatureSettings) -> int:
     return memory.bounds_of(pixels, written, pixels, gpu_worker)[0]
 
 
-def _plan(row: Row, settings: FeatureSettings, out: str) -> tuple[Row, list[Row]]:
-    """Give a slide's header and the regions to do."""
-
-    def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
-        return plan_tiles(slide, settings, header["given_mpp"])
-
-    return plan_one(row, out, cut)
-
-
-def _work(settings: FeatureSettings, out: str) -> Work:
-    """Say what GPU workers do with a region."""
-    return Work(
-        load=functools.partial(_load, settings),
-        read=functools.partial(read_tiles, settings=settings),
-        source=_source,
-        layers=_layers,
-        write=functools.partial(write_tiles, settings=settings, out=out),
-        read_bytes=tile_bytes,
-        timeout=settings.timeout,
-    )
+def _plan(
+    header: Row, slide: Slide, settings: FeatureSettings
+) -> tuple[Row, list[Row]]:
+    """Return a slide's facts and its regions."""
+    return plan_tiles(slide, settings, header["given_mpp"])
 
 
 def _load(settings: FeatureSettings, threads: int) -> Any:

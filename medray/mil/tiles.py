@@ -20,10 +20,9 @@ import safetensors
 import safetensors.numpy
 from PIL import Image
 
-from medray.errors import FormatError, MedrayError, SlideError
-from medray.execution.commit import add_note, start_row
-from medray.execution.failures import failure, too_large
+from medray.errors import FormatError, SlideError
 from medray.geometry import plan_regions
+from medray.inference.run import start_row
 from medray.mil.features import (
     FeatureSettings,
     features_uri,
@@ -45,6 +44,7 @@ from medray.slides.tissue import tissue_share
 from medray.storage import files
 from medray.storage.arrays import write_arrays
 from medray.storage.digests import content_digest
+from medray.storage.ledger import add_note
 from medray.types import Row, UInt8
 
 Bool = npt.NDArray[np.bool_]
@@ -114,19 +114,17 @@ def read_tiles(row: Row, settings: FeatureSettings) -> tuple[Row, UInt8 | None]:
     Returns:
         The row with how it went, and (height, width, 3) uint8 pixels; None where no
         tile is left. A tile of which something cannot be read is left out and counted
-        as `unreadable`; only a region that cannot be tried at all has an `error`.
+        as `unreadable`.
+
+    Raises:
+        SlideError: Nothing of it can be read.
+        StoreError: The slide's store does not answer.
     """
     start = time.time()
     y, x, height, width = row["region"]
     bottom, right = min(y + height, row["height"]), min(x + width, row["width"])
-    try:
-        slide = opened(row)
-        size = (bottom - y, right - x)
-        pixels, damaged, why = read_working(slide, working_of(row), y, x, *size)
-    except (MedrayError, OSError) as error:
-        return row | failure(error, "slides"), None
-    except MemoryError as error:
-        return row | {"error": too_large(row, error)}, None
+    size = (bottom - y, right - x)
+    pixels, damaged, why = read_working(opened(row), working_of(row), y, x, *size)
     tiles, side = np.array(row["tiles"], dtype=bool), settings.encoder.tile
     before = int(tiles.sum())
     for top, left, tall, wide in damaged:
@@ -161,7 +159,7 @@ def cut_tiles(pixels: UInt8, tiles: Bool) -> UInt8:
 def write_tiles(
     row: Row, layers: dict[str, npt.NDArray[Any]], settings: FeatureSettings, out: str
 ) -> Row:
-    """Write what was made of one region; a slide of one region is finished at once.
+    """Write what was made of one region.
 
     Args:
         row: The region, as it was read.
@@ -170,7 +168,7 @@ def write_tiles(
         out: The folder.
 
     Returns:
-        The row with a `record` for the ledger, or an `error`.
+        Its record for the ledger.
     """
     start = time.time()
     side = settings.encoder.tile
@@ -183,18 +181,12 @@ def write_tiles(
     arrays = {"features": features, "coords": coords}
     kept = ("read_at", "read_s", "predict_s", "waited_s", "unreadable", "why")
     record: Row = {key: row[key] for key in kept if key in row}
-    try:
-        data = safetensors.numpy.save(arrays)
-        part = files.join(parts_uri(out, row["slide"]), f"{row['index']}.safetensors")
-        files.write_bytes(part, data)
-        record["files"] = {part[len(out) + 1 :]: content_digest(data)}
-        record["tiles"] = len(features)
-        record |= {"write_s": time.time() - start, "written_at": time.time()}
-        if row["regions"] == 1:
-            finish_tiles(settings, out, row | {"records": {row["index"]: record}})
-    except (MedrayError, OSError) as error:
-        return row | failure(error, "run")
-    return row | {"record": record}
+    data = safetensors.numpy.save(arrays)
+    part = files.join(parts_uri(out, row["slide"]), f"{row['index']}.safetensors")
+    files.write_bytes(part, data)
+    record["files"] = {part[len(out) + 1 :]: content_digest(data)}
+    record["tiles"] = len(features)
+    return record | {"write_s": time.time() - start, "written_at": time.time()}
 
 
 def finish_tiles(settings: FeatureSettings, out: str, row: Row) -> Row:

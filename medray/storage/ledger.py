@@ -15,12 +15,15 @@ what was not in the ledger, and writing that again stores the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
+from medray.errors import StoreError
 from medray.storage import files
 from medray.types import Row
 
@@ -182,6 +185,16 @@ class Ledger:
         if self._done().issuperset(self.regions):
             files.remove(self._journal)
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Make durable what is committed within, whatever ends the work."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self.flush()
+            raise
+
     def _done(self) -> set[str]:
         return {
             slide_key(row["slide"], row["digest"])
@@ -200,6 +213,11 @@ def _storable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return value.encode(errors="backslashreplace").decode()
+
+
+def add_note(row: Row, said: str) -> None:
+    """Add to what the user should know of a slide."""
+    row["note"] = f"{row['note']}; {said}" if row.get("note") else said
 
 
 def slide_key(slide: str, digest: str) -> str:

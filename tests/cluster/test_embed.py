@@ -1,8 +1,13 @@
 """Features of tiles: those of a plain loop, however they came about."""
 
+import functools
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,24 +17,22 @@ import tifffile
 import timm
 import torch
 import zarr
+from serial import CrashError, dying_write
 
 from medray.cli import main
 from medray.datasets.overrides import with_overrides
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
-from medray.execution.commit import Commit, changed_slides
-from medray.execution.progress import Progress
-from medray.mil import embed as stage
+from medray.execution.commit import Summary
+from medray.execution.stage import Stage
+from medray.mil import embed as embedding
 from medray.mil.embed import embed
 from medray.mil.encoder import settle_encoder
 from medray.mil.features import FeatureSettings, read_slide
-from medray.mil.tiles import finish_tiles, sum_up
 from medray.slides import open_slide
 from medray.slides.discovery import find_slides
 from medray.slides.tissue import tissue_share
-from medray.storage.ledger import Ledger
-from medray.storage.yaml_config import keep_settings
 
 ENCODER, TILE = "test_resnet", 96
 
@@ -72,10 +75,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class CrashError(Exception):
-    """The process is gone; what it had not written is lost."""
-
-
 def in_one_process(
     slides: Path,
     weights: str,
@@ -83,7 +82,7 @@ def in_one_process(
     region: int = 37,
     crash_after: int = -1,
     scene: int | None = None,
-) -> Commit:
+) -> Summary:
     """Do what is missing, without Ray; die after so many regions if not below 0."""
     encoder = settle_encoder(ENCODER, weights, tile=TILE, mpp=0.5)
     settings = FeatureSettings(
@@ -94,46 +93,24 @@ def in_one_process(
         region=region,
         versions={},
     )
-    keep_settings(str(out / "features.yaml"), settings)
-    ledger = Ledger(str(out))
-    commit = Commit(ledger, sum_up)
-    work = stage._work(settings, str(out))
-    embedder = work.load(1)
-
-    def note(row: dict) -> None:
-        header = commit.take(row, progress)
-        if header is not None:
-            header |= {"records": commit.records(header)}
-            result = finish_tiles(settings, str(out), header)
-            commit.finished(header, result, progress)
-        if commit.regions == crash_after:
-            ledger.flush()
-            raise CrashError
-
-    progress = Progress("serial", 0)
     wanted = with_overrides(
         find_slides([str(slides)]), mpp=None, scene=scene, plane=None
     )
-    for row in changed_slides(wanted, ledger):
-        header, regions = stage._plan(row, settings, str(out))
-        if not regions:
-            note(header)
-        for region_row in regions:
-            todo, pixels = work.read(header | region_row)
-            layers = {}
-            if pixels is not None:
-                (found,) = embedder.predict([work.source(todo, pixels)])
-                layers = work.layers(found)
-            note(work.write(todo, layers))
-    commit.close(progress)
-    ledger.close()
-    return commit
+    made, written = embedding.stage_of, itertools.count()
+
+    def stage(*args: Any) -> Stage:
+        whole = made(*args)
+        write = functools.partial(dying_write, whole.write, written, crash_after)
+        return replace(whole, write=write)
+
+    with patch.object(embedding, "stage_of", stage):
+        return embedding._embed(wanted, settings, str(out), "local", lambda: None)
 
 
 @pytest.fixture(scope="module")
 def made(
     inputs: Path, weights: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Commit]:
+) -> tuple[Path, Summary]:
     out = tmp_path_factory.mktemp("features")
     return out, in_one_process(inputs, weights, out)
 
@@ -161,7 +138,7 @@ def plain_loop(
 
 @pytest.mark.parametrize(("name", "level"), [("plain", 0), ("fine", 1)])
 def test_features_are_those_of_a_plain_loop(
-    made: tuple[Path, Commit],
+    made: tuple[Path, Summary],
     inputs: Path,
     network: torch.nn.Module,
     name: str,
@@ -174,7 +151,7 @@ def test_features_are_those_of_a_plain_loop(
     np.testing.assert_allclose(found.features, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_another_reader_understands_them(made: tuple[Path, Commit]) -> None:
+def test_another_reader_understands_them(made: tuple[Path, Summary]) -> None:
     group = zarr.open_group(made[0] / "features" / "fine.zarr", mode="r")
     row = table(made[0])["fine"]
     assert group["features"].dtype == np.float32
@@ -187,7 +164,7 @@ def test_another_reader_understands_them(made: tuple[Path, Commit]) -> None:
     assert (told["level0_tile"], told["downsample"]) == (2 * TILE, 2)
 
 
-def test_each_slide_has_a_row(made: tuple[Path, Commit]) -> None:
+def test_each_slide_has_a_row(made: tuple[Path, Summary]) -> None:
     out, commit = made
     assert commit.done == 4
     assert set(commit.failed) == {"wreck"}
@@ -200,7 +177,7 @@ def test_each_slide_has_a_row(made: tuple[Path, Commit]) -> None:
 
 
 def test_regions_and_crashes_do_not_show(
-    made: tuple[Path, Commit], inputs: Path, weights: str, tmp_path: Path
+    made: tuple[Path, Summary], inputs: Path, weights: str, tmp_path: Path
 ) -> None:
     """Regions of 3 tiles; the process dies after 4, and is started again."""
     crashed, whole = tmp_path / "crashed", tmp_path / "whole"
@@ -220,9 +197,9 @@ def test_regions_and_crashes_do_not_show(
         assert contents(crashed / place) == contents(whole / place)
 
 
-def test_lanes_make_the_same(
+def test_workers_make_the_same(
     cluster: None,
-    made: tuple[Path, Commit],
+    made: tuple[Path, Summary],
     inputs: Path,
     weights: str,
     tmp_path: Path,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from medray.errors import MedrayError
-from medray.execution.actor_pool import LostError, Pool, poll
+from medray.errors import LostError, MedrayError
+from medray.execution.actor_pool import Pool, poll
 
 # The workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

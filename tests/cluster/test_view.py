@@ -29,11 +29,10 @@ from medray.apps.viewer.server import Viewing, build_app, view
 from medray.apps.viewer.tiles import last_zoom, slide_tile
 from medray.classes import Classes
 from medray.cli import main
-from medray.errors import ConfigError
+from medray.errors import ConfigError, StoppedError
 from medray.evaluation.ground_truth import read_truth
 from medray.evaluation.html import INK
 from medray.evaluation.report import AGREEMENT
-from medray.execution.signals import StoppedError
 from medray.geometry import Rectangle
 from medray.inference.run import layer_uri
 from medray.slides.image import ArraySlide

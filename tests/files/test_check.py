@@ -37,8 +37,8 @@ from medray.annotations.rasterize import rasterise
 from medray.apps.check import Checked
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
-from medray.errors import ConfigError, SlideError
-from medray.execution.isolation import LostError, call_each
+from medray.errors import ConfigError, LostError, SlideError
+from medray.execution.isolation import call_each
 from medray.slides import open_slide
 from medray.storage import group_attributes, ome_zarr
 

@@ -13,7 +13,8 @@ from dicoms import Scan, half, picture, write_ct, write_series
 from medray.annotations.matching import match_annotations
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
-from medray.execution.commit import GIVEN, changed_slides
+from medray.execution.commit import changed_slides
+from medray.execution.stage import OVERRIDES
 from medray.slides import dicom_header, open_slide
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
@@ -143,7 +144,7 @@ def test_a_series_is_not_done_twice_under_two_addresses(tmp_path: Path) -> None:
     def run() -> list[str]:
         rows = changed_slides(find_slides([f"{tmp_path}/slides"]), ledger)
         for row in rows:
-            names = ("slide", "uri", "annotation", "fingerprint", *GIVEN)
+            names = ("slide", "uri", "annotation", "fingerprint", *OVERRIDES)
             done = {"status": "done", "message": "", "digest": slide_digest(row["uri"])}
             ledger.commit_slide({name: row[name] for name in names} | done)
         return [row["slide"] for row in rows]

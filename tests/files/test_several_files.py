@@ -10,10 +10,12 @@ import pytest
 import tifffile
 from dicoms import picture
 from several_files import write_mrxs, write_vms
+from stages import empty_stage
 
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import SlideError
-from medray.execution.commit import changed_slides, plan_one
+from medray.execution.commit import changed_slides
+from medray.execution.stage import plan_slide
 from medray.slides import open_slide
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
@@ -79,7 +81,7 @@ def test_each_of_its_files_that_is_missing_is_named(slide: Path) -> None:
         if path != slide:
             ledger = Ledger(f"{slide.parent.parent}/out")
             (row,) = changed_slides(find_slides([f"{slide}"]), ledger)
-            header, regions = plan_one(row, "out", lambda *_: ({}, []))
+            header, regions = plan_slide(empty_stage("out", []), row)
             assert (path.name in header["error"], regions) == (True, [])
         path.with_name("away").rename(path)
     assert slide_digest(f"{slide}")

@@ -23,7 +23,7 @@ import tifffile
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import StoreError
-from medray.execution.commit import Commit
+from medray.execution.commit import Summary
 from medray.inference.infer import infer
 from medray.inference.run import Options
 from medray.models.config import Prediction
@@ -65,7 +65,7 @@ def answer(process: subprocess.Popen[str], timeout: float = 400) -> dict:
     return json.loads(stdout.splitlines()[-1])
 
 
-def finish(slides: Path, model: Path, out: Path) -> Commit:
+def finish(slides: Path, model: Path, out: Path) -> Summary:
     """Do what is missing by a plain loop in this process.
 
     That `medray infer` goes on by itself is shown for a run that was killed here, and

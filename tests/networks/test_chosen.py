@@ -330,8 +330,7 @@ def test_each_stage_is_told_what_was_chosen(
         name = module.partition(".")[2]
         if name == "embed":
             monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
-        where = "changed_slides" if name == "infer" else f"_{name}"
-        monkeypatch.setattr(stage, where, take)
+        monkeypatch.setattr(stage, f"_{name}", take)
         command = [name, slides, "--out", str(tmp_path / name), f"--{kind}", "1"]
         with pytest.raises(ToldError):
             cli.main([*command, *more])

@@ -1,7 +1,6 @@
 """Slides that only OpenSlide reads, from buckets: copied whole, bounded, shared."""
 
 import functools
-import importlib
 import shutil
 import subprocess
 import sys
@@ -19,12 +18,14 @@ import tifffile
 from dicoms import Scan, picture, write_series
 from read_copies import SIZE, copies, prepare, size_of, start_reader, upload
 from several_files import write_mrxs, write_vms
+from stages import empty_stage
 
 import medray
 from medray.errors import ConfigError, SlideError, StoreError
 from medray.execution import scheduler
-from medray.execution.commit import changed_slides, plan_one
+from medray.execution.commit import changed_slides
 from medray.execution.gpu_worker import GpuWorker
+from medray.execution.stage import plan_slide
 from medray.slides import cache, open_slide
 from medray.slides.bounds import scanned_bounds
 from medray.slides.discovery import find_slides
@@ -361,24 +362,24 @@ def test_who_has_a_limit_has_the_copy_made_before(
     address, _ = bucket
     (uri,) = prepare(address, tmp_path / "slides", 1)
     row = {"slide": "m0", "uri": uri, "copied": True}
-    ingest = importlib.import_module("medray.datasets.ingest")
-    for of in (scheduler, ingest):
-        monkeypatch.setattr(of, "bound_memory", lambda: None)
+    monkeypatch.setattr(scheduler, "bound_memory", lambda: None)
 
     def made(*_: Any) -> str:
         (copy,) = copies(tmp_path)
         return "there" if copy.suffix != ".new" else "not yet"
 
-    monkeypatch.setattr(ingest, "_cut", made)
+    for name in ("plan_slide", "finish_slide", "do_region"):
+        monkeypatch.setattr(scheduler, name, made)
+    monkeypatch.setattr(scheduler, "outcome", lambda row: row)
+    stage: Any = None
     gpu_worker: Any = SimpleNamespace(_loading=Future(), _group=1)
     gpu_worker._loading.set_result(None)
     gpu_worker._work = lambda rows: iter([{"record": made()} for _ in rows])
-    worker = scheduler.SlideWorker(made, made)  # type: ignore[arg-type]
-    cutter = ingest._Cutter(None, "")
+    worker, other = scheduler.SlideWorker(stage), scheduler.RegionWorker(stage)
     for work, rows, last in (
         (worker.work, [{"slide": "m0", "uri": uri}], ["there"]),
         (worker.work, [row | {"todo": 1}], ["there"]),
-        (cutter.work, [row], ["there"]),
+        (other.work, [row], ["there"]),
         (functools.partial(GpuWorker.work, gpu_worker), [row], [{"record": "there"}]),
     ):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
@@ -396,7 +397,7 @@ def test_the_row_of_a_copied_slide_says_so(
     for items, said in (([address], True), ([f"{tmp_path}/slides"], None)):
         ledger = Ledger(out := f"{tmp_path}/out{said}")
         (row,) = changed_slides(find_slides(items), ledger)
-        header, regions = plan_one(row, out, lambda *_: ({}, [{"index": 0}]))
+        header, regions = plan_slide(empty_stage(out, [{"index": 0}]), row)
         assert header.get("copied") is said
         assert [region.get("copied") for region in regions] == [said]
         ledger.close()

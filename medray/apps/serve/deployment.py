@@ -29,9 +29,9 @@ from medray.apps.serve.model import Kind, check_model
 from medray.apps.serve.replica import IN_HAND, Endpoint
 from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import cluster
-from medray.execution.signals import StoppedError, Stopping, stopping
+from medray.execution.signals import Stopping, stopping
 from medray.storage import files
 
 log = logging.getLogger(__name__)

@@ -39,8 +39,8 @@ from medray.apps.viewer.answers import (
 )
 from medray.apps.viewer.guard import LOOPBACK, error_response, guarded_app
 from medray.apps.viewer.run import ViewedRun, open_viewed
-from medray.errors import ConfigError, MedrayError
-from medray.execution.signals import StoppedError, Stopping, stopping
+from medray.errors import ConfigError, MedrayError, StoppedError
+from medray.execution.signals import Stopping, stopping
 
 
 @dataclass(frozen=True)

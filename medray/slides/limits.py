@@ -1,13 +1,11 @@
-"""How what reads the files of strangers keeps their faults to itself."""
+"""How processes that decode files of strangers keep a file's faults to themselves."""
 
 from __future__ import annotations
 
 import re
 import resource
 from pathlib import Path
-from typing import Literal
 
-from medray.errors import StoreError
 from medray.types import Row
 
 # A field of PNG or JPEG, read whole, needs as much; a region far less.
@@ -35,9 +33,3 @@ def too_large(row: Row, error: MemoryError) -> str:
         f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "
         f"or should be saved as a tiled TIFF"
     )
-
-
-def failure(error: Exception, storage: Literal["slides", "run"]) -> Row:
-    """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
-    said = {"storage": storage} if isinstance(error, StoreError) else {}
-    return {"error": f"{error}"} | said

@@ -1,0 +1,72 @@
+"""Runs a stage over slides: which are to be done, where, and what came of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from medray.execution.commit import Commit, Summary, changed_slides
+from medray.execution.progress import Progress
+from medray.execution.stage import Stage
+from medray.slides.cache import log_copies
+from medray.slides.discovery import SlideFile
+from medray.storage.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+Executor = Literal["ray", "local"]
+"""On a Ray cluster, or in this process, one thing after the other."""
+
+
+def run_stage(
+    stage: Stage,
+    slides: Sequence[SlideFile],
+    ledger: Ledger,
+    *,
+    annotations: Mapping[str, str] | None = None,
+    executor: Executor = "ray",
+    check: Callable[[], None] = lambda: None,
+    prepare: Callable[[list[SlideFile]], None] = lambda _: None,
+) -> Summary:
+    """Do what is missing of a stage; what is done and has not changed is skipped.
+
+    Args:
+        stage: What is done.
+        slides: Of the request.
+        ledger: Of the stage's folder; the caller closes it.
+        annotations: Address of the annotation of each slide that has one.
+        executor: Where it runs.
+        check: Raises if it may not go on, for example as its lock is lost.
+        prepare: Is called with the slides that are to be done, if there are any, before
+            they are; the cluster is there then.
+
+    Raises:
+        ConfigError: A slide would take another one's place, or be there twice.
+        StoreError: OUT cannot be written, or the slides' store does not answer.
+        StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
+        MedrayError: The processes die, whatever they are given.
+    """
+    todo = changed_slides(slides, ledger, annotations)
+    log.info("%d slides, %d of them to do, into %s", len(slides), len(todo), stage.out)
+    skipped = len(slides) - len(todo)
+    if not todo:
+        return Summary(stage.out, 0, skipped, {}, 0, 0.0)
+    log_copies(row["uri"] for row in todo)
+    if executor == "ray":
+        # Imported here: the other executor needs no Ray, which takes seconds to load.
+        from medray.execution import cluster
+        from medray.execution.scheduler import run_on_ray as run
+
+        cluster.connect()
+    else:
+        from medray.execution.local import run_here as run
+    names = {row["slide"] for row in todo}
+    prepare([slide for slide in slides if slide.slide in names])
+    start = time.perf_counter()
+    commit = Commit(ledger, stage.slide_row)
+    with Progress(stage.name, len(todo)) as progress, ledger.kept():
+        run(stage, todo, commit, progress, check)
+        commit.close(progress)
+    return commit.summary(stage.out, skipped, time.perf_counter() - start)
