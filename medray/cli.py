@@ -115,6 +115,12 @@ def _train(args: argparse.Namespace) -> Any:
     )
 
 
+def _recipes(args: argparse.Namespace) -> Any:
+    from medray.training.recipe_files import list_recipes
+
+    return list_recipes()
+
+
 def _tune(args: argparse.Namespace) -> Any:
     from medray.training.tune import tune
 
@@ -418,6 +424,7 @@ class Conformance:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "check": _check,
     "ingest": _ingest,
+    "recipes": _recipes,
     "train": _train,
     "tune": _tune,
     "infer": _infer,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 _SLIDES = "slide files, globs, folders, s3:// or gs:// addresses, or a dataset"
+_RECIPE = "name (see `medray recipes`), or path: has a / or ends in .yaml"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -102,8 +103,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_partial_ok(sub)
 
+    command("recipes", "the recipes that come with medray, by name")
+
     sub = command("train", "a recipe and a dataset into a model")
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML file, see recipes/")
+    sub.add_argument("recipe", metavar="RECIPE", help=_RECIPE)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="MODEL", help="folder to make")
@@ -117,7 +120,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     sub = command("tune", "a recipe with several values for its keys")
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML, or a sweep")
+    sub.add_argument(
+        "recipe", metavar="RECIPE", help=f"with --grid; else a sweep. {_RECIPE}"
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")

@@ -126,7 +126,7 @@ def read_slide_model(folder: str) -> SlideModel:
     if not holds_slide_model(folder):
         raise ConfigError(
             f"{folder}: expected a model of slides; `medray train "
-            f"recipes/slides/attention-mil.yaml --data FEATURES --labels CSV` makes one"
+            f"attention-mil --data FEATURES --labels CSV` makes one"
         )
     uri = files.join(folder, "model.yaml")
     return from_dict(SlideModel, read_yaml(uri), uri)
