@@ -54,7 +54,7 @@ lint: $(STAMP) ## style, types, and the rooms: who imports whom, Ray or torch
 	$(BIN)/lint-imports
 
 docs: $(STAMP) ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 setup: $(STAMP)
 
