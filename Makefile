@@ -1,6 +1,7 @@
 # Everything needs only python3, make and git; uv brings Python 3.12 and the packages.
 UV := .uv/bin/uv
 BIN := .venv/bin
+EXTRAS := openslide,s3,serve,view
 # Every worker of Ray imports torch anew: without its bytecode on disk that takes three
 # times as long, so here it is written whatever the machine's default.
 export PYTHONDONTWRITEBYTECODE :=
@@ -12,7 +13,8 @@ VIV := benchmarks/viv/dist/page.js
 BASE := $(or $(MEDRAY_CI_BASE),recent)
 BUDGET := 1200
 
-.PHONY: demo test test-ci test-slow durations costs golden golden-update viewers lint docs setup clean constraints
+.PHONY: demo test test-ci test-slow durations costs golden golden-update viewers lint docs setup clean constraints \
+	test-lowest release
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -28,6 +30,12 @@ test-ci: viewers ## the long tests that CI runs after `make test`: docs/checks.m
 test-slow: viewers ## all long tests
 	$(BIN)/pytest -m "long and not kill" -n 2 --dist loadfile --junitxml build/slow.xml
 	$(BIN)/pytest -m kill --junitxml build/alone.xml
+
+test-lowest: $(UV) ## tests/unit and tests/files on the lowest versions that pyproject.toml allows
+	$(UV) venv --quiet --clear --python 3.12 .venv-lowest
+	$(UV) pip install --quiet --python .venv-lowest --build-constraints constraints.txt \
+		--resolution lowest-direct -e ".[$(EXTRAS)]" --group dev
+	.venv-lowest/bin/pytest tests/unit tests/files -m "not long" -n 2 --dist loadfile
 
 durations: ## keep how long the tests of the last `make test-slow` took
 	$(BIN)/python tests/selection.py build/slow.xml build/alone.xml
@@ -54,7 +62,7 @@ lint: $(STAMP) ## style, types, and the rooms: who imports whom, Ray or torch
 	$(BIN)/lint-imports
 
 docs: $(STAMP) ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 setup: $(STAMP)
 
@@ -69,7 +77,8 @@ $(UV):
 
 $(STAMP): $(UV) pyproject.toml constraints.txt
 	$(UV) venv --quiet --allow-existing .venv
-	$(UV) pip install --quiet --python .venv -c constraints.txt -e ".[openslide,s3,serve,view]" --group dev
+	$(UV) pip install --quiet --python .venv -c constraints.txt \
+		--build-constraints constraints.txt -e ".[$(EXTRAS)]" --group dev
 	touch $(STAMP)
 
 constraints: $(UV) ## take the newest packages; run the tests afterwards
@@ -77,5 +86,8 @@ constraints: $(UV) ## take the newest packages; run the tests afterwards
 		--no-emit-find-links --python-version 3.12 --all-extras --group dev --group viewers \
 		pyproject.toml -o constraints.txt
 
+release: $(STAMP) ## the changelog, a tested wheel in dist/, a commit and a tag: VERSION=X.Y.Z
+	.ci/release $(VERSION)
+
 clean:
-	rm -rf demo site .venv .uv benchmarks/viv/dist benchmarks/viv/node_modules
+	rm -rf demo site dist .venv .venv-lowest .uv benchmarks/viv/dist benchmarks/viv/node_modules

@@ -126,10 +126,8 @@ def one_fold(
     result from an earlier sitting, or where to put it.
     """
     role = roles_of(fields, fold, test)
-    path = ROOT / "recipes" / f"{recipe}.yaml"
     recipes = [
-        to_dict(read_recipe(str(path), [*overrides, *more]))
-        for more in choices.values()
+        to_dict(read_recipe(recipe, [*overrides, *more])) for more in choices.values()
     ]
     made_of = digest_of([*recipes, sorted(role.items())])
     out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +153,7 @@ def one_fold(
     for name, more in choices.items():
         model = str(out / name)
         trained = train(
-            str(path), data=str(data), out=model, overrides=[*overrides, *more]
+            recipe, data=str(data), out=model, overrides=[*overrides, *more]
         )
         scores[name] = trained.f1 or 0.0
         seconds += sum(epoch["seconds"] for epoch in read_history(model))

@@ -195,8 +195,7 @@ def one_fold(
 
     `record` is a file of the fold's result from an earlier sitting, or where to put it.
     """
-    path = str(ROOT / "recipes" / f"{recipe}.yaml")
-    settings = read_recipe(path, overrides)
+    settings = read_recipe(recipe, overrides)
     parts = [to_dict(settings), sorted(split.items())]
     made_of = digest_of(parts if tta == "none" else [*parts, tta])
     places = [out / "result.json", *([record] if record else [])]
@@ -220,7 +219,7 @@ def one_fold(
         splits=str(out / "splits.csv"),
     )
     start = time.perf_counter()
-    train(path, data=data, out=model, overrides=overrides)
+    train(recipe, data=data, out=model, overrides=overrides)
     wall = time.perf_counter() - start
     found = evaluate_images(model, data=data, out=str(out / "report"), tta=tta)
     network, _ = load_model(model)

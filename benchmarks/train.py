@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "unet.yaml"))
+    parser.add_argument("--recipe", default="unet")
     parser.add_argument("--workers", action="store_true")
     parser.add_argument("--files", action="store_true")
     args = parser.parse_args()

@@ -29,4 +29,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         up = "../" * page.file.src_uri.count("/")
         return markdown.replace(f"](../{up}", f"]({up}")  # one level less above docs/
     markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)
-    return re.sub(r"\[([^\]]+)\]\(\.\./(?:k8s|recipes)/?\)", r"`\1`", markdown)
+    return re.sub(r"\[([^\]]+)\]\(\.\./k8s/?\)", r"`\1`", markdown)

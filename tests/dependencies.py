@@ -6,7 +6,7 @@ benchmarks, jobs, `medray.cli` and its commands are followed by their top-level
 definitions: a test depends on what its own function, its fixtures and the functions that
 these use name. Of the commands it depends on those that it gives as arguments.
 
-Files are named by strings: `ROOT / "recipes" / name`, "docs/view.md". A page's commands
+Files are named by strings: `ROOT / "k8s" / name`, "docs/view.md". A page's commands
 count as given by the test that names the page.
 """
 
@@ -263,7 +263,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        """Read `ROOT / "recipes" / name` as a name of the folder recipes/."""
+        """Read `ROOT / "k8s" / name` as a name of the folder k8s/."""
         parts: list[ast.expr] = []
         left: ast.expr = node
         while isinstance(left, ast.BinOp) and isinstance(left.op, ast.Div):
@@ -394,15 +394,23 @@ def _data() -> dict[str, set[str]]:
     """Return the files of medray that are no modules, by the modules that name them.
 
     A file that none names (a template that others extend) belongs to those that name a
-    file beside it.
+    file beside it. The name of a folder counts in modules of its room only.
     """
     sources = {m: _path_of(m).read_text() for m in _modules()}
     files = [p for p in (ROOT / "medray").rglob("*.*") if p.parent != ROOT / "medray"]
     files = [p for p in files if p.suffix not in (".py", ".pyc")]
 
     def naming(path: Path) -> set[str]:
-        words = (f'"{path.name}"', f'"{path.parent.name}"')
-        return {m for m, s in sources.items() if any(w in s for w in words)}
+        room = "medray/" + path.relative_to(ROOT / "medray").parts[0]
+        return {
+            module
+            for module, source in sources.items()
+            if f'"{path.name}"' in source
+            or (
+                f'"{path.parent.name}"' in source
+                and _relative(_path_of(module)).startswith(f"{room}/")
+            )
+        }
 
     found: dict[str, set[str]] = {}
     for path in files:

@@ -35,7 +35,6 @@ def build(folder: Path) -> list[Object]:
 def with_components(overlay: str, components: list[str], folder: Path) -> list[Object]:
     """An overlay of a copy of k8s/ with other components than its own."""
     shutil.copytree(ROOT / "k8s", folder / "k8s")
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
     path = folder / "k8s" / "overlays" / overlay
     asked = yaml.safe_load((path / "kustomization.yaml").read_text())
     own = [name for name in asked["components"] if name.rsplit("/", 1)[1] in BUILDING]

@@ -87,7 +87,9 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
     _bound_crossings(kept)
     lines = shapely.union_all([shapely.LineString(ring) for ring in kept])
     faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(lines)))
-    points = shapely.point_on_surface(faces)
+    # GEOS overflows on its way where coordinates are of 1e-309; its points are right.
+    with np.errstate(over="ignore"):
+        points = shapely.point_on_surface(faces)
     extents = [box(*ring.min(axis=0), *ring.max(axis=0)) for ring in kept]
     winding = np.zeros(len(faces), np.int64)
     for face, ring in shapely.STRtree(extents).query(points).T:

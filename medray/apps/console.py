@@ -28,6 +28,8 @@ def as_text(command: str, values: dict[str, Any]) -> str:
         return "\n".join([*lines, f"gc: {verb} {len(lines)} leftovers, {size}"])
     if command == "check":
         return _check_text(values)
+    if command == "recipes":
+        return _recipes_text(values)
     if command == "view":
         return _viewing_text(values)
     if "speed_up" in values:
@@ -142,6 +144,16 @@ def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["annotation"].rpartition("/")[2] or "-",
         ", ".join(areas) or "-",
     )
+
+
+def _recipes_text(values: dict[str, Any]) -> str:
+    lines: list[str] = []
+    width = max(len(row["name"]) for row in values["recipes"])
+    for row in values["recipes"]:
+        if row["command"] not in lines:
+            lines += ["", row["command"]]
+        lines.append(f"  {row['name']:{width}}  {row['about']}")
+    return "\n".join([*lines[1:], "", f"folder  {values['folder']}"])
 
 
 def _job_text(values: dict[str, Any]) -> str:

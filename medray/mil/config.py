@@ -110,7 +110,7 @@ class SlideModel:
     encoder: Encoder
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    RENAMED: ClassVar[dict[str, str]] = {"made_from": "provenance"}
+    RENAMED: ClassVar[dict[str, str]] = {"provenance": "provenance"}
 
 
 def holds_slide_model(folder: str) -> bool:
@@ -128,7 +128,7 @@ def read_slide_model(folder: str) -> SlideModel:
     if not holds_slide_model(folder):
         raise ConfigError(
             f"{folder}: expected a model of slides; `medray train "
-            f"recipes/slides/attention-mil.yaml --data FEATURES --labels CSV` makes one"
+            f"attention-mil --data FEATURES --labels CSV` makes one"
         )
     uri = files.join(folder, "model.yaml")
     return from_dict(SlideModel, read_yaml(uri), uri)
@@ -136,7 +136,7 @@ def read_slide_model(folder: str) -> SlideModel:
 
 def slide_model_digest(folder: str) -> str:
     """Digest what decides a model's answers: weights and configuration."""
-    config = to_dict(read_slide_model(folder)) | {"made_from": None}
+    config = to_dict(read_slide_model(folder)) | {"provenance": None}
     del config["provenance"]  # called made_from when digests began
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
     digest.update(files.read_bytes(files.join(folder, "weights.safetensors")))

@@ -32,6 +32,7 @@ from medray.mil.labels import SlideLabel, check_known, classes_of, read_labels
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import read_settings, to_dict
+from medray.training.recipe_files import SLIDE_MODELS, find_recipe
 from medray.types import Row
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def train_slides(
     """Train a model of slides as a recipe says.
 
     Args:
-        recipe: YAML file, see recipes/slides/.
+        recipe: Name, see `medray recipes`, or path of a YAML file.
         data: Features, as `medray embed` writes them.
         labels: CSV with the columns slide, label and, if known, patient.
         out: Model folder to make.
@@ -81,6 +82,7 @@ def train_slides(
             model, or another process works there.
         MedrayError: The training cannot go on.
     """
+    recipe = find_recipe(recipe, SLIDE_MODELS)
     settings = read_settings(SlideRecipe, recipe, overrides)
     data, labels, out = (files.absolute(place) for place in (data, labels, out))
     with locked(out, "train"):

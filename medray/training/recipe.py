@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from medray.geometry import Windows
 from medray.models.config import Architecture
 from medray.storage.yaml_config import read_settings
+from medray.training.recipe_files import find_recipe
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ class Recipe:
     seed: int = 0
     workers: int | tuple[int, int] = 1
 
-    RENAMED: ClassVar[dict[str, str]] = {"at_once": "micro_batch_size"}
+    RENAMED: ClassVar[dict[str, str]] = {"micro_batch_size": "micro_batch_size"}
 
     def __post_init__(self) -> None:
         """Check what concerns several keys."""
@@ -469,10 +470,10 @@ class Recipe:
         return self.batch // self.crops_per_micro_batch
 
 
-def read_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with overrides such as `optimizer.lr=1e-4`.
+def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, by name or path, with overrides such as `optimizer.lr=1e-4`.
 
     Raises:
-        ConfigError: An unknown key or a wrong value.
+        ConfigError: There is none of this name, an unknown key or a wrong value.
     """
-    return read_settings(Recipe, uri, overrides)
+    return read_settings(Recipe, find_recipe(recipe), overrides)

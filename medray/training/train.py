@@ -101,7 +101,7 @@ def train(
     once the model is there.
 
     Args:
-        recipe: YAML file, see recipes/.
+        recipe: Name, see `medray recipes`, or path of a YAML file.
         data: Dataset, as `medray ingest` writes it.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `optimizer.lr=1e-4`.

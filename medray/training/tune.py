@@ -35,6 +35,7 @@ from medray.storage.lock import locked
 from medray.storage.yaml_config import read_yaml
 from medray.training.learner import World
 from medray.training.recipe import Recipe, read_recipe
+from medray.training.recipe_files import SWEEPS, find_recipe, is_path
 from medray.training.train import read_history, train_with
 from medray.training.trainer import train_as
 from medray.training.tune_report import write_tune_report
@@ -87,12 +88,16 @@ class Trial:
     recipe: Recipe
 
 
-def read_sweep(uri: str) -> tuple[str, Grid, int]:
-    """Read a sweep: the recipe's address, the grid, and ASHA's first rung (0: none).
+def read_sweep(sweep: str) -> tuple[str, Grid, int]:
+    """Read a sweep, by name or path.
+
+    Returns:
+        The recipe's path, the grid, and ASHA's first rung (0: none).
 
     Raises:
         ConfigError: It is none.
     """
+    uri = find_recipe(sweep, SWEEPS)
     values = read_yaml(uri)
     if unknown := sorted(map(str, values.keys() - {"recipe", "grid", "asha"})):
         raise ConfigError(
@@ -100,7 +105,7 @@ def read_sweep(uri: str) -> tuple[str, Grid, int]:
         )
     recipe, grid, asha = values.get("recipe"), values.get("grid"), values.get("asha", 0)
     if not isinstance(recipe, str):
-        raise ConfigError(f"{uri}: recipe: expected a file, found {recipe!r}")
+        raise ConfigError(f"{uri}: recipe: expected a name or a file, found {recipe!r}")
     if not isinstance(grid, dict):
         raise ConfigError(
             f"{uri}: grid: expected lists of values by key, such as "
@@ -108,7 +113,9 @@ def read_sweep(uri: str) -> tuple[str, Grid, int]:
         )
     if not isinstance(asha, int) or asha < 0:
         raise ConfigError(f"{uri}: asha: expected epochs, or 0, found {asha!r}")
-    return files.join(files.absolute(uri).rpartition("/")[0], recipe), grid, asha
+    if is_path(recipe):  # counted from the sweep
+        recipe = files.join(files.absolute(uri).rpartition("/")[0], recipe)
+    return find_recipe(recipe), grid, asha
 
 
 def plan_trials(recipe: str, grid: Grid, overrides: Sequence[str]) -> list[Trial]:
@@ -154,7 +161,7 @@ def tune(
     its last checkpoint, and starts none anew.
 
     Args:
-        recipe: YAML file, see recipes/; or, without `grid`, a sweep that names one.
+        recipe: Name or path of a recipe; or, without `grid`, of a sweep.
         data: Dataset, as `medray ingest` writes it.
         out: Folder to make.
         grid: Values by key of the recipe, such as {"optimizer.lr": [1e-3, 1e-4]}.
@@ -170,6 +177,7 @@ def tune(
     """
     if grid is None:
         recipe, grid, asha = read_sweep(recipe)
+    recipe = find_recipe(recipe)
     data, out = files.absolute(data), files.absolute(out)
     trials = plan_trials(recipe, grid, overrides)
     cluster.connect()

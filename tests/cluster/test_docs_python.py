@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from documents import ROOT, blocks
+from documents import blocks
 
 from medray.apps.nightly.catalog import COLUMNS
 from medray.storage import files
@@ -20,7 +20,6 @@ def test_python_runs_as_it_stands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    os.symlink(ROOT / "recipes", "recipes")
     os.mkdir("nights")
     files.write_table("nights/catalog.parquet", pa.Table.from_pylist([], COLUMNS))
     spaces: dict[str, dict[str, object]] = {}

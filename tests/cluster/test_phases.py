@@ -392,11 +392,10 @@ def test_real_x_ray_images_go_through_the_phases_of_their_recipe(
     torch.manual_seed(3)
     encoder: Any = build_classifier(Architecture("classifier", "resnet18"), 2).encoder
     torch.save(encoder.state_dict(), tmp_path / "resnet18.pth")
-    recipe = Path(__file__).resolve().parents[2] / "recipes" / "pneumonia-transfer.yaml"
     phases = "{epochs: 1, train: head}, {epochs: 1, train: last, stages: 2, lr: 0.1}"
     phases += ", {epochs: 1, train: adaptive, share: 0.25}, {train: all, lr: 0.1}"
     done = train(
-        str(recipe),
+        "pneumonia-transfer",
         data=data,
         out=str(tmp_path / "model"),
         overrides=[

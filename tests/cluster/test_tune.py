@@ -14,6 +14,7 @@ from medray.models.folder import load_model
 from medray.storage.yaml_config import write_settings
 from medray.training import tune_report
 from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.recipe_files import SWEEPS
 from medray.training.tune import plan_trials, read_sweep, tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +27,7 @@ TINY = Recipe(
 )
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_reads(path: Path) -> None:
     recipe, grid, asha = read_sweep(str(path))
     trials = plan_trials(recipe, grid, [])
@@ -38,7 +37,7 @@ def test_every_sweep_reads(path: Path) -> None:
 
 
 def test_the_gastric_sweep_is_what_it_is_said_to_be() -> None:
-    recipe, grid, _ = read_sweep(str(ROOT / "recipes/sweeps/gastric-fcn8s.yaml"))
+    recipe, grid, _ = read_sweep("gastric-fcn8s")
     found = {
         (t.recipe.optimizer.lr, t.recipe.loss.l2, t.recipe.batch)
         for t in plan_trials(recipe, grid, ["schedule.epochs=3"])
@@ -57,7 +56,7 @@ def test_keys_that_hold_lists_can_be_swept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grid: {batch: [2]}", "recipe: expected a file"),
+        ("grid: {batch: [2]}", "recipe: expected a name or a file"),
         ("recipe: r.yaml", "grid: expected lists of values"),
         ("{recipe: r.yaml, grid: {}}", "a key with a list"),
         ("{recipe: r.yaml, grid: {batch: 2}}", "batch: expected a list"),

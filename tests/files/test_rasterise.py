@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import shapely
 from annotated import ONE, TWO
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from rasterio import features
 from rasterio.transform import Affine
@@ -111,6 +111,7 @@ def test_areas_in_parts_and_with_many_holes_are_drawn_whole() -> None:
     st.lists(st.tuples(*[st.floats(0, 40)] * 2), min_size=3, max_size=6),
     st.sampled_from([1.0, 2.0, 4.0]),
 )
+@example([(0, 0), (0, 1), (1, 0), (2.225e-308, 4)], 1.0)
 def test_a_pixel_belongs_to_the_area_that_holds_its_centre(
     ring: list[tuple[float, float]], downsample: float
 ) -> None:

@@ -30,7 +30,7 @@ from digests import (
     digest_table,
     digest_weights,
 )
-from inputs import ROOT, SHARED, Work, made
+from inputs import SHARED, Work, made
 from safetensors.torch import save_file
 
 from medray.annotations.dat_contours import read_contour
@@ -339,12 +339,11 @@ CLASSIFIERS: dict[str, tuple[str, ...]] = {
 
 
 def trained(recipe: str, data: Path, *words: str) -> Path:
-    """Train a recipe of this repository, made small, in this process; once."""
+    """Train a recipe of medray's, made small, in this process; once."""
     out = Work.folder / "trained" / recipe
     if not out.exists():
         crop = () if any("data.crop" in word for word in words) else ("data.crop=64",)
-        path = str(ROOT / "recipes" / f"{recipe}.yaml")
-        settings = read_recipe(path, [*SMALL, *crop, *words])
+        settings = read_recipe(recipe, [*SMALL, *crop, *words])
         serial.train(settings, str(data), str(out))
     return out
 
@@ -405,7 +404,7 @@ def slide_classifier(name: str) -> Found:
         model, run = out / recipe, out / f"{recipe}-run"
         labels = many / "labels.csv"
         medray(
-            *("train", ROOT / "recipes" / "slides" / f"{recipe}.yaml"),
+            *("train", recipe),
             *("--data", out / "features", "--labels", labels, "--out", model),
             *("epochs=6", "fractions=[0.4,0.3,0.3]"),
             *(("head.hidden=16", "head.attention=8") if recipe != "linear" else ()),

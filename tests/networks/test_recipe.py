@@ -4,19 +4,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from medray import cli
 from medray.errors import ConfigError
 from medray.models.config import model_digest, read_config
 from medray.models.folder import load_model, save_model
 from medray.storage.yaml_config import write_settings
 from medray.training.losses import SegmentationLoss
 from medray.training.recipe import Data, Loss, Recipe, read_recipe
+from medray.training.recipe_files import RECIPES
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")))
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
 def test_every_recipe_reads(path: Path) -> None:
     assert read_recipe(str(path), ["batch=4"]).batch == 4
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--labels", "l"], ["tune"]])
+def test_an_unknown_name_is_a_wrong_request(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "unt", "--data", "d", "--out", "m"]) == 2
+    assert "unt: no recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

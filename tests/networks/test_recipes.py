@@ -17,9 +17,8 @@ from medray.models.segmenters import build_segmenter
 from medray.training import trainer
 from medray.training.learner import World, build_network
 from medray.training.recipe import Prune, Recipe, Schedule, read_recipe
+from medray.training.recipe_files import RECIPES
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALLEST = "tu-mobilenetv3_small_050"
 
 
@@ -56,7 +55,9 @@ def contract_of(recipe: Recipe, dataset: str) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_trains(
     path: Path, dataset: str, trained: dict[str, str], tmp_path: Path
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_single_crop_is_too_few_for_some_networks(
     dataset: str, tmp_path: Path
 ) -> None:
     """Batch normalisation after global pooling sees one value a channel."""
-    recipe = read_recipe(str(ROOT / "recipes" / "deeplab.yaml"), ["batch=1"])
+    recipe = read_recipe("deeplab", ["batch=1"])
     contract = contract_of(recipe, dataset)
     team = World(0, 1, torch.device("cpu"))
     with pytest.raises(

@@ -34,9 +34,7 @@ from medray.storage import files
 from medray.storage.arrays import write_arrays
 from medray.storage.yaml_config import write_settings
 
-ROOT = Path(__file__).resolve().parents[2]
-MIL = str(ROOT / "recipes" / "slides" / "attention-mil.yaml")
-LINEAR = str(ROOT / "recipes" / "slides" / "linear.yaml")
+MIL, LINEAR = "attention-mil", "linear"
 D, SIDE = 8, 64
 SMALL = ("head.hidden=16", "head.attention=8", "epochs=25", "lr=0.01")
 ENCODER = Encoder(
@@ -385,7 +383,7 @@ def test_the_commands(
 
 def test_the_page(data: Path, labels: str, tmp_path: Path) -> None:
     """What docs/slide-labels.md says, from the features on."""
-    places = {"features": data, "labels.csv": labels, "recipes": ROOT / "recipes"}
+    places = {"features": data, "labels.csv": labels}
     for name, place in places.items():
         (tmp_path / name).symlink_to(place)
     embed, train, infer, evaluate = lines_of("docs/slide-labels.md")

@@ -93,7 +93,7 @@ def test_the_runtime_environment_is_one(tmp_path: Path) -> None:
     assert RuntimeEnv(**config)["env_vars"] == config["env_vars"]
     with pytest.raises(Exception, match="env_var"):
         RuntimeEnv(**{**config, "env_vars": "PATH"})
-    kept = {"medray", "jobs", "recipes", "pyproject.toml"}
+    kept = {"medray", "jobs", "pyproject.toml"}
     assert all((ROOT / name).exists() for name in kept)
     assert not kept & {name.strip("/") for name in config["excludes"]}
 

@@ -36,7 +36,7 @@ World = dict[str, Any]
 
 
 def head_pod(gpus: str = "4") -> Object:
-    container = {"name": "ray-head", "image": "registry/medray:0.1.0-gpu"}
+    container = {"name": "ray-head", "image": "registry/medray:0.2.0-gpu"}
     labels = {"ray.io/cluster": "medray", "ray.io/node-type": "head"}
     labels["medray/gpus"] = gpus
     return {
@@ -286,7 +286,7 @@ def _no_image(world: World) -> None:
 
 
 def _unedited(world: World) -> None:
-    image = "europe-west4-docker.pkg.dev/PROJECT/medray/medray:0.1.0-gpu"
+    image = "europe-west4-docker.pkg.dev/PROJECT/medray/medray:0.2.0-gpu"
     world[PODS][0]["spec"]["containers"][0]["image"] = image
 
 

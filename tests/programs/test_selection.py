@@ -76,7 +76,11 @@ def depends(name: str) -> frozenset[str]:
             {"test_doctor_tells_a_wrong_token"},
             {JOBS, README},
         ),
-        ("recipes/unet.yaml", {README, "test_every_recipe_trains"}, {SERVED, KILLED}),
+        (
+            "medray/training/recipes/unet.yaml",
+            {README, "test_every_recipe_trains"},
+            {SERVED, KILLED, CONVERTED},
+        ),
         ("k8s/new.yaml", {"test_a_few_small_slides_bring_one_gpu"}, {SERVED, README}),
         ("tests/serial.py", {X_RAYS, SIGNALLED}, {KILLED}),  # X_RAYS by `usefixtures`
         ("README.md", {README, VIEWED, EMBEDDED}, {X_RAYS, SERVED, SIGNALLED}),

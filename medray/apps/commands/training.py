@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from medray.apps.commands.options import Command, key_values
+from medray.apps.commands.options import Command, key_values, no_options
 from medray.errors import ConfigError
+
+_RECIPE = "name (see `medray recipes`), or path: has a / or ends in .yaml"
 
 
 def _add_train(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML file, see recipes/")
+    sub.add_argument("recipe", metavar="RECIPE", help=_RECIPE)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="MODEL", help="folder to make")
@@ -49,7 +51,9 @@ def _train(args: argparse.Namespace) -> Any:
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML, or a sweep")
+    sub.add_argument(
+        "recipe", metavar="RECIPE", help=f"with --grid; else a sweep. {_RECIPE}"
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changed keys")
     sub.add_argument("--data", required=True, metavar="DATASET", help="from ingest")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
@@ -82,7 +86,16 @@ def _tune(args: argparse.Namespace) -> Any:
     )
 
 
+def _recipes(_: argparse.Namespace) -> Any:
+    from medray.training.recipe_files import list_recipes
+
+    return list_recipes()
+
+
 COMMANDS = {
+    "recipes": Command(
+        "the recipes that come with medray, by name", no_options, _recipes
+    ),
     "train": Command("a recipe and a dataset into a model", _add_train, _train),
     "tune": Command("a recipe with several values for its keys", _add_tune, _tune),
 }
