@@ -5,20 +5,18 @@ where their memory happens to lie. So both versions are imported into one proces
 read the same rectangles in turn.
 
 git worktree add ../before COMMIT
-python benchmarks/read_versions.py --before ../before SLIDE.svs SLIDE.tiff
+python -m benchmarks.throughput.read_versions --before ../before \
+    --slides SLIDE.svs SLIDE.tiff
 """
 
-import argparse
-import datetime
-import json
-import platform
 import random
-import statistics
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks import harness
 
 OpenSlide = Any  # medray.open_slide of one of the versions
 
@@ -40,14 +38,15 @@ def load(checkout: Path) -> OpenSlide:
 
 def measure(
     opens: dict[str, OpenSlide], path: str, side: int, rounds: int
-) -> dict[str, Any]:
-    """Return the quotients before / after of the CPU time of reading and opening."""
+) -> harness.Rounds:
+    """Return the CPU time of reading and of opening, by version."""
     slides = {name: open_it(path) for name, open_it in opens.items()}
     level = slides["after"].levels[0]
     side = min(side, level.height, level.width)
     reads = max(2, 24 * 512 * 512 // side**2)
-    reading: dict[str, list[float]] = {name: [] for name in slides}
-    opening: dict[str, list[float]] = {name: [] for name in slides}
+    found = harness.Rounds(
+        "after", {"slide": Path(path).name, "side": side, "reads": reads}
+    )
     for k in range(rounds):
         rng = random.Random(k)
         places = [
@@ -58,43 +57,33 @@ def measure(
             start = time.process_time()
             for y, x in places:
                 slides[name].read(y, x, side, side)
-            reading[name].append(time.process_time() - start)
+            read = time.process_time() - start
             start = time.process_time()
             opens[name](path).close()
-            opening[name].append(time.process_time() - start)
-    return {
-        "slide": Path(path).name,
-        "side": side,
-        "reads": reads,
-        "reading, before / after": quartiles(reading),
-        "opening, before / after": quartiles(opening),
-        "opening, ms": round(1e3 * statistics.median(opening["after"]), 2),
-    }
+            opened = time.process_time() - start
+            found.add(name, **{"reading, ms": 1e3 * read, "opening, ms": 1e3 * opened})
+    return found
 
 
-def quartiles(seconds: dict[str, list[float]]) -> list[float]:
-    pairs = zip(seconds["before"], seconds["after"], strict=True)
-    return [round(q, 3) for q in statistics.quantiles([b / a for b, a in pairs], n=4)]
+def main(
+    slides: tuple[str, ...],
+    before: Path,
+    sides: tuple[int, ...] = (512, 2048),
+    rounds: int = 21,
+) -> Iterator[harness.Result]:
+    """Compare the CPU time of reading slides by another checkout and by this one.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("slides", nargs="+")
-    parser.add_argument("--before", type=Path, required=True, help="another checkout")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--rounds", type=int, default=21)
-    args = parser.parse_args()
-    opens = {"before": load(args.before), "after": load(Path(__file__).parents[1])}
-    record = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("tifffile", "imagecodecs")},
-    }
-    print(json.dumps(record))
-    for path in args.slides:
-        for side in args.sides:
-            print(json.dumps(measure(opens, path, side, args.rounds)), flush=True)
+    Args:
+        slides: Files.
+        before: The other checkout.
+        sides: Of the regions, pixels.
+        rounds: Number of rounds.
+    """
+    opens = {"before": load(before), "after": load(harness.ROOT)}
+    for path in slides:
+        for side in sides:
+            yield measure(opens, path, side, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)
