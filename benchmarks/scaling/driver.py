@@ -8,7 +8,7 @@ actors, outcomes, the ledger. Slides of 50 regions; a region takes as long as on
 3072 px (64 windows) would on the accelerator.
 
 Run: python -m benchmarks.scaling.driver slides --count 10000
-     python -m benchmarks.scaling.driver workers --counts 1 4 16 64 --region-ms 60
+     python -m benchmarks.scaling.driver workers --counts 1 4 16 64 --ms 60
 """
 
 import functools
@@ -203,19 +203,19 @@ def slides(count: int = 10_000) -> Iterator[harness.Result]:
 
 def workers(
     counts: tuple[int, ...] = (1, 4, 16, 64),
-    region_ms: float = 60.0,
+    ms: float = 60.0,
     duration: float = 30.0,
 ) -> Iterator[harness.Result]:
     """Measure how many GPU workers one driver keeps busy.
 
     Args:
         counts: Numbers of GPU workers.
-        region_ms: Time that a region takes, milliseconds.
+        ms: Time that a region takes, milliseconds.
         duration: Of each measurement at best, seconds.
     """
     ray.init(logging_level="ERROR")
     for count in counts:
-        yield measure_workers(count, region_ms / 1e3, duration)
+        yield measure_workers(count, ms / 1e3, duration)
     ray.shutdown()
 
 

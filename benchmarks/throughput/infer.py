@@ -56,10 +56,10 @@ def count_windows(slides: list[Path], windows: Windows) -> int:
     return total
 
 
-def bare(predictor: Predictor, slides: list[Path], max_windows: int) -> float:
+def bare(predictor: Predictor, slides: list[Path], sample: int) -> float:
     """The forward alone over every window, in full batches.
 
-    Of more than `max_windows`, the first ones are timed and counted up: a forward's
+    Of more than `sample` windows, the first ones are timed and counted up: a forward's
     time does not depend on its pixels.
     """
     size = predictor.config.window.size
@@ -69,7 +69,7 @@ def bare(predictor: Predictor, slides: list[Path], max_windows: int) -> float:
             level = slide.levels[0]
             for y in window_starts(level.height, predictor.config.window):
                 for x in window_starts(level.width, predictor.config.window):
-                    if len(windows) < max_windows:
+                    if len(windows) < sample:
                         windows.append(slide.read(int(y), int(x), size, size))
     total = count_windows(slides, predictor.config.window)
     pixels = torch.from_numpy(np.stack(windows)).to(predictor.device)
@@ -138,7 +138,7 @@ def main(
     slides: int = 16,
     pyramid: int | None = None,
     rounds: int = 3,
-    max_windows: int = 400,
+    sample: int = 400,
     model: str | None = None,
     encoder: str = "resnet18",
     precision: Precision = "auto",
@@ -149,7 +149,7 @@ def main(
         slides: Number of generated slides of 2048 px.
         pyramid: One slide instead, of this side, pixels.
         rounds: Number of rounds.
-        max_windows: Windows of which `bare` is timed.
+        sample: Number of windows that `bare` times, at most.
         model: Model folder; without one a U-Net of random weights.
         encoder: Of the random U-Net.
         precision: As of `medray infer`.
@@ -181,7 +181,7 @@ def main(
         )
         bare(predictor, paths, 40)  # warms up
         for index in range(rounds):
-            before = bare(predictor, paths, max_windows)
+            before = bare(predictor, paths, sample)
             seconds = {"bare": before}
             if not pyramid:
                 out = folder / f"loop{index}"
@@ -190,7 +190,7 @@ def main(
             seconds["medray, first read to last commit"] = figures.pop("read_to_commit")
             seconds["medray, whole stage"] = figures.pop("whole")
             # Before and after: the machine's speed drifts.
-            seconds["bare"] = (before + bare(predictor, paths, max_windows)) / 2
+            seconds["bare"] = (before + bare(predictor, paths, sample)) / 2
             for variant, one in seconds.items():
                 found.add(variant, **{"seconds": one, "windows/s": windows / one})
             found.add("medray, whole stage", **figures)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_memory import MARK, run_watched
 
+from benchmarks.peak_memory import MARK, run_watched
 from medray.datasets.synthetic import draw_scene, write_slide
 from medray.errors import ConfigError
 from medray.execution import cluster
