@@ -7,6 +7,7 @@ tiles' bytes, which that process then decodes. On one machine, and across two ra
 Run: python -m benchmarks.throughput.shipping
 """
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -32,8 +33,8 @@ class Shipped(TiffSlide):
 
     def take(self, y: int, x: int) -> dict[int, bytes]:
         page = self._pages[0][0]
-        indices = _touched(page.keyframe, 1, y, x, SIDE, SIDE)
-        return {index: self._segment_bytes(page, 0, index) for index in indices}
+        indices = [*_touched(page.keyframe, 1, y, x, SIDE, SIDE)]
+        return dict(self._stored(page, 0, indices))
 
     def decode(self, tiles: dict[int, bytes], y: int, x: int) -> np.ndarray:
         self.tiles = tiles
@@ -41,8 +42,8 @@ class Shipped(TiffSlide):
 
 
 class FromTiles(Shipped):
-    def _segment_bytes(self, page, level, index):
-        return self.tiles[index]
+    def _stored(self, page, level, indices):
+        return ((index, self.tiles[index]) for index in indices)
 
 
 class Reader:
@@ -145,7 +146,9 @@ def main(regions: int = 24, rounds: int = 3) -> Iterator[harness.Result]:
     cluster.add_node(**size)
     ray.init(address=cluster.address, logging_level="ERROR")
     nodes = [node["NodeID"] for node in ray.nodes()]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback(cluster.shutdown)
+        stack.callback(ray.shutdown)
         path = Path(folder) / "slide.tif"
         write_pyramid(path, 12288, 12288, seed=1, tissue=1.0)
         rng = np.random.default_rng(0)
@@ -154,8 +157,6 @@ def main(regions: int = 24, rounds: int = 3) -> Iterator[harness.Result]:
             for _ in range(regions)
         ]
         yield from measure(str(path), places, nodes, rounds)
-    ray.shutdown()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def measure(path: Path, model: str, out: Path, **options) -> tuple[dict, np.ndar
     for folder in (out / "coarse", out):
         if (folder / "slides.parquet").exists():
             (row,) = read_table(str(folder / "slides.parquet")).to_pylist()
+            if row["status"] != "done":
+                raise SystemExit(f"{path.stem}: {row['message']}")
             first = min(first, row["first_read_at"] or first)
             last, windows = row["committed_at"], windows + row["windows"]
     figures = {"slide": path.stem, **options, "s": round(last - first, 1)}
