@@ -92,8 +92,8 @@ def write_run(folder: Path, path: Path) -> str:
     pattern = np.kron(
         np.random.default_rng(0).integers(0, 2, (32, 32)), np.ones((64, 64))
     ).astype(np.uint8)
-    for y in range(0, CORNER, ome_zarr.REGION):
-        for x in range(0, CORNER, ome_zarr.REGION):
+    for y in range(0, min(CORNER, size[0]), ome_zarr.REGION):
+        for x in range(0, min(CORNER, size[1]), ome_zarr.REGION):
             region = Rectangle(y, x, ome_zarr.REGION, ome_zarr.REGION)
             ome_zarr.write_region(mask, region, pattern)
     ome_zarr.build_pyramid(mask)
@@ -131,6 +131,7 @@ def measure(port: int, run: str, path: Path, tiles: int) -> Iterator[harness.Res
         for k in range(len(ome_zarr.level_shapes(side, side)))
     ]
     draw = random.Random(0)
+    corner = min(CORNER, side)
     for zoom in range(last, max(last - 7, 0), -1):
         step = 1 << (last - zoom)
         level = (last - zoom) // 2 if (last - zoom) // 2 < len(store) else -1
@@ -146,7 +147,7 @@ def measure(port: int, run: str, path: Path, tiles: int) -> Iterator[harness.Res
             n = int(TILE * factor)
             np.asarray(store[level][a : a + n, b : b + n])
             slide.add("tifffile", ms=1e3 * (time.perf_counter() - start))
-            y, x = (draw.randrange(max(1, CORNER // step // TILE)) for _ in "yx")
+            y, x = (draw.randrange(max(1, corner // step // TILE)) for _ in "yx")
             url = f"/tile/mask/{zoom}/{y}/{x}?slide=large&shown=1"
             labels.add("medray view", ms=1e3 * get(url))
             start = time.perf_counter()
