@@ -7,7 +7,7 @@ EXTRAS := openslide,s3,serve,view
 export PYTHONDONTWRITEBYTECODE :=
 STAMP := .venv/.complete
 
-VIV := benchmarks/viv/dist/page.js
+VIV := benchmarks/viewers/viv/dist/page.js
 
 # Of the long tests CI runs those that a change since BASE touches, for BUDGET seconds.
 BASE := $(or $(MEDRAY_CI_BASE),recent)
@@ -67,8 +67,8 @@ docs: $(STAMP) ## the documentation as a site, in site/
 setup: $(STAMP)
 
 # A page with the viewer Viv, for the tests that look at masks in a browser.
-$(VIV): $(addprefix benchmarks/viv/,package.json page.js index.html)
-	cd benchmarks/viv && npm install --silent --no-package-lock --no-audit --no-fund \
+$(VIV): $(addprefix benchmarks/viewers/viv/,package.json page.js index.html)
+	cd benchmarks/viewers/viv && npm install --silent --no-package-lock --no-audit --no-fund \
 		--fetch-retries 1 --fetch-timeout 20000 && npm run --silent build
 
 $(UV):
@@ -90,4 +90,4 @@ release: $(STAMP) ## the changelog, a tested wheel in dist/, a commit and a tag:
 	.ci/release $(VERSION)
 
 clean:
-	rm -rf demo site dist .venv .venv-lowest .uv benchmarks/viv/dist benchmarks/viv/node_modules
+	rm -rf demo site dist .venv .venv-lowest .uv benchmarks/viewers/viv/dist benchmarks/viewers/viv/node_modules

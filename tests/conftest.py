@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Large tensors in large pages: a fifth less work for a network on a CPU, where each
 # page costs a virtual machine much.
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-# By it run_memory.py finds the processes that Ray started for these tests, not for
+# By it benchmarks/peak_memory.py finds the processes that Ray started for these tests, not for
 # those beside them.
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 

@@ -99,7 +99,10 @@ class _Reached:
             home = read_bindings(_path_of("medray")).get(name, ("medray", None))[0]
             module = f"medray.{name}" if f"medray.{name}" in _modules() else home
             name = None
-        elif name is not None and f"{module}.{name}" in _modules():
+        elif name is not None and (
+            f"{module}.{name}" in _modules()
+            or (module in HELPERS and _helper(f"{module}.{name}"))
+        ):
             module, name = f"{module}.{name}", None
         if module == CLI:
             self.cli |= name != PARSE
@@ -124,6 +127,8 @@ class _Reached:
                 dotted = dotted.rpartition(".")[0]
             if dotted != "medray":
                 yield from self.use(dotted, None)
+        for dotted in re.findall(r"\bbenchmarks(?:\.\w+)+", text):
+            yield from self.use(dotted, None)
         if text == "medray/":  # BIN / "medray"
             yield from self.use(CLI, None)
         for path in _named(text):

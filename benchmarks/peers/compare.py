@@ -4,31 +4,27 @@ Interleaved runs in one go, each system in a process of its own. Start-up (impor
 model, Ray) is not in `seconds`; for medray these are from the first read to the last
 commit, and `stage` is the whole stage with its workers' start.
 
-Run: python benchmarks/peers/compare.py --peers PEERS/bin/python --model MODEL
+Run: python -m benchmarks.peers.compare --peers PEERS/bin/python --model MODEL
 """
 
-import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, "benchmarks")
-
-from infer import bare, loop
-from run_memory import MARK, run_watched
-
+from benchmarks import harness
+from benchmarks.peak_memory import MARK, run_watched
+from benchmarks.throughput.infer import bare, loop
 from medray.datasets.synthetic import generate
 from medray.inference.run import mask_uri
-from medray.models.config import Prediction
+from medray.models.config import Precision, Prediction
 from medray.models.predict import Predictor
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
@@ -39,11 +35,12 @@ PEERS = ("tiatoolbox", "monai", "ratiopath")
 def run_peer(
     python: str, name: str, model: str, slides: list[Path], out: Path
 ) -> dict[str, Any]:
-    command = [python, "benchmarks/peers/run.py", name, "--model", model]
-    command += ["--out", str(out), *map(str, slides)]
+    command = [python, "-m", "benchmarks.peers.run", "--system", name]
+    command += ["--model", model, "--out", str(out), "--slides", *map(str, slides)]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": ".", MARK: "1"},
+        cwd=harness.ROOT,
+        env=os.environ | {MARK: "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -76,68 +73,60 @@ def run_medray(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--peers", required=True, help="python of their environment")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--slides", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", default=PEERS)
-    args = parser.parse_args()
-    precisions = {"medray float32": "float32", "medray": "auto"}
-    rounds: dict[str, list[dict[str, Any]]] = {}
+def main(
+    peers: str,
+    model: Path,
+    slides: int = 4,
+    rounds: int = 2,
+    systems: tuple[str, ...] = PEERS,
+) -> Iterator[harness.Result]:
+    """Compare medray with other systems in seconds, memory and masks.
+
+    Args:
+        peers: The python of their environment.
+        model: Model folder.
+        slides: Number of generated slides of 2048 px.
+        rounds: Number of rounds.
+        systems: Which of the others.
+    """
+    peers, uri = os.path.abspath(peers), str(model.absolute())
+    precisions: dict[str, Precision] = {"medray float32": "float32", "medray": "auto"}
+    found = harness.Rounds("medray", {"slides": slides})
     with tempfile.TemporaryDirectory() as name:
-        slides = generate(Path(name) / "data", slides=args.slides, seed=11)
+        paths = generate(Path(name) / "data", slides=slides, seed=11)
         predictors = {
-            f"bare forward, {key}": Predictor.from_folders(
-                [args.model], Prediction(precision=value)
-            )
+            key: Predictor.from_folders([uri], Prediction(precision=value))
             for key, value in precisions.items()
         }
-        for index in range(args.rounds):
+        for index in range(rounds):
             out = Path(name) / f"round{index}"
+            forward: dict[str, float] = {}
             for key, predictor in predictors.items():
-                seconds = bare(predictor, slides, 10**6)
-                figures: dict[str, Any] = {"seconds": seconds}
-                rounds.setdefault(key, []).append(figures)
-                folder = out / f"loop {key}"
-                figures = {"seconds": loop(predictor, slides, folder)}
-                figures["overhead"] = figures["seconds"] - seconds
-                rounds.setdefault(f"plain loop, {key[14:]}", []).append(figures)
-            for system in args.systems:
-                figures = run_peer(args.peers, system, args.model, slides, out / system)
-                figures["overhead"] = figures["seconds"] - figures["forward"]
-                rounds.setdefault(system, []).append(figures)
-            for key, precision in precisions.items():
-                figures = run_medray(precision, args.model, slides, out / precision)
-                forward = rounds[f"bare forward, {key}"][-1]["seconds"]
-                figures["overhead"] = figures["seconds"] - forward
-                rounds.setdefault(key, []).append(figures)
-            truth = rounds["medray float32"][-1]["masks"]
-            for key, runs in rounds.items():
-                masks = runs[-1].pop("masks", {})
-                if masks and key != "medray float32":
-                    same = [(masks[s] == truth[s]).mean() for s in truth]
-                    runs[-1]["equal to medray float32"] = float(np.mean(same))
-                print(f"{time.strftime('%T')} {key} {json.dumps(runs[-1])}", flush=True)
+                forward[key] = bare(predictor, paths, 10**6)
+                found.add(f"bare forward, {key}", seconds=forward[key])
+                seconds = loop(predictor, paths, out / f"loop {key}")
+                overhead = seconds - forward[key]
+                found.add(f"plain loop, {key}", seconds=seconds, overhead=overhead)
+            runs = {
+                key: run_medray(precision, uri, paths, out / precision)
+                for key, precision in precisions.items()
+            }
+            for key, figures in runs.items():
+                figures["overhead"] = figures["seconds"] - forward[key]
+            for system in systems:
+                figures = run_peer(peers, system, uri, paths, out / system)
+                figures["overhead"] = figures["seconds"] - figures.pop("forward")
+                runs[system] = figures
+            truth = runs["medray float32"]["masks"]
+            for key, figures in runs.items():
+                masks = figures.pop("masks")
+                same = [float((masks[s] == truth[s]).mean()) for s in truth]
+                figures["equal to medray float32"] = float(np.mean(same))
+                found.add(key, **figures)
+                print(f"round {index + 1}: {key}: {figures}", file=sys.stderr)
             shutil.rmtree(out)
-    print()
-    columns = ("seconds", "windows", "overhead", "stage", "peak MiB")
-    print("| system |", " | ".join(columns), "| x medray | equal |")
-    print("|---|" + "---|" * (len(columns) + 2))
-    base = [run["seconds"] for run in rounds["medray"]]
-    for key, runs in rounds.items():
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs if column in run]
-            cells.append(f"{statistics.median(values):.1f}" if values else "")
-        ratio = statistics.median(
-            run["seconds"] / one for run, one in zip(runs, base, strict=True)
-        )
-        equal = runs[-1].get("equal to medray float32")
-        cells += [f"{ratio:.2f}", f"{equal:.4%}" if equal else ""]
-        print(f"| {key} |", " | ".join(cells), "|")
+    yield found
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

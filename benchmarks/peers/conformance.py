@@ -2,7 +2,7 @@
 
 Run in the peers' environment, see benchmarks/peers/README.md:
 
-    PYTHONPATH=. PEERS/bin/python benchmarks/peers/conformance.py
+    PEERS/bin/python -m benchmarks.peers.conformance
 """
 
 import contextlib
@@ -10,14 +10,13 @@ import io
 import logging
 import sys
 
-sys.path.insert(0, ".")
-
-from engines import ENGINES
-
+from benchmarks import harness
+from benchmarks.peers.engines import ENGINES
 from medray.inference.conformance import check_engine
 
 
 def main() -> None:
+    """Put other systems to the checks of `medray conformance`."""
     logging.disable(logging.CRITICAL)
     columns = {}
     for name, engine in ENGINES.items():
@@ -32,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -3,10 +3,9 @@
 Counted is what the second run does, against what was missing: slides (regions for
 medray) whose masks were not stored when it was killed.
 
-Run: python benchmarks/peers/kill.py --peers PEERS/bin/python --model demo/model
+Run: python -m benchmarks.peers.kill --peers PEERS/bin/python --model demo/model
 """
 
-import argparse
 import json
 import os
 import signal
@@ -14,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from compare import PEERS
-
+from benchmarks import harness
+from benchmarks.peers.compare import PEERS
 from medray.datasets.synthetic import generate
 from medray.storage.ledger import Ledger
 
@@ -25,7 +25,7 @@ from medray.storage.ledger import Ledger
 def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command,
-        env=os.environ | {"PYTHONPATH": "."},
+        cwd=harness.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -48,27 +48,37 @@ def kill(process: subprocess.Popen) -> None:
     time.sleep(5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--peers", required=True, help="python of their environment")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--slides", type=int, default=4)
-    parser.add_argument("--systems", nargs="+", default=[*PEERS, "medray"])
-    args = parser.parse_args()
+def main(
+    peers: str,
+    model: Path,
+    slides: int = 4,
+    systems: tuple[str, ...] = (*PEERS, "medray"),
+) -> Iterator[harness.Result]:
+    """Count the work that a second run repeats after a kill.
+
+    Args:
+        peers: The python of the other systems' environment.
+        model: Model folder.
+        slides: Number of generated slides of 2048 px.
+        systems: Which of all.
+    """
+    peers, uri = os.path.abspath(peers), str(model.absolute())
     with tempfile.TemporaryDirectory() as name:
-        slides = generate(Path(name) / "data", slides=args.slides, seed=11)
-        for system in args.systems:
+        paths = generate(Path(name) / "data", slides=slides, seed=11)
+        for system in systems:
             out = Path(name) / system
             if system == "medray":
                 command = [sys.executable, "-m", "medray.cli", "infer", "--json"]
                 command += ["--everywhere", "--region", "512"]
                 stored = lambda: regions_of(Ledger(str(out)))  # noqa: B023,E731
-                total = 16 * len(slides)
+                total = 16 * len(paths)
             else:
-                command = [args.peers, "benchmarks/peers/run.py", system]
+                command = [peers, "-m", "benchmarks.peers.run", "--system", system]
                 stored = lambda: len(list(out.glob("*.npy")))  # noqa: B023,E731
-                total = len(slides)
-            command += ["--model", args.model, "--out", str(out), *map(str, slides)]
+                total = len(paths)
+            command += ["--model", uri, "--out", str(out)]
+            command += [] if system == "medray" else ["--slides"]
+            command += map(str, paths)
             process = start(command)
             while process.poll() is None and stored() < total / 2:
                 time.sleep(0.2)
@@ -82,20 +92,15 @@ def main() -> None:
             else:
                 masks = out.glob("*.npy")
                 done = sum(path.stat().st_mtime > moment for path in masks)
-            print(
-                json.dumps(
-                    {
-                        "system": system,
-                        "unit": "regions" if system == "medray" else "slides",
-                        "all": total,
-                        "stored when killed": before,
-                        "done by the second run": done,
-                        "repeated": done - (total - before),
-                    }
-                ),
-                flush=True,
-            )
+            yield {
+                "system": system,
+                "unit": "regions" if system == "medray" else "slides",
+                "all": total,
+                "stored when killed": before,
+                "done by the second run": done,
+                "repeated": done - (total - before),
+            }
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

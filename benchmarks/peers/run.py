@@ -1,19 +1,17 @@
 """Segment slides with another system; print what it took as JSON.
 
-Run in the peers' environment by benchmarks/peers/compare.py. Counted are reading,
+Run in the peers' environment by compare.py and kill.py. Counted are reading,
 predicting, stitching and writing; imports, loading the model and starting Ray are not.
 """
 
-import argparse
-import json
 import logging
 import resource
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -24,11 +22,9 @@ import zarr
 from safetensors.torch import load_file
 from torch import nn
 
-sys.path[:0] = [".", "benchmarks"]
-
-from engines import monai, tiatoolbox_file
-from run_memory import watched
-
+from benchmarks import harness
+from benchmarks.peak_memory import watched
+from benchmarks.peers.engines import monai, tiatoolbox_file
 from medray.geometry import Windows
 
 warnings.filterwarnings("ignore")
@@ -159,41 +155,45 @@ SYSTEMS: dict[str, Callable[[list[Path], Model, Path, Windows], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("system", choices=SYSTEMS)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--windows", type=int, nargs=2, default=(512, 384))
-    parser.add_argument("slides", type=Path, nargs="+")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = Model(args.model)
-    if args.system == "ratiopath":
+def main(
+    system: Literal["tiatoolbox", "monai", "ratiopath"],
+    model: Path,
+    out: Path,
+    slides: tuple[Path, ...],
+    windows: tuple[int, int] = (512, 384),
+) -> Iterator[harness.Result]:
+    """Segment slides with another system; the last line is what it took, as JSON.
+
+    Args:
+        system: Which.
+        model: Model folder of medray.
+        out: Folder for masks.
+        slides: Files.
+        windows: Size and stride, pixels.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    network = Model(model)
+    if system == "ratiopath":
         import ray
 
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
     with torch.inference_mode():
-        side = args.windows[0]
-        model(torch.zeros(BATCH, 3, side, side))  # warms up
-    model.seconds, model.windows = 0.0, 0
+        side = windows[0]
+        network(torch.zeros(BATCH, 3, side, side))  # warms up
+    network.seconds, network.windows = 0.0, 0
     with watched() as peak:
         start = time.perf_counter()
-        SYSTEMS[args.system](args.slides, model, args.out, Windows(*args.windows))
+        SYSTEMS[system](slides, network, out, Windows(*windows))
         seconds = time.perf_counter() - start
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "forward": model.seconds,
-                "windows": model.windows,
-                "peak MiB": peak.mib,
-                "max RSS MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-            }
-        )
-    )
+    yield {
+        "seconds": seconds,
+        "forward": network.seconds,
+        "windows": network.windows,
+        "peak MiB": peak.mib,
+        "max RSS MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

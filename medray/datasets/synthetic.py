@@ -139,7 +139,7 @@ def write_pyramid(
     """Write a slide of any size quickly: one generated field, repeated.
 
     A pyramidal JPEG BigTIFF with levels of 1, 1/4, 1/16, ... of the size. Fields of
-    2048 pixels either show tissue or are glass, which is not stored at all.
+    2048 pixels either show tissue or are glass.
 
     Args:
         path: The file.
@@ -187,7 +187,7 @@ def _repeated(
     factor: int,
     size: tuple[int, int, int],
 ) -> Iterator[bytes]:
-    """Yield the encoded tiles of one level, row by row; none of glass."""
+    """Yield the encoded tiles of one level, row by row."""
     small = np.asarray(Image.fromarray(field).reduce(factor))
     side = len(small)
     encoded: dict[Any, bytes] = {}
@@ -197,9 +197,6 @@ def _repeated(
             columns = np.arange(x, x + _TILE)
             flags = shown[y // side : (y + _TILE - 1) // side + 1]
             flags = flags[:, x // side : (x + _TILE - 1) // side + 1]
-            if not flags.any():
-                yield b""
-                continue
             key = (y % side, x % side, flags.shape, flags.tobytes())
             if key not in encoded:
                 tile = small[np.ix_(rows % side, columns % side)]

@@ -110,7 +110,7 @@ class SlideModel:
     encoder: Encoder
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    RENAMED: ClassVar[dict[str, str]] = {"provenance": "provenance"}
+    RENAMED: ClassVar[dict[str, str]] = {"made_from": "provenance"}
 
 
 def holds_slide_model(folder: str) -> bool:
@@ -136,7 +136,7 @@ def read_slide_model(folder: str) -> SlideModel:
 
 def slide_model_digest(folder: str) -> str:
     """Digest what decides a model's answers: weights and configuration."""
-    config = to_dict(read_slide_model(folder)) | {"provenance": None}
+    config = to_dict(read_slide_model(folder)) | {"made_from": None}
     del config["provenance"]  # called made_from when digests began
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
     digest.update(files.read_bytes(files.join(folder, "weights.safetensors")))

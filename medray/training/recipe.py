@@ -397,7 +397,7 @@ class Recipe:
     seed: int = 0
     workers: int | tuple[int, int] = 1
 
-    RENAMED: ClassVar[dict[str, str]] = {"micro_batch_size": "micro_batch_size"}
+    RENAMED: ClassVar[dict[str, str]] = {"at_once": "micro_batch_size"}
 
     def __post_init__(self) -> None:
         """Check what concerns several keys."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shown import VIV, Show, differing, napari, neuroglancer, viv
-from viewers import by_spatialdata
 
+from benchmarks.viewers.outputs import by_spatialdata
+from benchmarks.viewers.shown import VIV, Show, differing, napari, neuroglancer, viv
 from medray import open_mask
 from medray.apps.convert import convert
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_memory import MARK, run_watched
 
+from benchmarks.peak_memory import MARK, run_watched
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError

@@ -1,6 +1,6 @@
 """GPU nodes that come and go, by Ray's own autoscaler, and one that is taken away.
 
-The groups are those of k8s/overlays/gke-gpu; see benchmarks/autoscale.py.
+The groups are those of k8s/overlays/gke-gpu; see benchmarks/scaling/autoscale.py.
 """
 
 import shutil
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import serial
-from autoscale import (
+
+from benchmarks.scaling.autoscale import (
     HEAD,
     autoscaling,
     infer,
@@ -22,7 +23,6 @@ from autoscale import (
     wait_until,
     watching,
 )
-
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import read_run

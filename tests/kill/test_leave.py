@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from autoscale import processes
 from heads import BIN, PORT, Head, head_node
 from manifests import ROOT, build, find
 
 import medray.apps.leave
+from benchmarks.scaling.autoscale import processes
 from medray.execution.gpu_worker import GpuWorker
 
 pytestmark = pytest.mark.timeout(600)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from autoscale import ray_cluster, scaled, wait_until
+
+from benchmarks.scaling.autoscale import ray_cluster, scaled, wait_until
 
 pytestmark = [
     pytest.mark.skipif(

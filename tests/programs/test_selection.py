@@ -68,7 +68,7 @@ def depends(name: str) -> frozenset[str]:
         ("medray/__init__.py", {SERVED, TRAINED, SIGNALLED, README}, set()),
         ("tests/hostile.py", {"test_hostile_tiffs"}, {SERVED, README}),
         ("tests/lost_nodes.py", {"test_nodes_that_go_speak_against_no_row"}, {TRAINED}),
-        ("benchmarks/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
+        ("benchmarks/robustness/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
         ("jobs/infer.py", {JOBS}, {SERVED, README}),
         ("medray/evaluation/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
         (

@@ -3,8 +3,8 @@
 Every output of one slide is opened by every tool that is at hand, and its pixels are
 compared with the mask; the table says with which version, or why not.
 
-    python benchmarks/viewers.py RUN --out OUT [--ngff DIR] [--bioformats JAR]
-        [--vizarr DIST]
+    python -m benchmarks.viewers.outputs --run RUN --out OUT [--ngff DIR]
+        [--bioformats JAR] [--vizarr DIST]
 
 RUN is any run whose slides are still there. --ngff has the schemas of the specification
 by version (DIR/0.5/image.schema, as `git archive 0.5 schemas` gives them); --bioformats
@@ -15,7 +15,6 @@ napari draws in Debian's Xvfb. Writes OUT/viewers.md and the pictures of napari 
 Vizarr.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -31,7 +30,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from shown import (
+
+from benchmarks import harness
+from benchmarks.viewers.shown import (
     VIV,
     Show,
     chromium,
@@ -42,7 +43,6 @@ from shown import (
     served,
     viv,
 )
-
 from medray import open_mask
 from medray.apps.convert import convert
 from medray.inference.outlines import write_outlines
@@ -181,7 +181,7 @@ def by_rasterio(
     same(features.rasterize(shapes, mask.shape, dtype="uint8"), mask)
 
 
-def bioformats(jar: str, tool: str, *args: str) -> str:
+def run_bioformats(jar: str, tool: str, *args: str) -> str:
     command = ["java", "-cp", jar, f"loci.formats.tools.{tool}", *args]
     told = subprocess.run(command, capture_output=True, text=True)
     if told.returncode:
@@ -192,11 +192,13 @@ def bioformats(jar: str, tool: str, *args: str) -> str:
 def by_bioformats(name: str, place: str, mask: Any, *, jar: str) -> None:
     import tifffile
 
-    told = bioformats(jar, "ImageInfo", "-no-upgrade", "-nopix", "-noflat", place)
+    told = run_bioformats(jar, "ImageInfo", "-no-upgrade", "-nopix", "-noflat", place)
     levels = re.search(r"Resolutions = (\d+)", told)
     with tempfile.TemporaryDirectory() as folder:
         copy = f"{folder}/copy.tif"
-        bioformats(jar, "ImageConverter", "-no-upgrade", "-series", "0", place, copy)
+        run_bioformats(
+            jar, "ImageConverter", "-no-upgrade", "-series", "0", place, copy
+        )
         same(tifffile.imread(copy), mask)
     if levels is None and max(mask.shape) > 512:
         raise ValueError("pixels are right, but no pyramid is seen")
@@ -356,15 +358,23 @@ def seen(picture: Path, mask: Any, scale: float) -> str:
 # --- table ----------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ngff", metavar="DIR")
-    parser.add_argument("--bioformats", metavar="JAR")
-    parser.add_argument("--vizarr", metavar="DIST")
-    args = parser.parse_args()
-    run, out = files.absolute(args.run), args.out.absolute()
+def main(
+    run: str,
+    out: Path,
+    ngff: str | None = None,
+    bioformats: str | None = None,
+    vizarr: str | None = None,
+) -> None:
+    """Open every output of a run in other programs and libraries; compare the pixels.
+
+    Args:
+        run: Folder of `medray infer`.
+        out: Folder for viewers.md and pictures.
+        ngff: Folder of the schemas of OME-NGFF by version.
+        bioformats: The file bioformats_package.jar.
+        vizarr: The folder that `vite build` makes of Vizarr.
+    """
+    run, out = files.absolute(run), out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     places, (mask, row, classes) = make_outputs(run, out)
     mpp = row["mpp"] or 1.0
@@ -377,8 +387,8 @@ def main() -> None:
         lines.append(f"| {title} | {' | '.join(cells.get(n, '') for n in OUTPUTS)} |")
         print(lines[-1], flush=True)
 
-    if args.ngff:
-        check = functools.partial(by_schemas, folder=args.ngff)
+    if ngff:
+        check = functools.partial(by_schemas, folder=ngff)
         cells = {name: tried(check, name, places[name], mask) for name in ZARRS}
         add("schemas of the specification, strict", cells)
     for package, does, check, takes in LIBRARIES:
@@ -389,9 +399,9 @@ def main() -> None:
         version = importlib.metadata.version(package)
         cells = {name: tried(check, name, places[name], mask) for name in takes}
         add(f"{package} {version} {does}", cells)
-    if args.bioformats:
-        version = bioformats(args.bioformats, "ImageInfo", "-version").split()[1]
-        check = functools.partial(by_bioformats, jar=args.bioformats)
+    if bioformats:
+        version = run_bioformats(bioformats, "ImageInfo", "-version").split()[1]
+        check = functools.partial(by_bioformats, jar=bioformats)
         cells = {name: tried(check, name, places[name], mask) for name in TIFFS}
         add(f"Bio-Formats {version} reads", cells)
     version = importlib.metadata.version("neuroglancer")
@@ -406,11 +416,11 @@ def main() -> None:
         cells = look_with(napari(), places, mpp, ZARRS + TIFFS)
         add(f"napari {version} shows", cells)
         picture_of_napari(Path(places["ome-zarr"]), out / "napari.png")
-    if args.vizarr:
-        cells = look_with_vizarr(args.vizarr, places, mask, out, unit=mpp)
+    if vizarr:
+        cells = look_with_vizarr(vizarr, places, mask, out, unit=mpp)
         add(f"Vizarr {cells['version']} shows", cells)
     (out / "viewers.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -4,30 +4,19 @@ Needs atheris (pip install atheris). An input that ends in anything but a succes
 error of medray's is a finding; it is written to the working directory as crash-DIGEST,
 and belongs into tests/networks/test_hostile.py.
 
-Run: python benchmarks/fuzz.py annotations --seconds 600
-     python benchmarks/fuzz.py tiff --seconds 600
+Run: python -m benchmarks.robustness.fuzz --target annotations --seconds 600
+     python -m benchmarks.robustness.fuzz --target tiff --seconds 600
 """
 
-import argparse
 import json
 import logging
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Literal
 
-import atheris
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-with atheris.instrument_imports(
-    include=["medray.annotations", "medray.slides", "tifffile", "svgelements"]
-):
-    import tifffile  # noqa: F401
-
-    import medray.annotations as annotations
-    import medray.slides as slides
-import hostile
-
+from benchmarks import harness
 from medray.classes import Classes
 from medray.errors import MedrayError
 from medray.slides.limits import bound_memory
@@ -37,6 +26,8 @@ CLASSES = Classes()
 
 
 def read_annotation(data: bytes) -> None:
+    from medray import annotations
+
     files.write_bytes("memory://a.any", data)
     try:
         areas = annotations.read_annotation(
@@ -49,6 +40,8 @@ def read_annotation(data: bytes) -> None:
 
 
 def read_tiff(data: bytes) -> None:
+    from medray import slides
+
     files.write_bytes("memory://a.tif", data)
     try:
         with slides.open_slide("memory://a.tif", reader="tifffile") as slide:
@@ -62,26 +55,39 @@ def read_tiff(data: bytes) -> None:
 TARGETS = {"annotations": read_annotation, "tiff": read_tiff}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--seconds", type=int, default=600)
-    args = parser.parse_args()
+def main(target: Literal["annotations", "tiff"], seconds: int = 600) -> None:
+    """Search for inputs that end in anything but a success or an error of medray's.
+
+    Args:
+        target: What reads the inputs.
+        seconds: How long to search.
+    """
+    import atheris
+
+    with atheris.instrument_imports(
+        include=["medray.annotations", "medray.slides", "tifffile", "svgelements"]
+    ):
+        import tifffile  # noqa: F401
+
+        from medray import annotations, slides  # noqa: F401
+    sys.path.insert(0, str(harness.ROOT / "tests"))
+    import hostile
+
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     bound_memory()
     with tempfile.TemporaryDirectory() as corpus:
         texts = (hostile.SVG, json.dumps(hostile.GEOJSON), hostile.ASAP)
         seeds = hostile.tiff_seeds()
-        if args.target == "annotations":
+        if target == "annotations":
             seeds = [text.encode() for text in texts] + seeds[-2:]
         for index, seed in enumerate(seeds):
             (Path(corpus) / f"{index}").write_bytes(seed)
-        options = [f"-max_total_time={args.seconds}", "-timeout=20", "-rss_limit_mb=0"]
+        options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=0"]
         options += ["-max_len=200000", "-print_final_stats=1", "-seed=1"]
-        atheris.Setup([sys.argv[0], *options, corpus], TARGETS[args.target])
+        atheris.Setup([sys.argv[0], *options, corpus], TARGETS[target])
         atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

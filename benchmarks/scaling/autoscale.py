@@ -4,16 +4,16 @@ The autoscaler is Ray's own (v2). What it may start are the worker groups of
 k8s/overlays/gke-gpu: kustomize builds them, and Ray's own translation for KubeRay makes
 them into the autoscaler's configuration. Only the provider is another: nodes are
 raylets on this machine, with this machine's cores, and GPUs that are only said to be
-there, so lanes predict on CPUs; and idle nodes go after seconds instead of minutes.
+there, so GPU workers predict on CPUs; and idle nodes go after seconds instead of
+minutes.
 
-    python benchmarks/autoscale.py picture --out OUT    # 0 -> N -> 0, a timeline
-    python benchmarks/autoscale.py curve --out OUT      # cost against preempted nodes
+    python -m benchmarks.scaling.autoscale picture --out OUT  # 0 -> N -> 0, a timeline
+    python -m benchmarks.scaling.autoscale curve --out OUT  # cost by preempted nodes
 
 A preempted node is killed (SIGKILL, without notice), which is the worst that a cloud
 does; the masks of every run have to be those of the first, byte for byte.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,9 +32,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks import harness
+from benchmarks.harness import ROOT
 from medray.geometry import plan_regions
 
-ROOT = Path(__file__).resolve().parents[1]
 OVERLAY = ROOT / "k8s" / "overlays" / "gke-gpu"
 HEAD = "ray.head.default"  # as the provider of fake nodes calls its type
 HEAD_ID = "head"
@@ -50,7 +51,8 @@ def ray_cluster(gpus: int, folder: Path) -> dict[str, Any]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise FileNotFoundError("kubectl: not on this machine; it builds the overlay")
-    shutil.copytree(ROOT / "k8s", folder / "k8s")
+    for name in ("k8s", "recipes"):
+        shutil.copytree(ROOT / name, folder / name)
     overlay = folder / OVERLAY.relative_to(ROOT)
     values = yaml.safe_load((overlay / "values.yaml").read_text())
     values["data"]["gpus"] = str(gpus)
@@ -326,36 +328,23 @@ def masks(run: Path) -> dict[str, bytes]:
 
 def write_inputs(out: Path, slides: int) -> tuple[Path, Path]:
     """Generated slides, and a model with random weights."""
-    import torch
-
-    from medray.classes import Classes
+    from benchmarks.random_model import random_model
     from medray.datasets.synthetic import write_slide
     from medray.datasets.synthetic_scene import draw_scene
-    from medray.geometry import Windows
-    from medray.models.config import Architecture, ModelConfig
-    from medray.models.folder import save_model
-    from medray.models.segmenters import build_segmenter
 
     for seed in range(slides):
         scene = draw_scene(seed, height=SIZE[0], width=SIZE[1])
         write_slide(out / "slides", f"s{seed:02d}", scene, layout="pyramid")
-    torch.manual_seed(7)
     # Light: what is measured is nodes that come and go, all on this machine's cores.
-    architecture = Architecture("segformer", "tu-test_resnet")
-    config = ModelConfig(
-        architecture=architecture,
-        classes=Classes(),
-        window=Windows(256, 192),
-        mpp=0.5,
-    )
-    save_model(str(out / "model"), config, build_segmenter(architecture, 2), {})
-    return out / "slides", out / "model"
+    model = out / "model"
+    random_model(model, "segformer", "tu-test_resnet", window=(256, 192), seed=7)
+    return out / "slides", model
 
 
 # --- the picture ----------------------------------------------------------------------
 
 
-def draw_timeline(watched: Watched, picture: Path) -> None:
+def draw_timeline(watched: Watched, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     seconds = [at for at, _, _ in watched.samples]
@@ -373,11 +362,20 @@ def draw_timeline(watched: Watched, picture: Path) -> None:
     below.set(xlabel="seconds since the job was submitted", ylabel="regions committed")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def show_timeline(out: Path, slides: int, gpus: int) -> None:
+def picture(out: Path, slides: int = 24, gpus: int = 2) -> Iterator[harness.Result]:
+    """Draw how nodes come with the work and go after it.
+
+    Args:
+        out: Folder to make.
+        slides: Number of generated slides.
+        gpus: Number of nodes that there may be.
+    """
+    out = out.absolute()
+    out.mkdir(parents=True)
     inputs = write_inputs(out, slides)
     run = out / "run"
     with scaled(gpus) as environment, watching(environment, run) as watched:
@@ -392,9 +390,14 @@ def show_timeline(out: Path, slides: int, gpus: int) -> None:
     counts = [len(nodes) for _, nodes, _ in watched.samples]
     first = next(at for at, nodes, _ in watched.samples if nodes)
     gone = watched.samples[-1][0]
-    print(f"slides {summary['done']}, regions {summary['regions']}")
-    print(f"GPU nodes {counts[0]} -> {max(counts)} -> {counts[-1]}")
-    print(f"first node {first:.0f} s, done {ended:.0f} s, none {gone:.0f} s")
+    yield {
+        "slides": summary["done"],
+        "regions": summary["regions"],
+        "GPU nodes": [counts[0], max(counts), counts[-1]],
+        "first node, s": round(first),
+        "done, s": round(ended),
+        "no node, s": round(gone),
+    }
     (out / "timeline.json").write_text(json.dumps(watched.samples))
     draw_timeline(watched, out / "autoscaling.png")
 
@@ -419,13 +422,27 @@ class Preemptions:
             self.taken.add(there[0])
 
 
-def measure_curve(out: Path, slides: int, gpus: int, counts: list[int]) -> None:
-    """Do the same slides with more and more preemptions, and add up the cost."""
+def curve(
+    out: Path,
+    slides: int = 24,
+    gpus: int = 2,
+    preempted: tuple[int, ...] = (0, 1, 0, 2, 0, 4),
+) -> Iterator[harness.Result]:
+    """Do the same slides with more and more preemptions, and add up the cost.
+
+    Args:
+        out: Folder to make.
+        slides: Number of generated slides.
+        gpus: Number of nodes that there may be at once.
+        preempted: Numbers of nodes that are taken away, a run each.
+    """
+    out = out.absolute()
+    out.mkdir(parents=True)
     inputs = write_inputs(out, slides)
     rows: list[dict[str, Any]] = []
     plain: dict[str, bytes] = {}
     regions = slides * len([*plan_regions(*SIZE, REGION)])
-    for number, count in enumerate(counts):
+    for number, count in enumerate(preempted):
         run = out / f"run-{number}"
         with scaled(gpus) as environment, watching(environment, run) as watched:
             cloud = Preemptions(watched, count, regions)
@@ -446,7 +463,7 @@ def measure_curve(out: Path, slides: int, gpus: int, counts: list[int]) -> None:
                 "same_bytes": masks(run) == plain,
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        yield rows[-1]
         (out / "curve.json").write_text(json.dumps(rows, indent=1))
     draw_curve(rows, out / "preemption.png")
 
@@ -470,27 +487,5 @@ def draw_curve(rows: list[dict[str, Any]], picture: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["picture", "curve"])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--slides", type=int, default=24)
-    parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument(
-        "--preempted",
-        type=int,
-        nargs="+",
-        default=[0, 1, 0, 2, 0, 4],
-        help="how many nodes are taken away, a run each",
-    )
-    args = parser.parse_args()
-    out = args.out.absolute()
-    out.mkdir(parents=True)
-    if args.what == "picture":
-        show_timeline(out, args.slides, args.gpus)
-    else:
-        measure_curve(out, args.slides, args.gpus, args.preempted)
-
-
 if __name__ == "__main__":
-    main()
+    harness.run(picture, curve)

@@ -2,44 +2,26 @@
 
 A classifier of timm that costs little stands for the model; every window is predicted.
 
-Run: python benchmarks/memory.py --sides 10000 100000
+Run: python -m benchmarks.scaling.memory --sides 10000 100000
 """
 
-import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from run_memory import run_watched
 
-from medray.classes import Classes
+from benchmarks import harness
+from benchmarks.peak_memory import run_watched
+from benchmarks.random_model import random_model
 from medray.datasets.synthetic import write_pyramid
-from medray.geometry import Windows
 from medray.inference.run import mask_uri
-from medray.models.classifiers import build_classifier
-from medray.models.config import Architecture, ModelConfig
-from medray.models.folder import save_model
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
 from medray.storage.pyramid import halved
-
-
-def cheap_model(folder: Path) -> str:
-    torch.manual_seed(0)
-    architecture = Architecture("classifier", "mobilenetv3_small_050")
-    config = ModelConfig(
-        architecture=architecture,
-        classes=Classes(),
-        window=Windows(512, 384),
-        mpp=0.5,
-    )
-    save_model(str(folder), config, build_classifier(architecture, 2), {})
-    return str(folder)
 
 
 def filled(levels: list) -> bool:
@@ -83,20 +65,26 @@ def measure(side: int, model: str, folder: Path, tissue: float) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sides", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--tissue", type=float, default=0.1)
-    args = parser.parse_args()
+def main(
+    sides: tuple[int, ...] = (10_000, 100_000), tissue: float = 0.1
+) -> Iterator[harness.Result]:
+    """Measure the peak memory of `medray infer` by the side of one slide.
+
+    Args:
+        sides: Of the slides, pixels.
+        tissue: Share of a slide that is tissue.
+    """
     with tempfile.TemporaryDirectory() as name:
-        model = cheap_model(Path(name) / "model")
+        model = random_model(
+            Path(name) / "model", "classifier", "mobilenetv3_small_050"
+        )
         peaks = []
-        for side in args.sides:
-            figures = measure(side, model, Path(name), args.tissue)
+        for side in sides:
+            figures = measure(side, model, Path(name), tissue)
             peaks.append(figures["peak MiB"])
-            print(json.dumps(figures), flush=True)
-        print("peak of the last / of the first:", round(peaks[-1] / peaks[0], 3))
+            yield figures
+        yield {"peak of the last / of the first": round(peaks[-1] / peaks[0], 3)}
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -4,14 +4,14 @@ A reader gives regions to the process that would predict them: decoded, or as th
 tiles' bytes, which that process then decodes. On one machine, and across two raylets
 (on one machine too, but through sockets instead of shared memory).
 
-Run: python benchmarks/shipping.py
+Run: python -m benchmarks.throughput.shipping
 """
 
-import argparse
-import json
-import statistics
+import contextlib
+import functools
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from benchmarks import harness
 from medray.datasets.synthetic import write_pyramid
 from medray.slides.tiff import TiffSlide, _touched
 
@@ -32,8 +33,8 @@ class Shipped(TiffSlide):
 
     def take(self, y: int, x: int) -> dict[int, bytes]:
         page = self._pages[0][0]
-        indices = _touched(page.keyframe, 1, y, x, SIDE, SIDE)
-        return {index: self._segment_bytes(page, 0, index) for index in indices}
+        indices = [*_touched(page.keyframe, 1, y, x, SIDE, SIDE)]
+        return dict(self._stored(page, 0, indices))
 
     def decode(self, tiles: dict[int, bytes], y: int, x: int) -> np.ndarray:
         self.tiles = tiles
@@ -41,8 +42,8 @@ class Shipped(TiffSlide):
 
 
 class FromTiles(Shipped):
-    def _segment_bytes(self, page, level, index):
-        return self.tiles[index]
+    def _stored(self, page, level, indices):
+        return ((index, self.tiles[index]) for index in indices)
 
 
 class Reader:
@@ -95,7 +96,9 @@ class Predictor:
         }
 
 
-def measure(path: str, places: list, nodes: list[str], rounds: int) -> None:
+def measure(
+    path: str, places: list, nodes: list[str], rounds: int
+) -> Iterator[harness.Rounds]:
     for where, (first, second) in {
         "one node": (nodes[0], nodes[0]),
         "two nodes": (nodes[0], nodes[1]),
@@ -109,59 +112,52 @@ def measure(path: str, places: list, nodes: list[str], rounds: int) -> None:
         predictor = (
             ray.remote(Predictor).options(num_cpus=1, scheduling_strategy=on[1])
         ).remote(path, reader)
-        found: dict = {"pixels": [], "tiles": []}
-        for _ in range(rounds + 1):
-            for way, figures in found.items():
-                before = ray.get(reader.cpu.remote())
-                one = ray.get(predictor.work.remote(way, places))
-                one["reader"] = ray.get(reader.cpu.remote()) - before
-                figures.append(one)
-        assert len({one["sum"] for figures in found.values() for one in figures}) == 1
-        for way, figures in found.items():
+        sums: set[int] = set()
 
-            def middle(key: str, figures: list = figures[1:]) -> float:
-                return statistics.median(one[key] for one in figures) / len(places)
+        def ship(way: str, reader=reader, predictor=predictor, sums=sums) -> dict:
+            before = ray.get(reader.cpu.remote())
+            one = ray.get(predictor.work.remote(way, places))
+            cpu = ray.get(reader.cpu.remote()) - before
+            sums.add(one["sum"])
+            return {
+                "ms per region": one["s"] / len(places) * 1e3,
+                "MB per region": one["MB"] / len(places),
+                "reader's CPU, ms": cpu / len(places) * 1e3,
+                "predicting process's CPU, ms": one["cpu"] / len(places) * 1e3,
+            }
 
-            print(
-                json.dumps(
-                    {
-                        "where": where,
-                        "shipped": way,
-                        "MB a region": round(middle("MB"), 2),
-                        "ms a region": round(middle("s") * 1e3, 1),
-                        "reader's CPU, ms": round(middle("reader") * 1e3, 1),
-                        "lane's CPU, ms": round(middle("cpu") * 1e3, 1),
-                    }
-                ),
-                flush=True,
-            )
+        ways = {way: functools.partial(ship, way) for way in ("pixels", "tiles")}
+        yield harness.interleaved(ways, rounds, where=where)
+        assert len(sums) == 1  # both saw the same pixels
         ray.kill(predictor)
         ray.kill(reader)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--regions", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+def main(regions: int = 24, rounds: int = 3) -> Iterator[harness.Result]:
+    """Compare regions sent decoded with regions sent as the slide's tiles.
+
+    Args:
+        regions: Number of regions of 3072 px.
+        rounds: Number of rounds.
+    """
     cluster = Cluster()
     size = {"num_cpus": 2, "object_store_memory": 600 << 20}
     cluster.add_node(**size)
     cluster.add_node(**size)
     ray.init(address=cluster.address, logging_level="ERROR")
     nodes = [node["NodeID"] for node in ray.nodes()]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback(cluster.shutdown)
+        stack.callback(ray.shutdown)
         path = Path(folder) / "slide.tif"
         write_pyramid(path, 12288, 12288, seed=1, tissue=1.0)
         rng = np.random.default_rng(0)
         places = [
             tuple(int(n) for n in rng.integers(0, 12288 - SIDE, 2))
-            for _ in range(args.regions)
+            for _ in range(regions)
         ]
-        measure(str(path), places, nodes, args.rounds)
-    ray.shutdown()
-    cluster.shutdown()
+        yield from measure(str(path), places, nodes, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -5,10 +5,9 @@ one corner; `medray view` serves it on loopback. For random tiles of each zoom, 
 the tile over HTTP, then the same rectangle by tifffile's zarr store, or the same part
 of the mask by zarr, in this process. What the viewer adds is encoding and HTTP.
 
-Run: python benchmarks/view.py [--side 61440] [--tiles 150]
+Run: python -m benchmarks.viewers.tiles [--side 61440] [--tiles 150]
 """
 
-import argparse
 import concurrent.futures
 import http.client
 import itertools
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import pyarrow as pa
 import tifffile
 import zarr
 
+from benchmarks import harness
 from medray.apps.viewer.tiles import TILE, last_zoom
 from medray.classes import Classes
 from medray.datasets.synthetic import write_slide
@@ -36,7 +37,7 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, Windows
 from medray.inference.run import RunSettings, mask_uri, open_run
 from medray.slides import open_slide
-from medray.slides.fingerprint import slide_digest, stamp_of
+from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.slides.resolution import choose_level
 from medray.storage import files, ome_zarr
 
@@ -92,13 +93,17 @@ def write_run(folder: Path, path: Path) -> str:
     pattern = np.kron(
         np.random.default_rng(0).integers(0, 2, (32, 32)), np.ones((64, 64))
     ).astype(np.uint8)
-    for y in range(0, CORNER, ome_zarr.REGION):
-        for x in range(0, CORNER, ome_zarr.REGION):
+    for y in range(0, min(CORNER, size[0]), ome_zarr.REGION):
+        for x in range(0, min(CORNER, size[1]), ome_zarr.REGION):
             region = Rectangle(y, x, ome_zarr.REGION, ome_zarr.REGION)
             ome_zarr.write_region(mask, region, pattern)
     ome_zarr.build_pyramid(mask)
     row = {"slide": "large", "status": "done", "message": "", "uri": uri}
-    row |= {"digest": slide_digest(uri), "stamp": stamp_of(uri), "annotation": ""}
+    row |= {
+        "digest": slide_digest(uri),
+        "fingerprint": fingerprint_of(uri),
+        "annotation": "",
+    }
     row |= {"level": working.level, "scale": working.scale, "mpp": working.mpp}
     row |= {"downsample": working.downsample, "height": size[0], "width": size[1]}
     row |= {"level0_height": size[0], "level0_width": size[1], "committed_at": 0.0}
@@ -107,12 +112,7 @@ def write_run(folder: Path, path: Path) -> str:
     return run
 
 
-def spread(seconds: list[float]) -> str:
-    cuts = statistics.quantiles(seconds, n=20)
-    return f"{1e3 * statistics.median(seconds):7.1f} {1e3 * cuts[-1]:7.1f}"
-
-
-def measure(port: int, run: str, path: Path, tiles: int) -> None:
+def measure(port: int, run: str, path: Path, tiles: int) -> Iterator[harness.Result]:
     connection = http.client.HTTPConnection("127.0.0.1", port)
 
     def get(url: str, over: http.client.HTTPConnection = connection) -> float:
@@ -123,7 +123,7 @@ def measure(port: int, run: str, path: Path, tiles: int) -> None:
         assert answer.status == 200, data
         return time.perf_counter() - start
 
-    print(f"first tile of all: {1e3 * get('/tile/slide/0/0/0?slide=large'):.0f} ms")
+    yield {"first tile, ms": round(1e3 * get("/tile/slide/0/0/0?slide=large"))}
     pages = tifffile.TiffFile(path).series[0].levels
     side = pages[0].shape[0]
     last = last_zoom(side, side)
@@ -136,38 +136,36 @@ def measure(port: int, run: str, path: Path, tiles: int) -> None:
         for k in range(len(ome_zarr.level_shapes(side, side)))
     ]
     draw = random.Random(0)
-    print("ms, p50 and p95     slide      plain  ratio      mask      plain  ratio")
+    corner = min(CORNER, side)
     for zoom in range(last, max(last - 7, 0), -1):
         step = 1 << (last - zoom)
         level = (last - zoom) // 2 if (last - zoom) // 2 < len(store) else -1
         factor = step / 4 ** (level if level >= 0 else len(store) - 1)
-        found: dict[str, list[float]] = {
-            k: [] for k in ("slide", "tiff", "mask", "zarr")
-        }
+        slide = harness.Rounds("tifffile", {"what": "slide", "zoom": f"1/{step}"})
+        labels = harness.Rounds("zarr", {"what": "mask", "zoom": f"1/{step}"})
         for _ in range(tiles):
             y, x = (draw.randrange(max(1, side // step // TILE)) for _ in "yx")
-            found["slide"].append(get(f"/tile/slide/{zoom}/{y}/{x}?slide=large"))
+            seconds = get(f"/tile/slide/{zoom}/{y}/{x}?slide=large")
+            slide.add("medray view", ms=1e3 * seconds)
             start = time.perf_counter()
             a, b = int(TILE * factor * y), int(TILE * factor * x)
             n = int(TILE * factor)
             np.asarray(store[level][a : a + n, b : b + n])
-            found["tiff"].append(time.perf_counter() - start)
-            y, x = (draw.randrange(max(1, CORNER // step // TILE)) for _ in "yx")
+            slide.add("tifffile", ms=1e3 * (time.perf_counter() - start))
+            y, x = (draw.randrange(max(1, corner // step // TILE)) for _ in "yx")
             url = f"/tile/mask/{zoom}/{y}/{x}?slide=large&shown=1"
-            found["mask"].append(get(url))
+            labels.add("medray view", ms=1e3 * get(url))
             start = time.perf_counter()
             rows = slice(TILE * y, TILE * (y + 1)), slice(TILE * x, TILE * (x + 1))
             np.asarray(mask[min(last - zoom, len(mask) - 1)][rows])
-            found["zarr"].append(time.perf_counter() - start)
-        ratio = {
-            a: statistics.median(found[a]) / statistics.median(found[b])
-            for a, b in (("slide", "tiff"), ("mask", "zarr"))
+            labels.add("zarr", ms=1e3 * (time.perf_counter() - start))
+        yield slide
+        yield labels
+        yield {
+            "zoom": f"1/{step}",
+            "p95, ms: slide": round(p95(slide), 1),
+            "p95, ms: mask": round(p95(labels), 1),
         }
-        print(
-            f"1/{step:<4d} {spread(found['slide'])} {spread(found['tiff'])} "
-            f"{ratio['slide']:6.1f} {spread(found['mask'])} {spread(found['zarr'])} "
-            f"{ratio['mask']:6.1f}"
-        )
 
     def pan(_: int) -> int:
         over = http.client.HTTPConnection("127.0.0.1", port)
@@ -181,18 +179,23 @@ def measure(port: int, run: str, path: Path, tiles: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         count = sum(pool.map(pan, range(6)))
     rate = count / (time.perf_counter() - start)
-    print(f"six at once, as browsers ask: {rate:.0f} tiles of the slide a second")
+    yield {"six at once, as browsers ask, tiles/s": round(rate)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", type=int, default=61440)
-    parser.add_argument("--tiles", type=int, default=150)
-    args = parser.parse_args()
+def p95(found: harness.Rounds) -> float:
+    return statistics.quantiles(found.figures["medray view"]["ms"], n=20)[-1]
+
+
+def main(side: int = 61440, tiles: int = 150) -> Iterator[harness.Result]:
+    """Compare the viewer's tiles with plain reads of the same pixels.
+
+    Args:
+        side: Of the slide, pixels.
+        tiles: Number of tiles of each zoom.
+    """
     with tempfile.TemporaryDirectory() as name:
-        path = write_gigapixels(Path(name), args.side)
-        size = path.stat().st_size / 2**20
-        print(f"{args.side} x {args.side} pixels, {size:.0f} MiB")
+        path = write_gigapixels(Path(name), side)
+        yield {"side": side, "file, MiB": round(path.stat().st_size / 2**20)}
         run = write_run(Path(name), path)
         command = [sys.executable, "-m", "medray.cli", "view", run, "--json"]
         server = subprocess.Popen(
@@ -201,11 +204,13 @@ def main() -> None:
         assert server.stdout is not None
         try:
             url = json.loads(server.stdout.readline())["url"]
-            measure(int(url.rstrip("/").rpartition(":")[2]), run, path, args.tiles)
+            yield from measure(
+                int(url.rstrip("/").rpartition(":")[2]), run, path, tiles
+            )
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -138,7 +138,7 @@ def neuroglancer() -> Iterator[Show]:
 
 @contextmanager
 def viv() -> Iterator[Show]:
-    """Open Viv, on the page of benchmarks/viv."""
+    """Open Viv, on the page of viv/."""
     with served(VIV) as page_address, chromium() as browser:
 
         def show(

@@ -5,15 +5,13 @@ In one run, interleaved, over the same slides:
     bare    two threads: decode a slide with tifffile, write it as one sharded zarr
     medray  `medray.ingest`, Ray up: pixels, pyramid, tissue, labels, tables
 
-Run: python benchmarks/ingest.py --slides 16 --rounds 3
+Run: python -m benchmarks.throughput.ingest --slides 16 --rounds 3
 """
 
-import argparse
-import json
 import logging
-import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import numpy as np
 import ray
 import tifffile
 
+from benchmarks import harness
 from medray.datasets.ingest import ingest
 from medray.datasets.synthetic import generate
 from medray.execution import cluster
@@ -43,19 +42,22 @@ def bare(slides: list[Path], out: Path) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--slides", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+def main(slides: int = 16, rounds: int = 3) -> Iterator[harness.Result]:
+    """Compare `medray ingest` with decoding and writing the same pixels.
+
+    Args:
+        slides: Number of generated slides of 2048 px.
+        rounds: Number of rounds.
+    """
     logging.getLogger("medray").setLevel(logging.ERROR)
+    found = harness.Rounds("bare", {"slides": slides})
+    megapixels = slides * 2048 * 2048 / 1e6
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        slides = generate(folder / "data", slides=args.slides, seed=1)
+        paths = generate(folder / "data", slides=slides, seed=1)
         cluster.connect()
-        times: dict[str, list[float]] = {}
-        for index in range(args.rounds + 1):  # the first round warms up
-            figures = {"bare": bare(slides, folder / f"bare{index}")}
+        for index in range(rounds + 1):  # the first round warms up
+            seconds = {"bare": bare(paths, folder / f"bare{index}")}
             out = folder / f"set{index}"
             start = time.perf_counter()
             ingest(
@@ -63,26 +65,18 @@ def main() -> None:
                 annotations=str(folder / "data" / "annotations"),
                 out=str(out),
             )
-            figures["whole"] = time.perf_counter() - start
+            whole = time.perf_counter() - start
             rows = read_table(str(out / "slides.parquet")).to_pylist()
             first = min(row["first_cut_at"] for row in rows)
-            figures["first_to_last"] = max(row["last_cut_at"] for row in rows) - first
+            last = max(row["last_cut_at"] for row in rows)
+            seconds["medray, first cut to last"] = last - first
+            seconds["medray, whole stage"] = whole
             if index:
-                for key, value in figures.items():
-                    times.setdefault(key, []).append(value)
+                for variant, one in seconds.items():
+                    found.add(variant, **{"seconds": one, "MPix/s": megapixels / one})
         ray.shutdown()
-        megapixels = args.slides * 2048 * 2048 / 1e6
-        median = {key: statistics.median(values) for key, values in times.items()}
-        ratios = {
-            f"bare / {key}": statistics.median(
-                b / v for b, v in zip(times["bare"], times[key], strict=True)
-            )
-            for key in ("first_to_last", "whole")
-        }
-        speed = {key: megapixels / value for key, value in median.items()}
-        result = {"seconds": median, "MPix/s": speed, "ratio": ratios}
-        print(json.dumps(result, indent=2))
+    yield found
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

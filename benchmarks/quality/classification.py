@@ -6,19 +6,15 @@ has seen a test image. All test images are pooled; intervals are 95 % bootstrap
 intervals over patients.
 
 Running it again goes on where it was killed: a finished fold has its result.json. With
---records the folds that are there, of the same recipe and deal, are not run again, and
+--earlier the folds that are there, of the same recipe and deal, are not run again, and
 those that are run are added.
 
-    python benchmarks/results_images.py malaria --out results [--recipe cells-small]
-    python benchmarks/results_images.py malaria-random --out results
-    python benchmarks/results_images.py xray --out results [key=value ...]
-    python benchmarks/results_images.py sipakmed --out results weights=FILE
-    python benchmarks/results_images.py table --out results
+    python -m benchmarks.quality.classification folds --dataset malaria --out results
+    python -m benchmarks.quality.classification table --out results
 
-X-rays and SIPaKMeD from random weights: weights=null schedule.phases=[].
+X-rays and SIPaKMeD from random weights: --overrides weights=null schedule.phases=[].
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -26,16 +22,18 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import ray
-import torch
-from results import ROOT, digest_of, number, read_record, write_record
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from benchmarks import harness
+from benchmarks.harness import ROOT
+from benchmarks.quality.folds import digest_of, number, read_record, write_record
 from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_images import evaluate_images
@@ -195,7 +193,8 @@ def one_fold(
 
     `record` is a file of the fold's result from an earlier sitting, or where to put it.
     """
-    settings = read_recipe(recipe, overrides)
+    path = str(ROOT / "recipes" / f"{recipe}.yaml")
+    settings = read_recipe(path, overrides)
     parts = [to_dict(settings), sorted(split.items())]
     made_of = digest_of(parts if tta == "none" else [*parts, tta])
     places = [out / "result.json", *([record] if record else [])]
@@ -219,7 +218,7 @@ def one_fold(
         splits=str(out / "splits.csv"),
     )
     start = time.perf_counter()
-    train(recipe, data=data, out=model, overrides=overrides)
+    train(path, data=data, out=model, overrides=overrides)
     wall = time.perf_counter() - start
     found = evaluate_images(model, data=data, out=str(out / "report"), tta=tta)
     network, _ = load_model(model)
@@ -249,27 +248,59 @@ def one_fold(
     return values
 
 
-def run(name: str, args: argparse.Namespace, out: Path) -> None:
-    cells = SETS[name](args.data, out)
-    recipe = args.recipe or cells.recipe
-    images = list_images(cells, args.limit)
-    splits = splits_of(name, images, args.folds)
-    title = f"{name}-{recipe}" + (f"-{args.title}" if args.title else "")
+def folds(
+    dataset: Literal["malaria", "malaria-random", "xray", "sipakmed"],
+    out: Path,
+    data: Path = ROOT.parent / "shared" / "data",
+    recipe: str | None = None,
+    title: str = "",
+    folds: int = 5,
+    only: int | None = None,
+    earlier: Path | None = None,
+    tta: Tta = "none",
+    limit: int | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[harness.Result]:
+    """Train and test a classifier of images by folds over patients.
+
+    Args:
+        dataset: Which images.
+        out: Folder of results.
+        data: Folder with the archives of images.
+        recipe: Another than the dataset's own, by name.
+        title: Added to the result's name, of a training with overrides.
+        folds: Number of folds.
+        only: Run so many of them.
+        earlier: Folder of the results of folds that were run earlier.
+        tta: Test-time augmentation.
+        limit: Images per class, to try it.
+        overrides: Changed keys of the recipe, key=value.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("medray").setLevel(logging.INFO)
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    cluster.connect()
+    cells = SETS[dataset](data, out)
+    recipe = recipe or cells.recipe
+    images = list_images(cells, limit)
+    splits = splits_of(dataset, images, folds)
+    name = f"{dataset}-{recipe}" + (f"-{title}" if title else "")
     results = [
         one_fold(
             cells,
             images,
             split,
             recipe,
-            args.overrides,
-            out / title / f"fold{k}",
-            args.records / title / f"fold{k}.json" if args.records else None,
-            args.tta,
+            overrides,
+            out / name / f"fold{k}",
+            earlier / name / f"fold{k}.json" if earlier else None,
+            tta,
         )
-        for k, split in enumerate(splits[: args.only])
+        for k, split in enumerate(splits[:only])
     ]
     rows = [row for result in results for row in result["rows"]]
-    line = {"title": title, "recipe": recipe, "overrides": args.overrides}
+    line = {"title": name, "recipe": recipe, "overrides": overrides}
     line |= score(rows, cells.classes)
     line |= {
         "folds": [result["f1"] for result in results],
@@ -278,12 +309,17 @@ def run(name: str, args: argparse.Namespace, out: Path) -> None:
         "seconds_a_fold": float(np.median([r["seconds"] for r in results])),
         "parameters": results[0]["parameters"],
     }
-    (out / f"{title}.json").write_text(json.dumps(line, indent=2))
-    print(json.dumps(line), flush=True)
+    (out / f"{name}.json").write_text(json.dumps(line, indent=2))
+    ray.shutdown()
+    yield line
 
 
 def table(out: Path) -> None:
-    """Print what is there as Markdown."""
+    """Print the results that are there as Markdown.
+
+    Args:
+        out: Folder of results.
+    """
 
     def cell(line: dict, name: str) -> str:
         interval = (line["intervals"] or {}).get(name)
@@ -306,34 +342,5 @@ def table(out: Path) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=[*SETS, "table"])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", help="another than the set's own")
-    parser.add_argument("--title", default="", help="of a training with overrides")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--only", type=int, help="so many of the folds")
-    parser.add_argument(
-        "--records", type=Path, metavar="DIR", help="results of earlier sittings"
-    )
-    parser.add_argument("--tta", choices=["none", "flips", "all"], default="none")
-    parser.add_argument("--limit", type=int, help="so many images a class, to try it")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_intermixed_args()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("medray").setLevel(logging.INFO)
-    out = args.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    if args.what == "table":
-        table(out)
-        return
-    cluster.connect()
-    run(args.what, args, out)
-    ray.shutdown()
-    print(torch.__version__)
-
-
 if __name__ == "__main__":
-    main()
+    harness.run(folds, table)

@@ -6,34 +6,36 @@ whose model is tested. Fields of one source stay together. Masks come from
 `medray infer`; all test fields are pooled, intervals are 95 % bootstrap intervals over
 fields.
 
-Running it again goes on where it was killed. With --records the folds that are there,
+Running it again goes on where it was killed. With --earlier the folds that are there,
 of the same recipe and deal, are not run again, and those that are run are added: folds
 of half an hour each need not be one sitting.
 
-    python benchmarks/results.py nuclei --data ../shared/data --out results
-    python benchmarks/results.py regions --data ../shared/data --out results
-    python benchmarks/results.py gastric --out results
-    python benchmarks/results.py nests --out results
-    python benchmarks/results.py ablation --out results
-    python benchmarks/results.py table --out results       # of all that is there
+    python -m benchmarks.quality.segmentation nuclei --data DATA --out results
+    python -m benchmarks.quality.segmentation regions --data DATA --out results
+    python -m benchmarks.quality.segmentation lesions --kind gastric --out results
+    python -m benchmarks.quality.segmentation lesions --kind nests --out results
+    python -m benchmarks.quality.segmentation ablation --out results
+    python -m benchmarks.quality.segmentation table --out results  # of what is there
 """
 
-import argparse
 import csv
-import hashlib
 import json
 import logging
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import ray
-import torch
 
+from benchmarks import harness
+from benchmarks.harness import ROOT
+from benchmarks.quality.folds import digest_of, number, read_record, write_record
 from medray import open_mask
 from medray.datasets.dataset import labels_uri
 from medray.datasets.ingest import ingest
@@ -56,7 +58,7 @@ from medray.storage.yaml_config import to_dict
 from medray.training.recipe import read_recipe
 from medray.training.train import read_history, train
 
-ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -193,26 +195,6 @@ def one_fold(
     return values
 
 
-def digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_record(places: Sequence[Path], made_of: str) -> dict[str, object] | None:
-    """Take a fold's result that is made of the same, if it is in one of the places."""
-    for file in places:
-        if file.exists():
-            values = dict(json.loads(file.read_text()))
-            if values.get("made_of") == made_of:
-                return values
-    return None
-
-
-def write_record(places: Sequence[Path], values: Mapping[str, object]) -> None:
-    for file in places:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values) + "\n")
-
-
 def _count(truth: str, found: str, classes: int) -> dict[str, list]:
     labels, mask = (np.asarray(open_mask(uri)) for uri in (truth, found))
     return {
@@ -252,8 +234,9 @@ def run(
     out: Path,
     only: int | None = None,
     ways: Mapping[str, Prediction] | None = None,
-    records: Path | None = None,
-) -> None:
+    earlier: Path | None = None,
+) -> Iterator[harness.Result]:
+    out = out.absolute()
     overrides = [*LIGHTER.get(recipe, []), *overrides]
     choices = CHOICES.get(recipe, {"model": []})
     fold = folds_of(fields, folds)
@@ -269,7 +252,7 @@ def run(
             choices,
             ways,
             out / title / f"fold{k}",
-            records / title / f"fold{k}.json" if records else None,
+            earlier / title / f"fold{k}.json" if earlier else None,
         )
         for k in numbers
     ]
@@ -278,16 +261,16 @@ def run(
         line |= {"chosen": [result["chosen"] for result in results]}
         line |= pooled(results, fields.classes, way)
         (out / f"{title}{way}.json").write_text(json.dumps(line, indent=2))
-        print(json.dumps(line), flush=True)
+        yield line
 
 
-def nuclei(data: Path) -> Fields:
+def nuclei_fields(data: Path) -> Fields:
     images = sorted((data / "nuclei_he" / "images").glob("*.png"))
     folder = data / "nuclei_he" / "instances"
     return Fields(images, folder, ("background", "nucleus"))
 
 
-def regions(data: Path) -> dict[str, Fields]:
+def region_fields(data: Path) -> dict[str, Fields]:
     found = {}
     for name in ("camelyon", "ebhi_seg", "glomeruli_pas"):
         folder = data / "he_seg" / name
@@ -300,11 +283,13 @@ def regions(data: Path) -> dict[str, Fields]:
 
 
 def generated(out: Path, count: int, side: int, lesions: Lesions) -> Fields:
-    folder = out / f"{lesions}-lesions"
+    folder = out.absolute() / f"{lesions}-lesions"
     generate(folder, slides=count, seed=77, height=side, width=side, lesions=lesions)
     images = sorted((folder / "slides").glob("*.tif*"))
     return Fields(images, folder / "annotations", ("background", "tumour"))
 
+
+RECIPES = ("gastric-fcn8s", "unet", "highres-unet")
 
 # Crops of 1024 px take two cores too long.
 LIGHTER = {"highres-unet": ["data.crop=[256,512]"]}
@@ -330,12 +315,12 @@ ABLATION = {
 }
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def table(out: Path) -> None:
-    """Print what is there as Markdown."""
+    """Print the results that are there as Markdown.
+
+    Args:
+        out: Folder of results.
+    """
     print("| training | fields | F1 (Dice) [95 %] | IoU | small: found, IoU | s | M |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in sorted(out.glob("*.json"), key=lambda p: p.stat().st_mtime):
@@ -357,63 +342,125 @@ AT_INFERENCE = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "what", choices=["nuclei", "regions", "gastric", "nests", "ablation", "table"]
-    )
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--only", type=int, help="so many of the folds")
-    parser.add_argument(
-        "--records", type=Path, metavar="DIR", help="results of earlier sittings"
-    )
-    parser.add_argument("--slides", type=int, default=10)
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_intermixed_args()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("medray").setLevel(logging.INFO)
-    out = args.out.absolute()
-    if args.what == "table":
-        table(out)
-        return
-    cluster.connect()
-    if args.what == "nuclei":
-        run(
+def nuclei(
+    out: Path,
+    data: Path = DATA,
+    folds: int = 5,
+    only: int | None = None,
+    earlier: Path | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[harness.Result]:
+    """Segment the nuclei of H&E fields, by recipes/nuclei.yaml.
+
+    Args:
+        out: Folder of results.
+        data: Folder with nuclei_he.
+        folds: Number of folds.
+        only: Run so many of them.
+        earlier: Folder of the results of folds that were run earlier.
+        overrides: Changed keys of the recipe, key=value.
+    """
+    with ready():
+        yield from run(
             "nuclei",
-            nuclei(args.data),
+            nuclei_fields(data),
             "nuclei",
-            args.overrides,
-            args.folds,
+            overrides,
+            folds,
             out,
-            args.only,
+            only,
             {"-flips": Prediction(tta="flips")},
-            args.records,
+            earlier,
         )
-    elif args.what == "regions":
-        for name, fields in regions(args.data).items():
-            for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
+
+
+def regions(
+    out: Path,
+    data: Path = DATA,
+    folds: int = 5,
+    only: int | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[harness.Result]:
+    """Segment tumours and glomeruli of three sets, by three recipes.
+
+    Args:
+        out: Folder of results.
+        data: Folder with he_seg.
+        folds: Number of folds.
+        only: Run so many of them.
+        overrides: Changed keys of the recipes, key=value.
+    """
+    with ready():
+        for name, fields in region_fields(data).items():
+            for recipe in RECIPES:
                 title = f"{name}-{recipe}"
-                run(title, fields, recipe, args.overrides, args.folds, out, args.only)
-    elif args.what == "ablation":
-        fields = generated(out, args.slides, 1024, "small")
+                yield from run(title, fields, recipe, overrides, folds, out, only)
+
+
+def lesions(
+    kind: Literal["gastric", "nests"],
+    out: Path,
+    slides: int = 10,
+    folds: int = 5,
+    only: int | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[harness.Result]:
+    """Segment generated lesions, by three recipes.
+
+    Args:
+        kind: Large lesions on slides of 2048 px, or small ones on slides of 1024 px.
+        out: Folder of results.
+        slides: Number of generated slides.
+        folds: Number of folds.
+        only: Run so many of them.
+        overrides: Changed keys of the recipes, key=value.
+    """
+    with ready():
+        if kind == "gastric":
+            fields = generated(out, slides, 2048, "large")
+        else:
+            fields = generated(out, slides, 1024, "small")
+        for recipe in RECIPES:
+            title = f"{kind}-{recipe}"
+            yield from run(title, fields, recipe, overrides, folds, out, only)
+
+
+def ablation(
+    out: Path,
+    slides: int = 10,
+    folds: int = 5,
+    only: int | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[harness.Result]:
+    """Train recipes/highres-unet.yaml without each of its parts, on small lesions.
+
+    Args:
+        out: Folder of results.
+        slides: Number of generated slides of 1024 px.
+        folds: Number of folds.
+        only: Run so many of them.
+        overrides: Changed keys of the recipe, key=value.
+    """
+    with ready():
+        fields = generated(out, slides, 1024, "small")
         for name, without in ABLATION.items():
             title = "ablation-" + re.sub(r"\W+", "-", name)
-            changed = [*args.overrides, *without]
+            changed = [*overrides, *without]
             ways = AT_INFERENCE if name == "whole" else None
-            only, folds = args.only, args.folds
-            run(title, fields, "highres-unet", changed, folds, out, only, ways)
-    else:
-        large = args.what == "gastric"
-        size = 2048 if large else 1024
-        fields = generated(out, args.slides, size, "large" if large else "small")
-        for recipe in ("gastric-fcn8s", "unet", "highres-unet"):
-            title = f"{args.what}-{recipe}"
-            run(title, fields, recipe, args.overrides, args.folds, out, args.only)
+            yield from run(
+                title, fields, "highres-unet", changed, folds, out, only, ways
+            )
+
+
+@contextmanager
+def ready() -> Iterator[None]:
+    """Say how trainings go, on a Ray of this machine."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("medray").setLevel(logging.INFO)
+    cluster.connect()
+    yield
     ray.shutdown()
-    print(torch.__version__)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(nuclei, regions, lesions, ablation, table)

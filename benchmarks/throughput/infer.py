@@ -7,24 +7,23 @@ precision and batch:
     loop    one process: read the whole slide, predict, write the zarr (flat slides)
     medray  `medray.infer`, Ray up: from the first read to the last commit, and whole
 
-Run: python benchmarks/infer.py --slides 16 --rounds 3 [--model MODEL]
-     python benchmarks/infer.py --pyramid 20480 --rounds 1
+Run: python -m benchmarks.throughput.infer --slides 16 --rounds 3 [--model MODEL]
+     python -m benchmarks.throughput.infer --pyramid 20480 --rounds 1
 """
 
-import argparse
-import json
 import logging
-import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import torch
 
+from benchmarks import harness
+from benchmarks.random_model import random_model
 from medray.classes import Classes
 from medray.datasets.synthetic import generate, write_pyramid
 from medray.execution import cluster
@@ -37,27 +36,11 @@ from medray.geometry import (
 from medray.inference.infer import infer
 from medray.inference.run import Options
 from medray.models.canvas import RegionPixels
-from medray.models.config import Architecture, ModelConfig, Prediction
-from medray.models.folder import save_model
+from medray.models.config import Precision, Prediction
 from medray.models.predict import Predictor
-from medray.models.segmenters import build_segmenter
 from medray.slides import open_slide
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
-
-
-def random_model(folder: Path, encoder: str) -> str:
-    torch.manual_seed(0)
-    architecture = Architecture("unet", encoder)
-    network = build_segmenter(architecture, 2)
-    config = ModelConfig(
-        architecture=architecture,
-        classes=Classes(),
-        window=Windows(512, 384),
-        mpp=0.5,
-    )
-    save_model(str(folder), config, network, {"f1": None})
-    return str(folder)
 
 
 def count_windows(slides: list[Path], windows: Windows) -> int:
@@ -73,10 +56,10 @@ def count_windows(slides: list[Path], windows: Windows) -> int:
     return total
 
 
-def bare(predictor: Predictor, slides: list[Path], most: int) -> float:
+def bare(predictor: Predictor, slides: list[Path], sample: int) -> float:
     """The forward alone over every window, in full batches.
 
-    Of more than `most` windows, the first `most` are timed and counted up: a forward's
+    Of more than `sample` windows, the first ones are timed and counted up: a forward's
     time does not depend on its pixels.
     """
     size = predictor.config.window.size
@@ -86,7 +69,7 @@ def bare(predictor: Predictor, slides: list[Path], most: int) -> float:
             level = slide.levels[0]
             for y in window_starts(level.height, predictor.config.window):
                 for x in window_starts(level.width, predictor.config.window):
-                    if len(windows) < most:
+                    if len(windows) < sample:
                         windows.append(slide.read(int(y), int(x), size, size))
     total = count_windows(slides, predictor.config.window)
     pixels = torch.from_numpy(np.stack(windows)).to(predictor.device)
@@ -129,7 +112,9 @@ def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
     return time.perf_counter() - start
 
 
-def medray(model: str, slides: list[Path], out: Path, how: Prediction) -> dict:
+def medray(
+    model: str, slides: list[Path], out: Path, how: Prediction
+) -> dict[str, float]:
     start = time.perf_counter()
     infer(
         [str(slides[0].parent)],
@@ -144,75 +129,74 @@ def medray(model: str, slides: list[Path], out: Path, how: Prediction) -> dict:
     return {
         "whole": whole,
         "read_to_commit": last - first,
-        "lane waited for pixels": sum(row["waited_s"] for row in rows),
-        "lane predicting": sum(row["predict_s"] for row in rows),
-        "windows": sum(row["windows"] for row in rows),
+        "waited for pixels, s": sum(row["waited_s"] for row in rows),
+        "predicting, s": sum(row["predict_s"] for row in rows),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--slides", type=int, default=16)
-    parser.add_argument("--pyramid", type=int, help="one slide, this many px a side")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--most", type=int, default=400, help="windows of `bare`")
-    parser.add_argument("--model")
-    parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--precision", default="auto")
-    args = parser.parse_args()
+def main(
+    slides: int = 16,
+    pyramid: int | None = None,
+    rounds: int = 3,
+    sample: int = 400,
+    model: str | None = None,
+    encoder: str = "resnet18",
+    precision: Precision = "auto",
+) -> Iterator[harness.Result]:
+    """Compare `medray infer` with the model's forward alone, and with a plain loop.
+
+    Args:
+        slides: Number of generated slides of 2048 px.
+        pyramid: One slide instead, of this side, pixels.
+        rounds: Number of rounds.
+        sample: Number of windows that `bare` times, at most.
+        model: Model folder; without one a U-Net of random weights.
+        encoder: Of the random U-Net.
+        precision: As of `medray infer`.
+    """
     logging.getLogger("medray").setLevel(logging.ERROR)
-    how = Prediction(precision=args.precision)
+    how = Prediction(precision=precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.pyramid:
+        if pyramid:
             path = folder / "data" / "pyramid.tif"
             path.parent.mkdir()
-            write_pyramid(path, args.pyramid, args.pyramid, seed=1)
-            slides = [path]
+            write_pyramid(path, pyramid, pyramid, seed=1)
+            paths = [path]
         else:
-            slides = generate(folder / "data", slides=args.slides, seed=1)
-        model = args.model or random_model(folder / "model", args.encoder)
+            paths = generate(folder / "data", slides=slides, seed=1)
+        model = model or random_model(folder / "model", encoder=encoder)
         cluster.connect()
         threads = cluster.cpus_per_node()
         predictor = Predictor.from_folders([model], how, threads=threads)
-        times: dict[str, list[float]] = {}
-        bare(predictor, slides, 40)  # warms up
-        for index in range(args.rounds):
-            before = bare(predictor, slides, args.most)
-            figures: dict[str, Any] = {}
-            if not args.pyramid:
-                figures["loop"] = loop(predictor, slides, folder / f"loop{index}")
-            figures |= medray(model, slides, folder / f"run{index}", how)
-            # Before and after: the machine's speed drifts.
-            figures["bare"] = (before + bare(predictor, slides, args.most)) / 2
-            print(json.dumps(figures), flush=True)
-            for key, value in figures.items():
-                times.setdefault(key, []).append(value)
-        ray.shutdown()
-        median = {key: statistics.median(values) for key, values in times.items()}
-        ratios = {
-            f"bare / {key}": statistics.median(
-                b / v for b, v in zip(times["bare"], times[key], strict=True)
-            )
-            for key in ("loop", "read_to_commit", "whole")
-            if key in times
-        }
-        windows = count_windows(slides, predictor.config.window)
-        print(
-            json.dumps(
-                {
-                    "device": str(predictor.device),
-                    "precision": str(predictor.dtype),
-                    "batch": predictor.batch,
-                    "windows, counted once": windows,
-                    "medians": median,
-                    "ratio": ratios,
-                    "bare MPix/s": windows * 0.512**2 / median["bare"],
-                },
-                indent=2,
-            )
+        windows = count_windows(paths, predictor.config.window)
+        found = harness.Rounds(
+            "bare",
+            {
+                "device": str(predictor.device),
+                "precision": str(predictor.dtype),
+                "batch": predictor.batch,
+                "windows, counted once": windows,
+            },
         )
+        bare(predictor, paths, 40)  # warms up
+        for index in range(rounds):
+            before = bare(predictor, paths, sample)
+            seconds = {"bare": before}
+            if not pyramid:
+                out = folder / f"loop{index}"
+                seconds["plain loop"] = loop(predictor, paths, out)
+            figures = medray(model, paths, folder / f"run{index}", how)
+            seconds["medray, first read to last commit"] = figures.pop("read_to_commit")
+            seconds["medray, whole stage"] = figures.pop("whole")
+            # Before and after: the machine's speed drifts.
+            seconds["bare"] = (before + bare(predictor, paths, sample)) / 2
+            for variant, one in seconds.items():
+                found.add(variant, **{"seconds": one, "windows/s": windows / one})
+            found.add("medray, whole stage", **figures)
+        ray.shutdown()
+    yield found
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

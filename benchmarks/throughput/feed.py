@@ -2,18 +2,15 @@
 
 Interleaved, on the same crops, in one process of two threads:
 
-    read      parts of shards (`read_square`) beside slicing the same arrays with zarr
+    read      parts of shards (`read_part`) beside slicing the same arrays with zarr
     change    a batch at once (`move`, `recolour`) beside torchvision, crop by crop
 
-Run: python benchmarks/feed.py --sides 64 256 512 --rounds 5
+Run: python -m benchmarks.throughput.feed --sides 64 256 512 --rounds 5
 """
 
-import argparse
-import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +18,12 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from benchmarks import harness
 from medray.datasets.synthetic import generate
 from medray.geometry import Rectangle
 from medray.slides import open_slide
 from medray.storage import ome_zarr
-from medray.storage.squares import read_square
+from medray.storage.squares import read_part
 from medray.training.augment import move, recolour
 from medray.training.recipe import Augment
 
@@ -72,20 +70,18 @@ def of_torchvision(augment: Augment) -> Callable[[torch.Tensor, torch.Tensor], o
     return change
 
 
-def compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, do in ways.items():
+def measure(side: int, crops: int, rounds: int) -> Iterator[harness.Rounds]:
+    """Compare reading and changing a batch of crops of one size, in ms per crop."""
+    corners = np.random.default_rng(0).integers(0, SLIDE // side, (crops, 2)) * side
+
+    def timed(do: Callable[[], object]) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
             start = time.perf_counter()
             do()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            return {"ms per crop": (time.perf_counter() - start) / crops * 1e3}
 
+        return run
 
-def measure(side: int, crops: int, rounds: int) -> dict[str, object]:
-    """Compare reading and changing a batch of crops of one size."""
-    corners = np.random.default_rng(0).integers(0, SLIDE // side, (crops, 2)) * side
     with tempfile.TemporaryDirectory() as name:
         level = make_level(Path(name), SLIDE, side)
 
@@ -93,9 +89,10 @@ def measure(side: int, crops: int, rounds: int) -> dict[str, object]:
             return [level[:, y : y + side, x : x + side] for y, x in corners]
 
         def by_medray() -> list[np.ndarray]:
-            return [read_square(level, y, x, side, side) for y, x in corners]
+            return [read_part(level, y, x, side, side) for y, x in corners]
 
-        read = compare({"zarr": by_zarr, "medray": by_medray}, rounds)
+        ways = {"medray": timed(by_medray), "zarr": timed(by_zarr)}
+        yield harness.interleaved(ways, rounds, what="read", side=side)
         images = torch.from_numpy(np.stack(by_medray()))
     masks = (images[:, 0] > 128).byte()
     theirs = of_torchvision(CHANGES)
@@ -103,28 +100,24 @@ def measure(side: int, crops: int, rounds: int) -> dict[str, object]:
     def ours() -> torch.Tensor:
         return recolour(CHANGES, move(CHANGES, images, masks, seed=1)[0], seed=2)
 
-    change = compare(
-        {"torchvision": lambda: theirs(images, masks), "medray": ours}, rounds
-    )
-    line: dict[str, object] = {"side": side, "threads": torch.get_num_threads()}
-    for what, found in (("read", read), ("change", change)):
-        for way, seconds in found.items():
-            line[f"{what}, {way}: ms a crop"] = round(seconds / crops * 1e3, 3)
-        other, mine = found.values()
-        line[f"{what}: times"] = round(other / mine, 1)
-    return line
+    ways = {"medray": timed(ours), "torchvision": timed(lambda: theirs(images, masks))}
+    yield harness.interleaved(ways, rounds, what="change", side=side)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sides", type=int, nargs="+", default=[64, 256, 512])
-    parser.add_argument("--crops", type=int, default=32, help="in a batch")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+def main(
+    sides: tuple[int, ...] = (64, 256, 512), crops: int = 32, rounds: int = 5
+) -> Iterator[harness.Result]:
+    """Compare reading crops with zarr, and augmenting them with torchvision.
+
+    Args:
+        sides: Of the crops, pixels.
+        crops: Number of crops in a batch.
+        rounds: Number of rounds.
+    """
     torch.set_num_threads(2)
-    for side in args.sides:
-        print(json.dumps(measure(side, args.crops, args.rounds)), flush=True)
+    for side in sides:
+        yield from measure(side, crops, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

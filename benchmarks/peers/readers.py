@@ -7,31 +7,27 @@ compared, and what each answers to a damaged tile.
 Run, in an environment of its own:
 python3.12 -m venv READERS
 READERS/bin/pip install cucim-cu13 fastslide openslide-python openslide-bin tifffile \
-    imagecodecs zarr pyarrow dask fsspec s3fs defusedxml pyyaml pillow scipy
-PYTHONPATH=. READERS/bin/python benchmarks/readers.py SLIDE.svs SLIDE.tiff
+    imagecodecs zarr pyarrow dask fsspec s3fs defusedxml pyyaml pillow scipy \
+    "jsonargparse[signatures]"
+READERS/bin/python -m benchmarks.peers.readers --slides SLIDE.svs SLIDE.tiff
 """
 
-import argparse
-import json
+import functools
 import multiprocessing
 import queue
 import random
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cucim
-import fastslide
 import numpy as np
-import openslide
 import tifffile
 import zarr
 
+from benchmarks import harness
 from medray.slides.tiff import TiffSlide
 
 Read = Callable[[int, int, int], np.ndarray]
@@ -49,6 +45,8 @@ def by_zarr(path: str) -> Read:
 
 
 def by_openslide(path: str) -> Read:
+    import openslide
+
     slide = openslide.OpenSlide(path)
     return lambda y, x, side: np.asarray(
         slide.read_region((x, y), 0, (side, side)).convert("RGB")
@@ -56,6 +54,8 @@ def by_openslide(path: str) -> Read:
 
 
 def by_cucim(path: str) -> Read:
+    import cucim
+
     slide = cucim.CuImage(path)
     return lambda y, x, side: np.asarray(
         slide.read_region((x, y), (side, side), level=0)
@@ -63,6 +63,8 @@ def by_cucim(path: str) -> Read:
 
 
 def by_fastslide(path: str) -> Read:
+    import fastslide
+
     slide = fastslide.FastSlide.from_file_path(path)
     return lambda y, x, side: np.asarray(
         slide.read_region((x, y), 0, (side, side)).numpy()
@@ -102,7 +104,7 @@ def seconds_of(name: str, places: list, side: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(path: str, side: int, reads: int, rounds: int) -> list[dict]:
+def measure(path: str, side: int, reads: int, rounds: int) -> harness.Rounds:
     with tifffile.TiffFile(path) as tiff:
         height, width = tiff.series[0].shape[:2]
     side = min(side, height, width)
@@ -113,30 +115,31 @@ def measure(path: str, side: int, reads: int, rounds: int) -> list[dict]:
     ]
     open_all(path)
     names = list(_READ)
-    rates: dict = {(name, processes): [] for name in names for processes in (1, 2)}
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(2, open_all, (path,)) as pool:
         pixels = {name: pool.apply(first, (name, *places[0], side)) for name in names}
-        for _ in range(rounds):
-            for name, processes in rates:
+
+        def rate(name: str) -> dict[str, float]:
+            rates = {}
+            for processes in (1, 2):
                 work = [(name, places, side)] * processes
                 slowest = max(pool.starmap(seconds_of, work, chunksize=1))
                 done = processes * reads * side * side
-                rates[name, processes].append(done / slowest / 1e6)
-    figures = []
-    for name in names:
-        difference = np.abs(pixels[name].astype(int) - pixels["medray"]).max()
-        figures.append(
-            {
-                "slide": Path(path).name,
-                "side": side,
-                "reader": name,
-                "MPix/s": round(statistics.median(rates[name, 1])),
-                "by two processes": round(statistics.median(rates[name, 2])),
-                "largest difference": int(difference),
-            }
+                rates[f"MPix/s of {processes}"] = done / slowest / 1e6
+            return rates
+
+        differences = {
+            name: int(np.abs(own.astype(int) - pixels["medray"]).max())
+            for name, own in pixels.items()
+        }
+        return harness.interleaved(
+            {name: functools.partial(rate, name) for name in names},
+            rounds,
+            warmup=0,
+            slide=Path(path).name,
+            side=side,
+            largest_differences=differences,
         )
-    return figures
 
 
 def read_to(answers: Any, name: str, path: str, y: int, x: int) -> None:
@@ -191,25 +194,27 @@ def write_tiles(path: Path, side: int) -> None:
             writer.write(pixels, subfiletype=1, **options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("slides", nargs="*", help="beside the generated pyramid")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 3072])
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    for name in ("tifffile", "imagecodecs", "cucim-cu13", "fastslide"):
-        print(name, version(name))
-    print("openslide", openslide.__library_version__)
+def main(
+    slides: tuple[str, ...] = (),
+    sides: tuple[int, ...] = (512, 3072),
+    rounds: int = 5,
+) -> Iterator[harness.Result]:
+    """Compare readers of JPEG tiles, by one process and by two at once.
+
+    Args:
+        slides: Files beside the generated pyramid.
+        sides: Of the regions, pixels.
+        rounds: Number of rounds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "generated.tif"
         write_tiles(path, 8192)
-        print(json.dumps({"a damaged tile": answers_to_damage(path)}, indent=2))
-        for slide in (str(path), *args.slides):
-            for side in args.sides:
+        yield {"a damaged tile": answers_to_damage(path)}
+        for slide in (str(path), *slides):
+            for side in sides:
                 reads = max(4, 48 * 512 * 512 // side**2)
-                for figures in measure(slide, side, reads, args.rounds):
-                    print(json.dumps(figures), flush=True)
+                yield measure(slide, side, reads, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -1,17 +1,17 @@
 """Cost follows tissue: a slide with little of it, and a first pass that looks coarsely.
 
-Run: python benchmarks/tissue.py --model demo/model --side 8192
+Run: python -m benchmarks.throughput.tissue --model demo/model --side 8192
 """
 
-import argparse
-import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import ray
 
+from benchmarks import harness
 from medray.datasets.synthetic import write_pyramid, write_slide
 from medray.datasets.synthetic_scene import Scene, draw_scene
 from medray.execution import cluster
@@ -29,6 +29,8 @@ def measure(path: Path, model: str, out: Path, **options) -> tuple[dict, np.ndar
     for folder in (out / "coarse", out):
         if (folder / "slides.parquet").exists():
             (row,) = read_table(str(folder / "slides.parquet")).to_pylist()
+            if row["status"] != "done":
+                raise SystemExit(f"{path.stem}: {row['message']}")
             first = min(first, row["first_read_at"] or first)
             last, windows = row["committed_at"], windows + row["windows"]
     figures = {"slide": path.stem, **options, "s": round(last - first, 1)}
@@ -61,26 +63,28 @@ def mostly_healthy(folder: Path, side: int) -> tuple[Path, np.ndarray]:
     return write_slide(folder, "mostly_healthy", scene, layout="pyramid"), mask
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--side", type=int, default=8192, help="a multiple of 2048")
-    args = parser.parse_args()
+def main(model: str, side: int = 8192) -> Iterator[harness.Result]:
+    """Measure slides with little tissue, and a coarse first pass.
+
+    Args:
+        model: Model folder.
+        side: Of the slides, a multiple of 2048 pixels.
+    """
     logging.getLogger("medray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         cluster.connect()
         for share in (1.0, 0.2):
             path = Path(name) / f"tissue{share * 100:.0f}.tif"
-            write_pyramid(path, args.side, args.side, seed=1, tissue=share)
-            figures, _ = measure(path, args.model, Path(name) / f"{share}")
-            print(json.dumps(figures), flush=True)
-        path, truth = mostly_healthy(Path(name), args.side)
+            write_pyramid(path, side, side, seed=1, tissue=share)
+            figures, _ = measure(path, model, Path(name) / f"{share}")
+            yield figures
+        path, truth = mostly_healthy(Path(name), side)
         for coarse in (1, 2, 4):
             out = Path(name) / f"coarse{coarse}"
-            figures, mask = measure(path, args.model, out, coarse=coarse)
-            print(json.dumps(figures | {"F1": round(f1(mask, truth), 4)}), flush=True)
+            figures, mask = measure(path, model, out, coarse=coarse)
+            yield figures | {"F1": round(f1(mask, truth), 4)}
         ray.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

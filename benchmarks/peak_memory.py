@@ -1,4 +1,4 @@
-"""The memory of a run: of all processes that were started with its mark."""
+"""The peak memory of a run: of all processes that were started with its mark."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Peak:
 
 @contextmanager
 def watched(seconds: float = 0.5) -> Iterator[Peak]:
-    """Watch the marked processes' memory from time to time."""
+    """Measure the marked processes' memory every `seconds`."""
     peak, stop = Peak(), threading.Event()
 
     def watch() -> None:
@@ -43,7 +43,7 @@ def watched(seconds: float = 0.5) -> Iterator[Peak]:
 
 
 def run_watched(command: list[str]) -> tuple[dict[str, Any], Peak]:
-    """Run a command that ends with a line of JSON; give that, and its memory."""
+    """Run a command that ends with a line of JSON; return that and its peak memory."""
     with watched() as peak:
         done = subprocess.run(
             command,

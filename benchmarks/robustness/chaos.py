@@ -7,15 +7,13 @@ by itself, and the outputs must be byte for byte those of an undisturbed run, no
 that was committed may be computed again, and no file may be left over.
 
 Work is counted by shards: each write is a new inode, so none escapes. What may be done
-twice is what was under way: two packets of each lane that was lost, or of all lanes
-when the driver was.
+twice is what was under way: two batches of each GPU worker that was lost, or of all GPU
+workers when the driver was.
 
-Run: python benchmarks/chaos.py --rounds 100
+Run: python -m benchmarks.robustness.chaos --rounds 100
 """
 
-import argparse
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -26,30 +24,28 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
-import torch
 from ray.cluster_utils import Cluster
 
-from medray.classes import Classes
+from benchmarks import harness
+from benchmarks.random_model import random_model
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.execution import memory
-from medray.geometry import Windows
-from medray.models.config import Architecture, ModelConfig
-from medray.models.folder import save_model
-from medray.models.segmenters import build_segmenter
 from medray.storage.ledger import Ledger
 
-KINDS = ("reader", "writer", "lane", "planner", "node", "driver", "everything")
+KINDS = ("reader", "writer", "gpu_worker", "planner", "node", "driver", "everything")
 TITLES = {
     "reader": b"ray::RegionIO.read",
     "writer": b"ray::RegionIO.write",
-    "lane": b"ray::Lane",
+    "gpu_worker": b"ray::GpuWorker",
     "planner": b"ray::SlideWorker",
 }
-PACKET = 8  # regions, without GPUs
+BATCH = 8  # regions, without GPUs
 
 
 class Nodes:
@@ -215,26 +211,40 @@ class Round:
         return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--slides", type=int, default=4)
-    parser.add_argument("--record", help="file for the record (JSON)")
-    args = parser.parse_args()
+def main(
+    rounds: int = 7, seed: int | None = None, slides: int = 4
+) -> Iterator[harness.Result]:
+    """Kill something in each round and finish the run; exit with 1 if a mask differs.
+
+    Args:
+        rounds: Number of rounds.
+        seed: Decides what is killed and when; without it the time.
+        slides: Number of generated slides.
+    """
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    random.seed(args.seed)
+    seed = int(time.time()) if seed is None else seed
+    random.seed(seed)
+    done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        certificate = _chaos(Path(name), args)
-    print(json.dumps(certificate, indent=1))
-    raise SystemExit(0 if certificate["holds"] else 1)
+        # Stopped by Ctrl-C it still says what was found.
+        with contextlib.suppress(KeyboardInterrupt):
+            for one in _rounds(Path(name), rounds, seed, slides):
+                done.append(one)
+                yield one
+        found = _certificate(done, seed)
+        yield found
+    raise SystemExit(0 if found["holds"] else 1)
 
 
-def _chaos(folder: Path, args: argparse.Namespace) -> dict:
-    for seed in range(args.slides):
-        scene = draw_scene(seed, height=1100, width=1400)
-        write_slide(folder / "slides", f"s{seed}", scene, layout="pyramid")
-    _write_model(folder / "model")
+def _rounds(
+    folder: Path, count: int, seed: int, slides: int
+) -> Iterator[dict[str, Any]]:
+    for number in range(slides):
+        scene = draw_scene(number, height=1100, width=1400)
+        write_slide(folder / "slides", f"s{number}", scene, layout="pyramid")
+    random_model(
+        folder / "model", "segformer", "tu-test_resnet", window=(128, 96), seed=8
+    )
     nodes = Nodes()
     undisturbed = Round(folder, folder / "undisturbed", nodes)
     for _ in range(2):  # the second time everything is in the caches
@@ -248,43 +258,35 @@ def _chaos(folder: Path, args: argparse.Namespace) -> dict:
         last = time.monotonic() - begun
     expected = outputs(undisturbed.out)
     print(
-        f"seed {args.seed}: {total} regions, first committed after {first:.1f} s of "
+        f"seed {seed}: {total} regions, first committed after {first:.1f} s of "
         f"{last:.1f} s undisturbed",
         flush=True,
     )
-    rounds: list[dict] = []
-    tries = 0
+    done = tries = 0
     kinds = random.sample(KINDS, len(KINDS))
-    while len(rounds) < args.rounds and tries < 3 * args.rounds:
+    while done < count and tries < 3 * count:
         tries += 1
-        kind = kinds[len(rounds) % len(kinds)]
+        kind = kinds[done % len(kinds)]
         one = Round(folder, folder / f"round{tries}", nodes)
         told = _one_round(one, kind, (0.5 * first, last), total, expected)
         subprocess.run(["rm", "-rf", one.out])
-        if told is None:
-            continue
-        rounds.append({"round": len(rounds) + 1} | told)
-        print(json.dumps(rounds[-1]), flush=True)
-        if args.record:  # after each round: it may be stopped at any
-            certificate = _certificate(rounds, args)
-            record = {"certificate": certificate, "rounds": rounds}
-            Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+        if told is not None:
+            done += 1
+            yield {"round": done} | told
     nodes.lose_all()
-    return _certificate(rounds, args)
 
 
-def _certificate(rounds: list[dict], args: argparse.Namespace) -> dict:
+def _certificate(rounds: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     good = [r for r in rounds if r["identical"] and not r["strays"] and r["bounded"]]
     return {
-        "date": datetime.date.today().isoformat(),
-        "seed": args.seed,
+        "seed": seed,
         "rounds": len(rounds),
         "kills": dict(Counter(r["killed"] for r in rounds)),
         "identical": sum(r["identical"] for r in rounds),
         "committed_computed_again": sum(r["committed_again"] for r in rounds),
         "shards_written_again": sum(r["repeated"] for r in rounds),
-        "most_written_again": max(r["repeated"] for r in rounds),
-        "most_in_flight": 2 * memory.PACKETS * PACKET,
+        "most_written_again": max((r["repeated"] for r in rounds), default=0),
+        "most_in_flight": 2 * memory.BATCHES * BATCH,
         "strays": sum(len(r["strays"]) for r in rounds),
         "holds": len(good) == len(rounds),
     }
@@ -322,7 +324,7 @@ def _one_round(
             summary = one.finish(one.start())
             # What the second run computed, less what was missing.
             again = summary["regions"] - (total - at_kill)
-    lanes = 2 if kind in ("driver", "everything", "node") else 1
+    gpu_workers = 2 if kind in ("driver", "everything", "node") else 1
     return {
         "killed": kind,
         "moment_s": round(moment, 2),
@@ -330,25 +332,13 @@ def _one_round(
         "went_on_by_itself": stands,
         "committed_again": again,
         "repeated": writes.repeated,
-        "bounded": again == 0 and writes.repeated <= lanes * memory.PACKETS * PACKET,
+        "bounded": again == 0
+        and writes.repeated <= gpu_workers * memory.BATCHES * BATCH,
         "identical": outputs(one.out) == expected and summary["failed"] == {},
         "strays": strays(one.out),
         "seconds": round(time.monotonic() - begun, 1),
     }
 
 
-def _write_model(folder: Path) -> None:
-    """A model of random weights: noise, but always the same noise."""
-    torch.manual_seed(8)
-    architecture = Architecture("segformer", "tu-test_resnet")
-    config = ModelConfig(
-        architecture=architecture,
-        classes=Classes(),
-        window=Windows(128, 96),
-        mpp=0.5,
-    )
-    save_model(str(folder), config, build_segmenter(architecture, 2), {"f1": None})
-
-
 if __name__ == "__main__":
-    main()
+    harness.run(main)
