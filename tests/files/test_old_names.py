@@ -13,7 +13,8 @@ from medray.apps.nightly.catalog import read_catalog
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.inference.run import Options, RunSettings
-from medray.models.config import Windows, read_config
+from medray.geometry import Windows
+from medray.models.config import read_config
 from medray.storage import files
 from medray.storage.ledger import Ledger
 from medray.storage.yaml_config import from_dict, keep_settings, to_dict
