@@ -35,7 +35,7 @@ from medray.models.folder import load_model
 from medray.models.network import Network, choose_device, folded
 from medray.storage import files
 from medray.storage.yaml_config import write_settings
-from medray.training.probe_windows import Windows, find_windows
+from medray.training.probe_windows import ProbeWindows, find_windows
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """(N, S, S, 3) uint8 windows to (N, C, h, w) logits."""
@@ -225,8 +225,8 @@ def _write(
     network: torch.nn.Module,
     config: ModelConfig,
     format: str,
-    windows: Windows,
-) -> Windows:
+    windows: ProbeWindows,
+) -> ProbeWindows:
     """Write the file and its model.yaml; return the windows to compare on."""
     from medray.models import exported
     from medray.models.network import Normalise
@@ -294,7 +294,7 @@ def keep(
     out: str,
     model: Run,
     config: ModelConfig,
-    windows: Windows,
+    windows: ProbeWindows,
     least: float,
 ) -> Comparison:
     """Compare an exported folder with the model, and copy it to its place.
@@ -353,7 +353,7 @@ def load_run(folder: str) -> Run:
 
 
 def compare(
-    model: Run, other: Run, config: ModelConfig, windows: Windows
+    model: Run, other: Run, config: ModelConfig, windows: ProbeWindows
 ) -> Comparison:
     """Set two runs of windows side by side.
 

@@ -46,9 +46,9 @@ from medray.apps.catalog import (
 from medray.apps.drift import (
     NIGHTS,
     Drift,
-    Slide,
+    SlideValues,
+    as_text,
     class_shares,
-    in_words,
     run_values,
     stain_values,
 )
@@ -219,7 +219,7 @@ def _is_committed(out: str, night: str) -> bool:
 
 
 def _last_night(out: str) -> str | None:
-    """Give the last night that has begun."""
+    """Return the last night that has begun."""
     for night in reversed(files.list_folder(files.join(out, "nights"))):
         if files.exists(files.join(_folder(out, night), "night.json")):
             return night
@@ -333,7 +333,7 @@ def _evaluated_late(
 def _late(
     watch: Watch, truth: str, settings: RunSettings, catalog: Catalog, night: str
 ) -> dict[str, list[str]]:
-    """Give by earlier night the slides that have a truth and are not in its report.
+    """Return by earlier night the slides that have a truth and are not in its report.
 
     What stands under its name no more is left out: the truth may be of its successor.
     """
@@ -372,7 +372,7 @@ def _outcomes(
     catalog: Catalog,
     found: list[Found],
 ) -> dict[str, Outcome]:
-    """Give what became of each file that was to be done, by its name.
+    """Return what became of each file that was to be done, by its name.
 
     A file that was replaced after the plan was made is what it was when it was read:
     that is added to `found`.
@@ -424,7 +424,7 @@ def _is_noted(catalog: Catalog, slide: Row, night: str) -> bool:
 def _measured(
     slides: list[Row], scene: int | None = None, plane: int | None = None
 ) -> dict[str, tuple[str, dict[str, float]]]:
-    """Give scanner and staining of slides, read in Ray tasks."""
+    """Return scanner and staining of slides, read in Ray tasks."""
     if not slides:
         return {}
     cluster.connect()
@@ -452,7 +452,7 @@ def _measure(
 
 
 def _training(watch: Watch) -> list[dict[str, float]]:
-    """Give staining and classes of what was trained on; kept in OUT/reference.json.
+    """Return staining and classes of what was trained on; kept in OUT/reference.json.
 
     Raises:
         ConfigError: The reference is no dataset.
@@ -494,18 +494,18 @@ def _drift(
     ]
     nights = sorted({row["night"] for row in before})[-NIGHTS:]
     tonight = [
-        Slide(name, outcome.scanner, dict(outcome.values))
+        SlideValues(name, outcome.scanner, dict(outcome.values))
         for name, outcome in outcomes.items()
         if not outcome.reason
     ]
     last = [
-        Slide(row["names"][0], row["scanner"], values_of(row))
+        SlideValues(row["names"][0], row["scanner"], values_of(row))
         for row in before
         if row["night"] in nights
     ]
     # A model has seen all its training slides, whatever scanned them.
     trained = [
-        Slide("", scanner, values)
+        SlideValues("", scanner, values)
         for scanner in {slide.scanner for slide in tonight}
         for values in training
     ]
@@ -522,7 +522,7 @@ def _result(
     def reasons(status: str) -> dict[str, str]:
         return {s["file"]: s["reason"] for s in slides if s["status"] == status}
 
-    flagged = [in_words(Drift(**one)) for one in summary["drift"] if one["flagged"]]
+    flagged = [as_text(Drift(**one)) for one in summary["drift"] if one["flagged"]]
     return Night(
         out=out,
         night=summary["night"],

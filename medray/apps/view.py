@@ -31,7 +31,7 @@ from medray.apps.view_run import (
     describe_run,
     describe_slide,
     open_viewed,
-    place_of,
+    source_of,
     version_of,
 )
 from medray.apps.view_tiles import (
@@ -336,7 +336,7 @@ def _asset(
 
 
 def _kept(request: Request, data: bytes, kind: str, cache: str) -> Response:
-    """Give bytes by their digest, or only say that the browser has them."""
+    """Return bytes by their digest, or only say that the browser has them."""
     tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
     headers = {"ETag": tag, "Cache-Control": cache}
     if tag in request.headers.get("if-none-match", ""):
@@ -345,7 +345,7 @@ def _kept(request: Request, data: bytes, kind: str, cache: str) -> Response:
 
 
 def _picture(request: Request, row: dict[str, Any], data: bytes, kind: str) -> Response:
-    """Give a picture; of a slide that is done, asked for by its version, for a day."""
+    """Return a picture; one of a finished slide by its version is cached for a day."""
     final = row["status"] == "done" and _asked(request, "v") == version_of(row)
     cache = "private, max-age=86400, immutable" if final else "private, no-cache"
     return _kept(request, data, kind, cache)
@@ -375,18 +375,18 @@ def _slide(viewed: ViewedRun, request: Request) -> Response:
 
 def _worst(viewed: ViewedRun, request: Request) -> Response:
     row = viewed.row(_asked(request, "slide"))
-    place = place_of(viewed, row)
-    if not place.mask or not (place.truth or place.uncertainty):
+    source = source_of(viewed, row)
+    if not source.mask or not (source.truth or source.uncertainty):
         raise LookupError(
             "this slide has no mask, or neither a truth to compare it with nor an "
             "uncertainty (infer with --quality)"
         )
-    return JSONResponse(worst_regions(place, viewed.settings.classes))
+    return JSONResponse(worst_regions(source, viewed.settings.classes))
 
 
 def _thumbnail(viewed: ViewedRun, request: Request) -> Response:
     row = viewed.row(_asked(request, "slide"))
-    slide = open_unchanged(place_of(viewed, row))
+    slide = open_unchanged(source_of(viewed, row))
     pixels, _, _ = read_thumbnail(slide, _THUMBNAIL)
     return _picture(request, row, as_jpeg(pixels), "image/jpeg")
 
@@ -399,36 +399,36 @@ def _tile(viewed: ViewedRun, request: Request) -> Response:
     zoom, y, x = (request.path_params[name] for name in ("zoom", "y", "x"))
     classes = viewed.settings.classes
     row = viewed.row(_asked(request, "slide"))
-    place = place_of(viewed, row)
-    region, step = tile_region(place, zoom, y, x)
+    source = source_of(viewed, row)
+    region, step = tile_region(source, zoom, y, x)
     shown = _shown(_asked(request, "shown"))
     if layer == "slide":
-        pixels = slide_tile(open_unchanged(place), region, step)
+        pixels = slide_tile(open_unchanged(source), region, step)
         return _picture(request, row, as_jpeg(pixels, side=TILE), "image/jpeg")
-    if layer != "truth" and not place.mask:
+    if layer != "truth" and not source.mask:
         raise LookupError("this slide has no mask")
-    if layer in ("truth", "difference") and not place.truth:
+    if layer in ("truth", "difference") and not source.truth:
         raise LookupError("this slide has no truth")
     if layer == "probability":
-        if not place.probabilities:
+        if not source.probabilities:
             raise LookupError("the run kept no probabilities; infer with them")
-        shares = probability_tile(place, region, step)
+        shares = probability_tile(source, region, step)
         data = as_heat(shares, classes.colors, shown)
     elif layer == "uncertainty":
-        if not place.uncertainty:
+        if not source.uncertainty:
             raise LookupError("the run kept no uncertainty; infer with --quality")
-        data = as_heat(uncertainty_tile(place, region, step)[None], (UNSURE,), {0})
+        data = as_heat(uncertainty_tile(source, region, step)[None], (UNSURE,), {0})
     elif layer == "truth":
-        lines = truth_outlines(place, region, step, classes)
+        lines = truth_outlines(source, region, step, classes)
         # In the differences the colours of classes have other meanings.
         dark = [INK] * len(classes) if _asked(request, "dark") else classes.colors
         data = as_overlay(lines, dark, shown)
     else:
         if layer == "difference":
-            values = difference_tile(place, region, step, classes)
+            values = difference_tile(source, region, step, classes)
             colors: Sequence[str] = COLORS
         else:
-            values, colors = mask_tile(place, region, step), classes.colors
+            values, colors = mask_tile(source, region, step), classes.colors
         data = as_overlay(values, colors, shown)
     return _picture(request, row, data, "image/png")
 

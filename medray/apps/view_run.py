@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medray.annotations.matching import match_names
-from medray.apps.view_tiles import Place, last_zoom, open_unchanged, whole_step
+from medray.apps.view_tiles import SlideSource, last_zoom, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.ground_truth import list_ground_truth, name_in
 from medray.evaluation.report import AGREEMENT
@@ -62,7 +62,7 @@ class ViewedRun:
     _read_at: float = -math.inf
 
     def rows(self) -> dict[str, Row]:
-        """Give a row a slide: of slides.parquet, or of what is under way."""
+        """Return a row a slide: of slides.parquet, or of what is under way."""
         if time.monotonic() - self._read_at > _FRESH_S:
             self._rows = read_rows(self.uri)
             slides = [SlideFile(slide, row["uri"]) for slide, row in self._rows.items()]
@@ -71,12 +71,12 @@ class ViewedRun:
         return self._rows
 
     def truth_of(self, slide: str) -> str:
-        """Give the address of a slide's truth; empty when there is none."""
+        """Return the address of a slide's truth; empty when there is none."""
         self.rows()
         return self._truth_of.get(slide, "")
 
     def row(self, slide: str) -> Row:
-        """Give the row of a slide.
+        """Return the row of a slide.
 
         Raises:
             LookupError: The run has no such slide.
@@ -172,7 +172,7 @@ def read_rows(run: str) -> dict[str, Row]:
 # --- a slide --------------------------------------------------------------------------
 
 
-def place_of(viewed: ViewedRun, row: Row) -> Place:
+def source_of(viewed: ViewedRun, row: Row) -> SlideSource:
     """Find where a slide's pixels, mask and truth lie.
 
     Raises:
@@ -195,7 +195,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     layers: Row = {"probabilities": probabilities, "uncertainty": uncertainty}
     if row["status"] == "done":
         step = whole_step(row["downsample"] / row["scale"]) * row["scale"]
-        return Place(
+        return SlideSource(
             **common,
             height=row["level0_height"],
             width=row["level0_width"],
@@ -206,14 +206,14 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
             **layers,
         )
     if row["status"] == "failed":
-        opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
+        opened = open_unchanged(SlideSource(**common, height=0, width=0, mpp=None))
         top = opened.levels[0]
         mpp = row.get("given_mpp") or opened.mpp
-        return Place(**common, height=top.height, width=top.width, mpp=mpp)
+        return SlideSource(**common, height=top.height, width=top.width, mpp=mpp)
     return _under_way(viewed, common, layers)
 
 
-def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
+def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> SlideSource:
     """Place a slide of which there is no row yet, by the attributes of its mask."""
     slide = common["slide"]
     mask = mask_uri(viewed.uri, slide)
@@ -228,9 +228,9 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
     common |= _chosen(told["slide_digest"])
     height, width = (math.ceil(n * step) for n in shape)
     if common["uri"]:
-        opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
+        opened = open_unchanged(SlideSource(**common, height=0, width=0, mpp=None))
         height, width = opened.levels[0].height, opened.levels[0].width
-    return Place(
+    return SlideSource(
         **common,
         height=height,
         width=width,
@@ -244,7 +244,7 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
 
 
 def _chosen(digest: str) -> dict[str, int]:
-    """Give the scene and the plane that a slide's digest names, if the user chose."""
+    """Return the scene and the plane that a slide's digest names, if the user chose."""
     said = dict(part.partition("=")[::2] for part in digest.split("+")[1:])
     return {name: int(said[name]) for name in ("scene", "plane") if name in said}
 
@@ -286,31 +286,31 @@ def _card(viewed: ViewedRun, row: Row) -> Row:
 def describe_slide(viewed: ViewedRun, row: Row) -> Row:
     """Tell the page of a slide what there is to see."""
     classes = viewed.settings.classes
-    place = place_of(viewed, row)
+    source = source_of(viewed, row)
     problem = ""
     try:
-        open_unchanged(place)
+        open_unchanged(source)
     except MedrayError as error:
         problem = f"{error}"
     score = viewed.scores.get(row["slide"], {})
     names = {"f1": "F1", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
     done = row["status"] == "done"
-    probabilities = place.probabilities and files.exists(place.probabilities)
-    uncertainty = place.uncertainty and files.exists(place.uncertainty)
+    probabilities = source.probabilities and files.exists(source.probabilities)
+    uncertainty = source.uncertainty and files.exists(source.uncertainty)
     return _card(viewed, row) | {
         "run": viewed.uri.rpartition("/")[2],
-        "height": place.height,
-        "width": place.width,
-        "mpp": place.mpp,
-        "last_zoom": last_zoom(place.height, place.width),
+        "height": source.height,
+        "width": source.width,
+        "mpp": source.mpp,
+        "last_zoom": last_zoom(source.height, source.width),
         "problem": problem,
         "layers": {
             "slide": not problem,
-            "mask": bool(place.mask),
-            "probability": bool(place.mask and probabilities),
-            "uncertainty": bool(place.mask and uncertainty),
-            "difference": bool(place.mask and place.truth),
-            "truth": bool(place.truth),
+            "mask": bool(source.mask),
+            "probability": bool(source.mask and probabilities),
+            "uncertainty": bool(source.mask and uncertainty),
+            "difference": bool(source.mask and source.truth),
+            "truth": bool(source.truth),
         },
         "classes": _legend(classes.names, classes.colors),
         "kinds": _legend(("", *AGREEMENT), COLORS)[: 4 if len(classes) > 2 else 3],
@@ -322,7 +322,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
                 else ""
             ),
             "Mask": f"{row['mpp']:.3g} µm per pixel" if done and row["mpp"] else "",
-            "Pixels": f"{place.width} \N{MULTIPLICATION SIGN} {place.height}",
+            "Pixels": f"{source.width} \N{MULTIPLICATION SIGN} {source.height}",
         }
         | {
             name: f"{score[key]:.3f}"
@@ -333,7 +333,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
 
 
 def _legend(names: tuple[str, ...], colors: tuple[str, ...]) -> list[Row]:
-    """Give name, colour and value of all but the first, which is not drawn."""
+    """Return name, colour and value of all but the first, which is not drawn."""
     legend = [
         {"value": value, "name": name, "color": color}
         for value, (name, color) in enumerate(zip(names, colors, strict=True))

@@ -57,7 +57,7 @@ _LINE = 2  # half the width of an outline, pixels
 
 
 @dataclass(frozen=True)
-class Place:
+class SlideSource:
     """Where everything lies that can be seen of a slide; empty where it is not.
 
     Attributes:
@@ -105,12 +105,14 @@ class Place:
 
 
 def last_zoom(height: int, width: int) -> int:
-    """Give the zoom at which a pixel of a tile is a pixel of level 0."""
+    """Return the zoom at which a pixel of a tile is a pixel of level 0."""
     return max(0, math.ceil(math.log2(max(height, width) / TILE)))
 
 
-def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int]:
-    """Give what a tile shows, in its own pixels, and its step.
+def tile_region(
+    source: SlideSource, zoom: int, y: int, x: int
+) -> tuple[Rectangle, int]:
+    """Return what a tile shows, in its own pixels, and its step.
 
     Returns:
         The tile's rectangle as far as the slide reaches, and how many level-0 pixels
@@ -119,11 +121,11 @@ def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int
     Raises:
         LookupError: There is no such tile.
     """
-    last = last_zoom(place.height, place.width)
+    last = last_zoom(source.height, source.width)
     if not 0 <= zoom <= last:
         raise LookupError(f"there are zooms 0 to {last}, found {zoom}")
     step = 1 << (last - zoom)
-    height, width = -(-place.height // step), -(-place.width // step)
+    height, width = -(-source.height // step), -(-source.width // step)
     if not (0 <= y < -(-height // TILE) and 0 <= x < -(-width // TILE)):
         raise LookupError(
             f"zoom {zoom} has {-(-height // TILE)} x {-(-width // TILE)} tiles, there "
@@ -135,7 +137,7 @@ def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int
 
 
 def whole_step(downsample: float) -> float:
-    """Give what a level is meant to be reduced by: sizes are rounded, 2.0003 is 2."""
+    """Return what a level is meant to be reduced by: sizes are rounded, 2.0003 is 2."""
     whole = round(downsample)
     return float(whole) if whole and abs(downsample / whole - 1) < 5e-3 else downsample
 
@@ -143,26 +145,26 @@ def whole_step(downsample: float) -> float:
 # --- slide ----------------------------------------------------------------------------
 
 
-def open_unchanged(place: Place) -> Slide:
+def open_unchanged(source: SlideSource) -> Slide:
     """Open the slide's file, if it is what was planned.
 
     Raises:
         SlideError: It is gone, damaged, or another one by now.
     """
-    if not place.uri:
+    if not source.uri:
         raise SlideError(
-            f"{place.slide}: the run does not tell yet where its file is; give "
+            f"{source.slide}: the run does not tell yet where its file is; give "
             f"--slides with the folder"
         )
     try:
-        now = slide_fingerprint(place.uri)
+        now = slide_fingerprint(source.uri)
     except FileNotFoundError as error:
         raise SlideError(
-            f"{place.uri}: the slide is gone; if it was moved, give --slides with its "
+            f"{source.uri}: the slide is gone; if it was moved, give --slides with its "
             f"folder"
         ) from error
     return _opened(
-        place.uri, now, place.fingerprint, place.digest, place.scene, place.plane
+        source.uri, now, source.fingerprint, source.digest, source.scene, source.plane
     )
 
 
@@ -249,41 +251,41 @@ def _reduced(pixels: UInt8, region: Rectangle, scale: float, read: Rectangle) ->
 # --- labels ---------------------------------------------------------------------------
 
 
-def mask_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def mask_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the mask: (height, width) uint8 label values.
 
     Raises:
         MedrayError: The mask is damaged or cannot be read.
     """
-    return _layer_tile(place, place.mask, region, step)
+    return _layer_tile(source, source.mask, region, step)
 
 
-def probability_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def probability_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the class probabilities: (class, height, width) uint8, 255 is certain.
 
     Raises:
         MedrayError: They are damaged or cannot be read.
     """
-    return _layer_tile(place, place.probabilities, region, step)
+    return _layer_tile(source, source.probabilities, region, step)
 
 
-def uncertainty_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def uncertainty_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the uncertainty: (height, width) uint8, 255 is the most.
 
     Raises:
         MedrayError: It is damaged or cannot be read.
     """
-    return _layer_tile(place, place.uncertainty, region, step)
+    return _layer_tile(source, source.uncertainty, region, step)
 
 
-def _layer_tile(place: Place, uri: str, region: Rectangle, step: int) -> UInt8:
-    ratio = step / place.mask_step
-    if math.log2(ratio) > place.coarsest + STRIDES:
+def _layer_tile(source: SlideSource, uri: str, region: Rectangle, step: int) -> UInt8:
+    ratio = step / source.mask_step
+    if math.log2(ratio) > source.coarsest + STRIDES:
         shape = (region.height, region.width)  # it would take too much to read
         return np.zeros(shape, np.uint8)
-    opened = functools.partial(_level, version=place.version)
+    opened = functools.partial(_level, version=source.version)
     return nearest_labels(
-        uri, region, ratio, place.mask_shape, place.coarsest, opened=opened
+        uri, region, ratio, source.mask_shape, source.coarsest, opened=opened
     )
 
 
@@ -293,24 +295,30 @@ def _level(uri: str, level: int, version: str) -> ome_zarr.Pixels:
     return ome_zarr.open_level(uri, level)
 
 
-def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> UInt8:
+def truth_tile(
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
+) -> UInt8:
     """Draw or read the truth: (height, width) uint8 label values.
 
     Raises:
         MedrayError: The truth is damaged, or of another slide.
     """
-    return read_truth(_truth_row(place, step), region, classes)
+    return read_truth(_truth_row(source, step), region, classes)
 
 
-def _truth_row(place: Place, step: float) -> dict[str, Any]:
-    """Give what `read_truth` wants to know of a slide."""
-    row: dict[str, Any] = {"truth": place.truth, "kind": place.kind, "uri": place.uri}
+def _truth_row(source: SlideSource, step: float) -> dict[str, Any]:
+    """Return what `read_truth` wants to know of a slide."""
+    row: dict[str, Any] = {
+        "truth": source.truth,
+        "kind": source.kind,
+        "uri": source.uri,
+    }
     row["downsample"] = step
-    return row | {"level0_height": place.height, "level0_width": place.width}
+    return row | {"level0_height": source.height, "level0_width": source.width}
 
 
 def difference_tile(
-    place: Place, region: Rectangle, step: int, classes: Classes
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
 ) -> UInt8:
     """Compare mask and truth: (height, width) uint8, see `KINDS`.
 
@@ -319,14 +327,14 @@ def difference_tile(
     Raises:
         MedrayError: One of them is damaged, or of another slide.
     """
-    row = _truth_row(place, step)
-    mask, truth = mask_tile(place, region, step), read_truth(row, region, classes)
+    row = _truth_row(source, step)
+    mask, truth = mask_tile(source, region, step), read_truth(row, region, classes)
     kinds, known = differences(mask, truth), read_known(row, region, classes)
     return kinds if known is None else kinds * known
 
 
 def truth_outlines(
-    place: Place, region: Rectangle, step: int, classes: Classes
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
 ) -> UInt8:
     """Draw the outlines of the truth: (height, width) uint8, 0 off the lines.
 
@@ -335,10 +343,10 @@ def truth_outlines(
     """
     # What lies around the tile decides about lines at its border.
     top, left = max(0, region.y - _LINE), max(0, region.x - _LINE)
-    bottom = min(region.bottom + _LINE, -(-place.height // step))
-    right = min(region.right + _LINE, -(-place.width // step))
+    bottom = min(region.bottom + _LINE, -(-source.height // step))
+    right = min(region.right + _LINE, -(-source.width // step))
     around = Rectangle(top, left, bottom - top, right - left)
-    lines = outlines(truth_tile(place, around, step, classes))
+    lines = outlines(truth_tile(source, around, step, classes))
     return lines[region.slices(origin=around)]
 
 
@@ -361,7 +369,7 @@ def differences(mask: UInt8, truth: UInt8) -> UInt8:
 
 
 def worst_regions(
-    place: Place, classes: Classes, *, side: int = 512
+    source: SlideSource, classes: Classes, *, side: int = 512
 ) -> list[dict[str, float]]:
     """Find the squares of a slide in which most is wrong, or least certain.
 
@@ -369,7 +377,7 @@ def worst_regions(
     taken at a coarse level, of at most some 2000 pixels a side.
 
     Args:
-        place: With a mask, and a truth or uncertainty.
+        source: With a mask, and a truth or uncertainty.
         classes: Names by label value.
         side: Of a square, in pixels of the mask.
 
@@ -382,26 +390,26 @@ def worst_regions(
         MedrayError: The mask, the truth or the uncertainty is damaged.
     """
     coarse = 0
-    while max(place.mask_shape) >> coarse > _OVERVIEW:
+    while max(source.mask_shape) >> coarse > _OVERVIEW:
         coarse += 1
-    height, width = (math.ceil(n / 2**coarse) for n in place.mask_shape)
+    height, width = (math.ceil(n / 2**coarse) for n in source.mask_shape)
     whole = Rectangle(0, 0, height, width)
-    uri = place.mask if place.truth else place.uncertainty
-    found = nearest_labels(uri, whole, 2**coarse, place.mask_shape, place.coarsest)
-    if not place.truth:
-        return _squares(found / 255, "uncertain", side, coarse, place.mask_step)
-    row = _truth_row(place, place.mask_step * 2**coarse)
+    uri = source.mask if source.truth else source.uncertainty
+    found = nearest_labels(uri, whole, 2**coarse, source.mask_shape, source.coarsest)
+    if not source.truth:
+        return _squares(found / 255, "uncertain", side, coarse, source.mask_step)
+    row = _truth_row(source, source.mask_step * 2**coarse)
     wrong = (found != read_truth(row, whole, classes)).astype(np.float64)
     known = read_known(row, whole, classes)
     if known is not None:
         wrong *= known
-    return _squares(wrong, "wrong", side, coarse, place.mask_step)
+    return _squares(wrong, "wrong", side, coarse, source.mask_step)
 
 
 def _squares(
     values: npt.NDArray[np.float64], name: str, side: int, coarse: int, mask_step: float
 ) -> list[dict[str, float]]:
-    """Give the squares with the highest sums, each with its mean as `name`."""
+    """Return the squares with the highest sums, each with its mean as `name`."""
     height, width = values.shape
     block, step = max(8, side >> coarse), mask_step * 2**coarse
     sums = np.add.reduceat(values, np.arange(0, height, block), axis=0)

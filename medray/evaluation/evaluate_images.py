@@ -48,7 +48,11 @@ from medray.evaluation.html import (
     render,
 )
 from medray.evaluation.image_metrics import score
-from medray.evaluation.significance import beside, read_predictions, write_predictions
+from medray.evaluation.significance import (
+    beside,
+    read_image_predictions,
+    write_image_predictions,
+)
 from medray.inference.classify import classify
 from medray.models.config import (
     ModelConfig,
@@ -128,7 +132,7 @@ def evaluate_images(
     check_folder(out, "images.csv")
     configs = _common_configs(models, data, vote=vote)
     config, classes = configs[0], configs[0].classes
-    others = read_predictions(compare, classes.names) if compare else None
+    others = read_image_predictions(compare, classes.names) if compare else None
     rows = read_patches(data, split)
     if not rows:
         raise ConfigError(f"{data}: no images in split {split}")
@@ -151,7 +155,7 @@ def evaluate_images(
     metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
     if others is not None and compare:
         metrics["beside"] = beside(rows, others, classes.names, compare)
-    write_predictions(rows, classes.names, files.join(out, "images.csv"))
+    write_image_predictions(rows, classes.names, files.join(out, "images.csv"))
     names = ", ".join(folder.rsplit("/", 1)[-1] for folder in models)
     how = "majority vote" if vote else "mean probability"
     page = render(
@@ -240,7 +244,7 @@ def _check_unseen(model: str, rows: list[Row], split: str) -> None:
 
 
 def _for_temperature(models: Sequence[str], data: str, rows: list[Row]) -> list[Row]:
-    """Give validation images that no model was trained on and that are not scored.
+    """Return validation images that no model was trained on and that are not scored.
 
     That they chose an epoch does little harm to one number.
     """
@@ -317,7 +321,7 @@ def _calibrate(rows: list[Row], validation: list[Row]) -> Row:
 
 
 def _columns(rows: list[Row]) -> tuple[Any, Any, Floats, Floats]:
-    """Give truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
+    """Return truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
     names = ("truth", "predicted", "probabilities", "log_probabilities")
     truth, predicted, shares, logs = (
         np.array([row[name] for row in rows]) for name in names
@@ -377,7 +381,7 @@ def _finished(figure: Figure, x: str, y: str) -> Markup:
 def _errors(
     rows: list[Row], data: str, names: Sequence[str], model: str | None
 ) -> list[Row]:
-    """Give the most confident errors, with their pictures."""
+    """Return the most confident errors, with their pictures."""
     wrong = [row for row in rows if row["truth"] != row["predicted"]]
     wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
     shown: list[Row] = []

@@ -65,7 +65,7 @@ def changed_slides(
     ledger: Ledger,
     annotations: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Give a row for each slide that is not done, or is not the file it was.
+    """Return a row for each slide that is not done, or is not the file it was.
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
     the slide stops counting as done until its digest tells whether it changed; `before`
@@ -218,7 +218,7 @@ def plan_one(
 
 
 def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
-    """Give the regions of a slide that are yet to be done.
+    """Return the regions of a slide that are yet to be done.
 
     What is committed is believed only as far as its shards are there: somebody may
     have removed them, or the slide was another one in between.
@@ -244,7 +244,7 @@ def missing_regions(row: Row, digest: str, regions: list[Row], out: str) -> list
 
 
 def _folder_of(path: str) -> str:
-    """Give the store that a file is part of, or else its folder."""
+    """Return the store that a file is part of, or else its folder."""
     store, inside, _ = path.partition(".zarr/")
     return f"{store}.zarr" if inside else path.rpartition("/")[0]
 
@@ -387,7 +387,7 @@ class Commit:
         progress.slide(header["slide"], f"done {note}".strip())
 
     def records(self, header: Row) -> dict[int, Row]:
-        """Give the records of a slide's regions."""
+        """Return the records of a slide's regions."""
         digest, records = self.ledger.records_of(header["slide"])
         return records if digest == header["digest"] else {}
 
@@ -402,7 +402,7 @@ class Commit:
         if row.get("storage") == "run" or self._unreached == _MOST_UNREACHED:
             raise StoreError(row["error"])
 
-    def in_words(self) -> str:
+    def as_text(self) -> str:
         """Say what is kept."""
         under_way = sum(slide.arrived > 0 for slide in self._slides.values())
         return (

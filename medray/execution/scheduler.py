@@ -254,7 +254,7 @@ def schedule(
                     slide_workers.busy or region_workers.busy
                 ) and time.monotonic() < deadline:
                     take()
-                raise StoppedError(asked.signal, commit.in_words())
+                raise StoppedError(asked.signal, commit.as_text())
             check()
             # Ahead of the region workers, but not all: gigapixel slides have many
             # regions.

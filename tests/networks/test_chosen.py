@@ -20,7 +20,7 @@ import zarr
 from medray import cli, open_mask
 from medray.apps.convert import _of_dataset, _of_run, _write
 from medray.apps.drift import stain_values
-from medray.apps.view_run import open_viewed, place_of, read_rows
+from medray.apps.view_run import open_viewed, read_rows, source_of
 from medray.apps.view_tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
@@ -222,8 +222,8 @@ def test_pictures_of_a_comparison(
 
 def test_tiles_of_a_viewer(run: tuple[str, Path], images: list[UInt8]) -> None:
     viewed = open_viewed(str(run[1]), report=None, truth=None, slides=None)
-    place = place_of(viewed, viewed.row("x"))
-    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    source = source_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(source), WHOLE, 1)
     np.testing.assert_array_equal(tile, images[1])
 
 
@@ -238,8 +238,8 @@ def test_tiles_of_a_slide_under_way(
     assert read_rows(str(tmp_path / "run"))["x"]["status"] == "under way"
     slides = str(folder / "scene")
     viewed = open_viewed(str(tmp_path / "run"), report=None, truth=None, slides=slides)
-    place = place_of(viewed, viewed.row("x"))
-    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    source = source_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(source), WHOLE, 1)
     np.testing.assert_array_equal(tile, images[1])
 
 

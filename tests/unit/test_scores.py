@@ -17,7 +17,11 @@ from medray.evaluation.calibration import (
 )
 from medray.evaluation.image_metrics import score, weighted_auc
 from medray.evaluation.metrics import draws
-from medray.evaluation.significance import beside, read_predictions, write_predictions
+from medray.evaluation.significance import (
+    beside,
+    read_image_predictions,
+    write_image_predictions,
+)
 
 NAMES = ("healthy", "sick")
 
@@ -224,14 +228,14 @@ def test_only_images_that_both_have_are_compared() -> None:
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ours, theirs = table((4, 1, 1))
-    write_predictions(theirs, NAMES, str(tmp_path / "images.csv"))
-    back = read_predictions(str(tmp_path), NAMES)
+    write_image_predictions(theirs, NAMES, str(tmp_path / "images.csv"))
+    back = read_image_predictions(str(tmp_path), NAMES)
     keys = ("image", "digest", "patient", "truth", "predicted")
     assert back == [{k: row[k] for k in keys} for row in named(theirs)]
     with pytest.raises(ConfigError, match=r"its classes \['healthy', 'sick'\] are not"):
-        read_predictions(str(tmp_path), ("healthy", "sick", "odd"))
+        read_image_predictions(str(tmp_path), ("healthy", "sick", "odd"))
     with pytest.raises(ConfigError, match=r"expected the report of a classifier"):
-        read_predictions(str(tmp_path / "nowhere"), NAMES)
+        read_image_predictions(str(tmp_path / "nowhere"), NAMES)
     others = [row | {"digest": "blake2b:x"} for row in back]
     with pytest.raises(ConfigError, match="no image in common"):
         beside(ours, others, NAMES, "other")
@@ -246,7 +250,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "images.csv").write_text(text)
         with pytest.raises(ConfigError, match=match):
-            read_predictions(str(tmp_path), NAMES)
+            read_image_predictions(str(tmp_path), NAMES)
 
 
 def test_confidences_of_a_sigmoid_are_those_of_a_softmax() -> None:
