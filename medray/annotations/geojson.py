@@ -19,7 +19,7 @@ import shapely
 from shapely import affinity
 
 from medray.annotations.polygons import Area, Note, Ring, areal, fill
-from medray.classes import Classes
+from medray.classes import Classes, rgb_of
 from medray.errors import SlideError
 from medray.geometry import Rectangle
 
@@ -143,7 +143,7 @@ def _moved(areas: Sequence[Area], x: float, y: float) -> list[Area]:
 
 
 def _all_features(features: Sequence[Any]) -> Iterator[Any]:
-    """Give features and, after each, its children, in the order of the document."""
+    """Return features and, after each, its children, in the order of the document."""
     waiting = list(reversed(features))
     while waiting:
         feature = waiting.pop()
@@ -199,7 +199,7 @@ def _features(uri: str, document: Any) -> list[Any]:
 
 
 def _polygons(geometry: Any, flat: Counter[str]) -> Iterator[Any]:
-    """Give the rings of each polygon, and count what has no area in `flat`.
+    """Return the rings of each polygon, and count what has no area in `flat`.
 
     Raises:
         SlideError: A geometry is none of GeoJSON (RFC 7946), such as a circle.
@@ -237,7 +237,7 @@ def _ring(points: Any) -> Ring:
 def geojson_features(
     areas: Sequence[Area], classes: Classes, bounds: Rectangle | None = None
 ) -> dict[str, Any]:
-    """Give areas as a FeatureCollection of annotations that QuPath imports.
+    """Return areas as a FeatureCollection of annotations that QuPath imports.
 
     Ids are made of the areas themselves, so the same areas give the same file.
 
@@ -263,7 +263,7 @@ def geojson_features(
                     "objectType": "annotation",
                     "classification": {
                         "name": classes.names[value],
-                        "color": list(bytes.fromhex(classes.colors[value][1:])),
+                        "color": list(rgb_of(classes.colors[value])),
                     },
                     **_origin(bounds),
                 },
@@ -283,7 +283,7 @@ def extent_features(
     class_name: str,
     bounds: Rectangle | None = None,
 ) -> list[dict[str, Any]]:
-    """Give where a slide is annotated as locked annotations that QuPath imports.
+    """Return where a slide is annotated as locked annotations that QuPath imports.
 
     Args:
         extent: Polygons in level-0 pixels of the slide as medray reads it.

@@ -34,7 +34,7 @@ from medray.annotations.matching import (
 )
 from medray.annotations.measure import class_areas
 from medray.annotations.polygons import Area
-from medray.classes import AnyClass, Classes
+from medray.classes import AnyClass, Classes, rgb_of
 from medray.datasets.overrides import with_overrides
 from medray.errors import MedrayError
 from medray.execution.failures import too_large
@@ -223,7 +223,7 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
 
 
 def _start_row(task: _Task) -> Row:
-    """Give the row of a slide of which nothing is known yet."""
+    """Return the row of a slide of which nothing is known yet."""
     names = ("format", "height", "width", "levels", "mpp", "mpp_from", "magnification")
     row: Row = {"slide": task.file.slide, "status": "ok", "message": ""}
     row |= {"uri": task.file.uri} | dict.fromkeys(names)
@@ -317,10 +317,10 @@ def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
     )
     if marks.extent:
         border = _border(draw(marks.extent, AnyClass()) > 0)
-        shown[border & (across % 8 < 5)] = _rgb(_BORDER)
+        shown[border & (across % 8 < 5)] = rgb_of(_BORDER)
     labels = draw(marks.areas, classes)
     for value in np.unique(labels[labels > 0]).tolist():
-        shown[_border(labels == value)] = _rgb(classes.colors[value])
+        shown[_border(labels == value)] = rgb_of(classes.colors[value])
     picture = Image.fromarray(shown)
     _draw_dots(picture, marks.areas, classes, factor)
     buffer = io.BytesIO()
@@ -330,7 +330,7 @@ def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
 
 
 def _border(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Give the outermost three pixels of a shape, at the picture's edge too."""
+    """Return the outermost three pixels of a shape, at the picture's edge too."""
     return inside & ~ndimage.binary_erosion(inside, iterations=3)
 
 
@@ -345,11 +345,6 @@ def _draw_dots(
         if value and max(x1 - x0, y1 - y0) < 4:
             x, y = (x0 + x1) / 2, (y0 + y1) / 2
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=classes.colors[value])
-
-
-def _rgb(code: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(code[1:])
-    return red, green, blue
 
 
 def _page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
@@ -394,7 +389,4 @@ def _write_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
         ]
         + [("note", pa.string())]
     )
-    table = pa.Table.from_pylist([*rows], schema)
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(table, csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist([*rows], schema))

@@ -25,6 +25,7 @@ from typing import Any
 
 import obstore
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
 
@@ -66,7 +67,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def object_store(uri: str) -> tuple[Any, str]:
-    """Give the obstore of an address's bucket, and the path in it.
+    """Return the obstore of an address's bucket, and the path in it.
 
     Raises:
         StoreError: There is no such kind of address, or a part of it cannot be.
@@ -135,7 +136,7 @@ def answered(uri: str, done: str = "read") -> Iterator[None]:
 
 
 def _first(error: BaseException) -> str:
-    """Give what matters of an error: obstore's say much, over many lines."""
+    """Return what matters of an error: obstore's say much, over many lines."""
     text = str(error).split("\n\nDebug source")[0]
     return " ".join(text.split())[:300]
 
@@ -180,7 +181,7 @@ def exists(uri: str) -> bool:
 
 
 def fingerprint(uri: str) -> str:
-    """Give size and time of a file: equal fingerprints mean that it was not touched.
+    """Return size and time of a file: equal fingerprints mean that it was not touched.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -231,7 +232,7 @@ def _local_fingerprints(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def size(uri: str) -> int:
-    """Give the bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -452,7 +453,7 @@ def remove(uri: str) -> None:
 
 
 def list_folder(uri: str) -> list[str]:
-    """Give the names in a folder, sorted; an absent folder is empty.
+    """Return the names in a folder, sorted; an absent folder is empty.
 
     Raises:
         StoreError: It cannot be read.
@@ -474,7 +475,7 @@ def is_folder(uri: str) -> bool:
 
 
 def list_files(uri: str) -> dict[str, int]:
-    """Give the files below a folder with their bytes, by their path in it.
+    """Return the files below a folder with their bytes, by their path in it.
 
     Raises:
         StoreError: It cannot be read.
@@ -530,6 +531,13 @@ def write_table(uri: str, table: pa.Table) -> None:
     """Write a parquet file atomically."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
+    write_bytes(uri, buffer.getvalue())
+
+
+def write_csv(uri: str, table: pa.Table) -> None:
+    """Write a CSV file atomically."""
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table, buffer)
     write_bytes(uri, buffer.getvalue())
 
 
