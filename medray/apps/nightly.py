@@ -57,7 +57,8 @@ from medray.apps.inbox import Watch, plan_night
 from medray.apps.summary import check_webhook, send_summary, write_summary
 from medray.datasets.dataset import read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError, MedrayError, SlideError
-from medray.evaluation.evaluate import evaluate, evaluated_slides, with_truth
+from medray.evaluation.evaluate import evaluate, evaluated_slides
+from medray.evaluation.ground_truth import with_truth
 from medray.execution import cluster
 from medray.inference.infer import infer, settings_of
 from medray.inference.run import Options, RunSettings, mask_uri

@@ -13,7 +13,7 @@ from medray.annotations.matching import match_names
 from medray.apps.view_tiles import SlideSource, last_zoom, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.ground_truth import list_ground_truth, name_in
-from medray.evaluation.report import AGREEMENT
+from medray.evaluation.overlay import AGREEMENT
 from medray.inference.run import (
     RunSettings,
     layer_uri,

@@ -124,7 +124,7 @@ _SCHEMA = pa.schema(
 
 
 def _squares(run: str, row: Row) -> Iterator[Row]:
-    """Give the squares of a slide that are not certain all over."""
+    """Return the squares of a slide that are not certain all over."""
     layer = ome_zarr.open_level(layer_uri(run, row["slide"], "uncertainty"))
     scale = row["downsample"]
     height, width = row["level0_height"], row["level0_width"]
@@ -146,7 +146,7 @@ def _squares(run: str, row: Row) -> Iterator[Row]:
 
 
 def _edges(length: int, scale: float, pixels: int) -> list[tuple[int, int]]:
-    """Give the first and last pixel of the mask of each square along an axis."""
+    """Return the first and last pixel of the mask of each square along an axis."""
     found = []
     for start in range(0, length, SIDE):
         first = round(start / scale)
@@ -163,7 +163,7 @@ def _features(
     classes: Classes,
     bounds: Rectangle | None,
 ) -> Row:
-    """Give the squares, and the mask's outlines within them."""
+    """Return the squares, and the mask's outlines within them."""
     mask = ome_zarr.open_level(mask_uri(run, row["slide"]))
     scale = row["downsample"]
     areas: list[Area] = []

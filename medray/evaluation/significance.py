@@ -36,9 +36,7 @@ def write_image_predictions(
         }
         for row in rows
     ]
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist(table))
 
 
 def read_image_predictions(report: str, names: Sequence[str]) -> list[Row]:

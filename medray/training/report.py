@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
-from medray.evaluation.report import AGREEMENT
+from medray.evaluation.overlay import AGREEMENT
 from medray.models.config import ModelConfig
 from medray.storage import files
 from medray.types import Row
@@ -30,7 +30,7 @@ def write_training_report(
         config: Its configuration; `provenance` says of what it was made.
         metrics: What metrics.json holds.
         examples: Pictures of validation patches, by
-            `medray.evaluation.report.draw_overlay`.
+            `medray.evaluation.overlay.draw_overlay`.
     """
     history, kind, best = metrics["history"], config.architecture, metrics["epoch"]
     page = render(

@@ -25,7 +25,9 @@ from medray.apps.view_tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic import draw_scene
-from medray.evaluation.evaluate import match_ground_truth
+from medray.evaluation import pictures
+from medray.evaluation.count import FieldOfView
+from medray.evaluation.ground_truth import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
@@ -194,13 +196,12 @@ def test_pictures_of_an_evaluation(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.evaluation.evaluate")
-    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
+    monkeypatch.setattr(pictures, "draw_overlay", only_pixels)
     made, classes = str(run[1]), Classes()
     (row,) = match_ground_truth([row_of(run[1])], str(folder / "truth"), classes)
-    assert stage._overlay(row, made, classes) == images[1].tobytes()
-    place = SimpleNamespace(slide="x", y=0, x=0)
-    assert stage._close_up(row, place, made, classes) == images[1].tobytes()
+    assert pictures._slide(row, made, classes) == images[1].tobytes()
+    field = FieldOfView(0, slide="x", y=0, x=0)
+    assert pictures._field(row, field, made, classes) == images[1].tobytes()
 
 
 def test_pictures_of_a_comparison(
@@ -210,8 +211,8 @@ def test_pictures_of_a_comparison(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = importlib.import_module("medray.evaluation.compare")
-    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
-    monkeypatch.setattr(stage, "draw_change", only_pixels)
+    monkeypatch.setattr(pictures, "draw_overlay", only_pixels)
+    monkeypatch.setattr(pictures, "draw_change", only_pixels)
     drawn: list[bytes] = []
     monkeypatch.setattr(stage, "data_uri", lambda data: drawn.append(data) or "")
     made = str(run[1])

@@ -12,7 +12,7 @@ from medray.errors import ConfigError
 from medray.evaluation.calibration import (
     calibration_error,
     fit_temperature,
-    reliability,
+    reliability_of_images,
     scaled,
 )
 from medray.evaluation.image_metrics import score, weighted_auc
@@ -45,7 +45,9 @@ def test_a_known_temperature_is_recovered(true: float) -> None:
 
     assert loss(found) <= min(map(loss, grid)) + 1e-9
     error, before = (
-        calibration_error(scaled(logits, t), logits.argmax(axis=1), truth)
+        calibration_error(
+            reliability_of_images(scaled(logits, t), logits.argmax(axis=1), truth)
+        )
         for t in (found, true * 2)
     )
     assert error < 0.03 < before
@@ -74,7 +76,7 @@ def test_bins_are_those_of_the_definition() -> None:
     truth, predicted = rng.integers(4, size=300), shares.argmax(axis=1)
     sure = shares.max(axis=1)
     wanted = 0.0
-    confidence, right, count = reliability(shares, predicted, truth)
+    confidence, right, count = reliability_of_images(shares, predicted, truth)
     for k in range(10):
         last = k == 9
         inside = (sure >= k / 10) & ((sure < (k + 1) / 10) | last)
@@ -84,7 +86,9 @@ def test_bins_are_those_of_the_definition() -> None:
             assert confidence[k] == pytest.approx(sure[inside].mean())
             assert right[k] == pytest.approx(hits)
             wanted += inside.mean() * abs(hits - sure[inside].mean())
-    assert calibration_error(shares, predicted, truth) == pytest.approx(wanted)
+    assert calibration_error(
+        reliability_of_images(shares, predicted, truth)
+    ) == pytest.approx(wanted)
 
 
 # --- areas ----------------------------------------------------------------------------
