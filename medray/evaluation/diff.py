@@ -178,10 +178,10 @@ def rows_of(
 
 def changed_settings(before: RunSettings, after: RunSettings) -> list[Row]:
     """Return the settings that differ: key, and its value in A and in B."""
-    flat = [flat(to_dict(settings)) for settings in (before, after)]
-    keys = [*flat[0], *(key for key in flat[1] if key not in flat[0])]
+    sides = [flat(to_dict(settings)) for settings in (before, after)]
+    keys = [*sides[0], *(key for key in sides[1] if key not in sides[0])]
     return [
         {"key": key, "a": values[0], "b": values[1]}
         for key in keys
-        if (values := [side.get(key, "-") for side in flat])[0] != values[1]
+        if (values := [side.get(key, "-") for side in sides])[0] != values[1]
     ]
