@@ -46,6 +46,7 @@ from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.readable import check_readable
 from medray.slides.resolution import settle_mpp
 from medray.storage import files
+from medray.storage.ledger import storable
 from medray.types import Row
 
 PICTURE_PX = 480
@@ -128,12 +129,12 @@ def check(
     log_copies(file.uri for file in wanted)
     looks = _look_at_all(tasks)
     rows = [
-        {key: _text(v) if isinstance(v, str) else v for key, v in look.row.items()}
+        {key: storable(value) for key, value in look.row.items()}
         for look in (looks[file.slide] for file in wanted)
     ]
     checked = Checked(
         slides=rows,
-        unused=[*map(_text, unused_annotations(wanted, names, matched))],
+        unused=[*map(storable, unused_annotations(wanted, names, matched))],
         bare=[f.slide for f in wanted if f.slide not in matched] if names else [],
         failed={row["slide"]: row["message"] for row in rows if row["message"]},
         page=files.join(out, "check.html") if out is not None else "",
@@ -365,11 +366,6 @@ def _page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str
         shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
         left_out=max(0, len(seen) - _MAX_PICTURES),
     )
-
-
-def _text(name: str) -> str:
-    """Write bytes of a file name that are no Unicode as a backslash and digits."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _write_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:

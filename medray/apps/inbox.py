@@ -20,6 +20,7 @@ from medray.inference.run import Options
 from medray.slides.discovery import SlideFile, as_slides, find_slide_files
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.storage import files
+from medray.storage.ledger import storable
 from medray.types import Row
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,11 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
     known = current(catalog)
     there = _look(watch.inbox)
     left_out = {
-        _printable(name): "its name is no Unicode; rename it"
+        storable(name): "its name is no Unicode; rename it"
         for name in there
-        if name != _printable(name)
+        if name != storable(name)
     }
-    there = {name: of for name, of in there.items() if name == _printable(name)}
+    there = {name: of for name, of in there.items() if name == storable(name)}
     there = _with_overrides(there, watch.options)
     fresh = {
         name: (slide, fingerprint)
@@ -145,7 +146,7 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
 
 
 def _look(inbox: str) -> dict[str, tuple[SlideFile, str]]:
-    """Give the slides of the inbox and their fingerprints, by path below it."""
+    """Return the slides of the inbox and their fingerprints, by path below it."""
     if files.is_local(inbox) and not files.is_folder(inbox):
         raise ConfigError(f"{inbox}: expected a folder, the inbox; make it or name it")
     found = find_slide_files([inbox])
@@ -182,7 +183,7 @@ def _is_said(digest: str, slide: SlideFile) -> bool:
 
 
 def _fingerprint(uri: str) -> tuple[str, str]:
-    """Give size and time of a slide, of an OME-Zarr also how much is there.
+    """Return size and time of a slide, of an OME-Zarr also how much is there.
 
     Returns:
         Empty, and why, if not all of its files are there.
@@ -200,15 +201,11 @@ def _fingerprint(uri: str) -> tuple[str, str]:
 
 
 def _digest(slide: SlideFile) -> tuple[str, str]:
-    """Give the digest, or why there is none."""
+    """Return the digest, or why there is none."""
     try:
         return slide_digest(slide.uri) + slide.given, ""
     except (MedrayError, OSError) as error:
         return "", f"{error}"
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _digested(
@@ -243,7 +240,7 @@ def _sorted_out(
 
 
 def _to_retry(catalog: Catalog, now: dict[str, str], tries: int) -> dict[str, str]:
-    """Give the contents (digest by name) that were not done before and are there."""
+    """Return the contents (digest by name) that were not done before and are there."""
     retried: dict[str, str] = {}
     for name, digest in now.items():
         row = catalog.get(digest)

@@ -29,7 +29,7 @@ import pyarrow as pa
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.storage import files, ome_zarr
-from medray.storage.yaml_config import from_dict, read_yaml, to_dict, write_settings
+from medray.storage.yaml_config import read_folder_settings, to_dict, write_settings
 
 SPLITS = ("train", "val", "test")
 LABELS = "annotation"
@@ -82,22 +82,17 @@ def read_dataset(folder: str) -> DatasetSettings:
     Raises:
         ConfigError: There is no dataset.
     """
-    uri = files.join(folder, "dataset.yaml")
-    if not files.exists(uri):
-        raise ConfigError(
-            f"{folder}: expected a dataset with a dataset.yaml; "
-            f"`medray ingest` writes one"
-        )
-    return from_dict(DatasetSettings, read_yaml(uri), uri)
+    expected = ("a dataset", "medray ingest")
+    return read_folder_settings(DatasetSettings, folder, "dataset.yaml", expected)
 
 
 def images_uri(folder: str) -> str:
-    """Give the place of the table of images."""
+    """Return the place of the table of images."""
     return files.join(folder, "images.parquet")
 
 
 def morphology_uri(folder: str) -> str:
-    """Give the place of the table of what contours measure."""
+    """Return the place of the table of what contours measure."""
     return files.join(folder, "morphology.parquet")
 
 
@@ -121,7 +116,7 @@ def write_morphology(
 def read_morphology(
     folder: str, patches: list[dict[str, Any]]
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
-    """Give the features of the images of some patches.
+    """Return the features of the images of some patches.
 
     Args:
         folder: The dataset.
@@ -153,17 +148,17 @@ def holds_images(folder: str) -> bool:
 
 
 def slide_uri(folder: str, slide: str) -> str:
-    """Give the place of a slide's pixels."""
+    """Return the place of a slide's pixels."""
     return files.join(folder, "slides", f"{slide}.ome.zarr")
 
 
 def labels_uri(folder: str, slide: str) -> str:
-    """Give the place of a slide's label image."""
+    """Return the place of a slide's label image."""
     return files.join(slide_uri(folder, slide), "labels", LABELS)
 
 
 def read_patches(folder: str, split: str) -> list[dict[str, Any]]:
-    """Give the rows of patches.parquet that belong to a split.
+    """Return the rows of patches.parquet that belong to a split.
 
     Raises:
         ConfigError: Ingest has not finished.

@@ -15,7 +15,6 @@ that they go with slides.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -66,6 +65,7 @@ from medray.geometry import Rectangle
 from medray.slides.discovery import find_files
 from medray.slides.fingerprint import fingerprint_of, slide_digest
 from medray.storage import files, ome_zarr
+from medray.storage.digests import content_digest
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
 
@@ -180,7 +180,7 @@ def ingest_images(
 
 
 def _digest_of(values: Any) -> str:
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+    return content_digest(json.dumps(values).encode())
 
 
 def _ingested_before(out: str, request: str) -> Images | None:
@@ -254,7 +254,7 @@ def _ingest(
 def find_images(
     folder: str, classes: Sequence[str] = (), *, contours: bool = False
 ) -> list[Row]:
-    """Give a row an image: `image` (its name), `uri`, `class`, `split` ("" if unsaid).
+    """Return one row per image: `image` (name), `uri`, `class`, `split` ("" if unsaid).
 
     With `contours` it is a row a cell, and says what
     medray.datasets.cells.with_contours does.
@@ -331,7 +331,7 @@ class _Reader:
         self._settings, self._out = settings, out
 
     def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Give what there is to say of an image, or where a sheet's images are."""
+        """Return what there is to say of an image, or where a sheet's images are."""
         for row in rows:
             if "images" in row:
                 yield [_write_sheet(row, self._settings, self._out)]
@@ -350,7 +350,7 @@ def _start_readers(settings: DatasetSettings, out: str) -> Pool:
 def _work_off(
     rows: list[Row], readers: Pool, batch: int, go_on: Callable[[], None]
 ) -> Iterator[tuple[Row, Any]]:
-    """Give each row with what came of it, as it comes."""
+    """Return each row with what came of it, as it comes."""
     todo = deque(itertools.batched(rows, batch))
     while todo or readers.busy:
         go_on()
@@ -474,7 +474,7 @@ def _deal_out(
     fractions: tuple[float, float, float],
     seed: int,
 ) -> None:
-    """Give a split to every image that has none; with `given` they stay without."""
+    """Return a split to every image that has none; with `given` they stay without."""
     good = [row for row in images if row["status"] == "done"]
     if not given and not any(row["split"] for row in images):
         _deal(good, fractions, seed)
@@ -510,7 +510,7 @@ def _deal(images: list[Row], fractions: tuple[float, float, float], seed: int) -
 
 
 def _sheets(images: list[Row], columns: int) -> Iterator[Row]:
-    """Give the sheets: each up to `columns` times as many images of one split.
+    """Return the sheets: each up to `columns` times as many images of one split.
 
     Their order does not matter: training draws its own.
     """
@@ -526,7 +526,7 @@ def _sheets(images: list[Row], columns: int) -> Iterator[Row]:
 
 
 def _size(count: int, columns: int, side: int) -> tuple[int, int]:
-    """Give height and width of a sheet of so many images, in pixels."""
+    """Return height and width of a sheet of so many images, in pixels."""
     return math.ceil(count / columns) * side, min(count, columns) * side
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from medray.execution import cluster
 from medray.execution.actor_pool import LostError, Pool, poll
 from medray.models.config import TURNS, Tta
 from medray.storage import files, ome_zarr
-from medray.types import Row
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
@@ -41,7 +42,7 @@ def classify(
         models: Model folders of classifiers, whose windows are as large as the images.
         data: Dataset of images.
         rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
-        tta: Test-time augmentation, as `medray.models.classify` has it.
+        tta: Test-time augmentation, as `load_classifier` has it.
 
     Returns:
         The rows, with `logits` (models, classes) float64 and `truth` (label value)
@@ -76,6 +77,55 @@ def classify(
     return [row for name in sorted(found) for row in found[name]], failed
 
 
+def load_classifier(
+    folder: str, tta: Tta = "none"
+) -> Callable[[UInt8, Floats | None], Floats]:
+    """Load a model that maps (N, S, S, 3) uint8 RGB and (N, F) to (N, C) logits.
+
+    It works in float32, whatever the device would be faster in: a report must not
+    depend on where it was made.
+
+    Args:
+        folder: Of a classifier; if it has `morphology`, F are the measures as a dataset
+            has them, else they are passed over.
+        tta: Also classify images mirrored (`flips`) or mirrored and turned (`all`); the
+            logits are then the logarithm of the mean probability.
+
+    Raises:
+        ConfigError: The folder is no model folder.
+        FormatError: Its weights are damaged.
+    """
+    # Imported here: the driver needs no torch.
+    import torch
+
+    from medray.models.folder import load_model
+    from medray.models.network import Network, choose_device
+
+    model, config = load_model(folder)
+    device = choose_device()
+    network = Network(model, config, device, torch.float32)
+
+    @torch.inference_mode()
+    def classify(pixels: UInt8, measures: Floats | None) -> Floats:
+        beside = measures if config.morphology else None
+        images = torch.from_numpy(pixels).to(device)
+        each = []
+        for turns, mirror in TURNS[tta]:
+            turned = torch.rot90(images, turns, (1, 2))
+            turned = turned.flip(2) if mirror else turned
+            # A classifier's logits hold for each pixel of the window.
+            logits = network(turned.contiguous(), beside)[:, :, 0, 0]
+            each.append(logits.double())
+        logits = each[0]
+        if len(each) > 1:
+            logs = torch.stack(each).log_softmax(dim=2)
+            logits = logs.logsumexp(dim=0) - math.log(len(each))
+        found: Floats = logits.cpu().numpy()
+        return found
+
+    return classify
+
+
 def _start(models: Sequence[str], data: str, tta: Tta, sheets: int) -> Pool:
     if cluster.gpus():
         resources = {"num_gpus": 1.0, "num_cpus": 1.0}
@@ -93,17 +143,14 @@ class _Classifiers:
     """Models on one device."""
 
     def __init__(self, folders: tuple[str, ...], data: str, tta: Tta) -> None:
-        # Imported here: the driver needs no torch.
         import torch
-
-        from medray.models.classify import load_classifier
 
         torch.set_num_threads(cluster.cpus_per_node())
         self._data = data
         self._models = [load_classifier(folder, tta) for folder in folders]
 
     def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Give (images, models, classes) logits of each sheet, or why it has none."""
+        """Return (images, models, classes) logits of each sheet, or why it has none."""
         for row in rows:
             try:
                 yield [self._logits(row)]
@@ -124,7 +171,7 @@ class _Classifiers:
         return np.concatenate(parts)
 
 
-def _cut(sheet: npt.NDArray[np.uint8], image: Row) -> npt.NDArray[np.uint8]:
+def _cut(sheet: UInt8, image: Row) -> UInt8:
     """Take an image out of (3, H, W): (h, w, 3)."""
     y, x = image["y"], image["x"]
     part = sheet[:, y : y + image["height"], x : x + image["width"]]

@@ -18,7 +18,6 @@ is not computed again.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import logging
 import time
@@ -62,6 +61,7 @@ from medray.slides.cache import log_copies
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.resolution import working_of
 from medray.storage import files, ome_zarr
+from medray.storage.digests import named_digest
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
@@ -243,10 +243,10 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     if any(weights_uri(folder).endswith(".onnx") for folder in folders):
         deciding.append("onnxruntime")
     digests = [model_digest(folder) for folder in folders]
-    whole = hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+    whole = named_digest(" ".join(digests).encode())
     return RunSettings(
         models=folders,
-        model_digest=digests[0] if len(digests) == 1 else f"blake2b:{whole}",
+        model_digest=digests[0] if len(digests) == 1 else whole,
         classes=config.classes,
         windows=config.window,
         model_mpp=config.mpp,
@@ -282,7 +282,7 @@ def _first_pass(
 
 
 def _plan(row: Row, settings: RunSettings, out: str) -> tuple[Row, list[Row]]:
-    """Give a slide's header and the regions to do; its mask is made, empty."""
+    """Return a slide's header and the regions to do; its mask is made, empty."""
 
     def cut(header: Row, slide: Slide) -> tuple[Row, list[Row]]:
         coarse = coarse_mask(out, row["slide"]) if settings.options.coarse > 1 else ""
@@ -322,7 +322,7 @@ def _load(settings: RunSettings, threads: int) -> Any:
 
 
 def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
-    """Give a region as the model takes it (`RegionPixels`); its windows are noted."""
+    """Return a region as the model takes it (`RegionPixels`); its windows are noted."""
     from medray.models.canvas import RegionPixels
 
     size = (row["height"], row["width"])
@@ -334,7 +334,7 @@ def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
 
 
 def _layers(result: Any) -> Layers:
-    """Give what of a `RegionClasses` is written."""
+    """Return what of a `RegionClasses` is written."""
     names = ("labels", "probabilities", "uncertainty", "disagreement")
     layers = {name: getattr(result, name) for name in names}
     return {name: layer for name, layer in layers.items() if layer is not None}
@@ -392,7 +392,7 @@ def _slide_row(header: Row, regions: list[Row]) -> Row:
 def _probabilities(
     regions: list[Row], classes: Sequence[str], looked_at: int
 ) -> dict[str, float]:
-    """Give the mean and the highest probability of each class, where it was looked."""
+    """Return the mean and highest probability of each class where it was predicted."""
     sums = np.sum([region["p_sum"] for region in regions], axis=0) / 255 / looked_at
     most = np.max([region["p_max"] for region in regions], axis=0) / 255
     row: dict[str, float] = {}

@@ -28,7 +28,7 @@ from medray.models.config import Prediction
 from medray.slides.resolution import Working
 from medray.storage import files, ome_zarr
 from medray.storage.digests import named_digest
-from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+from medray.storage.yaml_config import keep_settings, read_folder_settings, to_dict
 
 LAYERS = {
     "uncertainty": Classes(("certain", "uncertain")),
@@ -147,12 +147,8 @@ def read_run(out: str) -> RunSettings:
     Raises:
         ConfigError: There is no run.
     """
-    uri = files.join(out, "run.yaml")
-    if not files.exists(uri):
-        raise ConfigError(
-            f"{out}: expected a run with a run.yaml; `medray infer` writes one"
-        )
-    return from_dict(RunSettings, read_yaml(uri), uri)
+    expected = ("a run", "medray infer")
+    return read_folder_settings(RunSettings, out, "run.yaml", expected)
 
 
 def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:

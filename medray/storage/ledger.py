@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
 
 import pyarrow as pa
 
@@ -90,7 +89,7 @@ class Ledger:
             self._flush_journal()
 
     def _records(self, key: str) -> dict[int, Row]:
-        """Give the records of a slide's content, and drop those of any other."""
+        """Return the records of a slide's content, and drop those of any other."""
         slide = key.rpartition("@")[0]
         before = self._key_of.get(slide, key)
         if before != key:
@@ -99,13 +98,13 @@ class Ledger:
         return self.regions.setdefault(key, {})
 
     def records_of(self, slide: str) -> tuple[str, dict[int, Row]]:
-        """Give the digest and the region records of a slide that is under way."""
+        """Return the digest and the region records of a slide that is under way."""
         key = self._key_of.get(slide, slide_key(slide, ""))
         return key.rpartition("@")[2], self.regions.get(key, {})
 
     def commit_slide(self, row: Row) -> None:
         """Record that a slide is done or has failed; durable with the next flush."""
-        self.slides[row["slide"]] = row = {k: _storable(v) for k, v in row.items()}
+        self.slides[row["slide"]] = row = {k: storable(v) for k, v in row.items()}
         if row["status"] == "done":
             key = slide_key(row["slide"], row["digest"])
             self._records(key)
@@ -195,7 +194,7 @@ def _line(key: str, index: int, region: Row) -> str:
     return json.dumps(record, separators=(",", ":"))
 
 
-def _storable(value: Any) -> Any:
+def storable[V](value: V) -> V | str:
     """Escape what is no Unicode in a text: names of files may hold any bytes."""
     if not isinstance(value, str):
         return value
@@ -208,7 +207,7 @@ def slide_key(slide: str, digest: str) -> str:
 
 
 def _aligned(rows: list[Row]) -> list[Row]:
-    """Give every row every column (pyarrow takes the columns from the first row)."""
+    """Return every row every column (pyarrow takes the columns from the first row)."""
     columns: dict[str, None] = {}
     for row in rows:
         columns.update(dict.fromkeys(row))

@@ -73,6 +73,29 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def read_folder_settings[S](
+    kind: type[S], folder: str, name: str, expected: tuple[str, str]
+) -> S:
+    """Read the settings of a folder.
+
+    Args:
+        kind: Their dataclass.
+        folder: Path or address.
+        name: Of the YAML file in it.
+        expected: What the folder should be, and the command that writes one.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
+    uri = files.join(folder, name)
+    if not files.exists(uri):
+        what, writer = expected
+        raise ConfigError(
+            f"{folder}: expected {what} with a {name}; `{writer}` writes one"
+        )
+    return from_dict(kind, read_yaml(uri), uri)
+
+
 def read_yaml(uri: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; nothing in it is executed.
 
