@@ -1,4 +1,4 @@
-"""Whether a run is what was committed; what crashed runs left; how two runs differ.
+"""Whether a run is what was committed, and what crashed runs left.
 
 No Ray and no torch: threads read and digest files.
 """
