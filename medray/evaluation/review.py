@@ -1,7 +1,7 @@
 """Where a run is least certain, as files that a pathologist corrects in QuPath.
 
     rank      mean uncertainty of squares of each mask, band by band
-    write     the most uncertain ones with the mask's outlines in them, a file a slide
+    write     the most uncertain ones with the mask's outlines, one file per slide
 
 What comes back goes into `medray ingest --annotations`: within the squares a slide is
 then annotated, elsewhere nothing is known of it.
@@ -54,7 +54,7 @@ class Review:
 
 
 def review(run: str, *, out: str, count: int = 20) -> Review:
-    """Write the most uncertain squares of a run as QuPath GeoJSON, a file a slide.
+    """Write the most uncertain squares of a run as QuPath GeoJSON, one file per slide.
 
     A square is 1024 x 1024 level-0 pixels, on a grid from the slide's origin. In the
     files, unlike the table, coordinates count as QuPath's do: from the corner of the

@@ -21,7 +21,7 @@ from medray.types import Row
 def write_image_predictions(
     rows: Sequence[Row], names: Sequence[str], uri: str
 ) -> None:
-    """Write images.csv: a line an image, its truth, class and probabilities."""
+    """Write images.csv: one line per image, its truth, class and probabilities."""
     table = [
         {
             "image": row["image"],
