@@ -54,7 +54,7 @@ class Classes:
         return ("#000000", *foreground)
 
     def value(self, name: str | None) -> int:
-        """Give the label value of `name`.
+        """Return the label value of `name`.
 
         An annotation without a class means the foreground class if there is just one.
 
@@ -86,5 +86,11 @@ class AnyClass(Classes):
         super().__init__(("outside", "inside"))
 
     def value(self, name: str | None) -> int:
-        """Give 1, whatever the name."""
+        """Return 1, whatever the name."""
         return 1
+
+
+def rgb_of(color: str) -> tuple[int, int, int]:
+    """Return red, green and blue, 0 to 255, of `#rrggbb`."""
+    red, green, blue = bytes.fromhex(color[1:])
+    return red, green, blue

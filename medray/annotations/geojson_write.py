@@ -12,7 +12,7 @@ from shapely import affinity
 
 from medray.annotations.geojson import ORIGIN, moved_areas
 from medray.annotations.polygons import Area
-from medray.classes import Classes
+from medray.classes import Classes, rgb_of
 from medray.geometry import Rectangle
 
 
@@ -45,7 +45,7 @@ def geojson_features(
                     "objectType": "annotation",
                     "classification": {
                         "name": classes.names[value],
-                        "color": list(bytes.fromhex(classes.colors[value][1:])),
+                        "color": list(rgb_of(classes.colors[value])),
                     },
                     **_origin(bounds),
                 },

@@ -27,7 +27,6 @@ from medray.annotations.measure import class_areas
 from medray.apps.check_page import (
     area_columns,
     draw_marks,
-    printable_name,
     render_page,
     write_slides_table,
 )
@@ -43,6 +42,7 @@ from medray.slides.limits import too_large
 from medray.slides.readable import check_readable
 from medray.slides.resolution import settle_mpp
 from medray.storage import files
+from medray.storage.ledger import storable
 from medray.types import Row
 
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
@@ -121,15 +121,12 @@ def check(
     log_copies(file.uri for file in wanted)
     looks = _look_at_all(tasks)
     rows = [
-        {
-            key: printable_name(v) if isinstance(v, str) else v
-            for key, v in look.row.items()
-        }
+        {key: storable(value) for key, value in look.row.items()}
         for look in (looks[file.slide] for file in wanted)
     ]
     checked = Checked(
         slides=rows,
-        unused=[*map(printable_name, unused_annotations(wanted, names, matched))],
+        unused=[*map(storable, unused_annotations(wanted, names, matched))],
         bare=[f.slide for f in wanted if f.slide not in matched] if names else [],
         failed={row["slide"]: row["message"] for row in rows if row["message"]},
         page=files.join(out, "check.html") if out is not None else "",

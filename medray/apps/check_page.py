@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from medray.annotations import Annotation, rasterise
 from medray.annotations.polygons import Area
-from medray.classes import AnyClass, Classes
+from medray.classes import AnyClass, Classes, rgb_of
 from medray.slides import Slide, read_thumbnail
 from medray.storage import files
 from medray.types import Row
@@ -59,10 +58,10 @@ def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
     )
     if marks.extent:
         border = _border(draw(marks.extent, AnyClass()) > 0)
-        shown[border & (across % 8 < 5)] = _rgb(_BORDER)
+        shown[border & (across % 8 < 5)] = rgb_of(_BORDER)
     labels = draw(marks.areas, classes)
     for value in np.unique(labels[labels > 0]).tolist():
-        shown[_border(labels == value)] = _rgb(classes.colors[value])
+        shown[_border(labels == value)] = rgb_of(classes.colors[value])
     picture = Image.fromarray(shown)
     _draw_dots(picture, marks.areas, classes, factor)
     buffer = io.BytesIO()
@@ -89,11 +88,6 @@ def _draw_dots(
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=classes.colors[value])
 
 
-def _rgb(code: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(code[1:])
-    return red, green, blue
-
-
 def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
     """Fill the page: what is refused first, then what has a note, then the rest."""
     from medray.evaluation.html import data_uri, render
@@ -114,11 +108,6 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
     )
 
 
-def printable_name(name: str) -> str:
-    """Write bytes of a file name that are no Unicode as a backslash and digits."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
     """Write one row per slide as CSV."""
     schema = pa.schema(
@@ -137,10 +126,7 @@ def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
         ]
         + [("note", pa.string())]
     )
-    table = pa.Table.from_pylist([*rows], schema)
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(table, csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist([*rows], schema))
 
 
 def area_columns(name: str) -> tuple[str, str, str]:

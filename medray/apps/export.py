@@ -25,7 +25,7 @@ from medray.models.folder import load_model
 from medray.models.network import Network, choose_device, folded
 from medray.storage import files
 from medray.storage.yaml_config import write_settings
-from medray.training.probe_windows import Windows, find_windows
+from medray.training.probe_windows import ProbeWindows, find_windows
 
 _LEAST = {"int8": 0.98}
 _LEAST_ELSE = 0.999  # share of pixels (images) that must have the same class
@@ -181,8 +181,8 @@ def _write(
     network: torch.nn.Module,
     config: ModelConfig,
     format: str,
-    windows: Windows,
-) -> Windows:
+    windows: ProbeWindows,
+) -> ProbeWindows:
     """Write the file and its model.yaml; return the windows to compare on."""
     from medray.models import exported
     from medray.models.network import Normalise

@@ -20,7 +20,7 @@ from medray.models.config import ModelConfig
 from medray.models.folder import load_model
 from medray.models.network import Network, choose_device
 from medray.storage import files
-from medray.training.probe_windows import Windows
+from medray.training.probe_windows import ProbeWindows
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """(N, S, S, 3) uint8 windows to (N, C, h, w) logits."""
@@ -62,7 +62,7 @@ def keep(
     out: str,
     model: Run,
     config: ModelConfig,
-    windows: Windows,
+    windows: ProbeWindows,
     least: float,
 ) -> Comparison:
     """Compare an exported folder with the model, and copy it to its place.
@@ -121,7 +121,7 @@ def load_run(folder: str) -> Run:
 
 
 def compare(
-    model: Run, other: Run, config: ModelConfig, windows: Windows
+    model: Run, other: Run, config: ModelConfig, windows: ProbeWindows
 ) -> Comparison:
     """Compare two runs over windows.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -16,12 +15,13 @@ from medray.datasets.dataset import LABELS, DatasetSettings, labels_uri, slide_u
 from medray.datasets.splits import SPLITS
 from medray.geometry import Rectangle
 from medray.storage import ome_zarr
+from medray.storage.digests import content_digest
 from medray.types import Row, UInt8
 
 
 def digest_of_values(values: Any) -> str:
     """Return the digest of JSON values."""
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+    return content_digest(json.dumps(values).encode())
 
 
 def plan_sheets(images: list[Row], columns: int) -> Iterator[Row]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.storage import files, ome_zarr
-from medray.storage.yaml_config import from_dict, read_yaml, to_dict, write_settings
+from medray.storage.yaml_config import read_folder_settings, to_dict, write_settings
 
 LABELS = "annotation"
 
@@ -76,13 +76,8 @@ def read_dataset(folder: str) -> DatasetSettings:
     Raises:
         ConfigError: There is no dataset.
     """
-    uri = files.join(folder, "dataset.yaml")
-    if not files.exists(uri):
-        raise ConfigError(
-            f"{folder}: expected a dataset with a dataset.yaml; "
-            f"`medray ingest` writes one"
-        )
-    return from_dict(DatasetSettings, read_yaml(uri), uri)
+    expected = ("a dataset", "medray ingest")
+    return read_folder_settings(DatasetSettings, folder, "dataset.yaml", expected)
 
 
 def images_uri(folder: str) -> str:

@@ -29,7 +29,7 @@ from medray.datasets.synthetic_tissue import (
     smooth_noise,
 )
 
-# Optical density of red, green, blue for one unit of stain (Ruifrok and Johnston 2001).
+# As medray.slides.stains.HED, but to three digits: what is drawn must not change.
 _HAEMATOXYLIN = np.array([0.650, 0.704, 0.286])
 _EOSIN = np.array([0.072, 0.990, 0.105])
 _INKS = ((40, 60, 190), (30, 130, 60), (25, 25, 30))

@@ -1,9 +1,11 @@
-"""How sure a classifier may be: calibration, and the temperature that mends it.
+"""How sure a classifier may be: calibration, and the temperature that corrects it.
 
 Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks".
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,36 +50,63 @@ def fit_temperature(logits: Floats, truth: Ints) -> float | None:
 
 
 def scaled(logits: Floats, temperature: float) -> Floats:
-    """Give the probabilities at a temperature: (N, C) logits to (N, C)."""
+    """Return the probabilities at a temperature: (N, C) logits to (N, C)."""
     shares: Floats = np.exp(log_softmax(logits / temperature, axis=1))
     return shares
 
 
+class Reliability(NamedTuple):
+    """Predictions in bins by how sure they are, (BINS,) each.
+
+    Attributes:
+        confidence: Mean of a bin; 0 of an empty one.
+        accuracy: Share that is right; 0 of an empty bin.
+        counts: Predictions in the bin.
+    """
+
+    confidence: Floats
+    accuracy: Floats
+    counts: Ints
+
+
 def reliability(
-    probabilities: Floats, predicted: Ints, truth: Ints
-) -> tuple[Floats, Floats, Ints]:
+    confidence: Floats, right: npt.NDArray[Any], count: npt.NDArray[Any]
+) -> Reliability:
     """Sort predictions into bins by how sure they are.
+
+    Args:
+        confidence: (N,) probabilities of what was predicted, all different or not.
+        right: (N,) how many of the predictions of that probability are right.
+        count: (N,) how many predictions have it.
+    """
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    total: Ints = np.bincount(place, count, BINS).astype(np.int64)
+    used = np.maximum(total, 1).astype(np.float64)
+    return Reliability(
+        np.bincount(place, count * confidence, BINS) / used,
+        np.bincount(place, right, BINS) / used,
+        total,
+    )
+
+
+def reliability_of_images(
+    probabilities: Floats, predicted: Ints, truth: Ints
+) -> Reliability:
+    """Sort images into bins by how sure their prediction is.
 
     Args:
         probabilities: (N, C).
         predicted: (N,) label values; their probability is the confidence.
         truth: (N,) label values.
-
-    Returns:
-        (BINS,) mean confidence, share that is right (both 0 of an empty bin) and count.
     """
     sure = probabilities[np.arange(len(predicted)), predicted]
-    right = (truth == predicted).astype(np.float64)
-    place = np.minimum((sure * BINS).astype(int), BINS - 1)
-    count: Ints = np.bincount(place, minlength=BINS)
-    used = np.maximum(count, 1).astype(np.float64)
-    confidence: Floats = np.bincount(place, sure, BINS) / used
-    accuracy: Floats = np.bincount(place, right, BINS) / used
-    return confidence, accuracy, count
+    return reliability(sure, truth == predicted, np.ones(len(sure), np.int64))
 
 
-def calibration_error(probabilities: Floats, predicted: Ints, truth: Ints) -> float:
-    """Give the expected calibration error, over `BINS` bins; arguments as above."""
-    confidence, accuracy, count = reliability(probabilities, predicted, truth)
-    error = (np.abs(confidence - accuracy) * count).sum()
-    return float(error / max(1, int(count.sum())))
+def calibration_error(bins: Reliability) -> float | None:
+    """Return the expected calibration error, see above; None of no predictions."""
+    total = int(bins.counts.sum())
+    if not total:
+        return None
+    error = (np.abs(bins.confidence - bins.accuracy) * bins.counts).sum()
+    return float(error / total)

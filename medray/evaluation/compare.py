@@ -8,46 +8,32 @@ report    compare.json, slides.csv, compare.html; a/ and b/ are the two evaluati
 
 from __future__ import annotations
 
-import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from PIL import Image
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.evaluation.diff import Difference, diff
-from medray.evaluation.evaluate import evaluate, match_ground_truth
-from medray.evaluation.ground_truth import read_known, read_truth
-from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
-from medray.evaluation.metrics import class_scores, difference, summary
-from medray.evaluation.report import (
-    CHANGE,
-    Counts,
-    draw_change,
-    draw_overlay,
-    read_counts,
-)
-from medray.geometry import Rectangle
-from medray.inference.run import RunSettings, mask_uri, read_run
-from medray.slides import open_row, read_thumbnail
-from medray.storage import files, ome_zarr
-from medray.storage.yaml_config import to_dict
+from medray.evaluation.diff import changed_settings, diff, pair_counts, rows_of
+from medray.evaluation.evaluate import evaluate
+from medray.evaluation.figures import draw_pairs
+from medray.evaluation.ground_truth import match_ground_truth
+from medray.evaluation.html import data_uri, render
+from medray.evaluation.metrics import Counts, class_scores, difference
+from medray.evaluation.overlay import CHANGE
+from medray.evaluation.pictures import draw_runs
+from medray.evaluation.report import read_counts
+from medray.inference.run import read_run
+from medray.storage import files
 from medray.types import Row
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 6  # slides with pictures
 _MAX_ROWS = 500  # slides in the page's table; slides.csv has them all
-_OVERLAY_PX = 600
 
 
 @dataclass(frozen=True)
@@ -109,9 +95,9 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
         folders = files.join(out, "a"), files.join(out, "b")
         for place, folder in zip((run, other), folders, strict=True):
             failed |= evaluate(place, truth=truth, out=folder).failed | failed
-        slides, counts = _paired(*map(read_counts, folders))
+        slides, counts = pair_counts(*map(read_counts, folders))
     scores = difference(*counts) if slides else {}
-    rows = _rows(settings, masks, run, slides, counts)
+    rows = rows_of(settings, masks, run, slides, counts)
     by_loss = [row for row in rows if row.get("difference")]
     found = Comparison(
         out,
@@ -136,7 +122,7 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
         runs=(run, other),
         found=found,
         verdict=_verdict(found),
-        settings=_changed_settings(*settings),
+        settings=changed_settings(*settings),
         agreement=masks.agreement,
         classes=classes,
         per_class=[class_scores(c.sum(axis=0), classes.names) for c in counts],
@@ -146,7 +132,7 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
             (row, pictures[row["slide"]]) for row in shown if pictures[row["slide"]]
         ],
         legend=CHANGE if slides else {},
-        figure=_figure(rows) if slides else "",
+        figure=draw_pairs(rows) if slides else "",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     _write_table(rows, files.join(out, "slides.csv"))
@@ -156,65 +142,7 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
     return found
 
 
-# --- score ----------------------------------------------------------------------------
-
-
-def _paired(
-    before: Mapping[str, Counts | None], after: Mapping[str, Counts | None]
-) -> tuple[list[str], list[Counts]]:
-    """Give the slides that both counted, and their counts: (N, C, C) of each run."""
-    slides = []
-    pairs = []
-    for slide, ours in sorted(before.items()):
-        theirs = after.get(slide)
-        if ours is not None and theirs is not None:
-            slides.append(slide)
-            pairs.append((ours, theirs))
-    if not pairs:
-        return [], []
-    return slides, [*np.array(pairs, np.int64).swapaxes(0, 1)]
-
-
-def _rows(
-    settings: Sequence[RunSettings],
-    masks: Difference,
-    run: str,
-    slides: Sequence[str],
-    counts: Sequence[Counts],
-) -> list[Row]:
-    """Give a row a slide: the largest loss first, or else the largest change."""
-    names = settings[0].classes.names
-    table = files.read_table(files.join(run, "slides.parquet")).to_pylist()
-    done = {row["slide"]: row for row in table if row["status"] == "done"}
-    scores = {
-        slide: [summary(side[k], names)["f1"] for side in counts]
-        for k, slide in enumerate(slides)
-    }
-    rows = []
-    for slide in sorted(done.keys() - masks.not_compared.keys()):
-        pixels = done[slide]["height"] * done[slide]["width"]
-        changed = sum(count for _, count in masks.changed.get(slide, []))
-        ours, theirs = scores.get(slide, (None, None))
-        moved = None if ours is None or theirs is None else theirs - ours
-        rows.append(
-            {
-                "slide": slide,
-                "f1": ours,
-                "other_f1": theirs,
-                "difference": moved,
-                "changed_px": changed,
-                "changed": changed / pixels,
-            }
-        )
-    rows.sort(
-        key=lambda row: (
-            row["difference"] is None,
-            row["difference"] or 0.0,
-            -row["changed"],
-            row["slide"],
-        )
-    )
-    return rows
+# --- words ----------------------------------------------------------------------------
 
 
 def _verdict(found: Comparison) -> str:
@@ -239,25 +167,6 @@ def _verdict(found: Comparison) -> str:
     return "These slides are too few, or too unlike, to tell A and B apart."
 
 
-def _changed_settings(before: RunSettings, after: RunSettings) -> list[Row]:
-    """Give what was set otherwise: key, and its value in A and in B."""
-    flat = [_flat(to_dict(settings)) for settings in (before, after)]
-    keys = [*flat[0], *(key for key in flat[1] if key not in flat[0])]
-    return [
-        {"key": key, "a": values[0], "b": values[1]}
-        for key in keys
-        if (values := [side.get(key, "-") for side in flat])[0] != values[1]
-    ]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Row:
-    found: Row = {}
-    for key, value in values.items():
-        name = f"{before}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
-
-
 # --- show -----------------------------------------------------------------------------
 
 
@@ -280,59 +189,10 @@ def _pictures(
     found = dict.fromkeys(wanted, "")
     for row in done:
         try:
-            found[row["slide"]] = data_uri(_picture(row, runs, truth, classes))
+            found[row["slide"]] = data_uri(draw_runs(row, runs, truth, classes))
         except (MedrayError, OSError) as error:
             log.warning("no picture of slide %s: %s", row["slide"], error)
     return found
-
-
-def _picture(
-    row: Row, runs: tuple[str, str], truth: str | None, classes: Classes
-) -> bytes:
-    """Draw a slide with both masks at a coarse level."""
-    shapes = ome_zarr.level_shapes(row["height"], row["width"])
-    level = next(k for k, shape in enumerate(shapes) if max(shape) <= 2 * _OVERLAY_PX)
-    before, after = (
-        np.asarray(ome_zarr.open_level(mask_uri(run, row["slide"]), level)[:])
-        for run in runs
-    )
-    height, width = before.shape
-    with open_row(row) as slide:
-        thumbnail, _, _ = read_thumbnail(slide, 2 * _OVERLAY_PX)
-    size = (width, height)
-    rgb = np.asarray(Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX))
-    if truth is None:
-        return draw_overlay(rgb, before, after, classes, ("A", "B", "what differs"))
-    whole = Rectangle(0, 0, height, width)
-    true = read_truth(row, whole, classes, 2**level)
-    known = read_known(row, whole, classes, 2**level)
-    if known is not None:
-        before, after = (np.where(known, mask, true) for mask in (before, after))
-    return draw_change(rgb, true, before, after)
-
-
-def _figure(rows: Sequence[Row]) -> Markup:
-    """Draw a dot a slide: its F1 in A and in B."""
-    pairs = [(r["f1"], r["other_f1"]) for r in rows if r["difference"] is not None]
-    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    least = max(0.0, min((min(pair) for pair in pairs), default=0.0) - 0.05)
-    axes.plot([least, 1], [least, 1], color=SOFT, linewidth=1)
-    axes.scatter(
-        [ours for ours, _ in pairs],
-        [theirs for _, theirs in pairs],
-        s=24 if len(pairs) <= 300 else 6,
-        alpha=0.55,
-        color=ACCENT,
-        linewidths=0,
-        zorder=3,
-        rasterized=len(pairs) > 300,
-    )
-    axes.set_xlim(least, 1.01)
-    axes.set_ylim(least, 1.01)
-    axes.set_aspect("equal")
-    finish_axes(axes, "F1 in A", "F1 in B")
-    return as_svg(figure)
 
 
 # --- report ---------------------------------------------------------------------------
@@ -353,6 +213,4 @@ def _write_table(rows: Sequence[Row], uri: str) -> None:
             ("changed", pa.float64()),
         ]
     )
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist([*rows], schema), csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist([*rows], schema))

@@ -1,19 +1,21 @@
-"""The masks of two runs beside each other, region by region."""
+"""Two runs in numbers: their masks region by region, their scores, their settings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medray.errors import ConfigError, FormatError
-from medray.evaluation.metrics import class_scores, confusion
+from medray.evaluation.metrics import Counts, class_scores, confusion, summary
 from medray.geometry import plan_regions
 from medray.inference.run import RunSettings, mask_uri, read_run
 from medray.storage import files, ome_zarr
 from medray.storage.ledger import Ledger
+from medray.storage.yaml_config import flat, to_dict
+from medray.types import Row
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def diff(out: str, other: str) -> Difference:
 
 def _compare(
     one: ome_zarr.Pixels, two: ome_zarr.Pixels, settings: RunSettings
-) -> tuple[list[tuple[list[int], int]], npt.NDArray[np.int64]]:
-    """Give the regions that differ, how many pixels do, and the confusion of all."""
+) -> tuple[list[tuple[list[int], int]], Counts]:
+    """Return the regions that differ, how many pixels do, and the confusion of all."""
     classes = len(settings.classes)
     counts = np.zeros((classes, classes), np.int64)
     changed = []
@@ -114,3 +116,72 @@ def _compare(
             place = [region.y, region.x, region.height, region.width]
             changed.append((place, pixels))
     return changed, counts
+
+
+def pair_counts(
+    before: Mapping[str, Counts | None], after: Mapping[str, Counts | None]
+) -> tuple[list[str], list[Counts]]:
+    """Return the slides that both counted, and their counts: (N, C, C) of each run."""
+    slides = []
+    pairs = []
+    for slide, ours in sorted(before.items()):
+        theirs = after.get(slide)
+        if ours is not None and theirs is not None:
+            slides.append(slide)
+            pairs.append((ours, theirs))
+    if not pairs:
+        return [], []
+    return slides, [*np.array(pairs, np.int64).swapaxes(0, 1)]
+
+
+def rows_of(
+    settings: Sequence[RunSettings],
+    masks: Difference,
+    run: str,
+    slides: Sequence[str],
+    counts: Sequence[Counts],
+) -> list[Row]:
+    """Return one row per slide: the largest loss first, or else the largest change."""
+    names = settings[0].classes.names
+    table = files.read_table(files.join(run, "slides.parquet")).to_pylist()
+    done = {row["slide"]: row for row in table if row["status"] == "done"}
+    scores = {
+        slide: [summary(side[k], names)["f1"] for side in counts]
+        for k, slide in enumerate(slides)
+    }
+    rows = []
+    for slide in sorted(done.keys() - masks.not_compared.keys()):
+        pixels = done[slide]["height"] * done[slide]["width"]
+        changed = sum(count for _, count in masks.changed.get(slide, []))
+        ours, theirs = scores.get(slide, (None, None))
+        moved = None if ours is None or theirs is None else theirs - ours
+        rows.append(
+            {
+                "slide": slide,
+                "f1": ours,
+                "other_f1": theirs,
+                "difference": moved,
+                "changed_px": changed,
+                "changed": changed / pixels,
+            }
+        )
+    rows.sort(
+        key=lambda row: (
+            row["difference"] is None,
+            row["difference"] or 0.0,
+            -row["changed"],
+            row["slide"],
+        )
+    )
+    return rows
+
+
+def changed_settings(before: RunSettings, after: RunSettings) -> list[Row]:
+    """Return the settings that differ: key, and its value in A and in B."""
+    sides = [flat(to_dict(settings)) for settings in (before, after)]
+    keys = [*sides[0], *(key for key in sides[1] if key not in sides[0])]
+    return [
+        {"key": key, "a": values[0], "b": values[1]}
+        for key in keys
+        if (values := [side.get(key, "-") for side in sides])[0] != values[1]
+    ]

@@ -14,41 +14,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from scipy.special import log_softmax, logsumexp
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from medray.datasets.dataset import (
     holds_images,
     read_dataset,
     read_morphology,
     read_patches,
-    slide_uri,
 )
 from medray.errors import ConfigError, MedrayError
-from medray.evaluation.calibration import (
-    calibration_error,
-    fit_temperature,
-    reliability,
-    scaled,
+from medray.evaluation.figures import draw_image_curves
+from medray.evaluation.html import check_folder, render
+from medray.evaluation.image_errors import confident_errors
+from medray.evaluation.image_metrics import calibrate, combine, score
+from medray.evaluation.significance import (
+    beside,
+    read_image_predictions,
+    write_image_predictions,
 )
-from medray.evaluation.html import (
-    ACCENT,
-    SOFT,
-    as_png,
-    as_svg,
-    check_folder,
-    data_uri,
-    finish_axes,
-    render,
-)
-from medray.evaluation.image_metrics import score
-from medray.evaluation.significance import beside, read_predictions, write_predictions
 from medray.inference.classify import classify
 from medray.models.config import (
     ModelConfig,
@@ -58,12 +43,10 @@ from medray.models.config import (
     read_config,
 )
 from medray.models.folder import read_seen
-from medray.storage import files, ome_zarr
+from medray.storage import files
 from medray.types import Row
 
 Floats = npt.NDArray[np.float64]
-
-_SHOWN = 12  # errors, the most confident ones
 
 
 @dataclass(frozen=True)
@@ -128,7 +111,7 @@ def evaluate_images(
     check_folder(out, "images.csv")
     configs = _common_configs(models, data, vote=vote)
     config, classes = configs[0], configs[0].classes
-    others = read_predictions(compare, classes.names) if compare else None
+    others = read_image_predictions(compare, classes.names) if compare else None
     rows = read_patches(data, split)
     if not rows:
         raise ConfigError(f"{data}: no images in split {split}")
@@ -137,7 +120,7 @@ def evaluate_images(
     validation = _for_temperature(models, data, rows)
     wanted = _with_measures([*rows, *validation], configs, data)
     found, failed = classify(models, data, wanted, tta)
-    found = [_predicted(row, vote=vote) for row in found]
+    found = [combine(row, vote=vote) for row in found]
     rows = [row for row in found if row["split"] == split]
     if not rows:
         raise MedrayError(
@@ -145,13 +128,13 @@ def evaluate_images(
             f"{next(iter(failed.values()), 'nothing is said why')}"
         )
     metrics = score(rows, classes.names)
-    calibration = _calibrate(rows, [row for row in found if row["split"] != split])
+    calibration = calibrate(rows, [row for row in found if row["split"] != split])
     digests = ", ".join(model_digest(folder) for folder in models)
     metrics |= {"split": split, "model_digest": digests}
     metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
     if others is not None and compare:
         metrics["beside"] = beside(rows, others, classes.names, compare)
-    write_predictions(rows, classes.names, files.join(out, "images.csv"))
+    write_image_predictions(rows, classes.names, files.join(out, "images.csv"))
     names = ", ".join(folder.rsplit("/", 1)[-1] for folder in models)
     how = "majority vote" if vote else "mean probability"
     page = render(
@@ -160,9 +143,8 @@ def evaluate_images(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=classes,
         metrics=metrics,
-        figures=draw_curves(rows, classes.names, calibration.get("temperature")),
-        # What spoke for a class is a question to one model.
-        errors=_errors(
+        figures=draw_image_curves(rows, classes.names, calibration.get("temperature")),
+        errors=confident_errors(
             rows, data, classes.names, models[0] if len(models) == 1 else None
         ),
         provenance={
@@ -198,7 +180,7 @@ def evaluate_images(
 def _common_configs(
     models: Sequence[str], data: str, *, vote: bool
 ) -> list[ModelConfig]:
-    """Check that models fit the dataset and each other; give what they say."""
+    """Check that models fit the dataset and each other; return their configurations."""
     configs = [read_config(folder) for folder in models]
     settings = read_dataset(data)
     if not holds_images(data):
@@ -240,7 +222,7 @@ def _check_unseen(model: str, rows: list[Row], split: str) -> None:
 
 
 def _for_temperature(models: Sequence[str], data: str, rows: list[Row]) -> list[Row]:
-    """Give validation images that no model was trained on and that are not scored.
+    """Return validation images that no model was trained on and that are not scored.
 
     That they chose an epoch does little harm to one number.
     """
@@ -269,166 +251,3 @@ def _with_measures(
     return [
         row | {"measures": values} for row, values in zip(rows, measures, strict=True)
     ]
-
-
-# --- predict --------------------------------------------------------------------------
-
-
-def _predicted(row: Row, *, vote: bool) -> Row:
-    """Make one prediction of what each model says of an image.
-
-    Adds `predicted` (label value), `probabilities` (C,) and `log_probabilities`. Of
-    one model these are its logits but for a number that all have in common, so that a
-    temperature means the same for both.
-    """
-    logs = log_softmax(row["logits"], axis=1)
-    mean = logsumexp(logs, axis=0) - np.log(len(logs))
-    shares = np.exp(mean)
-    if vote:
-        votes = np.bincount(logs.argmax(axis=1), minlength=logs.shape[1])
-        chosen = int(np.argmax(votes + shares / 2))
-    else:
-        chosen = int(shares.argmax())
-    return row | {
-        "predicted": chosen,
-        "probabilities": shares,
-        "log_probabilities": mean,
-    }
-
-
-def _calibrate(rows: list[Row], validation: list[Row]) -> Row:
-    """Fit a temperature on validation images, and tell what it does for the others."""
-    truth, predicted, shares, logs = _columns(rows)
-    found: Row = {"error": calibration_error(shares, predicted, truth)}
-    if not validation:
-        return found | {
-            "why": "the dataset has no validation images that no model was trained on"
-        }
-    val_truth, _, _, val_logs = _columns(validation)
-    temperature = fit_temperature(val_logs, val_truth)
-    if temperature is None:
-        return found | {
-            "why": f"all {len(validation)} validation images are classified rightly, "
-            f"so they do not tell how sure is too sure"
-        }
-    error = calibration_error(scaled(logs, temperature), predicted, truth)
-    found |= {"temperature": temperature, "images": len(validation)}
-    return found | {"error_scaled": error}
-
-
-def _columns(rows: list[Row]) -> tuple[Any, Any, Floats, Floats]:
-    """Give truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
-    names = ("truth", "predicted", "probabilities", "log_probabilities")
-    truth, predicted, shares, logs = (
-        np.array([row[name] for row in rows]) for name in names
-    )
-    return truth, predicted, shares, logs
-
-
-# --- report ---------------------------------------------------------------------------
-
-
-def draw_curves(
-    rows: list[Row], names: Sequence[str], temperature: float | None = None
-) -> dict[str, Markup]:
-    """Draw ROC, precision over recall, and reliability, of predicted rows."""
-    truth, predicted, probabilities, logs = _columns(rows)
-    shown = [1] if len(names) == 2 else range(len(names))
-    roc, pr = Figure(figsize=(4, 3.6)), Figure(figsize=(4, 3.6))
-    for label in shown:
-        shares, is_label = probabilities[:, label], truth == label
-        if not 0 < is_label.sum() < len(truth):
-            continue
-        fpr, tpr, _ = roc_curve(is_label, shares)
-        precision, recall, _ = precision_recall_curve(is_label, shares)
-        color = ACCENT if len(names) == 2 else None
-        roc.gca().plot(fpr, tpr, label=names[label], color=color)
-        pr.gca().plot(recall, precision, label=names[label], color=color)
-    roc.gca().plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
-    sure = Figure(figsize=(4, 3.6))
-    axes = sure.gca()
-    axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
-    curves = {"as it is": (probabilities, ACCENT)}
-    if temperature is not None:
-        words = f"at temperature {temperature:.2f}"
-        curves[words] = (scaled(logs, temperature), SOFT)
-    for words, (shares, color) in curves.items():
-        confidence, right, count = reliability(shares, predicted, truth)
-        used = count > 0
-        axes.plot(confidence[used], right[used], "o-", color=color, label=words)
-    figures = {
-        "ROC": (roc, "false positive rate", "recall (sensitivity)"),
-        "Precision and recall": (pr, "recall", "precision"),
-        "Reliability": (sure, "confidence", "share that is right"),
-    }
-    return {name: _finished(figure, x, y) for name, (figure, x, y) in figures.items()}
-
-
-def _finished(figure: Figure, x: str, y: str) -> Markup:
-    axes = figure.gca()
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    finish_axes(axes, x, y)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
-    return as_svg(figure)
-
-
-def _errors(
-    rows: list[Row], data: str, names: Sequence[str], model: str | None
-) -> list[Row]:
-    """Give the most confident errors, with their pictures."""
-    wrong = [row for row in rows if row["truth"] != row["predicted"]]
-    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
-    shown: list[Row] = []
-    seen = []
-    for row in wrong[:_SHOWN]:
-        pixels = _pixels(row, data)
-        seen.append((pixels, row["predicted"]))
-        shown.append(
-            {
-                "image": row["image"],
-                "picture": data_uri(as_png(pixels)),
-                "truth": names[row["truth"]],
-                "predicted": names[row["predicted"]],
-                "confidence": float(row["probabilities"][row["predicted"]]),
-            }
-        )
-    drawn = overlays(model, seen) if model else [None] * len(seen)
-    for error, overlay in zip(shown, drawn, strict=True):
-        error["overlay"] = overlay
-    return shown
-
-
-def _pixels(row: Row, data: str) -> npt.NDArray[np.uint8]:
-    """Read an image (H, W, 3) from its sheet."""
-    sheet = ome_zarr.open_level(slide_uri(data, row["slide"]))
-    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
-    pixels: npt.NDArray[np.uint8] = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
-    return pixels
-
-
-def overlays(
-    model: str, seen: Sequence[tuple[npt.NDArray[np.uint8], int]]
-) -> list[str | None]:
-    """Draw what spoke for the classes that images were taken for, as data URIs.
-
-    Args:
-        model: Folder of the classifier.
-        seen: (S, S, 3) uint8 and the predicted label of each image.
-
-    Returns:
-        None for each where it cannot be told: without grad-cam, of an exported model,
-        of one that takes measures too, of an encoder without a feature map.
-    """
-    from medray.evaluation.grad_cam import Explainer
-
-    try:
-        explainer = Explainer(model) if seen else None
-        return [
-            data_uri(as_png(explainer.explain(pixels, label).overlay))
-            for pixels, label in seen
-            if explainer
-        ]
-    except ConfigError:
-        return [None] * len(seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from medray.errors import ConfigError, SlideError
 from medray.geometry import Rectangle
 from medray.slides.discovery import SlideFile
 from medray.storage import files, ome_zarr
-from medray.types import UInt8
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def list_ground_truth(
 
 
 def name_in(slide: str, places: Mapping[str, str]) -> str | None:
-    """Give the name by which `places` has a slide, with or without its folder."""
+    """Return the name by which `places` has a slide, with or without its folder."""
     names = (slide, slide.rpartition("__")[2])
     return next((name for name in names if name in places), None)
 
@@ -126,7 +126,7 @@ def _dataset_truth(
 def read_truth(
     row: Mapping[str, Any], region: Rectangle, classes: Classes, factor: int = 1
 ) -> UInt8:
-    """Give the true labels of a region.
+    """Return the true labels of a region.
 
     Args:
         row: The slide's row in the run, with its `uri`, and `truth` and `kind`.
@@ -161,7 +161,7 @@ def read_truth(
 def read_known(
     row: Mapping[str, Any], region: Rectangle, classes: Classes, factor: int = 1
 ) -> npt.NDArray[np.bool_] | None:
-    """Give where in a region there is a truth; None: everywhere.
+    """Return where in a region there is a truth; None: everywhere.
 
     Args and errors are those of `read_truth`.
     """
@@ -203,7 +203,7 @@ def nearest_labels(
     coarsest: int = 99,
     opened: Callable[[str, int], ome_zarr.Pixels] = ome_zarr.open_level,
 ) -> UInt8:
-    """Give the nearest pixel of the next finer level, where no level fits.
+    """Return the nearest pixel of the next finer level, where no level fits.
 
     Args:
         uri: OME-Zarr of labels, or of any layers of one pixel each.
@@ -242,3 +242,57 @@ def _marks(
     uri: str, slide: str, height: int, width: int, classes: Classes
 ) -> Annotation:
     return read_marks(uri, height=height, width=width, classes=classes, slide=slide)
+
+
+def match_ground_truth(
+    rows: list[Row], truth: str, classes: Classes, split: str | None = None
+) -> list[Row]:
+    """Return the run's rows that have a truth, with `truth` and `kind` added.
+
+    Args:
+        rows: Of the run's slides.parquet, all of them: what belongs to one slide is
+            not free for another.
+        truth: Dataset, or folder of annotations named like the slides.
+        classes: Of the run.
+        split: With a dataset: only its slides of this split.
+
+    Raises:
+        ConfigError: The request is wrong, no row has a truth, or one truth could be
+            that of several.
+    """
+    slides = [
+        SlideFile(row["slide"], row["uri"], None, row.get("scene"), row.get("plane"))
+        for row in rows
+    ]
+    places, kind = find_ground_truth(slides, truth, classes, split)
+    matched = [
+        row | {"truth": places[row["slide"]], "kind": kind}
+        for row in rows
+        if row["slide"] in places
+    ]
+    if not matched:
+        raise ConfigError(
+            f"none of the {len(rows)} slides of the run has a truth in {truth}; "
+            f"expected files named like the slides, such as {rows[0]['slide']}.svg"
+            if rows
+            else "the run holds no slides"
+        )
+    if len(matched) < len(rows):
+        log.warning("%d slides have no truth", len(rows) - len(matched))
+    return matched
+
+
+def with_truth(slides: Iterable[SlideFile], truth: str, classes: Classes) -> set[str]:
+    """Return the ids of the slides that have a truth.
+
+    Args:
+        slides: All that may have one, as in a run.
+        truth: Dataset, or folder of annotations named like the slides.
+        classes: Of the model.
+
+    Raises:
+        ConfigError: The dataset has other classes, or one truth could be that of
+            several slides.
+    """
+    places, _ = find_ground_truth(list(slides), truth, classes)
+    return set(places)

@@ -1,4 +1,4 @@
-"""Scores of classifiers from their predictions of whole images."""
+"""Predictions of whole images: from the logits of models, and their scores."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medray.evaluation.calibration import calibration_error
+from medray.evaluation.calibration import (
+    calibration_error,
+    fit_temperature,
+    reliability_of_images,
+    scaled,
+)
 from medray.evaluation.metrics import (
     bootstrap,
     class_scores,
@@ -71,10 +77,66 @@ def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         "intervals": intervals,
         "per_class": per_class,
         "confusion": counts.tolist(),
-        "calibration_error": calibration_error(shares, predicted, truth),
+        "calibration_error": calibration_error(
+            reliability_of_images(shares, predicted, truth)
+        ),
         "images": len(rows),
         "patients": patients,
     }
+
+
+def image_columns(
+    rows: Sequence[Row],
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Floats, Floats]:
+    """Return truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
+    names = ("truth", "predicted", "probabilities", "log_probabilities")
+    truth, predicted, shares, logs = (
+        np.array([row[name] for row in rows]) for name in names
+    )
+    return truth, predicted, shares, logs
+
+
+def combine(row: Row, *, vote: bool) -> Row:
+    """Combine the logits (models, C) of an image into one prediction.
+
+    Adds `predicted` (label value), `probabilities` (C,) and `log_probabilities`. Of
+    one model these are its logits but for a number that all have in common, so that a
+    temperature means the same for both.
+    """
+    logs = log_softmax(row["logits"], axis=1)
+    mean = logsumexp(logs, axis=0) - np.log(len(logs))
+    shares = np.exp(mean)
+    if vote:
+        votes = np.bincount(logs.argmax(axis=1), minlength=logs.shape[1])
+        chosen = int(np.argmax(votes + shares / 2))
+    else:
+        chosen = int(shares.argmax())
+    return row | {
+        "predicted": chosen,
+        "probabilities": shares,
+        "log_probabilities": mean,
+    }
+
+
+def calibrate(rows: list[Row], validation: list[Row]) -> Row:
+    """Fit a temperature on validation images, and tell what it does for the others."""
+    truth, predicted, shares, logs = image_columns(rows)
+    bins = reliability_of_images(shares, predicted, truth)
+    found: Row = {"error": calibration_error(bins)}
+    if not validation:
+        return found | {
+            "why": "the dataset has no validation images that no model was trained on"
+        }
+    val_truth, _, _, val_logs = image_columns(validation)
+    temperature = fit_temperature(val_logs, val_truth)
+    if temperature is None:
+        return found | {
+            "why": f"all {len(validation)} validation images are classified rightly, "
+            f"so they do not tell how sure is too sure"
+        }
+    bins = reliability_of_images(scaled(logs, temperature), predicted, truth)
+    found |= {"temperature": temperature, "images": len(validation)}
+    return found | {"error_scaled": calibration_error(bins)}
 
 
 def patients_of(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], int]:
@@ -85,14 +147,14 @@ def patients_of(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], int]:
 
 
 def _looked_for(classes: int) -> Sequence[int]:
-    """Give the label values that count: the second of two classes, else all."""
+    """Return the label values that count: the second of two classes, else all."""
     return [1] if classes == 2 else range(classes)
 
 
 def _auc_interval(
     truth: npt.NDArray[Any], shares: Floats, who: npt.NDArray[Any], patients: int
 ) -> list[float] | None:
-    """Give the 95 % bootstrap interval of the area over patients."""
+    """Return the 95 % bootstrap interval of the area over patients."""
     labels = _looked_for(shares.shape[1])
     step = max(1, _CELLS // len(truth))
     areas = []
@@ -106,7 +168,7 @@ def _auc_interval(
 
 
 def weighted_auc(is_label: npt.NDArray[Any], shares: Floats, weights: Floats) -> Floats:
-    """Give areas under the ROC curve for many weightings of the same images.
+    """Return areas under the ROC curve for many weightings of the same images.
 
     The area is the share of pairs (one image of the class, one of the others) of which
     the first has the higher score; equal scores count half (Hanley and McNeil 1982).

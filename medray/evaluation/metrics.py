@@ -3,6 +3,8 @@
 Counts are int64 (C, C): rows are the truth, columns the prediction, class 0 is the
 background. Definitions: F1 = Dice = 2 TP / (2 TP + FP + FN) (Dice 1945), IoU = TP /
 (TP + FP + FN) (Jaccard 1912). A score whose denominator is 0 is undefined: None.
+
+One file, though a long one: every function is of the same counts, without I/O.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def confusion(
 
 
 def _scores(counts: npt.NDArray[Any]) -> dict[str, Float]:
-    """Give each score of each class: (..., C) float64, NaN where undefined."""
+    """Return each score of each class: (..., C) float64, NaN where undefined."""
     total = counts.sum(axis=(-2, -1))[..., None].astype(np.float64)
     tp = np.diagonal(counts, axis1=-2, axis2=-1).astype(np.float64)
     fn, fp = counts.sum(axis=-1) - tp, counts.sum(axis=-2) - tp
@@ -95,7 +97,7 @@ def _plain(value: Any) -> float | None:
 
 
 def class_scores(counts: Counts, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Give the scores of every class.
+    """Return the scores of every class.
 
     Returns:
         A dictionary a class: class, f1, iou, precision, recall, specificity (None
@@ -111,7 +113,7 @@ def class_scores(counts: Counts, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def summary(counts: Counts, names: Sequence[str]) -> dict[str, float | None]:
-    """Give the pooled scores: means over the foreground classes that occur.
+    """Return the pooled scores: means over the foreground classes that occur.
 
     A class that is neither in the truth nor in the prediction is left out; if none is
     left, the scores are None. Precision counts as 0 for a class that occurs but was
@@ -190,7 +192,7 @@ def small_objects(truth: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> Count
 
 
 def small_scores(counts: Counts) -> dict[str, float | None]:
-    """Give the recall and IoU of small objects that were counted; None: undefined."""
+    """Return the recall and IoU of small objects that were counted; None: undefined."""
     objects, found, both, union = counts.tolist()
     return {
         "small_recall": found / objects if objects else None,
@@ -228,7 +230,7 @@ def bootstrap(
     rounds: int = 2000,
     level: float = 0.95,
 ) -> dict[str, Any] | None:
-    """Give intervals of the pooled scores by resampling slides.
+    """Return intervals of the pooled scores by resampling slides.
 
     Percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
 
@@ -269,7 +271,7 @@ def bootstrap(
 def difference(
     before: Counts, after: Counts, *, seed: int = 0, rounds: int = 2000
 ) -> dict[str, Any]:
-    """Give how much better one prediction is than another of the same slides.
+    """Return how much better one prediction is than another of the same slides.
 
     Paired percentile bootstrap: the same slides are drawn for both (Efron and
     Tibshirani 1993, chapter 13), so what makes a slide hard for both cancels out.

@@ -1,7 +1,7 @@
 """Where a run is least certain, as files that a pathologist corrects in QuPath.
 
     rank      mean uncertainty of squares of each mask, band by band
-    write     the most uncertain ones with the mask's outlines in them, a file a slide
+    write     the most uncertain ones with the mask's outlines, one file per slide
 
 What comes back goes into `medray ingest --annotations`: within the squares a slide is
 then annotated, elsewhere nothing is known of it.
@@ -54,7 +54,7 @@ class Review:
 
 
 def review(run: str, *, out: str, count: int = 20) -> Review:
-    """Write the most uncertain squares of a run as QuPath GeoJSON, a file a slide.
+    """Write the most uncertain squares of a run as QuPath GeoJSON, one file per slide.
 
     A square is 1024 x 1024 level-0 pixels, on a grid from the slide's origin. In the
     files, unlike the table, coordinates count as QuPath's do: from the corner of the
@@ -124,7 +124,7 @@ _SCHEMA = pa.schema(
 
 
 def _squares(run: str, row: Row) -> Iterator[Row]:
-    """Give the squares of a slide that are not certain all over."""
+    """Return the squares of a slide that are not certain all over."""
     layer = ome_zarr.open_level(layer_uri(run, row["slide"], "uncertainty"))
     scale = row["downsample"]
     height, width = row["level0_height"], row["level0_width"]
@@ -146,7 +146,7 @@ def _squares(run: str, row: Row) -> Iterator[Row]:
 
 
 def _edges(length: int, scale: float, pixels: int) -> list[tuple[int, int]]:
-    """Give the first and last pixel of the mask of each square along an axis."""
+    """Return the first and last pixel of the mask of each square along an axis."""
     found = []
     for start in range(0, length, SIDE):
         first = round(start / scale)
@@ -163,7 +163,7 @@ def _features(
     classes: Classes,
     bounds: Rectangle | None,
 ) -> Row:
-    """Give the squares, and the mask's outlines within them."""
+    """Return the squares, and the mask's outlines within them."""
     mask = ome_zarr.open_level(mask_uri(run, row["slide"]))
     scale = row["downsample"]
     areas: list[Area] = []

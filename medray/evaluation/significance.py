@@ -18,8 +18,10 @@ from medray.storage import files
 from medray.types import Row
 
 
-def write_predictions(rows: Sequence[Row], names: Sequence[str], uri: str) -> None:
-    """Write images.csv: a line an image, its truth, class and probabilities."""
+def write_image_predictions(
+    rows: Sequence[Row], names: Sequence[str], uri: str
+) -> None:
+    """Write images.csv: one line per image, its truth, class and probabilities."""
     table = [
         {
             "image": row["image"],
@@ -34,12 +36,10 @@ def write_predictions(rows: Sequence[Row], names: Sequence[str], uri: str) -> No
         }
         for row in rows
     ]
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist(table))
 
 
-def read_predictions(report: str, names: Sequence[str]) -> list[Row]:
+def read_image_predictions(report: str, names: Sequence[str]) -> list[Row]:
     """Read the images.csv of a report of the same classes.
 
     Args:
@@ -101,7 +101,7 @@ def beside(
 
     Args:
         rows: `digest`, `patient`, `truth` and `predicted` (label values) of this one.
-        others: Of the other, as `read_predictions` gives them.
+        others: Of the other, as `read_image_predictions` gives them.
         names: Of the classes.
         report: Folder of the other's report.
 

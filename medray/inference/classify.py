@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from medray.execution.rows import map_rows
 from medray.execution.run import Executor
 from medray.models.config import TURNS, Tta
 from medray.storage import files, ome_zarr
-from medray.types import Row
+from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ def classify(
         models: Model folders of classifiers, whose windows are as large as the images.
         data: Dataset of images.
         rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
-        tta: Test-time augmentation, as `medray.models.classify` has it.
+        tta: Test-time augmentation, as `load_classifier` has it.
         executor: On a Ray cluster, or in this process.
 
     Returns:
@@ -80,13 +81,59 @@ def classify(
     return [row for name in sorted(found) for row in found[name]], failed
 
 
-@functools.lru_cache(maxsize=1)
-def _classifiers(folders: tuple[str, ...], tta: Tta) -> tuple[Any, ...]:
-    """Load the models onto this process's device."""
+def load_classifier(
+    folder: str, tta: Tta = "none"
+) -> Callable[[UInt8, Floats | None], Floats]:
+    """Load a model that maps (N, S, S, 3) uint8 RGB and (N, F) to (N, C) logits.
+
+    It works in float32, whatever the device would be faster in: a report must not
+    depend on where it was made.
+
+    Args:
+        folder: Of a classifier; if it has `morphology`, F are the measures as a dataset
+            has them, else they are passed over.
+        tta: Also classify images mirrored (`flips`) or mirrored and turned (`all`); the
+            logits are then the logarithm of the mean probability.
+
+    Raises:
+        ConfigError: The folder is no model folder.
+        FormatError: Its weights are damaged.
+    """
     # Imported here: the driver needs no torch.
     import torch
 
-    from medray.models.classify import load_classifier
+    from medray.models.folder import load_model
+    from medray.models.network import Network, choose_device
+
+    model, config = load_model(folder)
+    device = choose_device()
+    network = Network(model, config, device, torch.float32)
+
+    @torch.inference_mode()
+    def classify(pixels: UInt8, measures: Floats | None) -> Floats:
+        beside = measures if config.morphology else None
+        images = torch.from_numpy(pixels).to(device)
+        each = []
+        for turns, mirror in TURNS[tta]:
+            turned = torch.rot90(images, turns, (1, 2))
+            turned = turned.flip(2) if mirror else turned
+            # A classifier's logits hold for each pixel of the window.
+            logits = network(turned.contiguous(), beside)[:, :, 0, 0]
+            each.append(logits.double())
+        logits = each[0]
+        if len(each) > 1:
+            logs = torch.stack(each).log_softmax(dim=2)
+            logits = logs.logsumexp(dim=0) - math.log(len(each))
+        found: Floats = logits.cpu().numpy()
+        return found
+
+    return classify
+
+
+@functools.lru_cache(maxsize=1)
+def _classifiers(folders: tuple[str, ...], tta: Tta) -> tuple[Any, ...]:
+    """Load the models onto this process's device."""
+    import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     return tuple(load_classifier(folder, tta) for folder in folders)
@@ -109,7 +156,7 @@ def _logits(
     return np.concatenate(parts)
 
 
-def _cut(sheet: npt.NDArray[np.uint8], image: Row) -> npt.NDArray[np.uint8]:
+def _cut(sheet: UInt8, image: Row) -> UInt8:
     """Take an image out of (3, H, W): (h, w, 3)."""
     y, x = image["y"], image["x"]
     part = sheet[:, y : y + image["height"], x : x + image["width"]]

@@ -20,7 +20,6 @@ One file, because it is the way of a slide through `medray infer`, top to bottom
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
@@ -53,6 +52,7 @@ from medray.slides import Slide
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.resolution import working_of
 from medray.storage import files, ome_zarr
+from medray.storage.digests import named_digest
 from medray.storage.ledger import Ledger, add_note
 from medray.storage.lock import locked
 from medray.types import Row, UInt8
@@ -234,10 +234,10 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     if any(weights_uri(folder).endswith(".onnx") for folder in folders):
         deciding.append("onnxruntime")
     digests = [model_digest(folder) for folder in folders]
-    whole = hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+    whole = named_digest(" ".join(digests).encode())
     return RunSettings(
         models=folders,
-        model_digest=digests[0] if len(digests) == 1 else f"blake2b:{whole}",
+        model_digest=digests[0] if len(digests) == 1 else whole,
         classes=config.classes,
         windows=config.window,
         model_mpp=config.mpp,

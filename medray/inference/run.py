@@ -15,7 +15,6 @@ coarse/                     the run of the first pass, when there is one
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from medray.inference.postprocess import Cleaning
 from medray.models.config import Prediction
 from medray.slides.resolution import MPP_COLUMNS, Working
 from medray.storage import files, ome_zarr
-from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+from medray.storage.digests import named_digest
+from medray.storage.yaml_config import keep_settings, read_folder_settings, to_dict
 from medray.types import Row
 
 LAYERS = {
@@ -134,7 +134,7 @@ class RunSettings:
     def digest(self) -> str:
         """Name the run: equal digests give equal masks."""
         text = json.dumps(self.decisive(), sort_keys=True)
-        return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+        return named_digest(text.encode())
 
 
 def open_run(out: str, settings: RunSettings) -> None:
@@ -148,12 +148,8 @@ def read_run(out: str) -> RunSettings:
     Raises:
         ConfigError: There is no run.
     """
-    uri = files.join(out, "run.yaml")
-    if not files.exists(uri):
-        raise ConfigError(
-            f"{out}: expected a run with a run.yaml; `medray infer` writes one"
-        )
-    return from_dict(RunSettings, read_yaml(uri), uri)
+    expected = ("a run", "medray infer")
+    return read_folder_settings(RunSettings, out, "run.yaml", expected)
 
 
 def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:

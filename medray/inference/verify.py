@@ -1,4 +1,4 @@
-"""Whether a run is what was committed; what crashed runs left; how two runs differ.
+"""Whether a run is what was committed, and what crashed runs left.
 
 No Ray and no torch: threads read and digest files.
 """
@@ -111,7 +111,7 @@ def _verify(
             ledger.reopen(slide, digest, kept)
     if found and noted:
         ledger.flush()
-    words = {slide: _in_words(problems) for slide, problems in found.items()}
+    words = {slide: _as_text(problems) for slide, problems in found.items()}
     return Verified(out, good, count, noted, words)
 
 
@@ -169,7 +169,7 @@ def _unrecorded(
 
 
 def _kept_regions(record: Row, problems: dict[str, str]) -> dict[int, Row]:
-    """Give the regions that need not be computed again.
+    """Return the regions that need not be computed again.
 
     Coarser levels, outlines and metadata are made anew when the slide is finished; a
     shard of the finer levels that no region wrote is one of a cleaned mask, which is
@@ -189,7 +189,7 @@ def _kept_regions(record: Row, problems: dict[str, str]) -> dict[int, Row]:
     }
 
 
-def _in_words(problems: dict[str, str]) -> str:
+def _as_text(problems: dict[str, str]) -> str:
     shown = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
     return "; ".join(shown[:20]) + more
@@ -247,7 +247,7 @@ def collect(out: str, *, dry_run: bool = False) -> Collected:
 
 
 def _partial(out: str) -> Iterator[str]:
-    """Give the files that were being written."""
+    """Return the files that were being written."""
     for path in files.list_files(out):
         name = path.rpartition("/")[2]
         if any(fnmatch.fnmatch(name, pattern) for pattern in _PARTIAL):

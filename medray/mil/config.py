@@ -7,7 +7,6 @@ The folder holds model.yaml (SlideModel), weights.safetensors, metrics.json, sli
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from typing import Any, ClassVar, Literal
 from medray.datasets.splits import check_fractions
 from medray.errors import ConfigError
 from medray.mil.features import Encoder
+from medray.models.config import digest_of
 from medray.storage import files
-from medray.storage.yaml_config import from_dict, read_yaml, to_dict
+from medray.storage.yaml_config import from_dict, read_yaml
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,8 @@ def read_slide_model(folder: str) -> SlideModel:
 
 def slide_model_digest(folder: str) -> str:
     """Digest what decides a model's answers: weights and configuration."""
-    config = to_dict(read_slide_model(folder)) | {"made_from": None}
-    del config["provenance"]  # called made_from when digests began
-    digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
-    digest.update(files.read_bytes(files.join(folder, "weights.safetensors")))
-    return f"blake2b:{digest.hexdigest()}"
+    weights = files.join(folder, "weights.safetensors")
+    return digest_of(read_slide_model(folder), weights)
 
 
 SEEN = ("slide", "digest", "patient", "label", "split")

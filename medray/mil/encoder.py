@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import inspect
 import json
 import os
@@ -26,6 +25,7 @@ from medray.models.config import Precision
 from medray.models.network import choose_device, choose_precision
 from medray.models.weights import load_encoder
 from medray.storage import files
+from medray.storage.digests import named_digest
 
 # Pixels of a batch on a CPU, see medray.models.predict; tiles of one on a GPU.
 _CPU_BATCH_PIXELS = 512 * 512
@@ -96,7 +96,7 @@ def settle_encoder(name: str, weights: str, *, tile: int, mpp: float) -> Encoder
     return Encoder(
         name=name,
         arguments=arguments,
-        weights_digest=_digest(weights),
+        weights_digest=named_digest(files.read_bytes(weights)),
         dimensions=int(found.shape[1]),
         tile=tile,
         mpp=mpp,
@@ -110,13 +110,8 @@ def _three(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _digest(uri: str) -> str:
-    digest = hashlib.blake2b(files.read_bytes(uri), digest_size=16)
-    return f"blake2b:{digest.hexdigest()}"
-
-
 def _told_beside(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give the arguments and the normalisation of a config.json beside the weights."""
+    """Return arguments and normalisation of a config.json beside the weights."""
     uri = files.join(weights.rpartition("/")[0], "config.json")
     try:
         config = json.loads(files.read_bytes(uri))
@@ -228,7 +223,7 @@ class Embedder:
             ConfigError: The file is not there, or is not the one it was.
         """
         network = _build(encoder.name, encoder.arguments, weights)
-        if _digest(weights) != encoder.weights_digest:
+        if named_digest(files.read_bytes(weights)) != encoder.weights_digest:
             raise ConfigError(f"{weights}: changed while it was used; run again")
         return cls(network, encoder, precision, dtype, threads=threads)
 

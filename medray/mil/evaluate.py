@@ -5,7 +5,6 @@ Slides that trained or chose the model do not count, nor do others of their pati
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from medray.classes import Classes
 from medray.errors import ConfigError, MedrayError
-from medray.evaluation.evaluate_images import draw_curves
+from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import as_png, check_folder, data_uri, render
 from medray.evaluation.image_metrics import score
 from medray.evaluation.metrics import bootstrap
@@ -99,7 +97,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=Classes(what.classes),
         metrics=metrics,
-        figures=draw_curves(rows, what.classes),
+        figures=draw_image_curves(rows, what.classes),
         errors=_errors(rows, what, run),
         provenance={
             "model": what.model.rsplit("/", 1)[-1],
@@ -121,7 +119,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
 def _rows(
     slides: dict[str, Row], labels: dict[str, SlideLabel], what: Predictions, run: str
 ) -> tuple[list[Row], dict[str, str], int]:
-    """Give the slides that count, why others failed, and how many were seen."""
+    """Return the slides that count, why others failed, and how many were seen."""
     seen = [
         row
         for row in read_seen_slides(files.join(run, "seen.csv"))
@@ -178,13 +176,11 @@ def _write_table(rows: list[Row], names: Sequence[str], uri: str) -> None:
         | {f"p_{name}": round(row[f"p_{name}"], 4) for name in names}
         for row in rows
     ]
-    csv = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(table), csv)
-    files.write_bytes(uri, csv.getvalue())
+    files.write_csv(uri, pa.Table.from_pylist(table))
 
 
 def _errors(rows: list[Row], what: Predictions, run: str) -> list[Row]:
-    """Give the most confident errors: where the model looked, and at what."""
+    """Return the most confident errors: where the model looked, and at what."""
     wrong = [row for row in rows if row["truth"] != row["predicted"]]
     wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
     shown = []
@@ -206,7 +202,7 @@ def _errors(rows: list[Row], what: Predictions, run: str) -> list[Row]:
 
 
 def _most_attended(row: Row, what: Predictions, run: str) -> list[str]:
-    """Give pictures of the tiles of most attention; none if the slide is not there."""
+    """Return pictures of the most attended tiles; none if the slide is not there."""
     tiles = files.read_table(attention_uri(run, row["slide"])).to_pylist()
     tiles.sort(key=lambda tile: -tile["attention"])
     try:

@@ -11,7 +11,6 @@ parts/SLIDE/INDEX.safetensors    regions of slides that are under way
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from medray.errors import ConfigError, FormatError
 from medray.models.config import Precision
 from medray.storage import files
 from medray.storage.arrays import read_arrays
+from medray.storage.digests import named_digest
 from medray.storage.yaml_config import from_dict, read_yaml, to_dict
 
 Features = npt.NDArray[Any]
@@ -55,7 +55,7 @@ class Encoder:
     def digest(self) -> str:
         """Name it: features of equal digests may be mixed."""
         text = json.dumps(to_dict(self), sort_keys=True)
-        return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+        return named_digest(text.encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class FeatureSettings:
         return np.dtype(name)
 
     def decisive(self) -> dict[str, Any]:
-        """Give what decides the features, as plain values."""
+        """Return what decides the features, as plain values."""
         values = to_dict(self) | {"weights": None, "patience": None}
         del values["timeout"]
         return values
@@ -119,17 +119,17 @@ class SlideFeatures:
 
 
 def features_uri(folder: str, slide: str) -> str:
-    """Give the place of a slide's features."""
+    """Return the place of a slide's features."""
     return files.join(folder, "features", f"{slide}.zarr")
 
 
 def thumbnail_uri(folder: str, slide: str) -> str:
-    """Give the place of a slide's small picture."""
+    """Return the place of a slide's small picture."""
     return files.join(folder, "thumbnails", f"{slide}.jpg")
 
 
 def parts_uri(folder: str, slide: str) -> str:
-    """Give the folder of a slide's regions while it is under way."""
+    """Return the folder of a slide's regions while it is under way."""
     return files.join(folder, "parts", slide)
 
 
@@ -175,7 +175,7 @@ def read_slide(folder: str, slide: str) -> SlideFeatures:
 
 
 def provenance(settings: FeatureSettings, row: dict[str, Any]) -> dict[str, Any]:
-    """Give the attributes of a slide's features."""
+    """Return the attributes of a slide's features."""
     return {
         "kind": "features",
         "slide": row["slide"],

@@ -7,7 +7,6 @@ same command starts again and makes the same model.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -30,6 +29,7 @@ from medray.mil.config import (
 from medray.mil.features import read_features, read_slide
 from medray.mil.labels import SlideLabel, check_known, classes_of, read_labels
 from medray.storage import files
+from medray.storage.digests import named_digest
 from medray.storage.lock import locked
 from medray.storage.yaml_config import read_settings, to_dict
 from medray.training.recipe_files import SLIDE_MODELS, find_recipe
@@ -155,7 +155,7 @@ def _train(settings: SlideRecipe, data: str, labels: str, out: str) -> SlideTrai
 def _slides(
     rows: dict[str, Row], labels: dict[str, SlideLabel], uri: str, data: str
 ) -> tuple[list[Row], dict[str, str]]:
-    """Give the slides that have features and a label, and why others are left out."""
+    """Return the slides that have features and a label, and why others are left out."""
     check_known(uri, rows, list(labels), data)
     found, left_out = [], {}
     for slide, row in sorted(rows.items()):
@@ -202,9 +202,8 @@ def _provenance(
 ) -> Row:
     """Name a training: equal digests mean equal recipe, features and labels."""
     plain = [to_dict(settings), encoder_digest, slides]
-    digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=16).hexdigest()
     return {
-        "digest": f"blake2b:{digest}",
+        "digest": named_digest(json.dumps(plain).encode()),
         "data": data.rsplit("/", 1)[-1],
         "recipe": to_dict(settings),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -11,7 +11,7 @@ from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.geometry import Stitch, Windows
 from medray.storage import files
-from medray.storage.yaml_config import from_dict, read_yaml, to_dict
+from medray.storage.yaml_config import read_folder_settings, to_dict
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]
@@ -168,17 +168,12 @@ def read_config(folder: str) -> ModelConfig:
     Raises:
         ConfigError: The folder is no model folder.
     """
-    uri = files.join(folder, "model.yaml")
-    if not files.exists(uri):
-        raise ConfigError(
-            f"{folder}: expected a model folder with a model.yaml; "
-            f"`medray train` writes one"
-        )
-    return from_dict(ModelConfig, read_yaml(uri), uri)
+    expected = ("a model folder", "medray train")
+    return read_folder_settings(ModelConfig, folder, "model.yaml", expected)
 
 
 def weights_uri(folder: str) -> str:
-    """Give the file with a model's weights, be it trained or exported."""
+    """Return the file with a model's weights, be it trained or exported."""
     for name in (WEIGHTS, *EXPORTED):
         uri = files.join(folder, name)
         if files.exists(uri):
@@ -208,8 +203,18 @@ def check_runtime(folder: str) -> None:
 
 def model_digest(folder: str) -> str:
     """Digest what decides a model's predictions: weights and configuration."""
-    config = to_dict(read_config(folder)) | {"made_from": None}
+    return digest_of(read_config(folder), weights_uri(folder))
+
+
+def digest_of(settings: Any, weights: str) -> str:
+    """Digest a model's configuration, without its provenance, and its weights.
+
+    Args:
+        settings: Dataclass with the field `provenance`.
+        weights: File of the weights.
+    """
+    config = to_dict(settings) | {"made_from": None}
     del config["provenance"]  # called made_from when digests began
     digest = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
-    digest.update(files.read_bytes(weights_uri(folder)))
+    digest.update(files.read_bytes(weights))
     return f"blake2b:{digest.hexdigest()}"

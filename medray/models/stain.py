@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-# Colours of haematoxylin, eosin and DAB by row, as RGB densities (Ruifrok and Johnston
-# 2001, https://pubmed.ncbi.nlm.nih.gov/11531144).
-_HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+from medray.slides.stains import HED
+
+_HED = torch.tensor(HED, dtype=torch.float32)
 _HED /= _HED.norm(dim=1, keepdim=True)
 
 # What Macenko et al. 2009 (doi:10.1109/ISBI.2009.5193250) bring slides to, as their
@@ -23,7 +23,7 @@ _LEAST_TISSUE = 0.01  # share of pixels without which no stain can be told
 
 
 def density(images: torch.Tensor, white: float = 255.0) -> torch.Tensor:
-    """Give the optical densities of (..., 3, H, W) values 0..255."""
+    """Return the optical densities of (..., 3, H, W) values 0..255."""
     return -torch.log(images.to(torch.float32).clamp_min(1.0) / white)
 
 
@@ -101,6 +101,6 @@ def _stains(tissue: torch.Tensor) -> torch.Tensor | None:
 
 
 def _percentile(values: torch.Tensor, percent: int) -> torch.Tensor:
-    """Give a percentile of each row: the value at its place, without interpolation."""
+    """Return a percentile of each row: the value at its place, not interpolated."""
     place = min(values.shape[1], 1 + values.shape[1] * percent // 100)
     return values.kthvalue(place, dim=1).values

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 
 from medray.errors import SlideError
 from medray.geometry import Rectangle
 from medray.slides import open_slide
+from medray.slides.fingerprint import slide_fingerprint
 from medray.slides.openslide import OpenSlideSlide
-from medray.storage import files
 
 _MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide")
 
@@ -31,40 +30,36 @@ def scanned_bounds(uri: str, *, height: int, width: int) -> Rectangle | None:
         slide is not read as OpenSlide's canvas.
 
     Raises:
-        SlideError: It is gone, or OpenSlide cannot open it, so nobody can tell.
+        SlideError: It is gone, or cannot be opened, so its bounds are not known.
+        StoreError: Its store does not answer.
     """
     if not uri.lower().endswith(_MAY_HAVE_BOUNDS):
         return None
-    size, bounds = _stated(uri)
+    try:
+        size, bounds = _stated(uri, slide_fingerprint(uri))
+    except FileNotFoundError as error:
+        raise SlideError(
+            f"{uri}: is not there, and its bounds are needed to place the annotation; "
+            f"put the slide back"
+        ) from error
+    except SlideError as error:
+        raise SlideError(f"{uri}: its bounds cannot be read ({error})") from error
     if size != (height, width) or bounds == Rectangle(0, 0, height, width):
         return None
     return bounds
 
 
 @functools.lru_cache(maxsize=64)
-def _stated(uri: str) -> tuple[tuple[int, int], Rectangle | None]:
-    """Return height and width of OpenSlide's canvas, and the bounds."""
-    try:
-        import openslide
-    except ImportError:
-        return (0, 0), None  # then it is not read by OpenSlide either
-    if not files.is_local(uri):
-        with open_slide(uri) as slide:
-            if not isinstance(slide, OpenSlideSlide):
-                return (0, 0), None
-            size = slide.levels[0].height, slide.levels[0].width
-            return size, _bounds(uri, slide.properties)
-    if not os.path.isfile(uri):
-        raise SlideError(
-            f"{uri}: is not there, and its bounds are needed to place the annotation; "
-            f"put the slide back"
-        )
-    try:
-        with openslide.OpenSlide(uri) as slide:
-            width, height = slide.dimensions
-            return (height, width), _bounds(uri, slide.properties)
-    except (openslide.OpenSlideError, OSError) as error:
-        raise SlideError(f"{uri}: its bounds cannot be read ({error})") from error
+def _stated(uri: str, fingerprint: str) -> tuple[tuple[int, int], Rectangle | None]:
+    """Return height and width of OpenSlide's canvas, and the bounds.
+
+    The fingerprint is part of the key: a slide that was replaced is opened again.
+    """
+    with open_slide(uri) as slide:
+        if not isinstance(slide, OpenSlideSlide):
+            return (0, 0), None
+        size = slide.levels[0].height, slide.levels[0].width
+        return size, _bounds(uri, slide.properties)
 
 
 def _bounds(uri: str, properties: Mapping[str, str]) -> Rectangle | None:

@@ -14,8 +14,13 @@ def content_digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def named_digest(data: bytes) -> str:
+    """Name bytes by `blake2b:` and their `content_digest`."""
+    return f"blake2b:{content_digest(data)}"
+
+
 def digests_below(folder: str, written: Sequence[tuple[str, Digests]]) -> Digests:
-    """Give digests by path below a folder, of digests by path below OME-Zarrs in it."""
+    """Return digests by path below a folder, of those by path below its OME-Zarrs."""
     return {
         f"{uri[len(folder) + 1 :]}/{name}": digest
         for uri, digests in written

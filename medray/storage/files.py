@@ -20,6 +20,7 @@ from typing import Any
 
 import obstore
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from obstore.exceptions import AlreadyExistsError
 
@@ -321,6 +322,13 @@ def read_json(uri: str) -> Any:
         return json.loads(read_bytes(uri))
     except ValueError as error:
         raise FormatError(f"{uri}: expected JSON, found {error}") from error
+
+
+def write_csv(uri: str, table: pa.Table) -> None:
+    """Write a CSV file atomically."""
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table, buffer)
+    write_bytes(uri, buffer.getvalue())
 
 
 def write_table(uri: str, table: pa.Table) -> None:

@@ -19,7 +19,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 
@@ -108,7 +107,7 @@ class Ledger:
 
     def commit_slide(self, row: Row) -> None:
         """Record that a slide is done or has failed; durable with the next flush."""
-        self.slides[row["slide"]] = row = {k: _storable(v) for k, v in row.items()}
+        self.slides[row["slide"]] = row = {k: storable(v) for k, v in row.items()}
         if row["status"] == "done":
             key = slide_key(row["slide"], row["digest"])
             self._records(key)
@@ -208,7 +207,7 @@ def _line(key: str, index: int, region: Row) -> str:
     return json.dumps(record, separators=(",", ":"))
 
 
-def _storable(value: Any) -> Any:
+def storable[V](value: V) -> V | str:
     """Escape what is no Unicode in a text: names of files may hold any bytes."""
     if not isinstance(value, str):
         return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from medray.classes import Classes
+from medray.classes import Classes, rgb_of
 
 RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
 Kind = Literal["image", "labels"]
@@ -65,7 +65,7 @@ def _omero(
 def _image_label(classes: Classes, source: str | None) -> dict[str, Any]:
     values = range(len(classes))
     rgba = [
-        [*bytes.fromhex(color[1:]), 0 if value == 0 else 160]
+        [*rgb_of(color), 0 if value == 0 else 160]
         for value, color in enumerate(classes.colors)
     ]
     label: dict[str, Any] = {
@@ -82,7 +82,7 @@ def image_metadata(
     name: str,
     channels: Sequence[tuple[str, str]] = RGB,
 ) -> dict[str, Any]:
-    """Give `ome` of an image: its levels and how to show it."""
+    """Return `ome` of an image: its levels and how to show it."""
     return {
         "version": "0.5",
         "multiscales": _multiscales(levels, mpp, "image", name),
@@ -98,7 +98,7 @@ def labels_metadata(
     classes: Classes,
     source: str | None = None,
 ) -> dict[str, Any]:
-    """Give `ome` of a label image: its levels, and names and colours of its values."""
+    """Return `ome` of a label image: levels, and names and colours of its values."""
     return {
         "version": "0.5",
         "multiscales": _multiscales(levels, mpp, "labels", name),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -36,7 +37,7 @@ class Decisive(typing.Protocol):
     """Settings of which some decide what is made."""
 
     def decisive(self) -> dict[str, Any]:
-        """Give those, as plain values."""
+        """Return those, as plain values."""
 
 
 def keep_settings(uri: str, settings: Decisive) -> None:
@@ -51,7 +52,7 @@ def keep_settings(uri: str, settings: Decisive) -> None:
     before = from_dict(type(settings), read_yaml(uri), uri)
     if before.decisive() == settings.decisive():
         return
-    old, new = _flat(before.decisive()), _flat(settings.decisive())
+    old, new = flat(before.decisive()), flat(settings.decisive())
     changed = ", ".join(
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -63,12 +64,36 @@ def keep_settings(uri: str, settings: Decisive) -> None:
     )
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Bring nested settings to one level, by their own names."""
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings in one level, by their names with dots between them."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value) if isinstance(value, dict) else {key: value}
-    return flat
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def read_folder_settings[S](
+    kind: type[S], folder: str, name: str, expected: tuple[str, str]
+) -> S:
+    """Read the settings of a folder.
+
+    Args:
+        kind: Their dataclass.
+        folder: Path or address.
+        name: Of the YAML file in it.
+        expected: What the folder should be, and the command that writes one.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
+    uri = files.join(folder, name)
+    if not files.exists(uri):
+        what, writer = expected
+        raise ConfigError(
+            f"{folder}: expected {what} with a {name}; `{writer}` writes one"
+        )
+    return from_dict(kind, read_yaml(uri), uri)
 
 
 def read_yaml(uri: str) -> dict[str, Any]:

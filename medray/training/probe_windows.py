@@ -26,7 +26,7 @@ _SCENE_PX = 1024  # side of what is generated, at least
 
 
 @dataclass(frozen=True)
-class Windows:
+class ProbeWindows:
     """What a model is tried on.
 
     Attributes:
@@ -39,13 +39,13 @@ class Windows:
     labels: UInt8 | None
     source: str
 
-    def every(self, chosen: slice | npt.NDArray[np.bool_]) -> Windows:
+    def every(self, chosen: slice | npt.NDArray[np.bool_]) -> ProbeWindows:
         """Give some of them."""
         labels = None if self.labels is None else self.labels[chosen]
-        return Windows(self.pixels[chosen], labels, self.source)
+        return ProbeWindows(self.pixels[chosen], labels, self.source)
 
 
-def find_windows(config: ModelConfig, data: str, format: str) -> Windows:
+def find_windows(config: ModelConfig, data: str, format: str) -> ProbeWindows:
     """Find windows to try a model on: those of a test split before others.
 
     Args:
@@ -64,19 +64,19 @@ def find_windows(config: ModelConfig, data: str, format: str) -> Windows:
         side = max(_SCENE_PX, 4 * config.window.size)
         scene = ArraySlide(draw_scene(0, height=side, width=side).pixels)
         found = _of_slide(scene, config, count)
-        windows = Windows(found, None, "a generated slide, for want of --data")
+        windows = ProbeWindows(found, None, "a generated slide, for want of --data")
     elif files.exists(files.join(data, "dataset.yaml")):
         windows = _of_dataset(data, config, count)
     else:
         with open_slide(data) as slide:
             found = _of_slide(slide, config, count)
-        windows = Windows(found, None, f"slide {data.rsplit('/', 1)[-1]}")
+        windows = ProbeWindows(found, None, f"slide {data.rsplit('/', 1)[-1]}")
     if len(windows.pixels) < 2:
         raise ConfigError(f"{data}: holds no two windows of tissue to compare on")
     return windows
 
 
-def _of_dataset(data: str, config: ModelConfig, count: int) -> Windows:
+def _of_dataset(data: str, config: ModelConfig, count: int) -> ProbeWindows:
     """Take crops of annotated patches, spread evenly over a split."""
     classes = read_dataset(data).classes
     if classes != config.classes:
@@ -104,7 +104,7 @@ def _of_dataset(data: str, config: ModelConfig, count: int) -> Windows:
         most = [np.bincount(mask.ravel()).argmax() for mask in labels]
         labels = np.array(most, np.uint8)[:, None, None]
     name = data.rsplit("/", 1)[-1]
-    return Windows(pixels, labels, f"split {split} of dataset {name}")
+    return ProbeWindows(pixels, labels, f"split {split} of dataset {name}")
 
 
 def _of_slide(slide: Slide, config: ModelConfig, count: int) -> UInt8:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
-from medray.evaluation.report import AGREEMENT
+from medray.evaluation.overlay import AGREEMENT
 from medray.models.config import ModelConfig
 from medray.storage import files
+from medray.storage.yaml_config import flat
 from medray.types import Row
 
 _SCORES = {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"}
@@ -30,7 +30,7 @@ def write_training_report(
         config: Its configuration; `provenance` says of what it was made.
         metrics: What metrics.json holds.
         examples: Pictures of validation patches, by
-            `medray.evaluation.report.draw_overlay`.
+            `medray.evaluation.overlay.draw_overlay`.
     """
     history, kind, best = metrics["history"], config.architecture, metrics["epoch"]
     page = render(
@@ -100,17 +100,8 @@ def _provenance(config: ModelConfig) -> dict[str, str]:
     }
     for name, version in provenance.get("versions", {}).items():
         rows[name] = version
-    return rows | _flat(provenance.get("recipe", {}))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+    recipe = flat(provenance.get("recipe", {}))
+    return rows | {k: str(value) for k, value in recipe.items() if value is not None}
 
 
 def _curves(history: Sequence[Row], names: Mapping[str, str], best: int) -> Markup:

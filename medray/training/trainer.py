@@ -41,7 +41,7 @@ from medray.evaluation.metrics import (
     small_scores,
     summary,
 )
-from medray.evaluation.report import draw_overlay
+from medray.evaluation.overlay import draw_overlay
 from medray.execution import cluster
 from medray.models.config import ModelConfig
 from medray.models.network import choose_device

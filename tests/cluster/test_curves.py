@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from medray import cli, open_mask
-from medray.evaluation import calibration
+from medray.evaluation.calibration import calibration_error, reliability_of_images
 from medray.evaluation.metrics import bootstrap, confusion, summary
 from medray.inference.run import layer_uri, probabilities_uri
 
@@ -61,8 +61,10 @@ def test_the_curves_are_those_of_all_pixels(folder: Path, metrics: Any) -> None:
     assert row["average_precision"] == pytest.approx(wanted)
     assert row["best_f1"] >= metrics["f1"] - 1e-9
     seen = share.sum(axis=0) > 0
-    error = calibration.calibration_error(
-        (share[:, seen] / 255).T, np.concatenate(found)[seen], truth[seen]
+    error = calibration_error(
+        reliability_of_images(
+            (share[:, seen] / 255).T, np.concatenate(found)[seen], truth[seen]
+        )
     )
     assert metrics["curves"]["calibration_error"] == pytest.approx(error)
 

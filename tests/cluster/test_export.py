@@ -35,7 +35,7 @@ from medray.models.network import Network
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
 from medray.storage import ome_zarr
-from medray.training.probe_windows import Windows
+from medray.training.probe_windows import ProbeWindows
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -204,7 +204,7 @@ def test_an_export_of_another_network_is_refused(
         last.bias.neg_()
     other = Network(network, config, torch.device("cpu"), torch.float32)
     out = tmp_path / "out"
-    windows = Windows(pixels_of(3), None, "blobs")
+    windows = ProbeWindows(pixels_of(3), None, "blobs")
     with pytest.raises(
         MedrayError, match=r"out: the export has .* \d\.\d\d% of pixels"
     ):
@@ -234,7 +234,7 @@ def test_a_comparison_is_right(classifies: bool) -> None:
         window=Grid(64, 64),
         mpp=None,
     )
-    found = compare(run(one), run(two), config, Windows(pixels, truth, ""))
+    found = compare(run(one), run(two), config, ProbeWindows(pixels, truth, ""))
 
     def shares(logits: np.ndarray) -> np.ndarray:
         powers = np.exp(logits)
@@ -251,7 +251,7 @@ def test_a_comparison_is_right(classifies: bool) -> None:
     assert (found.model_f1, found.f1) == pytest.approx((f1(one), f1(two)))
     # What is no number agrees with nothing.
     broken = compare(
-        run(one), run(np.full_like(one, np.nan)), config, Windows(pixels, None, "")
+        run(one), run(np.full_like(one, np.nan)), config, ProbeWindows(pixels, None, "")
     )
     assert broken.largest_difference == np.inf
 

@@ -30,8 +30,7 @@ from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
 from medray.evaluation.evaluate_images import _for_temperature, evaluate_images
-from medray.evaluation.evaluate_images import _predicted as predict_one
-from medray.evaluation.image_metrics import score
+from medray.evaluation.image_metrics import combine, score
 from medray.evaluation.metrics import confusion, of_images, summary
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
@@ -448,12 +447,12 @@ def test_turned_images_have_a_part_in_the_mean(
 
 def test_equal_votes_are_decided_by_the_mean() -> None:
     logits = np.log([[0.9, 0.1], [0.4, 0.6]])
-    assert predict_one({"logits": logits}, vote=True)["predicted"] == 0
+    assert combine({"logits": logits}, vote=True)["predicted"] == 0
     logits = np.log([[0.6, 0.4], [0.1, 0.9]])
-    assert predict_one({"logits": logits}, vote=True)["predicted"] == 1
+    assert combine({"logits": logits}, vote=True)["predicted"] == 1
     logits = np.log([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
-    assert predict_one({"logits": logits}, vote=True)["predicted"] == 0
-    assert predict_one({"logits": logits}, vote=False)["predicted"] == 1
+    assert combine({"logits": logits}, vote=True)["predicted"] == 0
+    assert combine({"logits": logits}, vote=False)["predicted"] == 1
 
 
 def test_a_report_stands_beside_another(reports: Path) -> None:

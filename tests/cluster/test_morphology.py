@@ -21,8 +21,8 @@ from medray.datasets.synthetic_cells import generate_cells
 from medray.errors import ConfigError
 from medray.evaluation.evaluate_images import evaluate_images
 from medray.geometry import Windows
+from medray.inference.classify import load_classifier
 from medray.inference.infer import infer
-from medray.models.classify import load_classifier
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
 from medray.models.network import Normalise

@@ -32,7 +32,7 @@ from medray.cli import main
 from medray.errors import ConfigError, StoppedError
 from medray.evaluation.ground_truth import read_truth
 from medray.evaluation.html import INK
-from medray.evaluation.report import AGREEMENT
+from medray.evaluation.overlay import AGREEMENT
 from medray.geometry import Rectangle
 from medray.inference.run import layer_uri
 from medray.slides.image import ArraySlide

@@ -1,6 +1,7 @@
 """Slides of which the scanner filled a part: what medray writes for QuPath of them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from several_files import write_mrxs
 from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.geojson_write import extent_features, geojson_features
 from medray.classes import Classes
+from medray.datasets.synthetic import write_pyramid
 from medray.geometry import Rectangle
 from medray.inference.outlines import trace, write_outlines
 from medray.slides import open_slide
 from medray.slides.bounds import scanned_bounds
+from medray.slides.tiff import TiffSlide
 from medray.storage import ome_zarr
 
 pytest.importorskip("openslide")
@@ -86,6 +89,23 @@ def test_openslide_states_the_part_and_reads_the_canvas(slide: Path) -> None:
     wanted = np.full_like(whole, 255)
     wanted[PART.slices()] = picture(HEIGHT, WIDTH)[PART.slices()]
     assert np.abs(whole - wanted).max() <= 8
+
+
+def test_a_replaced_slide_has_its_own_bounds(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.mrxs", Rectangle(0, 256, 768, 512)
+    for part in (PART, other, None):
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        write_mrxs(path, picture(HEIGHT, WIDTH), scanned=part)
+        assert scanned_bounds(str(path), **SIZE) == part
+
+
+def test_a_tiff_of_a_vendor_that_may_have_bounds_has_none(tmp_path: Path) -> None:
+    """It is opened as any slide is, by tifffile, whose canvas it is."""
+    path = tmp_path / "x.scn"
+    write_pyramid(path, HEIGHT, WIDTH)
+    with open_slide(path) as opened:
+        assert isinstance(opened, TiffSlide)
+    assert scanned_bounds(str(path), **SIZE) is None
 
 
 @pytest.mark.parametrize("make", [at_borders, scattered, one_beyond])

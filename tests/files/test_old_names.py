@@ -12,8 +12,8 @@ import yaml
 from medray.apps.nightly.catalog import read_catalog
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.inference.run import Options, RunSettings
 from medray.geometry import Windows
+from medray.inference.run import Options, RunSettings
 from medray.models.config import read_config
 from medray.storage import files
 from medray.storage.ledger import Ledger

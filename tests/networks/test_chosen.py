@@ -21,12 +21,12 @@ from medray import cli, open_mask
 from medray.apps.convert import _of_dataset, _of_run
 from medray.apps.convert_write import write_copy
 from medray.apps.nightly.drift import stain_values
-from medray.apps.viewer.run import open_viewed, place_of, read_rows
+from medray.apps.viewer.run import open_viewed, read_rows, source_of
 from medray.apps.viewer.tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic_scene import draw_scene
-from medray.evaluation.evaluate import match_ground_truth
+from medray.evaluation.ground_truth import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
@@ -200,8 +200,8 @@ def test_pictures_of_an_evaluation(
     made, classes = str(run[1]), Classes()
     (row,) = match_ground_truth([row_of(run[1])], str(folder / "truth"), classes)
     assert stage._overlay(row, made, classes) == images[1].tobytes()
-    place = SimpleNamespace(slide="x", y=0, x=0)
-    assert stage._close_up(row, place, made, classes) == images[1].tobytes()
+    source = SimpleNamespace(slide="x", y=0, x=0)
+    assert stage._close_up(row, source, made, classes) == images[1].tobytes()
 
 
 def test_pictures_of_a_comparison(
@@ -223,8 +223,8 @@ def test_pictures_of_a_comparison(
 
 def test_tiles_of_a_viewer(run: tuple[str, Path], images: list[UInt8]) -> None:
     viewed = open_viewed(str(run[1]), report=None, truth=None, slides=None)
-    place = place_of(viewed, viewed.row("x"))
-    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    source = source_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(source), WHOLE, 1)
     np.testing.assert_array_equal(tile, images[1])
 
 
@@ -239,8 +239,8 @@ def test_tiles_of_a_slide_under_way(
     assert read_rows(str(tmp_path / "run"))["x"]["status"] == "under way"
     slides = str(folder / "scene")
     viewed = open_viewed(str(tmp_path / "run"), report=None, truth=None, slides=slides)
-    place = place_of(viewed, viewed.row("x"))
-    tile = slide_tile(open_unchanged(place), WHOLE, 1)
+    source = source_of(viewed, viewed.row("x"))
+    tile = slide_tile(open_unchanged(source), WHOLE, 1)
     np.testing.assert_array_equal(tile, images[1])
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError
-from medray.evaluation.evaluate_images import overlays
 from medray.evaluation.grad_cam import Explainer, overlay
+from medray.evaluation.image_errors import overlays
 from medray.geometry import Windows as Grid
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig

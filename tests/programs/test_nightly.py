@@ -26,7 +26,7 @@ from medray.apps.nightly.catalog import (
     note_files,
     note_outcomes,
 )
-from medray.apps.nightly.drift import Slide, run_values, stain_values, watch
+from medray.apps.nightly.drift import SlideValues, run_values, stain_values, watch
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.apps.nightly.night import night_of, nightly
 from medray.errors import ConfigError
@@ -200,8 +200,10 @@ def test_a_name_that_is_no_unicode_costs_only_itself(inbox: Path) -> None:
 # --- drift ----------------------------------------------------------------------------
 
 
-def slides_with(name: str, values: list[float], scanner: str = "S") -> list[Slide]:
-    return [Slide(f"{name}{i}", scanner, {"v": v}) for i, v in enumerate(values)]
+def slides_with(
+    name: str, values: list[float], scanner: str = "S"
+) -> list[SlideValues]:
+    return [SlideValues(f"{name}{i}", scanner, {"v": v}) for i, v in enumerate(values)]
 
 
 def test_drift_is_told_in_medians_and_their_deviations() -> None:

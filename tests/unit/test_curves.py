@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from medray.evaluation import calibration
+from medray.evaluation.calibration import calibration_error, reliability_of_images
 from medray.evaluation.curves import (
     average_precision,
     best_threshold,
-    calibration_error,
     count_levels,
     precision_recall,
-    reliability,
+    reliability_of_pixels,
 )
 
 
@@ -55,18 +54,20 @@ def test_calibration_is_that_of_images() -> None:
     truth, predicted, shares = pixels(3)
     counts = count_levels(truth, predicted, shares.astype(np.uint8))
     for mine, wanted in zip(
-        reliability(counts[-1]),
-        calibration.reliability((shares / 255).T, predicted, truth),
+        reliability_of_pixels(counts[-1]),
+        reliability_of_images((shares / 255).T, predicted, truth),
         strict=True,
     ):
         np.testing.assert_allclose(mine, wanted)
-    wanted = calibration.calibration_error((shares / 255).T, predicted, truth)
-    assert calibration_error(counts[-1]) == pytest.approx(wanted)
+    wanted = calibration_error(
+        reliability_of_images((shares / 255).T, predicted, truth)
+    )
+    assert calibration_error(reliability_of_pixels(counts[-1])) == pytest.approx(wanted)
 
 
 def test_what_was_not_looked_at_says_nothing_of_calibration() -> None:
     nothing = np.zeros((2, 50), np.uint8)
     counts = count_levels(nothing[0], nothing[0], nothing)
-    assert calibration_error(counts[-1]) is None
+    assert calibration_error(reliability_of_pixels(counts[-1])) is None
     assert average_precision(counts[1]) is None
     assert best_threshold(counts[1]) is None

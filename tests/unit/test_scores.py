@@ -12,12 +12,16 @@ from medray.errors import ConfigError
 from medray.evaluation.calibration import (
     calibration_error,
     fit_temperature,
-    reliability,
+    reliability_of_images,
     scaled,
 )
 from medray.evaluation.image_metrics import score, weighted_auc
 from medray.evaluation.metrics import draws
-from medray.evaluation.significance import beside, read_predictions, write_predictions
+from medray.evaluation.significance import (
+    beside,
+    read_image_predictions,
+    write_image_predictions,
+)
 
 NAMES = ("healthy", "sick")
 
@@ -41,7 +45,9 @@ def test_a_known_temperature_is_recovered(true: float) -> None:
 
     assert loss(found) <= min(map(loss, grid)) + 1e-9
     error, before = (
-        calibration_error(scaled(logits, t), logits.argmax(axis=1), truth)
+        calibration_error(
+            reliability_of_images(scaled(logits, t), logits.argmax(axis=1), truth)
+        )
         for t in (found, true * 2)
     )
     assert error < 0.03 < before
@@ -70,7 +76,7 @@ def test_bins_are_those_of_the_definition() -> None:
     truth, predicted = rng.integers(4, size=300), shares.argmax(axis=1)
     sure = shares.max(axis=1)
     wanted = 0.0
-    confidence, right, count = reliability(shares, predicted, truth)
+    confidence, right, count = reliability_of_images(shares, predicted, truth)
     for k in range(10):
         last = k == 9
         inside = (sure >= k / 10) & ((sure < (k + 1) / 10) | last)
@@ -80,7 +86,9 @@ def test_bins_are_those_of_the_definition() -> None:
             assert confidence[k] == pytest.approx(sure[inside].mean())
             assert right[k] == pytest.approx(hits)
             wanted += inside.mean() * abs(hits - sure[inside].mean())
-    assert calibration_error(shares, predicted, truth) == pytest.approx(wanted)
+    assert calibration_error(
+        reliability_of_images(shares, predicted, truth)
+    ) == pytest.approx(wanted)
 
 
 # --- areas ----------------------------------------------------------------------------
@@ -224,14 +232,14 @@ def test_only_images_that_both_have_are_compared() -> None:
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ours, theirs = table((4, 1, 1))
-    write_predictions(theirs, NAMES, str(tmp_path / "images.csv"))
-    back = read_predictions(str(tmp_path), NAMES)
+    write_image_predictions(theirs, NAMES, str(tmp_path / "images.csv"))
+    back = read_image_predictions(str(tmp_path), NAMES)
     keys = ("image", "digest", "patient", "truth", "predicted")
     assert back == [{k: row[k] for k in keys} for row in named(theirs)]
     with pytest.raises(ConfigError, match=r"its classes \['healthy', 'sick'\] are not"):
-        read_predictions(str(tmp_path), ("healthy", "sick", "odd"))
+        read_image_predictions(str(tmp_path), ("healthy", "sick", "odd"))
     with pytest.raises(ConfigError, match=r"expected the report of a classifier"):
-        read_predictions(str(tmp_path / "nowhere"), NAMES)
+        read_image_predictions(str(tmp_path / "nowhere"), NAMES)
     others = [row | {"digest": "blake2b:x"} for row in back]
     with pytest.raises(ConfigError, match="no image in common"):
         beside(ours, others, NAMES, "other")
@@ -246,7 +254,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "images.csv").write_text(text)
         with pytest.raises(ConfigError, match=match):
-            read_predictions(str(tmp_path), NAMES)
+            read_image_predictions(str(tmp_path), NAMES)
 
 
 def test_confidences_of_a_sigmoid_are_those_of_a_softmax() -> None:

@@ -18,12 +18,9 @@ from medray.datasets.splits import split_slides
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.metrics import bootstrap, class_scores, confusion, summary
-from medray.evaluation.report import (
-    SlideReport,
-    draw_overlay,
-    slides_to_show,
-    write_report,
-)
+from medray.evaluation.overlay import draw_overlay
+from medray.evaluation.report import slides_to_show, write_report
+from medray.evaluation.slide_metrics import SlideReport
 from medray.slides import ArraySlide
 from medray.slides.discovery import find_slides, slide_id
 from medray.slides.tissue import find_tissue, pen_marks, tissue_share

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from medray.apps.viewer.layers import difference_tile, differences, mask_tile
-from medray.apps.viewer.tiles import Place, last_zoom, slide_tile, tile_region
+from medray.apps.viewer.tiles import SlideSource, last_zoom, slide_tile, tile_region
 from medray.apps.viewer.worst import worst_regions
 from medray.classes import Classes
 from medray.datasets.synthetic import write_slide
@@ -43,8 +43,8 @@ def test_a_mask_of_another_resolution_lies_where_its_slide_does(
         uri, *shape, mpp=1.0, name="", classes=Classes(), attributes={}
     )
     ome_zarr.write_region(uri, Rectangle(0, 0, *shape), labels)
-    place = Place("a", "", "", "", 400, 320, None, uri, mask_step, shape)
-    region, step = tile_region(place, last_zoom(400, 320), 1, 1)
+    source = SlideSource("a", "", "", "", 400, 320, None, uri, mask_step, shape)
+    region, step = tile_region(source, last_zoom(400, 320), 1, 1)
     assert (region, step) == (Rectangle(256, 256, 144, 64), 1)
     if mask_step < 1:  # a finer mask is seen at the level that fits
         mask_step, labels = 1.0, ome_zarr.open_level(uri, 1)[:]
@@ -52,7 +52,7 @@ def test_a_mask_of_another_resolution_lies_where_its_slide_does(
         np.minimum((np.arange(256, 256 + n) + 0.5) / mask_step, m - 1).astype(int)
         for n, m in zip((144, 64), labels.shape, strict=True)
     )
-    assert np.array_equal(mask_tile(place, region, step), labels[np.ix_(y, x)])
+    assert np.array_equal(mask_tile(source, region, step), labels[np.ix_(y, x)])
 
 
 def test_a_level_that_fits_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_where_nobody_annotated_nothing_is_different(tmp_path: Path) -> None:
     )
     whole = Rectangle(0, 0, 200, 200)
     ome_zarr.write_region(uri, whole, np.ones((200, 200), np.uint8))
-    place = Place("a", "", "", "", 200, 200, None, uri, 1.0, (200, 200))
-    place = dataclasses.replace(place, truth=str(truth), kind="annotation")
+    source = SlideSource("a", "", "", "", 200, 200, None, uri, 1.0, (200, 200))
+    source = dataclasses.replace(source, truth=str(truth), kind="annotation")
     wanted = np.zeros((200, 200), np.uint8)
     wanted[:100, :100] = 2
     wanted[10:50, 10:50] = 1
-    assert np.array_equal(difference_tile(place, whole, 1, Classes()), wanted)
-    worst = worst_regions(place, Classes(), side=100)
+    assert np.array_equal(difference_tile(source, whole, 1, Classes()), wanted)
+    worst = worst_regions(source, Classes(), side=100)
     assert [(one["y"], one["x"], one["wrong"]) for one in worst] == [(0, 0, 0.84)]
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from medray.datasets.dataset import read_dataset, read_patches
 from medray.slides import open_slide
+from medray.slides.stains import HED
 from medray.slides.thumbnail import read_thumbnail
 from medray.slides.tissue import find_tissue
 
@@ -32,9 +33,7 @@ MOST_Z = 5.0
 _LEAST_SPREAD = 0.01
 _THUMBNAIL = 1024
 _LEAST_TISSUE_PX = 100
-# Densities of haematoxylin, eosin and what is left, as in medray.models.stain.
-_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-_HED /= np.linalg.norm(_HED, axis=1, keepdims=True)
+_STAINS = HED / np.linalg.norm(HED, axis=1, keepdims=True)
 
 
 def run_values(row: dict[str, Any], classes: Sequence[str]) -> dict[str, float]:
@@ -104,7 +103,7 @@ def stain_values(
     if len(pixels) < _LEAST_TISSUE_PX:
         return {}
     density = -np.log(np.maximum(pixels, 1) / 255)
-    amounts = density @ np.linalg.inv(_HED)
+    amounts = density @ np.linalg.inv(_STAINS)
     values = {}
     for i, stain in enumerate(("haematoxylin", "eosin")):
         values[f"{stain}_mean"] = float(amounts[:, i].mean())
@@ -113,7 +112,7 @@ def stain_values(
 
 
 @dataclass(frozen=True)
-class Slide:
+class SlideValues:
     """What is known of one slide.
 
     Attributes:
@@ -159,7 +158,7 @@ class Drift:
 
 
 def watch(
-    tonight: Iterable[Slide], before: Iterable[Slide], *, against: str
+    tonight: Iterable[SlideValues], before: Iterable[SlideValues], *, against: str
 ) -> list[Drift]:
     """Compare tonight's slides with those before, each scanner with itself.
 
@@ -202,7 +201,7 @@ def watch(
 
 
 def _by_scanner_and_value(
-    slides: Iterable[Slide],
+    slides: Iterable[SlideValues],
 ) -> dict[tuple[str, str], list[tuple[str, float]]]:
     found: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for slide in slides:
@@ -213,7 +212,7 @@ def _by_scanner_and_value(
     return found
 
 
-def in_words(drift: Drift) -> str:
+def as_text(drift: Drift) -> str:
     """Return what drifted, and how far, in words."""
     return (
         f"{drift.scanner}: {drift.value} {drift.median:.3f} tonight "

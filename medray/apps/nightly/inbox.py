@@ -20,6 +20,7 @@ from medray.inference.run import Options
 from medray.slides.discovery import SlideFile, as_slides, find_slide_files
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.storage import files
+from medray.storage.ledger import storable
 from medray.types import Row
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,11 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
     known = current(catalog)
     there = _look(watch.inbox)
     left_out = {
-        _printable(name): "its name is no Unicode; rename it"
+        storable(name): "its name is no Unicode; rename it"
         for name in there
-        if name != _printable(name)
+        if name != storable(name)
     }
-    there = {name: of for name, of in there.items() if name == _printable(name)}
+    there = {name: of for name, of in there.items() if name == storable(name)}
     there = _with_overrides(there, watch.options)
     fresh = {
         name: (slide, fingerprint)
@@ -205,10 +206,6 @@ def _digest(slide: SlideFile) -> tuple[str, str]:
         return slide_digest(slide.uri) + slide.given, ""
     except (MedrayError, OSError) as error:
         return "", f"{error}"
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _digested(

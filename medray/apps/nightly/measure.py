@@ -7,7 +7,13 @@ import logging
 import ray
 
 from medray.apps.nightly.catalog import Catalog, Outcome, values_of
-from medray.apps.nightly.drift import NIGHTS, Drift, Slide, class_shares, stain_values
+from medray.apps.nightly.drift import (
+    NIGHTS,
+    Drift,
+    SlideValues,
+    class_shares,
+    stain_values,
+)
 from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
 from medray.datasets.dataset import slide_uri
@@ -96,18 +102,18 @@ def find_drift(
     ]
     nights = sorted({row["night"] for row in before})[-NIGHTS:]
     tonight = [
-        Slide(name, outcome.scanner, dict(outcome.values))
+        SlideValues(name, outcome.scanner, dict(outcome.values))
         for name, outcome in outcomes.items()
         if not outcome.reason
     ]
     last = [
-        Slide(row["names"][0], row["scanner"], values_of(row))
+        SlideValues(row["names"][0], row["scanner"], values_of(row))
         for row in before
         if row["night"] in nights
     ]
     # A model has seen all its training slides, whatever scanned them.
     trained = [
-        Slide("", scanner, values)
+        SlideValues("", scanner, values)
         for scanner in {slide.scanner for slide in tonight}
         for values in training
     ]

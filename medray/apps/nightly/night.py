@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from medray.apps.nightly.catalog import read_catalog
-from medray.apps.nightly.drift import Drift, in_words
+from medray.apps.nightly.drift import Drift, as_text
 from medray.apps.nightly.finish import finish_night
 from medray.apps.nightly.folder import (
     is_committed,
@@ -194,7 +194,7 @@ def _result(
     def reasons(status: str) -> dict[str, str]:
         return {s["file"]: s["reason"] for s in slides if s["status"] == status}
 
-    flagged = [in_words(Drift(**one)) for one in summary["drift"] if one["flagged"]]
+    flagged = [as_text(Drift(**one)) for one in summary["drift"] if one["flagged"]]
     return Night(
         out=out,
         night=summary["night"],

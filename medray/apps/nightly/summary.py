@@ -9,7 +9,7 @@ import urllib.request
 from http.client import HTTPException
 from typing import Any
 
-from medray.apps.nightly.drift import Drift, in_words
+from medray.apps.nightly.drift import Drift, as_text
 from medray.errors import ConfigError
 from medray.evaluation.html import render
 from medray.storage import files
@@ -42,7 +42,7 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
         failed=by_status["failed"],
         given_up=by_status["given up"],
         values=sorted({name for slide in slides for name in slide["values"]}),
-        flagged=[in_words(Drift(**one)) for one in summary["drift"] if one["flagged"]],
+        flagged=[as_text(Drift(**one)) for one in summary["drift"] if one["flagged"]],
         outliers=sorted({name for one in summary["drift"] for name in one["outliers"]}),
         links={
             slide["file"]: slide["mask"].removeprefix(start)

@@ -27,13 +27,13 @@ from medray.datasets.cells import read_resized
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.calibration import scaled
 from medray.geometry import Rectangle
+from medray.inference.classify import load_classifier
 from medray.inference.infer import region_pixels, settings_of
 from medray.inference.outlines import as_geojson, trace
 from medray.inference.plan import plan_slide
 from medray.inference.regions import counted, read_pixels
 from medray.inference.run import Options, RunSettings
 from medray.models.canvas import RegionClasses, RegionPixels
-from medray.models.classify import load_classifier
 from medray.models.config import ModelConfig, Precision, Prediction, read_config
 from medray.models.folder import load_model
 from medray.models.predict import Predictor

@@ -21,7 +21,7 @@ from medray.apps.viewer.layers import (
     uncertainty_tile,
 )
 from medray.apps.viewer.pictures import UNSURE, as_heat, as_jpeg, as_overlay
-from medray.apps.viewer.run import ViewedRun, place_of, version_of
+from medray.apps.viewer.run import ViewedRun, source_of, version_of
 from medray.apps.viewer.tiles import TILE, open_unchanged, slide_tile, tile_region
 from medray.apps.viewer.worst import worst_regions
 from medray.errors import ConfigError
@@ -123,19 +123,19 @@ def slide_response(viewed: ViewedRun, request: Request) -> Response:
 def worst_response(viewed: ViewedRun, request: Request) -> Response:
     """Return the squares of a slide in which most is wrong or least certain."""
     row = viewed.row(_asked(request, "slide"))
-    place = place_of(viewed, row)
-    if not place.mask or not (place.truth or place.uncertainty):
+    source = source_of(viewed, row)
+    if not source.mask or not (source.truth or source.uncertainty):
         raise LookupError(
             "this slide has no mask, or neither a truth to compare it with nor an "
             "uncertainty (infer with --quality)"
         )
-    return JSONResponse(worst_regions(place, viewed.settings.classes))
+    return JSONResponse(worst_regions(source, viewed.settings.classes))
 
 
 def thumbnail_response(viewed: ViewedRun, request: Request) -> Response:
     """Return the thumbnail of a slide."""
     row = viewed.row(_asked(request, "slide"))
-    slide = open_unchanged(place_of(viewed, row))
+    slide = open_unchanged(source_of(viewed, row))
     pixels, _, _ = read_thumbnail(slide, _THUMBNAIL)
     return _picture(request, row, as_jpeg(pixels), "image/jpeg")
 
@@ -148,36 +148,36 @@ def tile_response(viewed: ViewedRun, request: Request) -> Response:
     zoom, y, x = (request.path_params[name] for name in ("zoom", "y", "x"))
     classes = viewed.settings.classes
     row = viewed.row(_asked(request, "slide"))
-    place = place_of(viewed, row)
-    region, step = tile_region(place, zoom, y, x)
+    source = source_of(viewed, row)
+    region, step = tile_region(source, zoom, y, x)
     shown = _shown(_asked(request, "shown"))
     if layer == "slide":
-        pixels = slide_tile(open_unchanged(place), region, step)
+        pixels = slide_tile(open_unchanged(source), region, step)
         return _picture(request, row, as_jpeg(pixels, side=TILE), "image/jpeg")
-    if layer != "truth" and not place.mask:
+    if layer != "truth" and not source.mask:
         raise LookupError("this slide has no mask")
-    if layer in ("truth", "difference") and not place.truth:
+    if layer in ("truth", "difference") and not source.truth:
         raise LookupError("this slide has no truth")
     if layer == "probability":
-        if not place.probabilities:
+        if not source.probabilities:
             raise LookupError("the run kept no probabilities; infer with them")
-        shares = probability_tile(place, region, step)
+        shares = probability_tile(source, region, step)
         data = as_heat(shares, classes.colors, shown)
     elif layer == "uncertainty":
-        if not place.uncertainty:
+        if not source.uncertainty:
             raise LookupError("the run kept no uncertainty; infer with --quality")
-        data = as_heat(uncertainty_tile(place, region, step)[None], (UNSURE,), {0})
+        data = as_heat(uncertainty_tile(source, region, step)[None], (UNSURE,), {0})
     elif layer == "truth":
-        lines = truth_outlines(place, region, step, classes)
+        lines = truth_outlines(source, region, step, classes)
         # In the differences the colours of classes have other meanings.
         dark = [INK] * len(classes) if _asked(request, "dark") else classes.colors
         data = as_overlay(lines, dark, shown)
     else:
         if layer == "difference":
-            values = difference_tile(place, region, step, classes)
+            values = difference_tile(source, region, step, classes)
             colors: Sequence[str] = COLORS
         else:
-            values, colors = mask_tile(place, region, step), classes.colors
+            values, colors = mask_tile(source, region, step), classes.colors
         data = as_overlay(values, colors, shown)
     return _picture(request, row, data, "image/png")
 

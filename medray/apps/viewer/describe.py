@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from medray.apps.viewer.run import ViewedRun, place_of, version_of
+from medray.apps.viewer.run import ViewedRun, source_of, version_of
 from medray.apps.viewer.tiles import last_zoom, open_unchanged
 from medray.errors import MedrayError
-from medray.evaluation.report import AGREEMENT
+from medray.evaluation.overlay import AGREEMENT
 from medray.storage import files
 from medray.types import Row
 
@@ -41,31 +41,31 @@ def _card(viewed: ViewedRun, row: Row) -> Row:
 def describe_slide(viewed: ViewedRun, row: Row) -> Row:
     """Return what the page of a slide shows."""
     classes = viewed.settings.classes
-    place = place_of(viewed, row)
+    source = source_of(viewed, row)
     problem = ""
     try:
-        open_unchanged(place)
+        open_unchanged(source)
     except MedrayError as error:
         problem = f"{error}"
     score = viewed.scores.get(row["slide"], {})
     names = {"f1": "F1", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
     done = row["status"] == "done"
-    probabilities = place.probabilities and files.exists(place.probabilities)
-    uncertainty = place.uncertainty and files.exists(place.uncertainty)
+    probabilities = source.probabilities and files.exists(source.probabilities)
+    uncertainty = source.uncertainty and files.exists(source.uncertainty)
     return _card(viewed, row) | {
         "run": viewed.uri.rpartition("/")[2],
-        "height": place.height,
-        "width": place.width,
-        "mpp": place.mpp,
-        "last_zoom": last_zoom(place.height, place.width),
+        "height": source.height,
+        "width": source.width,
+        "mpp": source.mpp,
+        "last_zoom": last_zoom(source.height, source.width),
         "problem": problem,
         "layers": {
             "slide": not problem,
-            "mask": bool(place.mask),
-            "probability": bool(place.mask and probabilities),
-            "uncertainty": bool(place.mask and uncertainty),
-            "difference": bool(place.mask and place.truth),
-            "truth": bool(place.truth),
+            "mask": bool(source.mask),
+            "probability": bool(source.mask and probabilities),
+            "uncertainty": bool(source.mask and uncertainty),
+            "difference": bool(source.mask and source.truth),
+            "truth": bool(source.truth),
         },
         "classes": _legend(classes.names, classes.colors),
         "kinds": _legend(("", *AGREEMENT), COLORS)[: 4 if len(classes) > 2 else 3],
@@ -77,7 +77,7 @@ def describe_slide(viewed: ViewedRun, row: Row) -> Row:
                 else ""
             ),
             "Mask": f"{row['mpp']:.3g} µm per pixel" if done and row["mpp"] else "",
-            "Pixels": f"{place.width} \N{MULTIPLICATION SIGN} {place.height}",
+            "Pixels": f"{source.width} \N{MULTIPLICATION SIGN} {source.height}",
         }
         | {
             name: f"{score[key]:.3f}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from medray.apps.viewer.tiles import Place
+from medray.apps.viewer.tiles import SlideSource
 from medray.classes import Classes
 from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
@@ -24,41 +24,41 @@ STRIDES = 5
 _LINE = 2  # half the width of an outline, pixels
 
 
-def mask_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def mask_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the mask: (height, width) uint8 label values.
 
     Raises:
         MedrayError: The mask is damaged or cannot be read.
     """
-    return _layer_tile(place, place.mask, region, step)
+    return _layer_tile(source, source.mask, region, step)
 
 
-def probability_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def probability_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the class probabilities: (class, height, width) uint8, 255 is certain.
 
     Raises:
         MedrayError: They are damaged or cannot be read.
     """
-    return _layer_tile(place, place.probabilities, region, step)
+    return _layer_tile(source, source.probabilities, region, step)
 
 
-def uncertainty_tile(place: Place, region: Rectangle, step: int) -> UInt8:
+def uncertainty_tile(source: SlideSource, region: Rectangle, step: int) -> UInt8:
     """Read the uncertainty: (height, width) uint8, 255 is the most.
 
     Raises:
         MedrayError: It is damaged or cannot be read.
     """
-    return _layer_tile(place, place.uncertainty, region, step)
+    return _layer_tile(source, source.uncertainty, region, step)
 
 
-def _layer_tile(place: Place, uri: str, region: Rectangle, step: int) -> UInt8:
-    ratio = step / place.mask_step
-    if math.log2(ratio) > place.coarsest + STRIDES:
+def _layer_tile(source: SlideSource, uri: str, region: Rectangle, step: int) -> UInt8:
+    ratio = step / source.mask_step
+    if math.log2(ratio) > source.coarsest + STRIDES:
         shape = (region.height, region.width)  # it would take too much to read
         return np.zeros(shape, np.uint8)
-    opened = functools.partial(_level, version=place.version)
+    opened = functools.partial(_level, version=source.version)
     return nearest_labels(
-        uri, region, ratio, place.mask_shape, place.coarsest, opened=opened
+        uri, region, ratio, source.mask_shape, source.coarsest, opened=opened
     )
 
 
@@ -68,24 +68,30 @@ def _level(uri: str, level: int, version: str) -> ome_zarr.Pixels:
     return ome_zarr.open_level(uri, level)
 
 
-def truth_tile(place: Place, region: Rectangle, step: int, classes: Classes) -> UInt8:
+def truth_tile(
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
+) -> UInt8:
     """Draw or read the truth: (height, width) uint8 label values.
 
     Raises:
         MedrayError: The truth is damaged, or of another slide.
     """
-    return read_truth(truth_row(place, step), region, classes)
+    return read_truth(truth_row(source, step), region, classes)
 
 
-def truth_row(place: Place, step: float) -> dict[str, Any]:
+def truth_row(source: SlideSource, step: float) -> dict[str, Any]:
     """Return what `read_truth` wants to know of a slide."""
-    row: dict[str, Any] = {"truth": place.truth, "kind": place.kind, "uri": place.uri}
+    row: dict[str, Any] = {
+        "truth": source.truth,
+        "kind": source.kind,
+        "uri": source.uri,
+    }
     row["downsample"] = step
-    return row | {"level0_height": place.height, "level0_width": place.width}
+    return row | {"level0_height": source.height, "level0_width": source.width}
 
 
 def difference_tile(
-    place: Place, region: Rectangle, step: int, classes: Classes
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
 ) -> UInt8:
     """Compare mask and truth: (height, width) uint8, see `KINDS`.
 
@@ -94,14 +100,14 @@ def difference_tile(
     Raises:
         MedrayError: One of them is damaged, or of another slide.
     """
-    row = truth_row(place, step)
-    mask, truth = mask_tile(place, region, step), read_truth(row, region, classes)
+    row = truth_row(source, step)
+    mask, truth = mask_tile(source, region, step), read_truth(row, region, classes)
     kinds, known = differences(mask, truth), read_known(row, region, classes)
     return kinds if known is None else kinds * known
 
 
 def truth_outlines(
-    place: Place, region: Rectangle, step: int, classes: Classes
+    source: SlideSource, region: Rectangle, step: int, classes: Classes
 ) -> UInt8:
     """Draw the outlines of the truth: (height, width) uint8, 0 off the lines.
 
@@ -110,10 +116,10 @@ def truth_outlines(
     """
     # What lies around the tile decides about lines at its border.
     top, left = max(0, region.y - _LINE), max(0, region.x - _LINE)
-    bottom = min(region.bottom + _LINE, -(-place.height // step))
-    right = min(region.right + _LINE, -(-place.width // step))
+    bottom = min(region.bottom + _LINE, -(-source.height // step))
+    right = min(region.right + _LINE, -(-source.width // step))
     around = Rectangle(top, left, bottom - top, right - left)
-    lines = outlines(truth_tile(place, around, step, classes))
+    lines = outlines(truth_tile(source, around, step, classes))
     return lines[region.slices(origin=around)]
 
 

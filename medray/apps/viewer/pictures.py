@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from medray.apps.viewer.tiles import TILE
+from medray.classes import rgb_of
 from medray.types import UInt8
 
 UNSURE = "#008b8b"
@@ -39,7 +40,7 @@ def as_overlay(values: UInt8, colors: Sequence[str], shown: Collection[int]) -> 
     tile = np.zeros((TILE, TILE), np.uint8)
     tile[: values.shape[0], : values.shape[1]] = values
     picture = Image.fromarray(tile, "P")
-    picture.putpalette([n for color in colors for n in bytes.fromhex(color[1:])])
+    picture.putpalette([n for color in colors for n in rgb_of(color)])
     alpha = bytes(255 if value in shown else 0 for value in range(len(colors)))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", transparency=alpha, compress_level=3)
@@ -58,7 +59,7 @@ def as_heat(shares: UInt8, colors: Sequence[str], shown: Collection[int]) -> byt
     classes = [value for value in sorted(shown) if value < len(shares)]
     if classes and shares.ndim == 3:
         part = shares[classes]
-        table = np.array([[*bytes.fromhex(colors[value][1:])] for value in classes])
+        table = np.array([rgb_of(colors[value]) for value in classes])
         height, width = part.shape[1:]
         tile[:height, :width, :3] = table[part.argmax(axis=0)]
         tile[:height, :width, 3] = part.max(axis=0)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medray.annotations.matching import match_names
-from medray.apps.viewer.tiles import Place, open_unchanged, whole_step
+from medray.apps.viewer.tiles import SlideSource, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.ground_truth import list_ground_truth, name_in
 from medray.inference.run import (
@@ -107,20 +107,20 @@ def open_viewed(
     if metrics:
         table = files.read_table(files.join(folder, "per_slide.parquet"))
         scores = {row["slide"]: row for row in table.to_pylist()}
-    place = files.absolute(truth) if truth else str(metrics.get("truth", ""))
+    source = files.absolute(truth) if truth else str(metrics.get("truth", ""))
     ground_truths: dict[str, list[str]] = {}
     kind = ""
     try:
-        if place:
-            ground_truths, kind = list_ground_truth(place, settings.classes)
+        if source:
+            ground_truths, kind = list_ground_truth(source, settings.classes)
     except MedrayError as error:
         if truth:
             raise
         log.warning("the report's truth is not shown: %s", error)
-        place = ""
+        source = ""
     moved = {file.slide: file.uri for file in find_slides([slides])} if slides else {}
     folder = folder if metrics else ""
-    return ViewedRun(run, settings, folder, place, ground_truths, kind, scores, moved)
+    return ViewedRun(run, settings, folder, source, ground_truths, kind, scores, moved)
 
 
 def _read_report(folder: str, settings: RunSettings, *, named: bool) -> Row:
@@ -169,7 +169,7 @@ def read_rows(run: str) -> dict[str, Row]:
 # --- a slide --------------------------------------------------------------------------
 
 
-def place_of(viewed: ViewedRun, row: Row) -> Place:
+def source_of(viewed: ViewedRun, row: Row) -> SlideSource:
     """Find where a slide's pixels, mask and truth lie.
 
     Raises:
@@ -192,7 +192,7 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
     layers: Row = {"probabilities": probabilities, "uncertainty": uncertainty}
     if row["status"] == "done":
         step = whole_step(row["downsample"] / row["scale"]) * row["scale"]
-        return Place(
+        return SlideSource(
             **common,
             height=row["level0_height"],
             width=row["level0_width"],
@@ -203,14 +203,14 @@ def place_of(viewed: ViewedRun, row: Row) -> Place:
             **layers,
         )
     if row["status"] == "failed":
-        opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
+        opened = open_unchanged(SlideSource(**common, height=0, width=0, mpp=None))
         top = opened.levels[0]
         mpp = row.get("given_mpp") or opened.mpp
-        return Place(**common, height=top.height, width=top.width, mpp=mpp)
+        return SlideSource(**common, height=top.height, width=top.width, mpp=mpp)
     return _under_way(viewed, common, layers)
 
 
-def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
+def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> SlideSource:
     """Place a slide of which there is no row yet, by the attributes of its mask."""
     slide = common["slide"]
     mask = mask_uri(viewed.uri, slide)
@@ -225,9 +225,9 @@ def _under_way(viewed: ViewedRun, common: Row, layers: Row) -> Place:
     common |= _chosen(told["slide_digest"])
     height, width = (math.ceil(n * step) for n in shape)
     if common["uri"]:
-        opened = open_unchanged(Place(**common, height=0, width=0, mpp=None))
+        opened = open_unchanged(SlideSource(**common, height=0, width=0, mpp=None))
         height, width = opened.levels[0].height, opened.levels[0].width
-    return Place(
+    return SlideSource(
         **common,
         height=height,
         width=width,

@@ -42,7 +42,7 @@ _DAMAGED = (214, 204, 204)
 
 
 @dataclass(frozen=True)
-class Place:
+class SlideSource:
     """Where everything lies that can be seen of a slide; empty where it is not.
 
     Attributes:
@@ -94,7 +94,9 @@ def last_zoom(height: int, width: int) -> int:
     return max(0, math.ceil(math.log2(max(height, width) / TILE)))
 
 
-def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int]:
+def tile_region(
+    source: SlideSource, zoom: int, y: int, x: int
+) -> tuple[Rectangle, int]:
     """Return what a tile shows, in its own pixels, and its step.
 
     Returns:
@@ -104,11 +106,11 @@ def tile_region(place: Place, zoom: int, y: int, x: int) -> tuple[Rectangle, int
     Raises:
         LookupError: There is no such tile.
     """
-    last = last_zoom(place.height, place.width)
+    last = last_zoom(source.height, source.width)
     if not 0 <= zoom <= last:
         raise LookupError(f"there are zooms 0 to {last}, found {zoom}")
     step = 1 << (last - zoom)
-    height, width = -(-place.height // step), -(-place.width // step)
+    height, width = -(-source.height // step), -(-source.width // step)
     if not (0 <= y < -(-height // TILE) and 0 <= x < -(-width // TILE)):
         raise LookupError(
             f"zoom {zoom} has {-(-height // TILE)} x {-(-width // TILE)} tiles, there "
@@ -128,26 +130,26 @@ def whole_step(downsample: float) -> float:
 # --- slide ----------------------------------------------------------------------------
 
 
-def open_unchanged(place: Place) -> Slide:
+def open_unchanged(source: SlideSource) -> Slide:
     """Open the slide's file, if it is what was planned.
 
     Raises:
         SlideError: It is gone, damaged, or another one by now.
     """
-    if not place.uri:
+    if not source.uri:
         raise SlideError(
-            f"{place.slide}: the run does not tell yet where its file is; give "
+            f"{source.slide}: the run does not tell yet where its file is; give "
             f"--slides with the folder"
         )
     try:
-        now = slide_fingerprint(place.uri)
+        now = slide_fingerprint(source.uri)
     except FileNotFoundError as error:
         raise SlideError(
-            f"{place.uri}: the slide is gone; if it was moved, give --slides with its "
+            f"{source.uri}: the slide is gone; if it was moved, give --slides with its "
             f"folder"
         ) from error
     return _opened(
-        place.uri, now, place.fingerprint, place.digest, place.scene, place.plane
+        source.uri, now, source.fingerprint, source.digest, source.scene, source.plane
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.apps.viewer.layers import truth_row
-from medray.apps.viewer.tiles import OVERVIEW, Place
+from medray.apps.viewer.tiles import OVERVIEW, SlideSource
 from medray.classes import Classes
 from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
@@ -17,7 +17,7 @@ _MOST_SQUARES = 20
 
 
 def worst_regions(
-    place: Place, classes: Classes, *, side: int = 512
+    source: SlideSource, classes: Classes, *, side: int = 512
 ) -> list[dict[str, float]]:
     """Find the squares of a slide in which most is wrong, or least certain.
 
@@ -25,7 +25,7 @@ def worst_regions(
     taken at a coarse level, of at most some 2000 pixels a side.
 
     Args:
-        place: With a mask, and a truth or uncertainty.
+        source: With a mask, and a truth or uncertainty.
         classes: Names by label value.
         side: Of a square, in pixels of the mask.
 
@@ -38,20 +38,20 @@ def worst_regions(
         MedrayError: The mask, the truth or the uncertainty is damaged.
     """
     coarse = 0
-    while max(place.mask_shape) >> coarse > OVERVIEW:
+    while max(source.mask_shape) >> coarse > OVERVIEW:
         coarse += 1
-    height, width = (math.ceil(n / 2**coarse) for n in place.mask_shape)
+    height, width = (math.ceil(n / 2**coarse) for n in source.mask_shape)
     whole = Rectangle(0, 0, height, width)
-    uri = place.mask if place.truth else place.uncertainty
-    found = nearest_labels(uri, whole, 2**coarse, place.mask_shape, place.coarsest)
-    if not place.truth:
-        return _squares(found / 255, "uncertain", side, coarse, place.mask_step)
-    row = truth_row(place, place.mask_step * 2**coarse)
+    uri = source.mask if source.truth else source.uncertainty
+    found = nearest_labels(uri, whole, 2**coarse, source.mask_shape, source.coarsest)
+    if not source.truth:
+        return _squares(found / 255, "uncertain", side, coarse, source.mask_step)
+    row = truth_row(source, source.mask_step * 2**coarse)
     wrong = (found != read_truth(row, whole, classes)).astype(np.float64)
     known = read_known(row, whole, classes)
     if known is not None:
         wrong *= known
-    return _squares(wrong, "wrong", side, coarse, place.mask_step)
+    return _squares(wrong, "wrong", side, coarse, source.mask_step)
 
 
 def _squares(

@@ -1,0 +1,199 @@
+"""Masks and the truth -> counts of pixels, region by region, in Ray tasks."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray.data
+
+from medray.errors import MedrayError
+from medray.evaluation.curves import count_levels
+from medray.evaluation.ground_truth import read_known, read_truth, truth_note
+from medray.evaluation.metrics import confusion
+from medray.evaluation.slide_metrics import SlideReport
+from medray.execution import cluster
+from medray.execution.progress import Progress
+from medray.geometry import Rectangle, plan_regions
+from medray.inference.run import RunSettings, layer_uri, mask_uri, probabilities_uri
+from medray.storage import ome_zarr
+from medray.types import Row
+
+FIELD_PX = 1024
+"""Side of a field of view, pixels of the mask."""
+_FIELDS, _FIELDS_OF_ONE = 4, 2  # that are shown of a kind, and of them of one slide
+
+
+@dataclass(frozen=True)
+class FieldOfView:
+    """A square of a mask, `FIELD_PX` a side.
+
+    Attributes:
+        amount: What is summed up over its pixels.
+        slide: Id.
+        y: First row, pixels of the mask.
+        x: First column.
+    """
+
+    amount: int
+    slide: str
+    y: int
+    x: int
+
+
+@dataclass
+class Counted:
+    """What the regions add up to.
+
+    Attributes:
+        slides: The result of each slide.
+        levels: See `medray.evaluation.curves.count_levels`; None without probabilities.
+        fields: The worst of them, by the heading that they have in the report.
+    """
+
+    slides: list[SlideReport] = field(default_factory=list)
+    levels: npt.NDArray[np.int64] | None = None
+    fields: dict[str, list[FieldOfView]] = field(default_factory=dict)
+
+
+_WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
+
+
+def count_slides(done: list[Row], run: str, settings: RunSettings) -> Counted:
+    """Count every region of every slide; a slide that fails becomes a row with why."""
+    size = 2 * ome_zarr.REGION
+    rows: list[Row] = [
+        {"row": json.dumps(row), "region": [r.y, r.x, r.height, r.width]}
+        for row in done
+        for r in plan_regions(row["height"], row["width"], size)
+    ]
+    classes = len(settings.classes)
+    zero = np.zeros((classes, classes), np.int64)
+    counts = {row["slide"]: zero.copy() for row in done}
+    readings = {row["slide"]: _reading(row) for row in done}
+    left = {row["slide"]: 0 for row in done}
+    for item in rows:
+        left[json.loads(item["row"])["slide"]] += 1
+    errors: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    levels: Any = 0
+    of_slides: dict[str, Any] = {}  # the levels of those under way
+    best: dict[str, dict[str, list[FieldOfView]]] = {}
+    with Progress("evaluate", len(done)) as progress:
+        for result in _counted(rows, run, settings):
+            slide = result["slide"]
+            if "error" in result:
+                errors.setdefault(slide, result["error"])
+            else:
+                counts[slide] += np.asarray(result["counts"])
+                notes[slide] = result["note"]
+                found = np.asarray(result.get("levels", 0))
+                of_slides[slide] = of_slides.get(slide, 0) + found
+                for heading, squares in result["fields"].items():
+                    of_slide = best.setdefault(heading, {}).setdefault(slide, [])
+                    of_slide += [FieldOfView(n, slide, y, x) for n, y, x in squares]
+                    of_slide[:] = _largest(of_slide, _FIELDS_OF_ONE)
+            progress.region(result["pixels"])
+            left[slide] -= 1
+            if not left[slide]:
+                error = errors.get(slide)
+                progress.slide(slide, f"failed: {error}" if error else "done")
+                own = of_slides.pop(slide, 0)
+                levels += 0 if error else own
+    return Counted(
+        [
+            SlideReport(slide, "failed", errors[slide], None, None)
+            if slide in errors
+            else SlideReport(
+                slide,
+                "done",
+                notes.get(slide, ""),
+                counts[slide],
+                None,
+                readings[slide],
+            )
+            for slide in counts
+        ],
+        levels if np.ndim(levels) else None,
+        {
+            heading: _largest(
+                (one for slide in of.keys() - errors.keys() for one in of[slide]),
+                _FIELDS,
+            )
+            for heading, of in sorted(best.items(), reverse=True)
+        },
+    )
+
+
+def _reading(row: Row) -> str:
+    """Say how a slide of a run was read."""
+    said = row.get("note") or ""
+    if row.get("mpp_x"):
+        mpp = f"{row['mpp_x']:.4g} um per pixel ({row['mpp_from']})"
+        said = f"{mpp}; {said}" if said else mpp
+    return said
+
+
+def _largest(fields: Iterable[FieldOfView], count: int) -> list[FieldOfView]:
+    """Return those of the largest amounts; equal ones by slide, row and column."""
+    return heapq.nsmallest(
+        count, fields, key=lambda one: (-one.amount, one.slide, one.y, one.x)
+    )
+
+
+def _counted(rows: list[Row], run: str, settings: RunSettings) -> Iterator[Row]:
+    with cluster.streaming(block_bytes=1 << 20):
+        counted = ray.data.from_items(
+            rows, override_num_blocks=min(len(rows), 1000)
+        ).map_batches(
+            _count_region,
+            batch_size=1,
+            num_cpus=1,
+            fn_kwargs={"run": run, "settings": settings},
+        )
+        for item in counted.iter_rows():
+            yield json.loads(item["json"])
+
+
+def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
+    row = json.loads(batch["row"][0])
+    slide, classes = row["slide"], settings.classes
+    region = Rectangle(*map(int, batch["region"][0]))
+    result: Row = {"slide": slide, "pixels": region.height * region.width}
+    try:
+        predicted = ome_zarr.open_level(mask_uri(run, slide))[region.slices()]
+        truth = read_truth(row, region, classes)
+        known = read_known(row, region, classes)
+        if known is None:
+            known = np.ones(truth.shape, bool)
+        true, found = truth[known], predicted[known]
+        result["counts"] = confusion(true, found, len(classes)).tolist()
+        if settings.options.prediction.probabilities:
+            stored = ome_zarr.open_level(probabilities_uri(run, slide))
+            shares = stored[(slice(None), *region.slices())][:, known]
+            result["levels"] = count_levels(true, found, shares).tolist()
+        result["note"] = truth_note(row, classes)
+        wrong = known & (truth != predicted)
+        result["fields"] = {_WRONG: _fields_in(wrong, region)}
+        if "uncertainty" in settings.layers:
+            layer = ome_zarr.open_level(layer_uri(run, slide, "uncertainty"))
+            unsure = np.where(known, layer[region.slices()], np.uint8(0))
+            result["fields"][_UNCERTAIN] = _fields_in(unsure, region)
+    except (MedrayError, OSError, ValueError) as error:
+        result["error"] = f"{error}"
+    return {"json": [json.dumps(result)]}
+
+
+def _fields_in(values: npt.NDArray[Any], region: Rectangle) -> list[list[int]]:
+    """Return sum, row and column of the squares of a region that have the most."""
+    squares = [
+        [int(values[part.slices()].sum()), region.y + part.y, region.x + part.x]
+        for part in plan_regions(region.height, region.width, FIELD_PX)
+    ]
+    squares.sort(key=lambda square: -square[0])
+    return [square for square in squares[:_FIELDS_OF_ONE] if square[0]]

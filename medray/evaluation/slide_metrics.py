@@ -1,0 +1,159 @@
+"""Scores of slides from their counts: pooled, of each cohort, with intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medray.datasets.splits import read_groups
+from medray.errors import ConfigError
+from medray.evaluation.curves import curve_scores
+from medray.evaluation.ground_truth import name_in
+from medray.evaluation.metrics import Counts, bootstrap, class_scores, summary
+from medray.storage import files
+
+PATIENT = "patient"
+"""Column of cohorts whose values are resampled for intervals."""
+
+
+@dataclass(frozen=True)
+class SlideReport:
+    """One slide of an evaluation.
+
+    Attributes:
+        slide: Its id.
+        status: done or failed.
+        message: Why it failed, or what to know of its truth.
+        counts: (C, C) int64, see medray.evaluation.metrics; None if it failed.
+        overlay: Picture made by `draw_overlay`; None for most slides.
+        reading: How its pixels were read: microns per pixel, their source, and notes.
+    """
+
+    slide: str
+    status: str
+    message: str
+    counts: Counts | None
+    overlay: bytes | None
+    reading: str = ""
+
+
+def read_cohorts(uri: str) -> dict[str, dict[str, str]]:
+    """Read a CSV (slide, and other columns): each column's values by slide.
+
+    Raises:
+        ConfigError: It cannot be read, has no other column, or says two things of one
+            slide.
+    """
+    try:
+        text = files.read_bytes(uri).decode("utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
+    names = next(csv.reader(io.StringIO(text)), [])
+    columns = [name for name in names if name and name != "slide"]
+    if not columns:
+        raise ConfigError(
+            f"{uri}: expected the column slide and at least one other, such as "
+            f"scanner, found {names}"
+        )
+    return {column: read_groups(uri, column) for column in columns}
+
+
+def cohorts_of(
+    slides: Collection[str], groups: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Return each column's values by the ids of slides; "" where nothing is said."""
+    found: dict[str, dict[str, str]] = {}
+    for column, values in groups.items():
+        names = {slide: name_in(slide, values) for slide in slides}
+        found[column] = {
+            slide: "" if name is None else values[name] for slide, name in names.items()
+        }
+    return found
+
+
+def score_slides(
+    slides: Sequence[SlideReport],
+    names: Sequence[str],
+    *,
+    levels: Counts | None = None,
+    cohorts: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Score the slides of an evaluation.
+
+    Args:
+        slides: All of them, also those that failed.
+        names: Of the classes.
+        levels: Pixels by their probability, see
+            `medray.evaluation.curves.count_levels`.
+        cohorts: The value of each slide ("": not known), by what it is a value of.
+
+    Returns:
+        The pooled scores (f1 first of all), `interval` and `interval_over` (slides or
+        patients), `per_class`, `confusion`, `classes`, `curves` (None without
+        `levels`), `cohorts`, `slides`.
+    """
+    cohorts = cohorts or {}
+    done = [slide for slide in slides if slide.counts is not None]
+    each = _stacked(done, len(names))
+    pooled = each.sum(axis=0)
+    patients = cohorts.get(PATIENT, {})
+    return summary(pooled, names) | {
+        "interval": bootstrap(_by_patient(done, each, patients), names),
+        "interval_over": "patients" if patients else "slides",
+        "per_class": class_scores(pooled, names),
+        "confusion": pooled.tolist(),
+        "classes": list(names),
+        "curves": None if levels is None else curve_scores(levels, names),
+        "cohorts": {
+            column: _cohort_rows(done, values, patients, names)
+            for column, values in cohorts.items()
+            if column != PATIENT
+        },
+        "slides": {"evaluated": len(done), "failed": len(slides) - len(done)},
+    }
+
+
+def _stacked(slides: Sequence[SlideReport], classes: int) -> Counts:
+    """Return the counts of slides: (N, C, C)."""
+    counts = [slide.counts for slide in slides]
+    return np.array(counts, np.int64).reshape(-1, classes, classes)
+
+
+def _by_patient(
+    slides: Sequence[SlideReport], counts: Counts, patients: Mapping[str, str]
+) -> Counts:
+    """Add up the counts of each patient; a slide of no known one stands for itself."""
+    place: dict[tuple[bool, str], int] = {}
+    rows = []
+    for slide in slides:
+        patient = patients.get(slide.slide, "")
+        unit = (bool(patient), patient or slide.slide)
+        rows.append(place.setdefault(unit, len(place)))
+    total = np.zeros((len(place), *counts.shape[1:]), np.int64)
+    np.add.at(total, rows, counts)
+    return total
+
+
+def _cohort_rows(
+    slides: Sequence[SlideReport],
+    values: Mapping[str, str],
+    patients: Mapping[str, str],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Score the slides of each value: `value`, `slides`, the scores and `interval`."""
+    groups: dict[str, list[SlideReport]] = {}
+    for slide in slides:
+        groups.setdefault(values.get(slide.slide, ""), []).append(slide)
+    rows = []
+    for value in sorted(groups):
+        each = _stacked(groups[value], len(names))
+        found = bootstrap(_by_patient(groups[value], each, patients), names)
+        row: dict[str, Any] = {"value": value, "slides": len(each)}
+        row |= summary(each.sum(axis=0), names)
+        rows.append(row | {"interval": found["f1"] if found else None})
+    return rows
