@@ -40,10 +40,10 @@ from medray.models.config import ModelConfig
 from medray.models.network import choose_device
 from medray.storage.yaml_config import write_settings
 from medray.training.dataloader import Place, read_parts
-from medray.training.learner import Batch, Learner, Team
 from medray.training.recipe import Data, Recipe, Schedule, read_recipe
 from medray.training.sampler import read_crop, read_train, usable_patches
 from medray.training.train import read_history, train
+from medray.training.trainer import Batch, Learner, Team
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARM = 6

@@ -26,10 +26,10 @@ from medray.models.config import ModelConfig
 from medray.models.predict import Predictor
 from medray.slides.discovery import find_slides
 from medray.storage.ledger import Ledger
-from medray.training.learner import World
 from medray.training.recipe import Recipe
 from medray.training.train import Training, train_with
-from medray.training.trainer import train_as
+from medray.training.trainer import World
+from medray.training.worker import train_as
 
 Row = dict[str, Any]
 

@@ -46,11 +46,11 @@ from medray.models.weights import is_file
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import to_dict
-from medray.training.learner import build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.report import write_training_report
 from medray.training.sampler import usable_patches
-from medray.training.trainer import (
+from medray.training.trainer import build_network
+from medray.training.worker import (
     TrainingError,
     example_uri,
     history_uri,
@@ -177,7 +177,7 @@ def train_with(
     """Train a model as a recipe says, by other means than Ray Train.
 
     Args:
-        run: Trains by `medray.training.trainer.train_as`; takes the recipe, what
+        run: Trains by `medray.training.worker.train_as`; takes the recipe, what
             inference must know, and the training's name.
         settings: The recipe.
         data: Dataset.

@@ -33,11 +33,11 @@ from medray.models.network import choose_device
 from medray.storage import files
 from medray.storage.lock import locked
 from medray.storage.yaml_config import read_yaml
-from medray.training.learner import World
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import read_history, train_with
-from medray.training.trainer import train_as
+from medray.training.trainer import World
 from medray.training.tune_report import write_tune_report
+from medray.training.worker import train_as
 from medray.types import Row
 
 log = logging.getLogger(__name__)

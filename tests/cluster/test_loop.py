@@ -17,8 +17,7 @@ from medray.geometry import Windows
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.network import Network
-from medray.training import trainer
-from medray.training.learner import Learner, World
+from medray.training import worker as trainer
 from medray.training.recipe import (
     Augment,
     Data,
@@ -29,6 +28,7 @@ from medray.training.recipe import (
     Teacher,
     Unlabelled,
 )
+from medray.training.trainer import Learner, World
 
 TEAM = World(0, 1, torch.device("cpu"))
 SMALL = Recipe(
@@ -363,8 +363,8 @@ def test_other_classes_than_the_model_are_refused_by_pruning(
     dataset: str, tmp_path: Path
 ) -> None:
     from medray.errors import ConfigError
-    from medray.training.learner import build_network
     from medray.training.recipe import Prune
+    from medray.training.trainer import build_network
 
     config = replace(model_config(dataset, SMALL), classes=Classes(("a", "b", "c")))
     network = build_network(SMALL, 3)

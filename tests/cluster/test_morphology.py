@@ -26,11 +26,11 @@ from medray.models.classify import load_classifier
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-from medray.training.learner import Batch, Learner, World
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import read_val, usable_patches
 from medray.training.train import train
-from medray.training.trainer import read_best
+from medray.training.trainer import Batch, Learner, World
+from medray.training.worker import read_best
 
 RECIPE = """
 model: {name: classifier, encoder: resnet10t, morphology: true}

@@ -22,11 +22,11 @@ from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-from medray.training import trainer
+from medray.training import worker as trainer
 from medray.training.finetuning import find_stages, importance, most_important
-from medray.training.learner import Batch, Learner, World, build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import train, train_with
+from medray.training.trainer import Batch, Learner, World, build_network
 
 TEAM = World(0, 1, torch.device("cpu"))
 HEAD, REST = "{epochs: 1, train: head}", "{epochs: 1, train: all, lr: 0.1}"

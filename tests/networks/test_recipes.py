@@ -14,9 +14,9 @@ from medray.errors import ConfigError
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.segmenters import build_segmenter
-from medray.training import trainer
-from medray.training.learner import World, build_network
+from medray.training import worker as trainer
 from medray.training.recipe import Prune, Recipe, Schedule, read_recipe
+from medray.training.trainer import World, build_network
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
