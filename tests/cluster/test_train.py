@@ -27,7 +27,7 @@ from medray.models.segmenters import build_segmenter
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Data, Loss, Optimizer, Recipe, Schedule
 from medray.training.train import train
-from medray.training.worker import TrainingError
+from medray.training.world import TrainingError
 
 TINY = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),

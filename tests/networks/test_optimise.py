@@ -10,19 +10,17 @@ from torch import nn
 from medray.training.optim import (
     build_average,
     build_optimizer,
-    learning_rate,
-    plateau_drops,
 )
 from medray.training.recipe import Optimizer, Phase, Schedule
+from medray.training.schedule import learning_rate, plateau_drops
 
 
 def rates(
     schedule: Schedule, steps: int, scores: tuple[float, ...] = ()
 ) -> list[float]:
-    how = Optimizer(lr=2.0)
     total = steps * schedule.epochs
     return [
-        learning_rate(step, steps, scores[: step // steps], how, schedule)
+        learning_rate(step, steps, scores[: step // steps], 2.0, schedule)
         for step in range(total)
     ]
 
