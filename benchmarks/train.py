@@ -39,18 +39,20 @@ from medray.execution import cluster
 from medray.models.config import ModelConfig
 from medray.models.network import choose_device
 from medray.storage.yaml_config import write_settings
-from medray.training.dataloader import Place, read_parts
+from medray.training.crops import Batch, read_crop, read_train
+from medray.training.dataloader import BatchIndex, read_batches
 from medray.training.recipe import Data, Recipe, Schedule, read_recipe
-from medray.training.sampler import read_crop, read_train, usable_patches
+from medray.training.sampler import usable_patches
 from medray.training.train import read_history, train
-from medray.training.trainer import Batch, Learner, Team
+from medray.training.trainer import Trainer
+from medray.training.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARM = 6
 
 
 class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Parts by their number, for the DataLoader."""
+    """Batches by their number, for the DataLoader."""
 
     def __init__(self, data: str, recipe: Recipe, steps: int) -> None:
         self.data, self.recipe, self.steps = data, recipe, steps
@@ -59,17 +61,14 @@ class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
-        crops = read_train(self.data, self.recipe, 0, index * self.recipe.batch)
-        nothing = np.zeros((0, *crops.images.shape[1:]), np.uint8)
-        return Batch(crops.images, crops.masks, crops.patches, nothing)
+        first = index * self.recipe.batch
+        return read_train(self.data, self.recipe.sampling, 0, first)
 
 
 def by_ray(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[Batch]:
-    places = [Place(0, step, 0) for step in range(steps)]
-    # As many steps an epoch as places: none of them is validation.
-    for part in read_parts(places, recipe, data, steps, b"", readers):
-        crops = part.crops
-        yield Batch(crops.images, crops.masks, crops.patches, part.unlabelled)
+    indices = [BatchIndex(0, step, 0) for step in range(steps)]
+    # As many steps an epoch as indices: none of them is validation.
+    yield from read_batches(indices, recipe.sampling, data, steps, b"", readers)
 
 
 def by_loader(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[Batch]:
@@ -81,17 +80,17 @@ def by_loader(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[B
     )
 
 
-def timed(learner: Learner, batches: Iterator[Batch], steps: int) -> float:
-    """Give crops a second of `steps` steps, after some that warm up."""
+def timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
+    """Return crops a second of `steps` steps, after some that warm up."""
     for batch in itertools.islice(batches, _WARM):
-        learner.do_step([batch])
+        trainer.train_step([batch])
     synchronise()
     start = time.perf_counter()
     for batch in itertools.islice(batches, steps):
-        learner.do_step([batch])
-        learner.step = 0
+        trainer.train_step([batch])
+        trainer.progress.step = 0
     synchronise()
-    return steps * learner.recipe.batch / (time.perf_counter() - start)
+    return steps * trainer.recipe.batch / (time.perf_counter() - start)
 
 
 def synchronise() -> None:
@@ -110,7 +109,7 @@ def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> dict[str, obj
     readers = min(8, max(1, (os.cpu_count() or 1) // 2))
     total = steps + _WARM
     recipe = replace(recipe, data=replace(recipe.data, samples=total * recipe.batch))
-    learner = Learner(Team(0, 1, device), recipe, contract, 1, total)
+    trainer = Trainer(World(0, 1, device), recipe, contract, 1, total)
     (resident,) = itertools.islice(by_ray(data, recipe, 1, 1), 1)
     speeds: dict[str, list[float]] = {"limit": [], "medray": [], "loader": []}
     for _ in range(rounds):
@@ -120,7 +119,7 @@ def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> dict[str, obj
             "loader": by_loader(data, recipe, total, readers),
         }
         for name, feed in feeds.items():
-            speeds[name].append(timed(learner, feed, steps))
+            speeds[name].append(timed(trainer, feed, steps))
     ratios = {
         f"{name} / limit": statistics.median(
             one / limit
@@ -139,7 +138,7 @@ def sharing(data: str, recipe: Recipe, folder: Path) -> dict[str, object]:
         path = folder / f"workers{workers}.yaml"
         short = replace(
             recipe,
-            at_once=recipe.batch // 2,
+            micro_batch_size=recipe.batch // 2,
             workers=workers,
             data=Data(crop=256, samples=12 * recipe.batch),
             schedule=Schedule(epochs=4),
@@ -153,7 +152,7 @@ def sharing(data: str, recipe: Recipe, folder: Path) -> dict[str, object]:
 
 def reading(data: str, folder: Path, count: int = 300) -> dict[str, object]:
     """Read whole patches with labels in a random order, from zarr and from files."""
-    patches = [p for p in usable_patches(data, "train", Recipe()) if p["height"] == 512]
+    patches = [p for p in usable_patches(data, "train", Data()) if p["height"] == 512]
     rng = np.random.default_rng(0)
     for kind in ("png", "tiff"):
         (folder / kind).mkdir()
