@@ -24,10 +24,10 @@ _EXPECTED = {
     "too_long": "a list of at most {max_length} items",
     "dataclass_type": "a mapping of keys to values",
     "missing": "a value",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number of {ge} or more",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number up to {le}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of {ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number up to {le:g}",
 }
 """What YAML should hold, by pydantic's types of error."""
 

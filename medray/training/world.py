@@ -80,7 +80,7 @@ class World:
         return float(together[-1])
 
     def average_statistics(self, network: nn.Module) -> None:
-        """Give a network the mean of the world's running statistics."""
+        """Set a network's running statistics to the mean of the world's."""
         if self.size == 1:
             return
         for buffer in network.buffers():
