@@ -223,7 +223,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # By its module: `medray.train` is the function.
     module = importlib.import_module("medray.training.train")
-    monkeypatch.setattr(module, "_run", serial.run_loop)
+    monkeypatch.setattr(module, "run_workers", serial.run_loop)
 
 
 @pytest.hookimpl(tryfirst=True)  # -m and selection.py look at the marks

@@ -47,3 +47,27 @@ def steps(page: str, *containing: str) -> list[list[list[str]]]:
 def lines_of(page: str, *containing: str) -> list[list[str]]:
     """Return the commands of these blocks."""
     return [line for block in steps(page, *containing) for line in block]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yield every line of a shell block, and of a recipe's comments, with its file."""
+    for page, text in blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            yield page, line
+    for recipe in sorted((ROOT / "medray/training/recipes").rglob("*.yaml")):
+        for line in recipe.read_text().splitlines():
+            if line.startswith("#   medray "):
+                yield str(recipe.relative_to(ROOT)), line.removeprefix("#")
+
+
+def of_medray() -> Iterator[tuple[str, list[str]]]:
+    """Yield what comes after `medray`, of commands and of jobs."""
+    for page, line in commands():
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            job = re.fullmatch(r"jobs/(\w+)\.py", word)
+            is_option = i > 0 and words[i - 1] == "-n"  # a namespace
+            if word.split("/")[-1] == "medray" and not is_option:
+                yield page, words[i + 1 :]
+            elif job:
+                yield page, [job[1], *words[i + 1 :]]

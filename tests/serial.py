@@ -20,10 +20,10 @@ from medray.inference.run import Options
 from medray.models.config import ModelConfig
 from medray.models.predict import Predictor
 from medray.storage.ledger import Ledger
-from medray.training.learner import World
 from medray.training.recipe import Recipe
 from medray.training.train import Training, train_with
-from medray.training.trainer import train_as
+from medray.training.worker import train_as
+from medray.training.world import World
 
 Row = dict[str, Any]
 
@@ -88,7 +88,7 @@ def train(recipe: Recipe, data: str, out: str) -> Training:
 def run_loop(
     settings: Recipe, contract: ModelConfig, data: str, out: str, name: str
 ) -> None:
-    """What stands for `medray.training.train._run`: the loop, as a worker that is
+    """What stands for `medray.training.launch.run_workers`: the loop, as a worker that is
     alone."""
     torch.set_num_threads(os.cpu_count() or 1)
     train_as(World(0, 1, torch.device("cpu")), settings, contract, data, out, name)

@@ -42,8 +42,9 @@ from medray.execution import cluster
 from medray.models.config import Tta
 from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
+from medray.training.checkpoint import read_history
 from medray.training.recipe import read_recipe
-from medray.training.train import read_history, train
+from medray.training.train import train
 
 
 @dataclass(frozen=True)

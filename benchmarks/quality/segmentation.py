@@ -55,8 +55,9 @@ from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
 from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
+from medray.training.checkpoint import read_history
 from medray.training.recipe import read_recipe
-from medray.training.train import read_history, train
+from medray.training.train import train
 
 DATA = ROOT.parent / "shared" / "data"
 

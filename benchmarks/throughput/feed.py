@@ -24,8 +24,7 @@ from medray.geometry import Rectangle
 from medray.slides import open_slide
 from medray.storage import ome_zarr
 from medray.storage.squares import read_part
-from medray.training.augment import move, recolour
-from medray.training.recipe import Augment
+from medray.training.augment import Augment, move, recolour
 
 SLIDE = 2048
 CHANGES = Augment(rotate=15, zoom=0.2, shift=0.05, saturation=0.15, hue=0.03)

@@ -11,7 +11,8 @@ from medray.evaluation.evaluate import Evaluation, evaluate
 from medray.inference.infer import infer
 from medray.inference.run import Options
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Recipe, Schedule
+from medray.training.recipe import Recipe
+from medray.training.schedule import Schedule
 from medray.training.train import train
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from medray.errors import ConfigError
 from medray.storage import files
+
+_EXPECTED = {
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "too_short": "a list of {min_length} items or more",
+    "too_long": "a list of at most {max_length} items",
+    "dataclass_type": "a mapping of keys to values",
+    "missing": "a value",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of {ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number up to {le:g}",
+}
+"""What YAML should hold, by pydantic's types of error."""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -159,15 +177,45 @@ def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
     """
     values = _renamed(cls, values)
     _refuse_unknown_keys(cls, values, source, "")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--settings", type=cls)
     try:
-        parsed = parser.parse_object({"settings": values})
-        result: T = parser.instantiate(parsed).settings
-    except (ArgumentError, ValueError, TypeError) as error:
-        problem = " ".join(str(error).split())
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        problem = _in_words(error.errors(include_url=False), values)
         raise ConfigError(f"{source}: {problem}") from error
-    return result
+
+
+def _in_words(errors: typing.Sequence[ErrorDetails], values: Any) -> str:
+    """Return what is wrong on one line: each key, what it expects and what it has."""
+    expected: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for error in errors:
+        if error["type"] == "value_error":  # of a check of our own, which says it all
+            expected[" ".join(str(error["ctx"]["error"]).split())] = []
+            continue
+        key = _key(error["loc"], values)
+        said = error["msg"].removeprefix("Input should be ")
+        if error["type"] in _EXPECTED:
+            said = _EXPECTED[error["type"]].format(**error.get("ctx", {}))
+        expected.setdefault(key, []).append(said)
+        missing = error["type"] == "missing"
+        found.setdefault(key, "none" if missing else f"{error['input']!r}"[:200])
+    return "; ".join(
+        f"{key}: expected {' or '.join(said)}, found {found[key]}" if said else key
+        for key, said in expected.items()
+    )
+
+
+def _key(loc: typing.Sequence[int | str], values: Any) -> str:
+    """Return a place in nested values as a key; the types of a union are left out."""
+    key = ""
+    for part in loc:
+        if isinstance(values, dict):
+            key += f".{part}"
+            values = values.get(part)
+        elif isinstance(values, (list, tuple)) and isinstance(part, int):
+            key += f"[{part}]"
+            values = values[part]
+    return key.removeprefix(".")
 
 
 def _renamed(cls: Any, values: Any) -> Any:
@@ -185,7 +233,7 @@ def _renamed(cls: Any, values: Any) -> Any:
 def _refuse_unknown_keys(
     cls: type[Any], values: dict[str, Any], source: str, prefix: str
 ) -> None:
-    """Name the key and its nearest neighbour, which the parser's error does not."""
+    """Name the key and its nearest neighbour; pydantic would take no notice of it."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:

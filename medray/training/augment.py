@@ -9,12 +9,14 @@ many operations as a crop, whether the device is a GPU or a CPU.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch.nn import functional
 
 from medray.models.stain import change_stains
-from medray.training.recipe import Augment
 
 _SIGMA = 6.0  # of the elastic deformation's smoothing, pixels
 _PADDING = {"border": "border", "reflect": "reflection"}
@@ -25,6 +27,42 @@ _PADDING = {"border": "border", "reflect": "reflection"}
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 _CHROMA = torch.tensor([[1, -0.5, -0.5], [0, math.sqrt(0.75), -math.sqrt(0.75)]])
 _AXES = torch.cat([_LUMA[None], _CHROMA])
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a crop; what moves pixels moves those of the mask with them.
+
+    Attributes:
+        flips: Mirror, and turn by right angles.
+        rotate: Largest turn in degrees.
+        zoom: Largest relative change of size.
+        shift: Largest shift, as a share of the side.
+        shear: Largest shear in degrees.
+        elastic: Displacement of an elastic deformation in pixels (Simard et al. 2003).
+        brightness: Largest relative change.
+        contrast: Largest relative change.
+        saturation: Largest relative change.
+        hue: Largest shift, in turns of the colour circle (0 to 0.5).
+        stain: Largest relative change of haematoxylin, eosin and residual (Tellez et
+            al. 2018).
+        fill: What a crop that moves uncovers: white, as glass is, black, its border's
+            pixels, or its reflection. White and black are class 0; of the others mask
+            and image go on alike.
+    """
+
+    flips: bool = True
+    rotate: float = Field(default=0.0, ge=0)
+    zoom: float = Field(default=0.0, ge=0, lt=1)
+    shift: float = Field(default=0.0, ge=0, lt=1)
+    shear: float = Field(default=0.0, ge=0)
+    elastic: float = Field(default=0.0, ge=0)
+    brightness: float = Field(default=0.15, ge=0, lt=1)
+    contrast: float = Field(default=0.15, ge=0, lt=1)
+    saturation: float = Field(default=0.15, ge=0, lt=1)
+    hue: float = Field(default=0.03, ge=0, le=0.5)
+    stain: float = Field(default=0.0, ge=0, lt=1)
+    fill: Literal["white", "black", "border", "reflect"] = "white"
 
 
 def move(
@@ -91,7 +129,7 @@ def _draw_moves(
 
 
 def _centres(side: int, device: torch.device) -> torch.Tensor:
-    """Give the places (1, S, S, 2) of pixels (x, y), in halves from the centre."""
+    """Return the places (1, S, S, 2) of pixels (x, y), in halves from the centre."""
     line = (2 * torch.arange(side, device=device) + 1) / side - 1
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)[None]
 
@@ -168,7 +206,7 @@ def recolour(augment: Augment, images: torch.Tensor, *, seed: int) -> torch.Tens
 def colour_matrix(
     scale: torch.Tensor, saturation: torch.Tensor, hue: torch.Tensor
 ) -> torch.Tensor:
-    """Give the matrices that scale RGB, then its chroma, and turn its hue.
+    """Return the matrices that scale RGB, then its chroma, and turn its hue.
 
     Args:
         scale: (N,) of luma and chroma.

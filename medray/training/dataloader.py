@@ -1,95 +1,123 @@
-"""What the training loop is fed: parts of steps, read by Ray Data, in order.
+"""What the training loop is fed: batches, read by Ray Data, in order.
 
-A part is a few crops that go through the network together. It travels as one row of
-bytes, so that epochs may differ in the size of their crops, and it is looked at where
-it lies in Ray's object store.
+A batch is the few crops that go through the network together: a micro batch of a step,
+or some of the validation patches. It travels as one row of bytes, so that epochs may
+differ in the size of their crops, and it is looked at where it lies in Ray's object
+store.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from medray.datasets.dataset import read_dataset
 from medray.errors import FormatError
 from medray.execution import cluster
-from medray.training.recipe import Recipe
-from medray.training.sampler import Crops, read_train, read_unlabelled, read_val
+from medray.training.crops import (
+    Batch,
+    count_val_batches,
+    read_train,
+    read_val,
+    val_batch_size,
+)
+from medray.training.sampler import Sampling
 from medray.types import Row
 
+if TYPE_CHECKING:  # the processes that read do without torch
+    from medray.training.progress import Progress
+    from medray.training.schedule import Schedule
+    from medray.training.world import World
 
-class Place(NamedTuple):
-    """Which part of a training; the validation batches follow an epoch's last step."""
+_CHAIN_BATCHES = 4096  # that one chain of Ray Data reads
+_TASK_BATCHES = 4  # that a task of Ray Data reads
+_MOST_READERS = 8  # a worker's processes that read
+
+
+class BatchIndex(NamedTuple):
+    """Which batch of a training; those of validation follow an epoch's last step."""
 
     epoch: int
     step: int
     micro_batch: int
 
 
-_VAL_PX = 4 * 512**2  # pixels of validation patches that are predicted at once
-_TASK_MICRO_BATCHES = 4  # that a task of Ray Data reads
+def read_epochs(
+    data: str,
+    sampling: Sampling,
+    schedule: Schedule,
+    progress: Progress,
+    world: World,
+    steps: int,
+) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """Yield each epoch that is left, and the batches that are read for this worker.
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What lies at a place.
-
-    Attributes:
-        crops: With labels.
-        unlabelled: (N, 3, S, S) uint8 of slides without annotation, where the recipe
-            wants them; else N is 0.
+    One chain of Ray Data reads several epochs, so that the next one is under way while
+    this one ends; where the order follows the losses, it reads one.
     """
+    checks = count_val_batches(data, sampling)
+    readers = (os.cpu_count() or 1) // (2 * world.local_size)
+    readers = min(_MOST_READERS, max(1, readers))
+    hard = bool(sampling.data.hard)
+    while not progress.is_over(schedule):
+        indices: list[BatchIndex] = []
+        first = end = progress.epoch
+        while end < schedule.epochs and (
+            end == first or (len(indices) < _CHAIN_BATCHES and not hard)
+        ):
+            begin = progress.step if end == first else 0
+            share = world.share(sampling.micro_batches)
+            indices += [
+                BatchIndex(end, s, m) for s in range(begin, steps) for m in share
+            ]
+            indices += [BatchIndex(end, steps, batch) for batch in world.share(checks)]
+            end += 1
+        losses = progress.order_losses.numpy().tobytes() if hard else b""
+        stream = read_batches(indices, sampling, data, steps, losses, readers)
+        for epoch in range(first, end):
+            yield epoch, stream
 
-    crops: Crops
-    unlabelled: npt.NDArray[np.uint8]
 
-
-def val_batch(data: str) -> int:
-    """Give how many validation patches are predicted at once: 4 of 512 px."""
-    return max(1, _VAL_PX // read_dataset(data).patch ** 2)
-
-
-def read_micro_batches(
-    places: Sequence[Place],
-    recipe: Recipe,
+def read_batches(
+    indices: Sequence[BatchIndex],
+    sampling: Sampling,
     data: str,
     steps: int,
     losses: bytes,
     readers: int,
-) -> Iterator[MicroBatch]:
-    """Read what lies at the places, in their order, some of it ahead.
+) -> Iterator[Batch]:
+    """Read batches in the order of their indices, some of them ahead.
 
     Args:
-        places: See `Place`.
-        recipe: What is read.
+        indices: Which batches.
+        sampling: Which crops come when.
         data: Dataset.
         steps: Of an epoch.
         losses: (N,) float64 of the patches that the order follows, see
-        medray.training.sampler.
+            medray.training.sampler.
         readers: Processes that read at a time.
 
     Raises:
         FormatError: The dataset is damaged beyond what is endured.
     """
     blocks = [
-        pa.Table.from_pylist([place._asdict() for place in some])
-        for some in itertools.batched(places, _TASK_MICRO_BATCHES)
+        pa.Table.from_pylist([index._asdict() for index in some])
+        for some in itertools.batched(indices, _TASK_BATCHES)
     ]
-    # A block is a part: larger ones would have to be taken apart by copying.
+    # A block is a batch: larger ones would have to be taken apart by copying.
     with cluster.streaming(block_bytes=1, in_order=True):
         tables = (
             ray.data.from_arrow(blocks)
             .map_batches(
-                _read_places,
-                fn_args=(recipe, data, steps, losses),
+                _read_rows,
+                fn_args=(sampling, data, steps, losses),
                 batch_size=None,
                 num_cpus=0.25,
                 compute=ray.data.TaskPoolStrategy(size=readers),
@@ -98,45 +126,41 @@ def read_micro_batches(
         )
         for table in tables:
             for index in range(table.num_rows):
-                yield _micro_batch(
-                    {key: table[key][index] for key in table.column_names}
-                )
+                yield _to_batch({key: table[key][index] for key in table.column_names})
 
 
-def _read_places(
-    batch: Row, recipe: Recipe, data: str, steps: int, losses: bytes
+def _read_rows(
+    rows: Row, sampling: Sampling, data: str, steps: int, losses: bytes
 ) -> Iterator[pa.Table]:
-    for values in zip(*(batch[name] for name in Place._fields), strict=True):
-        place = Place(*map(int, values))
-        yield _read_place(place, recipe, data, steps, losses)
+    for values in zip(*(rows[name] for name in BatchIndex._fields), strict=True):
+        index = BatchIndex(*map(int, values))
+        yield _read_batch(index, sampling, data, steps, losses)
 
 
-def _read_place(
-    place: Place, recipe: Recipe, data: str, steps: int, losses: bytes
+def _read_batch(
+    index: BatchIndex, sampling: Sampling, data: str, steps: int, losses: bytes
 ) -> pa.Table:
-    epoch, step, micro_batch = place
-    other = b""
+    epoch, step, number = index
     try:
         if step == steps:
-            count = val_batch(data)
-            crops = read_val(data, recipe, micro_batch * count, count)
+            count = val_batch_size(data)
+            batch = read_val(data, sampling, number * count, count)
         else:
-            first = step * recipe.batch + micro_batch * recipe.crops_per_micro_batch
-            crops = read_train(data, recipe, epoch, first, losses)
-            if recipe.unlabelled:
-                other = read_unlabelled(data, recipe, epoch, first).tobytes()
+            first = step * sampling.batch + number * sampling.micro_batch_size
+            batch = read_train(data, sampling, epoch, first, losses)
     except FormatError as error:
-        # Raised where the parts are wanted; here Ray would wrap it up.
+        # Raised where the batch is wanted; here Ray would wrap it up.
         return pa.Table.from_pylist([{"failure": f"{error}"}], _SCHEMA)
+    unlabelled = batch.unlabelled
     row = {
         "failure": "",
-        "shape": list(crops.images.shape),
-        "images": crops.images.tobytes(),
-        "masks": crops.masks.tobytes(),
-        "unlabelled": other,
-        "patches": crops.patches.tolist(),
-        "sizes": crops.sizes.ravel().tolist(),
-        "damaged": json.dumps(crops.damaged),
+        "shape": list(batch.images.shape),
+        "images": batch.images.tobytes(),
+        "masks": batch.masks.tobytes(),
+        "unlabelled": None if unlabelled is None else unlabelled.tobytes(),
+        "patches": batch.patches.tolist(),
+        "sizes": batch.sizes.ravel().tolist(),
+        "damaged": json.dumps(batch.damaged),
     }
     return pa.Table.from_pylist([row], _SCHEMA)
 
@@ -155,7 +179,12 @@ _SCHEMA = pa.schema(
 )
 
 
-def _micro_batch(row: dict[str, Any]) -> MicroBatch:
+def _to_batch(row: dict[str, Any]) -> Batch:
+    """Return a batch that looks at the bytes of a row where they lie.
+
+    Raises:
+        FormatError: It could not be read.
+    """
     if failure := row["failure"].as_py():
         raise FormatError(failure)
     shape = row["shape"].as_py()
@@ -163,12 +192,13 @@ def _micro_batch(row: dict[str, Any]) -> MicroBatch:
     def pixels(name: str) -> npt.NDArray[np.uint8]:
         return np.frombuffer(row[name].as_buffer(), np.uint8)
 
-    crops = Crops(
+    return Batch(
         images=pixels("images").reshape(shape),
         masks=pixels("masks").reshape(shape[0], *shape[2:]),
         patches=np.array(row["patches"].as_py(), np.int64),
         sizes=np.array(row["sizes"].as_py(), np.int64).reshape(-1, 2),
         damaged=json.loads(row["damaged"].as_py()),
+        unlabelled=pixels("unlabelled").reshape(-1, *shape[1:])
+        if row["unlabelled"].is_valid
+        else None,
     )
-    unlabelled = pixels("unlabelled").reshape(-1, *shape[1:])
-    return MicroBatch(crops, unlabelled)

@@ -1,105 +1,88 @@
-"""Which part of a network learns in an epoch, and which stages of an encoder matter.
-
-An encoder's stages are what timm takes for them (its coarse `group_matcher`): layer1 to
-layer4 of a ResNet, the blocks of a vision transformer. The stem belongs to the first,
-and what normalises a stage's output to that stage.
-
-How much a stage matters is told by ablation on validation images: its features are
-taken away by setting channels to their mean over all images and places, which leaves
-the layers after them the values they are used to, but nothing of the image (Morcos et
-al. 2018, https://arxiv.org/abs/1803.06959, clamp random channels; here it is the even,
-then the odd ones, so that each is clamped once and nothing is left to chance). The
-importance is the mean rise of the loss. Without any channel nothing of an image would
-pass any stage of a plain encoder, and all stages would seem to matter alike: hence
-halves.
-"""
+"""Which part of a network learns in a phase of the training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from timm.models import group_parameters
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from medray.errors import ConfigError
-from medray.training.recipe import Phase, Recipe
+from medray.models.config import Architecture
+from medray.training.encoder_stages import (
+    Stage,
+    find_stages,
+    hooked,
+    most_important,
+)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of an encoder.
+class Phase:
+    """Epochs in which a part of the network learns; the rest stays as it is.
+
+    What rests keeps the running statistics of its batch normalisation, too.
 
     Attributes:
-        name: Of the module whose output is the stage's.
-        parameters: Names of its parameters.
+        epochs: How many; None, for the last phase: those that are left.
+        train: head (what stands above the encoder); last (the head and the last
+            `stages` stages of the encoder); adaptive (the head and those stages that
+            matter most, see medray.training.finetuning); or all.
+        stages: Of `last`: how many.
+        share: Of `adaptive`: how many of the stages learn (0 to 1).
+        lr: Factor of the learning rate.
     """
 
-    name: str
-    parameters: tuple[str, ...]
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    train: Literal["head", "last", "adaptive", "all"] = "all"
+    stages: int = Field(default=0, ge=0)
+    share: float = Field(default=0.0, ge=0, lt=1)
+    lr: float = Field(default=1.0, gt=0)
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules that hold the parameters."""
-        return _holders(self.parameters)
-
-
-def find_stages(encoder: Any) -> tuple[Stage, ...]:
-    """Give the stages of an encoder, the one next to the input first.
-
-    Together they hold each parameter once. Encoders that are not timm's have none.
-    """
-    if not hasattr(encoder, "group_matcher"):
-        return ()
-    groups = group_parameters(encoder, encoder.group_matcher(coarse=True))
-    sizes = {name: p.ndim for name, p in encoder.named_parameters()}
-    stages: list[Stage] = []
-    stem, *rest = (tuple(groups[at]) for at in sorted(groups))
-    for names in rest:
-        if stages and all(sizes[name] < 2 for name in names):  # it normalises
-            before = stages[-1]
-            stages[-1] = Stage(before.name, before.parameters + names)
-        else:
-            stages.append(Stage(_output_of(names, sizes), stem + names))
-            stem = ()
-    return tuple(stages)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.stages >= 1) != (self.train == "last"):
+            raise ValueError(
+                f"schedule.phases: `train: last` goes with `stages` of 1 or more, the "
+                f"others with none, found train {self.train} and stages {self.stages}"
+            )
+        if (self.share > 0) != (self.train == "adaptive"):
+            raise ValueError(
+                f"schedule.phases: `train: adaptive` goes with a `share` of the stages "
+                f"above 0 and below 1, the others with none, found train {self.train} "
+                f"and share {self.share}"
+            )
+        return self
 
 
-def _holders(parameters: Sequence[str]) -> tuple[str, ...]:
-    names = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    return tuple(name for name in names if name)
-
-
-def _output_of(names: Sequence[str], every: Iterable[str]) -> str:
-    """Name the module that holds these parameters and no others, or the last one's."""
-    first = names[0].split(".")
-    for depth in range(1, len(first)):
-        path = ".".join(first[:depth])
-        if {name for name in every if name.startswith(f"{path}.")} == set(names):
-            return path
-    return _holders(names)[-1]
-
-
-def check_phases(network: nn.Module, recipe: Recipe) -> None:
+def check_phases(
+    network: nn.Module, phases: Sequence[Phase], kind: Architecture, side: int
+) -> None:
     """Tell early which phases a network cannot go through.
+
+    Args:
+        network: With an `encoder`.
+        phases: Of the schedule.
+        kind: What it is called in messages.
+        side: Of the first crops, pixels.
 
     Raises:
         ConfigError: Its encoder has no stages, or fewer than a phase asks for, or none
             that can be ablated.
     """
-    for phase in recipe.schedule.phases:
+    for phase in phases:
         if phase.train in ("head", "all"):
             continue
         encoder: Any = network.encoder
         stages = find_stages(encoder)
-        name = recipe.model.encoder
+        name = kind.encoder
         if not stages:
             raise ConfigError(
                 f"schedule.phases: train: {phase.train} needs an encoder whose stages "
-                f"are known, {name} of {recipe.model.name} has none; train head or "
+                f"are known, {name} of {kind.name} has none; train head or "
                 f"all, or take a classifier"
             )
         if phase.stages > len(stages):
@@ -107,9 +90,7 @@ def check_phases(network: nn.Module, recipe: Recipe) -> None:
                 f"schedule.phases: the last {phase.stages} stages are to learn, but "
                 f"{name} has {len(stages)}: {', '.join(s.name for s in stages)}"
             )
-        if phase.train == "adaptive" and not _gives_maps(
-            encoder, stages, recipe.data.crops[0]
-        ):
+        if phase.train == "adaptive" and not _gives_maps(encoder, stages, side):
             raise ConfigError(
                 f"schedule.phases: train: adaptive needs stages that give feature maps "
                 f"(N, C, H, W), those of {name} do not; take a convolutional encoder, "
@@ -126,7 +107,7 @@ def _gives_maps(encoder: nn.Module, stages: Sequence[Stage], side: int) -> bool:
             shapes.append(output.shape)
 
     was = encoder.training
-    with torch.inference_mode(), _hooked(encoder.eval(), stages, lambda _: note):
+    with torch.inference_mode(), hooked(encoder.eval(), stages, lambda _: note):
         encoder(torch.zeros(1, 3, side, side))
     encoder.train(was)
     # Those of transformers are (N, T, C) or (N, H, W, C).
@@ -163,84 +144,18 @@ def let_learn(
             encoder.get_submodule(name).eval()
 
 
-# --- which stages matter --------------------------------------------------------------
-
-
-@torch.inference_mode()
-def importance(
-    encoder: nn.Module, stages: Sequence[Stage], loss: Callable[[], float]
-) -> dict[str, float]:
-    """Give the mean rise of the loss when a half of a stage's channels is ablated.
+def stages_that_learn(
+    phase: Phase | None, stages: Sequence[Stage], weighed: dict[str, float]
+) -> tuple[str, ...] | None:
+    """Name the encoder's stages that learn; None of a phase that is not about stages.
 
     Args:
-        encoder: In evaluation mode; its stages give (N, C, H, W).
-        stages: Its stages.
-        loss: Gives the mean loss over validation images, by way of the encoder.
-
-    Returns:
-        By the stages' names; below 0 where the loss falls.
+        phase: That an epoch is in, if there are any.
+        stages: Of the encoder.
+        weighed: How much each matters; an adaptive phase goes by that.
     """
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def noting(stage: Stage) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            total = output.double().sum(dim=(0, 2, 3))
-            sums[stage.name] = sums.get(stage.name, 0) + total
-            seen = output.shape[0] * output.shape[2] * output.shape[3]
-            counts[stage.name] = counts.get(stage.name, 0) + seen
-
-        return note
-
-    with _hooked(encoder, stages, noting):
-        whole = loss()
-    found = {}
-    for stage in stages:
-        mean = sums[stage.name] / counts[stage.name]
-        losses = []
-        for half in (0, 1):
-            with _hooked(encoder, [stage], _clamping(mean, half)):
-                losses.append(loss())
-        found[stage.name] = sum(losses) / 2 - whole
-    return found
-
-
-def _clamping(
-    mean: torch.Tensor, half: int
-) -> Callable[[Stage], Callable[..., torch.Tensor]]:
-    def clamp(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        clamped = output.clone()
-        values = mean[half::2].to(output.dtype)
-        clamped[:, half::2] = values[None, :, None, None]
-        return clamped
-
-    return lambda stage: clamp
-
-
-@contextmanager
-def _hooked(
-    encoder: nn.Module,
-    stages: Sequence[Stage],
-    hook_of: Callable[[Stage], Callable[..., Any]],
-) -> Iterator[None]:
-    """Have the outputs of stages go through hooks."""
-    handles = [
-        encoder.get_submodule(stage.name).register_forward_hook(hook_of(stage))
-        for stage in stages
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def most_important(found: dict[str, float], share: float) -> tuple[str, ...]:
-    """Name the stages that matter most, a `share` of them and at least one.
-
-    Of two that matter alike it is the later one; they come in the encoder's order.
-    """
-    names = list(found)
-    count = max(1, round(share * len(names)))
-    ranked = sorted(names, key=lambda name: (found[name], names.index(name)))
-    return tuple(name for name in names if name in ranked[-count:])
+    if phase is None or phase.train in ("head", "all"):
+        return None
+    if phase.train == "adaptive":
+        return most_important(weighed, phase.share)
+    return tuple(stage.name for stage in stages[-phase.stages :])

@@ -1,17 +1,36 @@
-"""How weights change: the optimizer, its learning rate, and their moving average."""
+"""How weights change: the optimizer, and their moving average."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from medray.training.recipe import Optimizer, Schedule
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights are changed.
+
+    Attributes:
+        name: adamw (Loshchilov and Hutter 2019), adam (Kingma and Ba 2015) or sgd
+            (with Nesterov's momentum of 0.9).
+        lr: Highest learning rate.
+        weight_decay: Decoupled for adamw, else added to the gradient.
+        clip: Largest norm of the gradient; 0: no clipping.
+        average: Decay of the moving average of the weights that is validated and kept
+            (0.999, say); 0: the weights themselves.
+    """
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    clip: float = Field(default=1.0, ge=0)
+    average: float = Field(default=0.0, ge=0, lt=1)
 
 
 def build_optimizer(
@@ -26,53 +45,6 @@ def build_optimizer(
         )
     kind = torch.optim.AdamW if how.name == "adamw" else torch.optim.Adam
     return kind(parameters, lr, weight_decay=decay, fused=True)
-
-
-def learning_rate(
-    step: int,
-    steps_per_epoch: int,
-    scores: Sequence[float],
-    optimizer: Optimizer,
-    schedule: Schedule,
-) -> float:
-    """Give the learning rate of a step of the whole training.
-
-    Args:
-        step: From 0.
-        steps_per_epoch: Steps of an epoch.
-        scores: Of the epochs that are over, greater is better (plateau looks at those
-            of the phase).
-        optimizer: Its `lr` is the highest, times the phase's factor.
-        schedule: See `Schedule`.
-    """
-    if schedule.phases:
-        at = schedule.phase_at(step // steps_per_epoch)
-        optimizer = replace(optimizer, lr=optimizer.lr * schedule.phases[at].lr)
-        scores = scores[schedule.first_epochs[at] :]
-    total = steps_per_epoch * schedule.epochs
-    warmup = round(schedule.warmup * total)
-    if step < warmup:
-        return optimizer.lr * (step + 1) / warmup
-    if schedule.name == "cosine":
-        progress = (step - warmup) / max(1, total - warmup)
-        return optimizer.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if schedule.name == "staircase":
-        drops = step // steps_per_epoch // schedule.every
-    else:
-        drops = plateau_drops(scores, schedule.every)
-    factor: float = schedule.decay**drops
-    return optimizer.lr * factor
-
-
-def plateau_drops(scores: Sequence[float], every: int) -> int:
-    """Count how often `every` epochs in a row brought no better score."""
-    drops = waited = 0
-    best = list(itertools.accumulate(scores, max))
-    for before, now in itertools.pairwise(best):
-        waited = 0 if now > before else waited + 1
-        if waited == every:
-            drops, waited = drops + 1, 0
-    return drops
 
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel:

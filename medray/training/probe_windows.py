@@ -17,7 +17,7 @@ from medray.slides import ArraySlide, Slide, open_slide
 from medray.slides.resolution import Working, choose_level, read_working
 from medray.slides.tissue import tissue_share
 from medray.storage import files
-from medray.training.sampler import read_crop
+from medray.training.crops import read_crop
 from medray.types import UInt8
 
 _COUNT = {True: 256, False: 32}  # of windows, for classifiers and for segmenters
@@ -40,7 +40,7 @@ class ProbeWindows:
     source: str
 
     def every(self, chosen: slice | npt.NDArray[np.bool_]) -> ProbeWindows:
-        """Give some of them."""
+        """Return some of them."""
         labels = None if self.labels is None else self.labels[chosen]
         return ProbeWindows(self.pixels[chosen], labels, self.source)
 
@@ -122,7 +122,7 @@ def _of_slide(slide: Slide, config: ModelConfig, count: int) -> UInt8:
 def fullest_window(
     slide: Slide, config: ModelConfig, given_mpp: float | None = None
 ) -> UInt8:
-    """Give the window of a slide with the most tissue, (S, S, 3) uint8.
+    """Return the window of a slide with the most tissue, (S, S, 3) uint8.
 
     A slide smaller than a window is continued by its mirror image.
 

@@ -1,4 +1,4 @@
-"""Patches of a dataset in training's order, cut straight from the zarr chunks.
+"""Which crop of which patch of a dataset comes when.
 
 Without torch, so that the processes that read start quickly. The order is a function
 of the recipe's seed and the epoch (and of the losses, if hard patches are preferred),
@@ -8,58 +8,109 @@ never of who reads when.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
-from medray.datasets.dataset import labels_uri, read_dataset, read_patches, slide_uri
-from medray.errors import FormatError
-from medray.storage import group_attributes, ome_zarr
-from medray.storage.squares import read_part
-from medray.training.recipe import Recipe
-from medray.types import Row, UInt8
+from medray.datasets.dataset import read_patches
+from medray.types import Row
 
 Floats = npt.NDArray[np.float64]
+Side = Annotated[int, Field(ge=32, le=2048, multiple_of=32)]
 
-_TRIES = 20  # other patches that are drawn in place of a damaged one
+
+@dataclass(frozen=True)
+class Data:
+    """Which pixels a training sees, and how often.
+
+    Attributes:
+        crop: Side of a training crop in pixels, a multiple of 32; or several sides that
+            the epochs go through in equal parts (progressive resolution).
+        min_tissue: Patches with less tissue (0 to 1) are left out.
+        samples: Crops an epoch; None: one a patch.
+        balance: Draw each class equally often: first the class, then a patch by how
+            much it holds of it, then a crop around one of its pixels.
+        hard: Share of the draws (0 to 1) that go to patches by their last loss.
+    """
+
+    crop: Side | Annotated[tuple[Side, ...], Field(min_length=1)] = 256
+    min_tissue: float = Field(default=0.05, ge=0, le=1)
+    samples: Annotated[int, Field(ge=0)] | None = None
+    balance: bool = False
+    hard: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hard and self.balance:
+            raise ValueError("data.hard: not with data.balance; set one of them")
+        return self
+
+    @property
+    def crops(self) -> tuple[int, ...]:
+        """The sides that the epochs go through."""
+        return (self.crop,) if isinstance(self.crop, int) else self.crop
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What of a recipe decides which crops come when.
+
+    Attributes:
+        data: Which pixels are seen.
+        seed: Of the order and of the crops' places.
+        epochs: Of the longest training.
+        batch: Crops a step.
+        micro_batch_size: Crops that are read together.
+        unlabelled: Read as many of slides without annotation beside them.
+    """
+
+    data: Data
+    seed: int
+    epochs: int
+    batch: int
+    micro_batch_size: int
+    unlabelled: bool = False
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of a step, which the workers share among them."""
+        return self.batch // self.micro_batch_size
 
 
 @functools.lru_cache(maxsize=8)
-def usable_patches(data: str, split: str, recipe: Recipe) -> list[Row]:
-    """Give the patches of a split with enough tissue, in a fixed order.
+def usable_patches(data: str, split: str, how: Data) -> list[Row]:
+    """Return the patches of a split with enough tissue, in a fixed order.
 
     Split "" holds those of slides without annotation.
     """
     rows = [
         row
         for row in read_patches(data, split)
-        if row["tissue"] >= recipe.data.min_tissue or any(row["class_px"][1:])
+        if row["tissue"] >= how.min_tissue or any(row["class_px"][1:])
     ]
     return sorted(rows, key=lambda row: (row["slide"], row["y"], row["x"]))
 
 
-def steps_per_epoch(recipe: Recipe, patches: int) -> int:
-    """Give the optimizer's steps of an epoch."""
-    return max(1, (recipe.data.samples or patches) // recipe.batch)
+def steps_per_epoch(sampling: Sampling, patches: int) -> int:
+    """Return the optimizer's steps of an epoch."""
+    return max(1, (sampling.data.samples or patches) // sampling.batch)
 
 
-def crop_of_epoch(recipe: Recipe, epoch: int) -> int:
-    """Give the side of the crops of an epoch, in pixels."""
-    sides = recipe.data.crops
-    return sides[min(epoch * len(sides) // recipe.schedule.epochs, len(sides) - 1)]
+def crop_of_epoch(sampling: Sampling, epoch: int) -> int:
+    """Return the side of the crops of an epoch, in pixels."""
+    sides = sampling.data.crops
+    return sides[min(epoch * len(sides) // sampling.epochs, len(sides) - 1)]
 
 
-# --- order ----------------------------------------------------------------------------
-
-
-def shares(class_px: npt.NDArray[np.int64], recipe: Recipe, losses: Floats) -> Floats:
-    """Give how often each patch is to be drawn, and for which class.
+def shares(class_px: npt.NDArray[np.int64], how: Data, losses: Floats) -> Floats:
+    """Return how often each patch is to be drawn, and for which class.
 
     Args:
         class_px: (N, C) pixels of each class in each patch.
-        recipe: Its `data` decides.
+        how: Balance and hard patches.
         losses: (N,) last losses of the patches; NaN where there is none yet.
 
     Returns:
@@ -67,17 +118,17 @@ def shares(class_px: npt.NDArray[np.int64], recipe: Recipe, losses: Floats) -> F
     """
     n, classes = class_px.shape
     wanted = np.zeros((n, classes + 1))
-    if recipe.data.balance:
+    if how.balance:
         totals = class_px.sum(axis=0)
         wanted[:, :classes] = class_px / np.maximum(totals, 1)
         wanted /= np.count_nonzero(totals)
         return wanted
     wanted[:, -1] = 1 / n
     known = ~np.isnan(losses)
-    if recipe.data.hard and losses[known].sum() > 0:
+    if how.hard and losses[known].sum() > 0:
         filled = np.where(known, losses, losses[known].mean())
-        wanted[:, -1] *= 1 - recipe.data.hard
-        wanted[:, -1] += recipe.data.hard * filled / filled.sum()
+        wanted[:, -1] *= 1 - how.hard
+        wanted[:, -1] += how.hard * filled / filled.sum()
     return wanted
 
 
@@ -99,240 +150,17 @@ def draw(wanted: Floats, count: int, rng: np.random.Generator) -> npt.NDArray[np
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch(data: str, recipe: Recipe, epoch: int, losses: bytes) -> Any:
-    patches = usable_patches(data, "train", recipe)
+def order_of_epoch(
+    data: str, sampling: Sampling, epoch: int, losses: bytes = b""
+) -> npt.NDArray[np.int64]:
+    """Return the patch and the class (N, 2) that each crop of an epoch is drawn for.
+
+    A class that is none of the dataset's: for no class in particular. `losses` are
+    those of the patches, float64, that hard patches are chosen by.
+    """
+    patches = usable_patches(data, "train", sampling.data)
     known = np.frombuffer(losses) if losses else np.full(len(patches), np.nan)
     class_px = np.array([row["class_px"] for row in patches], np.int64)
-    count = steps_per_epoch(recipe, len(patches)) * recipe.batch
-    rng = np.random.default_rng((recipe.seed, epoch))
-    return draw(shares(class_px, recipe, known), count, rng)
-
-
-# --- reading --------------------------------------------------------------------------
-
-_settings = functools.lru_cache(maxsize=4)(read_dataset)
-
-
-# Crops come from all slides in turn: with fewer, each would be opened for each crop.
-@functools.lru_cache(maxsize=4096)
-def _arrays(data: str, slide: str) -> tuple[ome_zarr.Pixels, ome_zarr.Pixels | None]:
-    """Keep what is known of the slides' arrays; no file stays open."""
-    image = ome_zarr.open_level(slide_uri(data, slide))
-    uri = labels_uri(data, slide)
-    labelled = group_attributes.read_attributes(uri) is not None
-    return image, ome_zarr.open_level(uri) if labelled else None
-
-
-def place_crop(
-    patch: Row,
-    side: int,
-    size: tuple[int, int],
-    rng: np.random.Generator,
-    around: tuple[int, int] | None = None,
-) -> tuple[int, int]:
-    """Choose the top left corner (y, x) of a crop, in pixels of the slide.
-
-    A crop that is smaller than the patch lies within it, a larger one holds it; both
-    lie within the slide as far as that is large enough.
-
-    Args:
-        patch: Row of patches.parquet.
-        side: Of the crop.
-        size: Height and width of the slide.
-        rng: Draws among the places that are possible.
-        around: Pixel (y, x) of the slide that the crop is to hold.
-    """
-    corner = []
-    for axis, (start, extent) in enumerate(
-        ((patch["y"], patch["height"]), (patch["x"], patch["width"]))
-    ):
-        first, last = sorted((start, start + extent - side))
-        if around is not None:
-            first = max(first, around[axis] - side + 1)
-            last = min(last, around[axis])
-        within = max(0, size[axis] - side)
-        first, last = min(max(first, 0), within), min(max(last, 0), within)
-        corner.append(int(rng.integers(first, last + 1)))
-    return corner[0], corner[1]
-
-
-def _read_place(array: ome_zarr.Pixels, y: int, x: int, side: int) -> UInt8:
-    """Read a square; beyond the slide's end it goes on as its mirror image."""
-    height, width = min(side, array.shape[-2] - y), min(side, array.shape[-1] - x)
-    part = read_part(array, y, x, height, width)
-    pad = ((0, 0),) * (part.ndim - 2) + ((0, side - height), (0, side - width))
-    return np.pad(part, pad, mode="symmetric")
-
-
-def read_crop(
-    data: str, patch: Row, side: int, rng: np.random.Generator, label: int | None = None
-) -> tuple[UInt8, UInt8]:
-    """Read pixels (3, side, side) and labels (side, side) of a crop of a patch.
-
-    Args:
-        data: The dataset.
-        patch: Row of patches.parquet.
-        side: Of the crop in pixels.
-        rng: Chooses the place.
-        label: Class that the crop is to hold a pixel of.
-
-    Raises:
-        FormatError: What is stored is damaged.
-        StoreError: It cannot be reached.
-    """
-    image, labels = _arrays(data, patch["slide"])
-    size = (int(image.shape[1]), int(image.shape[2]))
-    around = None
-    if label is not None and labels is not None and _only_class(patch) is None:
-        top, left = patch["y"], patch["x"]
-        whole = read_part(labels, top, left, patch["height"], patch["width"])
-        found = np.flatnonzero(whole == label)
-        if len(found):
-            y, x = divmod(int(found[rng.integers(len(found))]), whole.shape[1])
-            around = (top + y, left + x)
-    y, x = place_crop(patch, side, size, rng, around)
-    return _read_pair(data, patch, y, x, side)
-
-
-def _only_class(patch: Row) -> int | None:
-    """Give the class that all pixels of a patch have, as those of a cell do."""
-    area = patch["height"] * patch["width"]
-    return next((c for c, px in enumerate(patch["class_px"]) if px == area), None)
-
-
-def _read_pair(data: str, patch: Row, y: int, x: int, side: int) -> tuple[UInt8, UInt8]:
-    """Read pixels and labels of a crop of a patch; no label image: zeros."""
-    image, labels = _arrays(data, patch["slide"])
-    pixels = _read_place(image, y, x, side)
-    if labels is None:
-        return pixels, np.zeros((side, side), np.uint8)
-    only = _only_class(patch)
-    if only is not None and side <= min(patch["height"], patch["width"]):
-        return pixels, np.full((side, side), only, np.uint8)  # it lies in the patch
-    return pixels, _read_place(labels, y, x, side)
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Crops that go through the network together.
-
-    Attributes:
-        images: (N, 3, S, S) uint8.
-        masks: (N, S, S) uint8.
-        patches: (N,) index of the patch of each.
-        sizes: (N, 2) height and width that count; beyond is mirror image.
-        damaged: What could not be read, by patch; others stand in its place.
-    """
-
-    images: UInt8
-    masks: UInt8
-    patches: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    damaged: dict[str, str]
-
-
-def name_of(patch: Row) -> str:
-    """Name a patch in messages."""
-    return f"{patch['slide']} at y={patch['y']}, x={patch['x']}"
-
-
-def read_train(
-    data: str, recipe: Recipe, epoch: int, first: int, losses: bytes = b""
-) -> Crops:
-    """Read the crops of a micro batch, from place `first` of an epoch's order.
-
-    Raises:
-        FormatError: One damaged patch comes after the other, or a label is none of the
-            dataset's classes.
-    """
-    patches = usable_patches(data, "train", recipe)
-    drawn = _epoch(data, recipe, epoch, losses)
-    classes = len(_settings(data).classes)
-    side = crop_of_epoch(recipe, epoch)
-    pairs, indices, damaged = [], [], {}
-    for place in range(first, first + recipe.crops_per_micro_batch):
-        rng = np.random.default_rng((recipe.seed, epoch, place))
-        index, label = drawn[place].tolist()
-        for _ in range(_TRIES):
-            wanted = label if label < classes else None
-            try:
-                pair = read_crop(data, patches[index], side, rng, wanted)
-            except FormatError as error:
-                damaged[name_of(patches[index])] = f"{error}"
-                index, label = int(rng.integers(len(patches))), classes
-                continue
-            break
-        else:
-            raise FormatError(
-                f"{data}: {_TRIES} patches in a row could not be read; the last: "
-                f"{list(damaged.values())[-1]}"
-            )
-        _check_labels(pair[1], classes, data, patches[index])
-        pairs.append(pair)
-        indices.append(index)
-    images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
-    sizes = np.full((len(pairs), 2), side)
-    return Crops(images, masks, np.array(indices), sizes, damaged)
-
-
-def _check_labels(mask: UInt8, classes: int, data: str, patch: Row) -> None:
-    if mask.max(initial=0) >= classes:
-        raise FormatError(
-            f"{labels_uri(data, patch['slide'])}: label {mask.max()} near "
-            f"y={patch['y']}, x={patch['x']}, but the dataset has {classes} classes (0 "
-            f"to {classes - 1}); ingest the slide again with all its classes"
-        )
-
-
-def read_unlabelled(data: str, recipe: Recipe, epoch: int, first: int) -> UInt8:
-    """Read crops (N, 3, S, S) of slides without annotation.
-
-    Raises:
-        FormatError: One damaged patch comes after the other.
-    """
-    patches = usable_patches(data, "", recipe)
-    side = crop_of_epoch(recipe, epoch)
-    crops = []
-    for place in range(first, first + recipe.crops_per_micro_batch):
-        rng = np.random.default_rng((recipe.seed, epoch, place, 1))
-        problem: FormatError | None = None
-        for _ in range(_TRIES):
-            patch = patches[int(rng.integers(len(patches)))]
-            try:
-                crops.append(read_crop(data, patch, side, rng)[0])
-            except FormatError as error:
-                problem = error
-                continue
-            break
-        else:
-            raise FormatError(f"{_TRIES} patches in a row are damaged: {problem}")
-    return np.stack(crops)
-
-
-def read_val(data: str, recipe: Recipe, first: int, count: int) -> Crops:
-    """Read whole validation patches; damaged ones are left out.
-
-    Raises:
-        FormatError: A label is none of the dataset's classes.
-    """
-    patches = usable_patches(data, "val", recipe)
-    settings = _settings(data)
-    classes, side = len(settings.classes), settings.patch
-    pairs, kept, damaged = [], [], {}
-    for index in range(first, min(first + count, len(patches))):
-        patch = patches[index]
-        try:
-            pair = _read_pair(data, patch, patch["y"], patch["x"], side)
-        except FormatError as error:
-            damaged[name_of(patch)] = f"{error}"
-            continue
-        _check_labels(pair[1], classes, data, patch)
-        pairs.append(pair)
-        kept.append(index)
-    if not pairs:
-        nothing = np.zeros((0, 3, side, side), np.uint8)
-        none = np.zeros((0, 2), np.int64)
-        return Crops(nothing, nothing[:, 0], none[:, 0], none, damaged)
-    images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
-    sizes = np.array([(patches[i]["height"], patches[i]["width"]) for i in kept])
-    return Crops(images, masks, np.array(kept), sizes, damaged)
+    count = steps_per_epoch(sampling, len(patches)) * sampling.batch
+    rng = np.random.default_rng((sampling.seed, epoch))
+    return draw(shares(class_px, sampling.data, known), count, rng)

@@ -11,14 +11,10 @@ The way of a sweep, top to bottom:
 from __future__ import annotations
 
 import functools
-import itertools
-import json
 import logging
-import math
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +28,19 @@ from medray.models.config import ModelConfig
 from medray.models.network import choose_device
 from medray.storage import files
 from medray.storage.lock import locked
-from medray.storage.yaml_config import read_yaml
-from medray.training.learner import World
-from medray.training.recipe import Recipe, read_recipe
-from medray.training.recipe_files import SWEEPS, find_recipe, is_path
-from medray.training.train import read_history, train_with
-from medray.training.trainer import train_as
-from medray.training.tune_report import write_tune_report
+from medray.training.checkpoint import read_history
+from medray.training.recipe import Recipe
+from medray.training.recipe_files import find_recipe
+from medray.training.report import write_tune_report
+from medray.training.sweep import Grid, Trial, plan_trials, read_sweep
+from medray.training.train import train_with
+from medray.training.worker import train_as
+from medray.training.world import World
 from medray.types import Row
 
 log = logging.getLogger(__name__)
-Grid = Mapping[str, Sequence[Any]]
 
 _LIVES = 3  # times that a trial whose process died goes on
-_MOST_TRIALS = 1000
 _OVER = ("model.yaml", "stopped.json", "failed.json")  # what a trial that is over has
 _FOLDER = ("model.yaml", "weights.safetensors", "metrics.json", "training.html")
 
@@ -71,79 +66,6 @@ class Tuning:
     failed: dict[str, str]
     report: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One combination of a grid's values.
-
-    Attributes:
-        name: Tells the values; its folder's name too.
-        values: By key of the recipe.
-        recipe: With those values.
-    """
-
-    name: str
-    values: dict[str, Any]
-    recipe: Recipe
-
-
-def read_sweep(sweep: str) -> tuple[str, Grid, int]:
-    """Read a sweep, by name or path.
-
-    Returns:
-        The recipe's path, the grid, and ASHA's first rung (0: none).
-
-    Raises:
-        ConfigError: It is none.
-    """
-    uri = find_recipe(sweep, SWEEPS)
-    values = read_yaml(uri)
-    if unknown := sorted(map(str, values.keys() - {"recipe", "grid", "asha"})):
-        raise ConfigError(
-            f"{uri}: unknown keys {unknown}; a sweep has recipe, grid and asha"
-        )
-    recipe, grid, asha = values.get("recipe"), values.get("grid"), values.get("asha", 0)
-    if not isinstance(recipe, str):
-        raise ConfigError(f"{uri}: recipe: expected a name or a file, found {recipe!r}")
-    if not isinstance(grid, dict):
-        raise ConfigError(
-            f"{uri}: grid: expected lists of values by key, such as "
-            f"{{optimizer.lr: [1.0e-3, 1.0e-4]}}, found {grid!r}"
-        )
-    if not isinstance(asha, int) or asha < 0:
-        raise ConfigError(f"{uri}: asha: expected epochs, or 0, found {asha!r}")
-    if is_path(recipe):  # counted from the sweep
-        recipe = files.join(files.absolute(uri).rpartition("/")[0], recipe)
-    return find_recipe(recipe), grid, asha
-
-
-def plan_trials(recipe: str, grid: Grid, overrides: Sequence[str]) -> list[Trial]:
-    """Give a trial for each combination of the grid's values.
-
-    Raises:
-        ConfigError: A key or a value is none of the recipe's.
-    """
-    for key, listed in grid.items():
-        if not isinstance(listed, (list, tuple)) or not listed:
-            raise ConfigError(f"grid: {key}: expected a list of values, found {listed}")
-    if not grid:
-        raise ConfigError("grid: expected a key with a list of values, found none")
-    if (count := math.prod(map(len, grid.values()))) > _MOST_TRIALS:
-        raise ConfigError(f"grid: {count} trials, more than {_MOST_TRIALS}")
-    trials = []
-    for combination in itertools.product(*grid.values()):
-        values = dict(zip(grid, combination, strict=True))
-        chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        settings = read_recipe(recipe, [*overrides, *chosen])
-        if settings.most > 1:
-            raise ConfigError(
-                f"workers: {settings.workers}: each trial of a sweep has one worker, "
-                f"and trials run beside each other; set workers=1"
-            )
-        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(chosen)).replace('"', "")
-        trials.append(Trial(name, values, settings))
-    return trials
 
 
 def tune(
@@ -291,7 +213,7 @@ def _train_one(
     folder = _folder(out, trial)
     last: Row = {"score": float("-inf"), "epochs": 0}
 
-    def told(entry: Row) -> None:
+    def on_epoch_end(entry: Row) -> None:
         last.update(score=entry["score"], epochs=entry["epoch"] + 1)
         ray.tune.report(dict(last))
 
@@ -300,7 +222,7 @@ def _train_one(
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         world = World(0, 1, device)
-        train_as(world, settings, model_config, data, folder, training, told)
+        train_as(world, settings, model_config, data, folder, training, on_epoch_end)
 
     try:
         done = train_with(run, trial.recipe, data, folder)
@@ -310,7 +232,7 @@ def _train_one(
         return last
     if not done.trained:
         for entry in read_history(folder):
-            told(entry)
+            on_epoch_end(entry)
     return last
 
 

@@ -17,20 +17,21 @@ from medray.geometry import Windows
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.network import Network
-from medray.training import trainer
-from medray.training.learner import Learner, World
-from medray.training.recipe import (
-    Augment,
-    Data,
-    Loss,
-    Optimizer,
-    Recipe,
-    Schedule,
-    Teacher,
-    Unlabelled,
-)
+from medray.training.augment import Augment
+from medray.training.crops import Batch
+from medray.training.distillation import Teacher, Unlabelled
+from medray.training.losses import Loss
+from medray.training.model import TrainingModel
+from medray.training.optim import Optimizer
+from medray.training.recipe import Recipe
+from medray.training.sampler import Data
+from medray.training.schedule import Schedule
+from medray.training.trainer import Trainer
+from medray.training.validation import Validation
+from medray.training.worker import train_as
+from medray.training.world import World
 
-TEAM = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 SMALL = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),
     data=Data(crop=64, samples=16),
@@ -58,9 +59,7 @@ def model_config(dataset: str, recipe: Recipe) -> ModelConfig:
 def run(dataset: str, out: Path, recipe: Recipe) -> dict:
     """Train; give the weights of the last step."""
     torch.set_num_threads(1)
-    trainer.train_as(
-        TEAM, recipe, model_config(dataset, recipe), dataset, str(out), "t"
-    )
+    train_as(ALONE, recipe, model_config(dataset, recipe), dataset, str(out), "t")
     state = torch.load(out / "checkpoints" / "t-last.pt", weights_only=True)
     return state["network"]
 
@@ -92,18 +91,18 @@ def test_what_was_killed_and_resumed_has_the_same_weights(
         schedule=Schedule(epochs=2, save_minutes=1e-6),  # after every step
     )
     whole = run(dataset, tmp_path / "whole", recipe)
-    do_step = Learner.do_step
+    train_step = Trainer.train_step
     for deaths in (3,):  # of the 4 steps of an epoch
         done = 0
 
-        def dying(self, parts, failure=None, *, deaths=deaths):
+        def dying(self, batches, failure=None, *, deaths=deaths):
             nonlocal done
             done += 1
             if done > deaths:
                 raise DeadError
-            return do_step(self, parts, failure)
+            return train_step(self, batches, failure)
 
-        monkeypatch.setattr(Learner, "do_step", dying)
+        monkeypatch.setattr(Trainer, "train_step", dying)
         out = tmp_path / f"killed-{deaths}"
         for _ in range(8 // deaths + 1):
             done = 0
@@ -123,10 +122,12 @@ def test_seed_decides_everything(dataset: str, tmp_path: Path) -> None:
     recipe = replace(SMALL, schedule=Schedule(epochs=1))
     one, again = (run(dataset, tmp_path / name, recipe) for name in "ab")
     assert_same(one, again)
-    other = Learner(TEAM, replace(recipe, seed=1), model_config(dataset, recipe), 4, 1)
-    first = Learner(TEAM, recipe, model_config(dataset, recipe), 4, 1)
-    weights = first.network.state_dict()
-    assert any(not v.equal(weights[k]) for k, v in other.network.state_dict().items())
+    other = Trainer(ALONE, replace(recipe, seed=1), model_config(dataset, recipe), 4, 1)
+    first = Trainer(ALONE, recipe, model_config(dataset, recipe), 4, 1)
+    weights = first.model.network.state_dict()
+    assert any(
+        not v.equal(weights[k]) for k, v in other.model.network.state_dict().items()
+    )
 
 
 def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
@@ -143,20 +144,21 @@ def test_a_step_in_parts_is_the_whole_step(dataset: str) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
     masks = rng.integers(0, 2, (4, 64, 64), dtype=np.uint8)
-    nothing = np.zeros((0, 3, 64, 64), np.uint8)
+    sizes = np.full((4, 2), 64)
 
-    def batch(part: slice) -> trainer.Batch:
-        return trainer.Batch(images[part], masks[part], np.arange(4)[part], nothing)
+    def batch(some: slice) -> Batch:
+        patches = np.arange(4)[some]
+        return Batch(images[some], masks[some], patches, sizes[some], {})
 
     results = []
     for recipe, batches in (
         (whole, [batch(slice(0, 4))]),
         (parts, [batch(slice(i, i + 1)) for i in range(4)]),
     ):
-        learner = Learner(TEAM, recipe, model_config(dataset, recipe), 4, 1)
-        loss, failure = learner.do_step(batches)
+        trainer = Trainer(ALONE, recipe, model_config(dataset, recipe), 4, 1)
+        loss, failure = trainer.train_step(batches)
         assert failure is None
-        results.append((loss, learner.network.state_dict()))
+        results.append((loss, trainer.model.network.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, weight in results[0][1].items():
         torch.testing.assert_close(weight, results[1][1][name], rtol=1e-4, atol=1e-6)
@@ -166,16 +168,16 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_kept(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(SMALL, augment=Augment(False, 0, 0, 0, 0))
-    real = Learner._loss
+    real = TrainingModel.loss
     steps = 0
 
-    def spoilt(self, part, seed, number):
+    def spoilt(self, batch, seed, step):
         nonlocal steps
         steps += 1
-        loss = real(self, part, seed, number)
-        return loss * torch.nan if steps == 3 else loss
+        loss, of_crops = real(self, batch, seed, step)
+        return loss * torch.nan if steps == 3 else loss, of_crops
 
-    monkeypatch.setattr(Learner, "_loss", spoilt)
+    monkeypatch.setattr(TrainingModel, "loss", spoilt)
     with pytest.raises(MedrayError, match="step 2 is not a number; lower optimizer.lr"):
         run(dataset, tmp_path, recipe)
     (kept,) = (tmp_path / "failures").iterdir()
@@ -198,10 +200,10 @@ def test_an_exploding_training_is_stopped(dataset: str, tmp_path: Path) -> None:
 def test_too_little_memory_says_what_halves_it(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hungry(self, part, seed, number):
-        return torch.empty(1 << 55).sum()  # more than any machine has
+    def hungry(self, batch, seed, step):
+        return torch.empty(1 << 55).sum(), None  # more than any machine has
 
-    monkeypatch.setattr(Learner, "_loss", hungry)
+    monkeypatch.setattr(TrainingModel, "loss", hungry)
     message = (
         "not enough memory on cpu for 4 crops of 64 px.*micro_batch_size=2 halves it"
     )
@@ -213,7 +215,7 @@ def test_synchronised_batch_normalisation_needs_gpus(dataset: str) -> None:
     recipe = replace(SMALL, sync_batch_norm=True, micro_batch_size=2)
     world = World(0, 2, torch.device("cpu"))
     with pytest.raises(MedrayError, match="sync_batch_norm: needs GPUs"):
-        Learner(world, recipe, model_config(dataset, recipe), 4, 1)
+        Trainer(world, recipe, model_config(dataset, recipe), 4, 1)
 
 
 def test_a_compiled_network_learns_the_same(
@@ -257,13 +259,11 @@ def test_too_much_damage_stops_and_names_a_patch(dataset: str, tmp_path: Path) -
 
 def test_a_model_that_predicts_one_class_is_told(dataset: str, tmp_path: Path) -> None:
     recipe = replace(SMALL, optimizer=Optimizer(lr=1e-9), schedule=Schedule(epochs=1))
-    names = ("background", "tumour")
 
     def scores_of(counts: list[list[int]]) -> dict:
-        small = np.zeros(4, np.int64)
-        return trainer._scores(
-            trainer._Checked(np.array(counts), small, 0, [], 0), names, False
-        )
+        found = Validation(Classes(("background", "tumour")), of_images=False)
+        found.counts += np.array(counts)
+        return found.scores()
 
     scores = scores_of([[90, 0], [10, 0]])
     assert "everything was predicted as background" in scores["warning"]
@@ -313,22 +313,24 @@ def test_training_and_inference_feed_a_model_the_same(
     dataset: str, tmp_path: Path
 ) -> None:
     """The same patch gives the same logits on both ways."""
-    from medray.training.sampler import read_val
+    from medray.training.crops import read_val
 
     for stain, zscore in (("none", False), ("macenko", False), ("none", True)):
         recipe = replace(SMALL, stain=stain)  # type: ignore[arg-type]
         config = replace(model_config(dataset, recipe), zscore=zscore)
-        learner = Learner(TEAM, recipe, config, 4, 1)
-        crops = read_val(dataset, recipe, 0, 2)
+        trainer = Trainer(ALONE, recipe, config, 4, 1)
+        crops = read_val(dataset, recipe.sampling, 0, 2)
         folder = str(tmp_path / f"{stain}-{zscore}")
-        save_model(folder, config, learner.network, {"f1": None})
+        save_model(folder, config, trainer.model.network, {"f1": None})
         network, stored = load_model(folder)
         assert stored == config
         infer = Network(network, stored, torch.device("cpu"), torch.float32)
         with torch.inference_mode():
             theirs = infer(torch.from_numpy(np.moveaxis(crops.images, 1, 3).copy()))
-            inputs = learner.normalise(torch.from_numpy(crops.images.copy()))
-            ours = learner._forward(learner.network.eval(), inputs)
+            inputs = trainer.model.normalise(torch.from_numpy(crops.images.copy()))
+            ours = trainer.model.arithmetic.forward(
+                trainer.model.network.eval(), inputs
+            )
         # Inference folds batch normalisation into the convolutions before it.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert float((ours - theirs).abs().mean()) < 1e-5
@@ -336,7 +338,7 @@ def test_training_and_inference_feed_a_model_the_same(
 
 def test_a_student_learns_from_its_teacher(dataset: str, tmp_path: Path) -> None:
     config = model_config(dataset, SMALL)
-    teacher = Learner(TEAM, replace(SMALL, seed=5), config, 4, 1).network
+    teacher = Trainer(ALONE, replace(SMALL, seed=5), config, 4, 1).model.network
     save_model(str(tmp_path / "teacher"), config, teacher, {"f1": None})
     how = Teacher(str(tmp_path / "teacher"), features=0.1)
     run(dataset, tmp_path / "out", replace(SMALL, teacher=how))
@@ -363,7 +365,7 @@ def test_other_classes_than_the_model_are_refused_by_pruning(
     dataset: str, tmp_path: Path
 ) -> None:
     from medray.errors import ConfigError
-    from medray.training.learner import build_network
+    from medray.training.network import build_network
     from medray.training.recipe import Prune
 
     config = replace(model_config(dataset, SMALL), classes=Classes(("a", "b", "c")))

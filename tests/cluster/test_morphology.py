@@ -26,11 +26,13 @@ from medray.inference.infer import infer
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-from medray.training.learner import Batch, Learner, World
+from medray.training.checkpoint import read_best
+from medray.training.crops import Batch, read_val
 from medray.training.recipe import Recipe, read_recipe
-from medray.training.sampler import read_val, usable_patches
+from medray.training.sampler import usable_patches
 from medray.training.train import train
-from medray.training.trainer import read_best
+from medray.training.trainer import Trainer
+from medray.training.world import World
 
 RECIPE = """
 model: {name: classifier, encoder: resnet10t, morphology: true}
@@ -94,28 +96,28 @@ def test_evaluation_feeds_a_model_as_training_did(
     dataset: str, classifier: str, tmp_path: Path
 ) -> None:
     """The same image and measures give the same logits; other measures, others."""
-    # As training did: the learner, with the weights that it kept.
+    # As training did: the trainer, with the weights that it kept.
     recipe = read_recipe(f"{Path(dataset).parent}/recipe.yaml")
     network, config = load_model(classifier)
-    patches = usable_patches(dataset, "val", recipe)
+    patches = usable_patches(dataset, "val", recipe.data)
     measures = read_morphology(dataset, patches)[1]
-    learner = Learner(ALONE, recipe, config, 1, 1, {"val": measures})
+    model = Trainer(ALONE, recipe, config, 1, 1, {"val": measures}).model
     name = config.provenance["digest"].removeprefix("blake2b:")
-    learner.network.load_state_dict(read_best(classifier, name)["model"])
-    crops = read_val(dataset, recipe, 2, 7)  # not from the first patch on
-    beside = learner._beside("val", crops.patches)
+    model.network.load_state_dict(read_best(classifier, name)["model"])
+    batch = read_val(dataset, recipe.sampling, 2, 7)  # not from the first patch on
+    beside = model.beside("val", batch)
     with torch.inference_mode():
-        inputs = learner.normalise(torch.from_numpy(crops.images.copy()))
-        logits = learner._forward(learner.kept.eval(), inputs, *beside)
+        inputs = model.normalise(torch.from_numpy(batch.images.copy()))
+        logits = model.arithmetic.forward(model.kept.eval(), inputs, *beside)
     trained = logits[:, :, 0, 0].softmax(dim=1).numpy()
-    predicted, _ = learner.predict(crops.images, crops.masks, crops.patches)
+    predicted, _ = model.predict(batch)
     np.testing.assert_array_equal(predicted[:, 0, 0], trained.argmax(axis=1))
 
     # As evaluation does, for the same images by their names.
     table = table_of(dataset).drop(columns="split")
-    own = table.loc[[patches[i]["image"] for i in crops.patches]].to_numpy()
+    own = table.loc[[patches[i]["image"] for i in batch.patches]].to_numpy()
     classify = load_classifier(classifier)
-    pixels = np.moveaxis(crops.images, 1, 3)
+    pixels = np.moveaxis(batch.images, 1, 3)
     found = softmax(classify(pixels, own), axis=1)
     np.testing.assert_allclose(found, trained, atol=2e-3)
     swapped = softmax(classify(pixels, own[::-1].copy()), axis=1)
@@ -171,14 +173,14 @@ def test_each_crop_learns_with_its_own_measures() -> None:
     )
     labels = np.arange(24) % 2
     measures = np.where(labels[:, None] == 1, 7.0, 3.0) * np.ones((24, FEATURES))
-    learner = Learner(ALONE, recipe, model_config, 24, 100, {"train": measures})
+    trainer = Trainer(ALONE, recipe, model_config, 24, 100, {"train": measures})
     images = np.full((8, 3, 32, 32), 120, np.uint8)
     rng = np.random.default_rng(0)
     for _ in range(40):
         chosen = rng.permutation(24)[:8]
         masks = np.broadcast_to(labels[chosen][:, None, None], (8, 32, 32))
-        batch = Batch(images, masks.astype(np.uint8), chosen, images[:0])
-        loss, failure = learner.do_step([batch])
+        batch = Batch(images, masks.astype(np.uint8), chosen, np.full((8, 2), 32), {})
+        loss, failure = trainer.train_step([batch])
         assert failure is None
     assert loss < 0.2  # log(2) = 0.69 is what pixels alone can reach
 

@@ -22,13 +22,18 @@ from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model
 from medray.models.network import Normalise
-from medray.training import trainer
-from medray.training.finetuning import find_stages, importance, most_important
-from medray.training.learner import Batch, Learner, World, build_network
+from medray.training import trainer as trainer_module
+from medray.training.checkpoint import read_best
+from medray.training.crops import Batch
+from medray.training.encoder_stages import find_stages, importance, most_important
+from medray.training.network import build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train import train, train_with
+from medray.training.trainer import Trainer
+from medray.training.worker import train_as
+from medray.training.world import World
 
-TEAM = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 HEAD, REST = "{epochs: 1, train: head}", "{epochs: 1, train: all, lr: 0.1}"
 TEXT = """
 model: {name: classifier, encoder: resnet10t, hidden: 8, norm: true, dropout: 0.1}
@@ -60,11 +65,15 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
     return read_recipe(str(path), overrides)
 
 
-def learner_of(recipe: Recipe) -> Learner:
+def trainer_of(recipe: Recipe) -> Trainer:
     contract = ModelConfig(
         architecture=recipe.model, classes=Classes(), window=recipe.window, mpp=None
     )
-    return Learner(TEAM, recipe, contract, 1, 1)
+    return Trainer(ALONE, recipe, contract, 1, 1)
+
+
+def end_epoch(trainer: Trainer) -> None:
+    trainer.progress.end_epoch(1, 8, 1.0, {"f1": 0.5} | trainer.phases.entry())
 
 
 def some_crops() -> Batch:
@@ -72,7 +81,7 @@ def some_crops() -> Batch:
     images = rng.integers(0, 255, (8, 3, 64, 64), dtype=np.uint8)
     masks = np.zeros((8, 64, 64), np.uint8)
     masks[4:] = 1
-    return Batch(images, masks, np.zeros(8, np.int64), images[:0])
+    return Batch(images, masks, np.zeros(8, np.int64), np.full((8, 2), 64), {})
 
 
 # --- what learns when -----------------------------------------------------------------
@@ -83,15 +92,15 @@ def test_each_phase_changes_its_part_and_nothing_else(
 ) -> None:
     phases = f"[{HEAD}, {{epochs: 1, train: last, stages: 2, lr: 0.5}}, {REST}]"
     recipe = recipe_of(tmp_path, f"weights={weights}", f"schedule.phases={phases}")
-    learner = learner_of(recipe)
-    start = {k: v.clone() for k, v in learner.network.state_dict().items()}
+    trainer = trainer_of(recipe)
+    start = {k: v.clone() for k, v in trainer.model.network.state_dict().items()}
     encoder = {k: v for k, v in start.items() if k.startswith("encoder.")}
     read = {f"encoder.{k}": v for k, v in torch.load(weights).items()}
     torch.testing.assert_close(encoder, read)
 
     def changed() -> set[str]:
         """Parts of which anything differs: weights, or statistics."""
-        now = learner.network.state_dict()
+        now = trainer.model.network.state_dict()
         names = (k.split(".") for k, v in now.items() if not torch.equal(v, start[k]))
         return {name[1] if name[0] == "encoder" else name[0] for name in names}
 
@@ -99,27 +108,31 @@ def test_each_phase_changes_its_part_and_nothing_else(
     every = {"head", "conv1", "bn1", "layer1", "layer2"} | deep
     rates = []
     for epoch, wanted in enumerate(({"head"}, {"head"} | deep, every)):
-        learner.epoch, learner.step = epoch, 0
-        learner.do_step([some_crops()])
+        trainer.progress.epoch, trainer.progress.step = epoch, 0
+        trainer.train_step([some_crops()])
         assert changed() == wanted
-        rates.append(learner.rate)
-        learner.end_epoch({"f1": 0.5}, 1.0)
+        rates.append(trainer.progress.rate)
+        end_epoch(trainer)
     cosine = [1 + np.cos(np.pi * epoch / 3) for epoch in range(3)]
     np.testing.assert_allclose(rates, 1e-3 * np.array([1, 0.5, 0.1]) * cosine)
-    assert [entry["train"] for entry in learner.history] == ["head", "last", "all"]
-    assert learner.history[1]["learning"] == ["layer3", "layer4"]
+    assert [entry["train"] for entry in trainer.progress.history] == [
+        "head",
+        "last",
+        "all",
+    ]
+    assert trainer.progress.history[1]["learning"] == ["layer3", "layer4"]
 
 
 def test_what_rests_again_stays_as_it_was_left(weights: Path, tmp_path: Path) -> None:
     """Neither momentum nor decay moves it."""
     phases = f"[{REST}, {HEAD}, {{train: all}}]"
     recipe = recipe_of(tmp_path, f"weights={weights}", f"schedule.phases={phases}")
-    learner = learner_of(recipe)
-    learner.do_step([some_crops()])
-    learner.epoch, learner.step = 1, 0
-    left = {k: v.clone() for k, v in learner.network.state_dict().items()}
-    learner.do_step([some_crops()])
-    now = learner.network.state_dict()
+    trainer = trainer_of(recipe)
+    trainer.train_step([some_crops()])
+    trainer.progress.epoch, trainer.progress.step = 1, 0
+    left = {k: v.clone() for k, v in trainer.model.network.state_dict().items()}
+    trainer.train_step([some_crops()])
+    now = trainer.model.network.state_dict()
     for name, value in left.items():
         if name.startswith("encoder."):
             assert torch.equal(now[name], value), name
@@ -133,10 +146,10 @@ def test_the_head_of_a_segmenter_is_its_decoder(tmp_path: Path) -> None:
     source: Any = build_network(plain, 2)
     torch.save(source.encoder.state_dict(), path)
     phases = f"schedule.phases=[{HEAD}, {{train: all}}]"
-    learner = learner_of(recipe_of(tmp_path, model, f"weights={path}", phases))
-    start = {k: v.clone() for k, v in learner.network.state_dict().items()}
-    learner.do_step([some_crops()])
-    now = learner.network.state_dict()
+    trainer = trainer_of(recipe_of(tmp_path, model, f"weights={path}", phases))
+    start = {k: v.clone() for k, v in trainer.model.network.state_dict().items()}
+    trainer.train_step([some_crops()])
+    now = trainer.model.network.state_dict()
     changed = {k.split(".")[0] for k, v in now.items() if not torch.equal(v, start[k])}
     assert changed == {"decoder", "segmentation_head"}
 
@@ -150,11 +163,11 @@ def test_it_does_not_stop_before_the_last_phase(weights: Path, tmp_path: Path) -
             f"weights={weights}",
             f"schedule.phases={phases}",
         )
-        learner = learner_of(recipe)
-        while not learner.is_over():
-            learner.loss_sum = 1.0
-            learner.end_epoch({"f1": 0.5}, 1.0)
-        return learner.epoch
+        trainer = trainer_of(recipe)
+        while not trainer.progress.is_over(recipe.schedule):
+            trainer.progress.loss_sum = 1.0
+            end_epoch(trainer)
+        return trainer.progress.epoch
 
     assert epochs("[]") == 3
     assert epochs("[{epochs: 5, train: head}, {train: all}]") == 7
@@ -299,12 +312,12 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
     def trained(out: Path) -> dict[str, Any]:
         def run(recipe: Recipe, contract: ModelConfig, _: str) -> None:
             torch.set_num_threads(1)
-            trainer.train_as(TEAM, recipe, contract, dataset, str(out), "t")
+            train_as(ALONE, recipe, contract, dataset, str(out), "t")
 
         monkeypatch.setattr(  # by its name, `medray.train` is the function
             importlib.import_module("medray.training.train"),
             "read_best",
-            lambda out, _: trainer.read_best(out, "t"),
+            lambda out, _: read_best(out, "t"),
         )
         train_with(run, recipe, dataset, str(out))
         return last(out)
@@ -314,16 +327,16 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
         return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
 
     whole = trained(tmp_path / "whole")
-    do_step = Learner.do_step
+    train_step = Trainer.train_step
 
-    def dying(self: Learner, *given: Any) -> Any:
-        if (self.epoch, self.step) == (1, 1):
+    def dying(self: Trainer, *given: Any) -> Any:
+        if (self.progress.epoch, self.progress.step) == (1, 1):
             raise DeadError
-        return do_step(self, *given)
+        return train_step(self, *given)
 
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "do_step", dying)
+        patch.setattr(Trainer, "train_step", dying)
         with pytest.raises(DeadError):
             trained(out)
     state = last(out)
@@ -345,7 +358,7 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
         raise AssertionError("what was decided is decided again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "weigh_stages", again)
+        patch.setattr(trainer_module, "weigh_stages", again)
         resumed = trained(out)
     for name, value in whole["network"].items():
         assert torch.equal(value, resumed["network"][name]), name
@@ -456,15 +469,15 @@ def test_the_head_has_two_layers_and_normalises_between_them() -> None:
         ("[{epoch: 1}]", r"unknown key schedule\.phases\[0\]\.epoch; did you mean"),
         ("{epochs: 1}", "expected a list, each item a mapping"),
         ("[1]", "expected a list, each item a mapping"),
-        ("[{epochs: 0}]", "epochs of 1 or more"),
-        ("[{lr: 0}]", "lr above 0"),
+        ("[{epochs: 0}]", r"phases\[0\]\.epochs: expected a number of 1 or more"),
+        ("[{lr: 0}]", r"phases\[0\]\.lr: expected a number above 0"),
         ("[{epochs: 2}]", "take 2 epochs, schedule.epochs are 3"),
         ("[{epochs: 3}, {lr: 0.1}]", "take 3 epochs before the last one"),
         ("[{lr: 0.1}, {epochs: 2}]", "only the last phase may do without epochs"),
         ("[{train: last}]", "`stages` of 1 or more"),
         ("[{train: head, stages: 2}]", "`stages` of 1 or more"),
         ("[{epochs: 1}, {train: adaptive}]", "a `share` of the stages"),
-        ("[{epochs: 1}, {train: adaptive, share: 1.5}]", "a `share` of the stages"),
+        ("[{epochs: 1}, {train: adaptive, share: 1.5}]", r"\[1\]\.share: .* below 1"),
         ("[{epochs: 1}, {share: 0.5}]", "a `share` of the stages"),
         ("[{train: adaptive, share: 0.5}]", "the first cannot be adaptive"),
         ("[{train: head}]", "an encoder of random weights teaches nothing"),
@@ -503,11 +516,11 @@ def test_phases_that_an_encoder_cannot_go_through_are_explained(
 
 def test_adaptive_needs_images_that_can_be_read(tmp_path: Path) -> None:
     phases = "schedule.phases=[{epochs: 1}, {train: adaptive, share: 0.5}]"
-    learner = learner_of(recipe_of(tmp_path, phases))
+    trainer = trainer_of(recipe_of(tmp_path, phases))
     empty = some_crops()
     nothing = empty.images[:0], empty.masks[:0], np.zeros(0, np.int64)
     with pytest.raises(ConfigError, match="none could be read"):
-        learner.weigh_stages([nothing])
+        trainer.weigh_stages([nothing])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from medray.inference.infer import infer
 from medray.inference.run import Options
 from medray.models.config import read_config
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.recipe import Recipe
+from medray.training.sampler import Data
+from medray.training.schedule import Schedule
 from medray.training.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")

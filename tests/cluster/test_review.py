@@ -23,7 +23,8 @@ from medray.inference.run import Options, layer_uri
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Data, Recipe
+from medray.training.recipe import Recipe
+from medray.training.sampler import Data
 from medray.training.train import train
 
 HEIGHT, WIDTH = 1700, 2500

@@ -25,9 +25,13 @@ from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.segmenters import build_segmenter
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Data, Loss, Optimizer, Recipe, Schedule
+from medray.training.losses import Loss
+from medray.training.optim import Optimizer
+from medray.training.recipe import Recipe
+from medray.training.sampler import Data
+from medray.training.schedule import Schedule
 from medray.training.train import train
-from medray.training.trainer import TrainingError
+from medray.training.world import TrainingError
 
 TINY = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),

@@ -12,10 +12,13 @@ from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.folder import load_model
 from medray.storage.yaml_config import write_settings
-from medray.training import tune_report
-from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.recipe import Recipe
 from medray.training.recipe_files import SWEEPS
-from medray.training.tune import plan_trials, read_sweep, tune
+from medray.training.report import write_tune_report
+from medray.training.sampler import Data
+from medray.training.schedule import Schedule
+from medray.training.sweep import plan_trials, read_sweep
+from medray.training.tune import tune
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Recipe(
@@ -108,7 +111,7 @@ def test_the_page_has_each_trial_and_escapes_what_it_is_told(tmp_path: Path) -> 
         )
     ]
     keys = ["optimizer.lr", "model.name"]
-    page = tune_report.write_tune_report(str(tmp_path), keys, rows, rows[0])
+    page = write_tune_report(str(tmp_path), keys, rows, rows[0])
     text = Path(page).read_text()
     assert text.count("<svg") == 3
     assert "<script>alert" not in text

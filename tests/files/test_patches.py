@@ -19,20 +19,35 @@ from medray.errors import FormatError
 from medray.geometry import Rectangle
 from medray.storage import ome_zarr
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Data, Recipe, Schedule
-from medray.training.sampler import (
-    crop_of_epoch,
-    draw,
+from medray.training.crops import (
     place_crop,
     read_train,
     read_unlabelled,
     read_val,
+)
+from medray.training.sampler import (
+    Data,
+    Sampling,
+    crop_of_epoch,
+    draw,
     shares,
     usable_patches,
 )
 
 SIZE = (1200, 1100)
 PATCH = ome_zarr.PATCH
+
+
+def sampling(
+    data: Data,
+    *,
+    batch: int = 8,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    epochs: int = 20,
+) -> Sampling:
+    """What a recipe would ask for."""
+    return Sampling(data, seed, epochs, batch, micro_batch_size or batch)
 
 
 def write_slide(folder: Path, name: str, labels: np.ndarray | None) -> np.ndarray:
@@ -126,8 +141,7 @@ def test_every_patch_comes_once_an_epoch_in_an_order_of_its_own() -> None:
 
 def test_balance_draws_each_class_as_often() -> None:
     class_px = np.array([[100, 0], [99, 1], [50, 50], [100, 0]])
-    recipe = Recipe(data=Data(balance=True))
-    wanted = shares(class_px, recipe, np.full(4, np.nan))
+    wanted = shares(class_px, Data(balance=True), np.full(4, np.nan))
     np.testing.assert_allclose(wanted.sum(axis=0), [0.5, 0.5, 0.0])
     np.testing.assert_allclose(wanted[:, 1], [0, 0.5 / 51, 0.5 * 50 / 51, 0])
 
@@ -135,11 +149,11 @@ def test_balance_draws_each_class_as_often() -> None:
 def test_hard_patches_come_more_often() -> None:
     losses = np.array([0.1, 0.3, np.nan, 0.2])
     class_px = np.ones((4, 2), int)
-    wanted = shares(class_px, Recipe(data=Data(hard=0.5)), losses)
+    wanted = shares(class_px, Data(hard=0.5), losses)
     np.testing.assert_allclose(
         wanted[:, -1], 0.125 + 0.5 * np.array([0.1, 0.3, 0.2, 0.2]) / 0.8
     )
-    none = shares(class_px, Recipe(data=Data(hard=0.5)), np.full(4, np.nan))
+    none = shares(class_px, Data(hard=0.5), np.full(4, np.nan))
     np.testing.assert_allclose(none[:, -1], 0.25)
 
 
@@ -175,9 +189,9 @@ def test_crops_lie_within_the_slide_and_fit_their_patch(data: st.DataObject) -> 
 
 @pytest.mark.parametrize("side", [64, 512, 1024])
 def test_crops_hold_the_pixels_of_their_place(dataset: str, side: int) -> None:
-    recipe = Recipe(data=Data(crop=side, balance=True), batch=4)
+    how = sampling(Data(crop=side, balance=True), batch=4)
     for first in (0, 4, 8):
-        crops = read_train(dataset, recipe, 0, first)
+        crops = read_train(dataset, how, 0, first)
         assert crops.images.shape == (4, 3, side, side)
         assert (crops.images[:, 2] == 7).all()
         steps = np.diff(crops.images[:, :2].astype(int), axis=2)[:, 0]
@@ -191,8 +205,8 @@ def test_crops_hold_the_pixels_of_their_place(dataset: str, side: int) -> None:
 
 def test_crops_are_drawn_around_the_class_that_is_wanted(dataset: str) -> None:
     """200 pixels of tumour are in half of the crops, not in one of 40."""
-    recipe = Recipe(data=Data(crop=64, balance=True, samples=64), batch=32)
-    crops = read_train(dataset, recipe, 0, 0)
+    how = sampling(Data(crop=64, balance=True, samples=64), batch=32)
+    crops = read_train(dataset, how, 0, 0)
     held = crops.masks.any(axis=(1, 2))
     assert 12 <= held.sum() <= 20
     # Not always in the middle of the crop.
@@ -201,35 +215,35 @@ def test_crops_are_drawn_around_the_class_that_is_wanted(dataset: str) -> None:
 
 
 def test_the_order_does_not_depend_on_how_it_is_read(dataset: str) -> None:
-    recipe = Recipe(data=Data(crop=64), batch=4)
-    whole = read_train(dataset, recipe, 1, 4)
-    single = Recipe(data=Data(crop=64), batch=4, micro_batch_size=1)
+    how = sampling(Data(crop=64), batch=4)
+    whole = read_train(dataset, how, 1, 4)
+    single = sampling(Data(crop=64), batch=4, micro_batch_size=1)
     parts = [read_train(dataset, single, 1, place) for place in range(4, 8)]
     np.testing.assert_array_equal(
         whole.images, np.concatenate([part.images for part in parts])
     )
-    other = read_train(dataset, Recipe(data=Data(crop=64), batch=4, seed=1), 1, 4)
+    other = read_train(dataset, sampling(Data(crop=64), batch=4, seed=1), 1, 4)
     assert (other.images != whole.images).any()
     seen = Counter(
         int(i)
         for first in range(0, 16, 4)
-        for i in read_train(dataset, recipe, 0, first).patches
+        for i in read_train(dataset, how, 0, first).patches
     )
     assert max(seen.values()) == 1
 
 
 def test_epochs_go_through_the_sides_of_a_progressive_crop() -> None:
-    recipe = Recipe(data=Data(crop=(256, 512, 1024)), schedule=Schedule(epochs=7))
-    sides = [crop_of_epoch(recipe, epoch) for epoch in range(7)]
+    how = sampling(Data(crop=(256, 512, 1024)), epochs=7)
+    sides = [crop_of_epoch(how, epoch) for epoch in range(7)]
     assert sides == [256, 256, 256, 512, 512, 1024, 1024]
 
 
 def test_validation_gives_each_patch_whole(dataset: str) -> None:
-    recipe = Recipe()
-    patches = usable_patches(dataset, "val", recipe)
+    how = sampling(Data())
+    patches = usable_patches(dataset, "val", how.data)
     found = []
     for first in range(0, len(patches), 4):
-        crops = read_val(dataset, recipe, first, 4)
+        crops = read_val(dataset, how, first, 4)
         for image, index, (h, w) in zip(
             crops.images, crops.patches, crops.sizes, strict=True
         ):
@@ -242,11 +256,11 @@ def test_validation_gives_each_patch_whole(dataset: str) -> None:
 
 
 def test_unlabelled_crops_come_from_slides_without_annotation(dataset: str) -> None:
-    recipe = Recipe(data=Data(crop=64), batch=4)
-    crops = read_unlabelled(dataset, recipe, 0, 0)
+    how = sampling(Data(crop=64), batch=4)
+    crops = read_unlabelled(dataset, how, 0, 0)
     assert crops.shape == (4, 3, 64, 64)
-    assert (crops != read_unlabelled(dataset, recipe, 1, 0)).any()
-    assert {row["slide"] for row in usable_patches(dataset, "", recipe)} == {"d"}
+    assert (crops != read_unlabelled(dataset, how, 1, 0)).any()
+    assert {row["slide"] for row in usable_patches(dataset, "", how.data)} == {"d"}
 
 
 def test_damaged_patches_are_named_and_replaced(dataset: str, tmp_path: Path) -> None:
@@ -261,13 +275,13 @@ def test_damaged_patches_are_named_and_replaced(dataset: str, tmp_path: Path) ->
     data = bytearray(shard.read_bytes())
     data[: len(data) // 2] = b"\xff" * (len(data) // 2)
     shard.write_bytes(bytes(data))
-    recipe = Recipe(data=Data(crop=64), batch=16)
-    crops = read_train(str(damaged), recipe, 0, 0)
+    how = sampling(Data(crop=64), batch=16)
+    crops = read_train(str(damaged), how, 0, 0)
     assert crops.images.shape[0] == 16
     assert crops.damaged
     assert all(name.startswith("a at y=") for name in crops.damaged)
     assert (crops.images[:, 2] == 7).all()
-    again = read_train(str(damaged), recipe, 0, 0)
+    again = read_train(str(damaged), how, 0, 0)
     np.testing.assert_array_equal(again.images, crops.images)
 
 
@@ -279,6 +293,6 @@ def test_labels_that_are_no_class_are_named(dataset: str, tmp_path: Path) -> Non
     )
     before = np.indices(SIZE).sum(axis=0).astype(np.uint8) % 2
     write_patches(str(tmp_path), rows_of("a", before, "train"))
-    recipe = Recipe(data=Data(crop=64), batch=2)
+    how = sampling(Data(crop=64), batch=2)
     with pytest.raises(FormatError, match="label 9 .*2 classes"):
-        read_train(str(tmp_path), recipe, 0, 0)
+        read_train(str(tmp_path), how, 0, 0)

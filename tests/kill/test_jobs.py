@@ -12,7 +12,9 @@ import pytest
 from ray.util import get_node_ip_address
 
 from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Data, Recipe, Schedule
+from medray.training.recipe import Recipe
+from medray.training.sampler import Data
+from medray.training.schedule import Schedule
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[2]

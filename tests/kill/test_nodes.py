@@ -198,7 +198,10 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
     from medray.models.config import Architecture
     from medray.models.folder import load_model
     from medray.storage.yaml_config import write_settings
-    from medray.training.recipe import Augment, Data, Recipe, Schedule
+    from medray.training.augment import Augment
+    from medray.training.recipe import Recipe
+    from medray.training.sampler import Data
+    from medray.training.schedule import Schedule
 
     cluster, _, second = nodes
     data = tmp_path / "data"

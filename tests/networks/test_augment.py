@@ -11,8 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from medray.models.stain import change_stains, macenko
 from medray.training import augment
-from medray.training.augment import colour_matrix, move, recolour
-from medray.training.recipe import Augment
+from medray.training.augment import Augment, colour_matrix, move, recolour
 
 PLAIN = {"flips": False, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
 

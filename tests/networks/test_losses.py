@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from medray.models.fcn import Fcn8s
-from medray.training.losses import SegmentationLoss, hardest
-from medray.training.recipe import Loss
+from medray.training.losses import Loss, SegmentationLoss, hardest
 
 
 @pytest.fixture(scope="module")
@@ -107,5 +106,5 @@ def test_l2_counts_the_weights_above_the_encoder() -> None:
 
 @pytest.mark.parametrize("bad", [{"dice": -1.0}, {"hardest": 0.0}, {"l2": -1e-3}])
 def test_wrong_weights_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="loss"):
+    with pytest.raises(ValueError, match="for Loss"):
         Loss(**bad)

@@ -7,22 +7,21 @@ import pytest
 import torch
 from torch import nn
 
+from medray.training.finetuning import Phase
 from medray.training.optim import (
+    Optimizer,
     build_average,
     build_optimizer,
-    learning_rate,
-    plateau_drops,
 )
-from medray.training.recipe import Optimizer, Phase, Schedule
+from medray.training.schedule import Schedule, learning_rate, plateau_drops
 
 
 def rates(
     schedule: Schedule, steps: int, scores: tuple[float, ...] = ()
 ) -> list[float]:
-    how = Optimizer(lr=2.0)
     total = steps * schedule.epochs
     return [
-        learning_rate(step, steps, scores[: step // steps], how, schedule)
+        learning_rate(step, steps, scores[: step // steps], 2.0, schedule)
         for step in range(total)
     ]
 

@@ -9,9 +9,10 @@ from medray.errors import ConfigError
 from medray.models.config import model_digest, read_config
 from medray.models.folder import load_model, save_model
 from medray.storage.yaml_config import write_settings
-from medray.training.losses import SegmentationLoss
-from medray.training.recipe import Data, Loss, Recipe, read_recipe
+from medray.training.losses import Loss, SegmentationLoss
+from medray.training.recipe import Recipe, read_recipe
 from medray.training.recipe_files import RECIPES
+from medray.training.sampler import Data
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
@@ -32,28 +33,38 @@ def test_an_unknown_name_is_a_wrong_request(
     [
         ("optimiser: {lr: 1}", "unknown key optimiser; did you mean optimizer"),
         ("data: {crp: 64}", "unknown key data.crp; did you mean data.crop"),
-        ("batch: many", "r.yaml.*batch"),
-        ("data: {crop: 100}", "multiples of 32"),
+        ("batch: many", "r.yaml: batch: expected a whole number, found 'many'"),
+        ("optimizer: 4", "optimizer: expected a mapping of keys to values, found 4"),
+        ("loss: {dice: 0, focal: 0}", "loss: .* are all 0"),
+        ("workers: [1, 2, 3]", "workers: .* a list of at most 2 items, found"),
+        ("{batch: x, seed: y}", "batch: expected .*'x'; seed: expected .*'y'"),
+        ("data: {crop: 100}", "data.crop: expected a multiple of 32 .*found 100"),
         ("workers: 3", "multiple of workers"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),
-        ("data: {crop: [64, 100]}", "multiples of 32"),
-        ("data: {crop: []}", "one side or more"),
-        ("data: {hard: 2}", "data.hard"),
+        (
+            "data: {crop: [64, 100]}",
+            r"data.crop\[1\]: expected a multiple of 32, found 100",
+        ),
+        ("data: {crop: []}", "data.crop: expected .* a list of 1 items or more"),
+        ("data: {hard: 2}", "data.hard: expected a number up to 1, found 2"),
         ("data: {hard: 0.5, balance: true}", "not with data.balance"),
         ("workers: [2, 1]", "fewest and most|workers"),
         ("{batch: 8, micro_batch_size: 3}", "divisor of batch"),
         ("{batch: 8, micro_batch_size: 8, workers: 2}", "set micro_batch_size to 4"),
-        ("optimizer: {name: rmsprop}", "optimizer"),
-        ("optimizer: {lr: 0}", "lr > 0"),
-        ("optimizer: {average: 1}", "optimizer.average"),
+        (
+            "optimizer: {name: rmsprop}",
+            "name: expected 'adamw', 'adam' or 'sgd', found",
+        ),
+        ("optimizer: {lr: 0}", "optimizer.lr: expected a number above 0, found 0"),
+        ("optimizer: {average: 1}", "optimizer.average: expected a number below 1"),
         ("schedule: {name: linear}", "schedule"),
-        ("schedule: {epochs: 0}", "epochs"),
+        ("schedule: {epochs: 0}", "schedule.epochs: expected a number of 1 or more"),
         ("schedule: {decay: 2}", "decay"),
-        ("augment: {hue: 0.7}", "hue in 0..0.5"),
+        ("augment: {hue: 0.7}", "augment.hue: expected a number up to 0.5, found 0.7"),
         ("augment: {elastic: -1}", "elastic"),
         ("prune: {model: m, share: 1}", "prune.share"),
-        ("teacher: {soft: 1}", "model"),
+        ("teacher: {soft: 1}", "teacher.model: expected a value, found none"),
         ("precision: float8", "precision"),
         ("batch: !!python/object/apply:os.system ['true']", "expected YAML"),
     ],

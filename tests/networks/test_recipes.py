@@ -14,10 +14,13 @@ from medray.errors import ConfigError
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
 from medray.models.segmenters import build_segmenter
-from medray.training import trainer
-from medray.training.learner import World, build_network
-from medray.training.recipe import Prune, Recipe, Schedule, read_recipe
+from medray.training.checkpoint import read_best
+from medray.training.network import build_network
+from medray.training.recipe import Prune, Recipe, read_recipe
 from medray.training.recipe_files import RECIPES
+from medray.training.schedule import Schedule
+from medray.training.worker import train_as
+from medray.training.world import TrainingError, World
 
 SMALLEST = "tu-mobilenetv3_small_050"
 
@@ -88,8 +91,8 @@ def test_every_recipe_trains(
         recipe = replace(recipe, prune=prune)
     contract = contract_of(recipe, dataset)
     team = World(0, 1, torch.device("cpu"))
-    trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
-    best = trainer.read_best(str(tmp_path), "t")
+    train_as(team, recipe, contract, dataset, str(tmp_path), "t")
+    best = read_best(str(tmp_path), "t")
     network = build_network(recipe, 2)
     start = {k: v.clone() for k, v in network.state_dict().items()}
     network.load_state_dict(best["model"])
@@ -109,10 +112,8 @@ def test_a_single_crop_is_too_few_for_some_networks(
     recipe = read_recipe("deeplab", ["batch=1"])
     contract = contract_of(recipe, dataset)
     team = World(0, 1, torch.device("cpu"))
-    with pytest.raises(
-        trainer.TrainingError, match="set micro_batch_size to 2 or more"
-    ):
-        trainer.train_as(team, recipe, contract, dataset, str(tmp_path), "t")
+    with pytest.raises(TrainingError, match="set micro_batch_size to 2 or more"):
+        train_as(team, recipe, contract, dataset, str(tmp_path), "t")
 
 
 def test_pruning_removes_channels_and_keeps_the_rest(

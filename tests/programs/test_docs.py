@@ -1,18 +1,15 @@
 """What README and docs tell people to type is accepted, is there, and runs."""
 
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from documents import PAGES, ROOT, blocks
+from documents import PAGES, ROOT, of_medray
 
 from medray.cli import parse
-from medray.training.recipe import read_recipe
 from medray.training.recipe_files import (
     RECIPES,
     SLIDE_MODELS,
@@ -20,30 +17,6 @@ from medray.training.recipe_files import (
     find_recipe,
     is_path,
 )
-
-
-def commands() -> Iterator[tuple[str, str]]:
-    """Every line of a shell block, and of a recipe's comments, with its file."""
-    for page, text in blocks("sh"):
-        for line in text.replace("\\\n", " ").splitlines():
-            yield page, line
-    for recipe in sorted(RECIPES.rglob("*.yaml")):
-        for line in recipe.read_text().splitlines():
-            if line.startswith("#   medray "):
-                yield str(recipe.relative_to(ROOT)), line.removeprefix("#")
-
-
-def of_medray() -> Iterator[tuple[str, list[str]]]:
-    """Give what comes after `medray`, of commands and of jobs."""
-    for page, line in commands():
-        words = shlex.split(line, comments=True)
-        for i, word in enumerate(words):
-            job = re.fullmatch(r"jobs/(\w+)\.py", word)
-            is_option = i > 0 and words[i - 1] == "-n"  # a namespace
-            if word.split("/")[-1] == "medray" and not is_option:
-                yield page, words[i + 1 :]
-            elif job:
-                yield page, [job[1], *words[i + 1 :]]
 
 
 @pytest.mark.parametrize(
@@ -62,10 +35,7 @@ def test_a_command_is_accepted(page: str, words: list[str]) -> None:
         return
     if args.command == "tune" and not args.grid:
         recipe = yaml.safe_load(Path(find_recipe(recipe, SWEEPS)).read_text())["recipe"]
-    if getattr(args, "labels", None):
-        find_recipe(recipe, SLIDE_MODELS)
-    else:
-        read_recipe(recipe, args.overrides)
+    find_recipe(recipe, SLIDE_MODELS if getattr(args, "labels", None) else RECIPES)
 
 
 def test_there_are_commands_to_look_at() -> None:
@@ -108,18 +78,6 @@ def test_links_lead_somewhere() -> None:
                 if anchor not in map(slug, headings):
                     broken.append(f"{page.name}: {target}")
     assert broken == []
-
-
-def test_yaml_is_part_of_a_recipe(tmp_path: Path) -> None:
-    found = [*blocks("yaml")]
-    assert found
-    for number, (_, text) in enumerate(found):
-        recipe = yaml.safe_load((RECIPES / "cells-small.yaml").read_text())
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(
-            yaml.safe_dump(recipe | {"weights": "imagenet"} | yaml.safe_load(text))
-        )
-        read_recipe(str(path))
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

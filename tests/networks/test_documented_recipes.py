@@ -1,0 +1,37 @@
+"""What the pages say of recipes is read as they are; tests/programs has the rest."""
+
+from pathlib import Path
+
+import yaml
+from documents import blocks, of_medray
+
+from medray.cli import parse
+from medray.training.recipe import read_recipe
+from medray.training.recipe_files import RECIPES, is_path
+
+
+def test_overrides_of_commands_are_keys_of_their_recipes() -> None:
+    read = 0
+    for _, words in of_medray():
+        if words == ["COMMAND", "--help"]:
+            continue
+        args = parse(words)
+        recipe = getattr(args, "recipe", "RECIPE")
+        if recipe == "RECIPE" or is_path(recipe) or getattr(args, "labels", None):
+            continue
+        if args.command == "train" or getattr(args, "grid", None):
+            read_recipe(recipe, args.overrides)
+            read += 1
+    assert read > 4
+
+
+def test_yaml_is_part_of_a_recipe(tmp_path: Path) -> None:
+    found = [*blocks("yaml")]
+    assert found
+    for number, (_, text) in enumerate(found):
+        recipe = yaml.safe_load((RECIPES / "cells-small.yaml").read_text())
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(
+            yaml.safe_dump(recipe | {"weights": "imagenet"} | yaml.safe_load(text))
+        )
+        read_recipe(str(path))
