@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medray.apps.check import check
-    from medray.datasets.ingest import ingest
-    from medray.evaluation.evaluate import evaluate
-    from medray.inference.infer import infer
+    from medray.apps.check_slides import check
+    from medray.datasets.ingest_slides import ingest
+    from medray.evaluation.evaluate_run import evaluate
+    from medray.inference.infer_run import infer
     from medray.slides import open_slide
     from medray.storage.ome_zarr import open_mask
-    from medray.training.train import train
-    from medray.training.tune import tune
+    from medray.training.train_model import train
+    from medray.training.tune_model import tune
 
 __all__ = [
     "check",
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "check": "medray.apps.check",
-    "evaluate": "medray.evaluation.evaluate",
-    "infer": "medray.inference.infer",
-    "ingest": "medray.datasets.ingest",
+    "check": "medray.apps.check_slides",
+    "evaluate": "medray.evaluation.evaluate_run",
+    "infer": "medray.inference.infer_run",
+    "ingest": "medray.datasets.ingest_slides",
     "open_mask": "medray.storage.ome_zarr",
     "open_slide": "medray.slides",
-    "train": "medray.training.train",
-    "tune": "medray.training.tune",
+    "train": "medray.training.train_model",
+    "tune": "medray.training.tune_model",
 }
 
 

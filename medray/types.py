@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Row = dict[str, Any]
 """A row of a table, or what becomes one."""
+Executor = Literal["ray", "local"]
+"""On a Ray cluster, or in this process, one thing after the other."""
+Layers = dict[str, npt.NDArray[Any]]
+"""Arrays that are written of a region, by name."""
 UInt8 = npt.NDArray[np.uint8]
 """Pixels, labels or parts of them; the shape stands where it is used."""

@@ -198,7 +198,7 @@ def training_data(slides: Path, request: pytest.FixtureRequest) -> Iterator[str]
     """A dataset of three annotated slides and one without annotation."""
 
     def make(folder: Path) -> None:
-        from medray.datasets.ingest import ingest
+        from medray.datasets.ingest_slides import ingest
 
         request.getfixturevalue("cluster")
         annotations = folder / "annotations"
@@ -222,7 +222,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     import serial
 
     # By its module: `medray.train` is the function.
-    module = importlib.import_module("medray.training.train")
+    module = importlib.import_module("medray.training.train_model")
     monkeypatch.setattr(module, "run_workers", serial.run_loop)
 
 

@@ -356,7 +356,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.classes import Classes
     from medray.execution.stage import plan_slide, read_region
     from medray.geometry import Windows
-    from medray.inference.infer import stage_of
+    from medray.inference.infer_run import stage_of
     from medray.inference.run import Options, RunSettings
     from medray.slides.discovery import find_slides
     from medray.slides.fingerprint import fingerprint_of

@@ -14,16 +14,17 @@ import torch
 
 import medray
 from medray.execution.commit import Summary
-from medray.execution.stage import Layers, Stage
-from medray.inference.infer import stage_of
+from medray.execution.stage import Stage
+from medray.inference.infer_run import stage_of
 from medray.inference.run import Options
 from medray.models.config import ModelConfig
 from medray.models.predict import Predictor
 from medray.storage.ledger import Ledger
 from medray.training.recipe import Recipe
-from medray.training.train import Training, train_with
+from medray.training.train_model import Training, train_with
 from medray.training.worker import train_as
 from medray.training.world import World
+from medray.types import Layers
 
 Row = dict[str, Any]
 
@@ -55,7 +56,7 @@ def infer(
         return replace(made, device=device, write=write)
 
     with contextlib.ExitStack() as patched:
-        patched.enter_context(patch("medray.inference.infer.stage_of", stage))
+        patched.enter_context(patch("medray.inference.infer_run.stage_of", stage))
         if crash_after >= 0:
             nothing = lambda _: contextlib.nullcontext()  # noqa: E731
             patched.enter_context(patch.object(Ledger, "kept", nothing))

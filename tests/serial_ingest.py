@@ -7,7 +7,7 @@ from typing import Any
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
 from medray.datasets.dataset import DatasetSettings, open_dataset
-from medray.datasets.ingest import _assign_splits, _ingest
+from medray.datasets.ingest_slides import _assign_splits, _ingest
 from medray.datasets.overrides import with_overrides
 from medray.slides.discovery import find_slides
 from medray.storage import files

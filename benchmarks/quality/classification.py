@@ -36,7 +36,7 @@ from benchmarks.harness import ROOT
 from benchmarks.quality.folds import digest_of, number, read_record, write_record
 from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
-from medray.evaluation.evaluate_images import evaluate_images
+from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.evaluation.image_metrics import score
 from medray.execution import cluster
 from medray.models.config import Tta
@@ -44,7 +44,7 @@ from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
 from medray.training.checkpoint import read_history
 from medray.training.recipe import read_recipe
-from medray.training.train import train
+from medray.training.train_model import train
 
 
 @dataclass(frozen=True)

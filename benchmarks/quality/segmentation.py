@@ -38,7 +38,7 @@ from benchmarks.harness import ROOT
 from benchmarks.quality.folds import digest_of, number, read_record, write_record
 from medray import open_mask
 from medray.datasets.dataset import labels_uri
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
 from medray.datasets.synthetic_scene import Lesions
 from medray.evaluation.metrics import (
@@ -50,14 +50,14 @@ from medray.evaluation.metrics import (
     summary,
 )
 from medray.execution import cluster
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
 from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
 from medray.training.checkpoint import read_history
 from medray.training.recipe import read_recipe
-from medray.training.train import train
+from medray.training.train_model import train
 
 DATA = ROOT.parent / "shared" / "data"
 

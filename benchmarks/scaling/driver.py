@@ -36,7 +36,7 @@ from medray.execution.commit import Commit
 from medray.execution.progress import Progress
 from medray.execution.scheduler import schedule
 from medray.execution.stage import HEADER
-from medray.inference.infer import _slide_row, settings_of
+from medray.inference.infer_run import _slide_row, settings_of
 from medray.inference.run import WORKING, Options, open_run
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_fingerprint

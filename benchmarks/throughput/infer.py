@@ -33,7 +33,7 @@ from medray.geometry import (
     region_windows,
     window_starts,
 )
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options
 from medray.models.canvas import RegionPixels
 from medray.models.config import Precision, Prediction

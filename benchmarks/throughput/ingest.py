@@ -20,7 +20,7 @@ import ray
 import tifffile
 
 from benchmarks import harness
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
 from medray.execution import cluster
 from medray.geometry import Rectangle

@@ -15,7 +15,7 @@ from benchmarks import harness
 from medray.datasets.synthetic import write_pyramid, write_slide
 from medray.datasets.synthetic_scene import Scene, draw_scene
 from medray.execution import cluster
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options, mask_uri
 from medray.storage import ome_zarr
 from medray.storage.files import read_table

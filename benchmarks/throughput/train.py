@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from medray.datasets.dataset import read_dataset
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
 from medray.execution import cluster
 from medray.models.config import ModelConfig
@@ -45,7 +45,7 @@ from medray.training.dataloader import BatchIndex, read_batches
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import Data, usable_patches
 from medray.training.schedule import Schedule
-from medray.training.train import train
+from medray.training.train_model import train
 from medray.training.trainer import Trainer
 from medray.training.world import World
 

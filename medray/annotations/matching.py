@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from medray.annotations import ANNOTATION_SUFFIXES
 from medray.errors import ConfigError
 from medray.slides.discovery import SlideFile
-from medray.slides.find_files import find_files, strip_suffix
+from medray.slides.listing import find_files, strip_suffix
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from medray.storage import files
 from medray.types import Row
 
 if TYPE_CHECKING:
-    from medray.apps.check import Checked
+    from medray.apps.check_slides import Checked
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""

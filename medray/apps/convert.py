@@ -25,14 +25,13 @@ from medray.errors import ConfigError, FormatError
 from medray.execution.commit import Summary
 from medray.execution.progress import Progress
 from medray.execution.rows import map_rows
-from medray.execution.run import Executor
 from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
 from medray.slides.resolution import Working, working_of
 from medray.storage import files, ome_zarr
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings, to_dict
-from medray.types import Row
+from medray.types import Executor, Row
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 24 * 3600.0  # for a copy, however large

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
-from medray.evaluation.evaluate import Evaluation, evaluate
-from medray.inference.infer import infer
+from medray.evaluation.evaluate_run import Evaluation, evaluate
+from medray.inference.infer_run import infer
 from medray.inference.run import Options
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Recipe
-from medray.training.schedule import Schedule
-from medray.training.train import train
+from medray.training.train_model import train
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,10 @@ def demo(
         fractions=(0.8, 0.2, 0.0),
         out=str(folder / "dataset"),
     )
-    recipe = recipe or Recipe(schedule=Schedule(epochs=_EPOCHS))
+    if recipe is None:
+        recipe = Recipe()
+        schedule = replace(recipe.schedule, epochs=_EPOCHS)
+        recipe = replace(recipe, schedule=schedule)
     write_settings(str(folder / "recipe.yaml"), recipe)
     train(
         str(folder / "recipe.yaml"),

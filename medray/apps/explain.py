@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from medray.apps.probe_windows import fullest_window
 from medray.datasets.cells import read_resized
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
@@ -22,7 +23,6 @@ from medray.models.config import ModelConfig, model_digest, read_config
 from medray.slides import open_slide
 from medray.slides.discovery import SlideFile, find_slides
 from medray.storage import files
-from medray.training.probe_windows import fullest_window
 from medray.types import Row, UInt8
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from medray.apps.export_agreement import FORMATS, keep
+from medray.apps.probe_windows import ProbeWindows, find_windows
 from medray.errors import ConfigError
 from medray.models.config import WEIGHTS, ModelConfig, is_exported, read_config
 from medray.models.folder import load_model
 from medray.models.network import Network, choose_device, folded
 from medray.storage import files
 from medray.storage.yaml_config import write_settings
-from medray.training.probe_windows import ProbeWindows, find_windows
 
 _LEAST = {"int8": 0.98}
 _LEAST_ELSE = 0.999  # share of pixels (images) that must have the same class

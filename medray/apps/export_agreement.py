@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from medray.apps.probe_windows import ProbeWindows
 from medray.errors import MedrayError
 from medray.evaluation.metrics import confusion, of_images, summary
 from medray.models.config import ModelConfig
 from medray.models.folder import load_model
 from medray.models.network import Network, choose_device
 from medray.storage import files
-from medray.training.probe_windows import ProbeWindows
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """(N, S, S, 3) uint8 windows to (N, C, h, w) logits."""

@@ -23,8 +23,8 @@ from medray.annotations.dat_contours import CONTOUR_SUFFIX, read_contour
 from medray.annotations.morphology import measure
 from medray.errors import ConfigError, SlideError
 from medray.slides import open_slide
-from medray.slides.find_files import find_files, strip_suffix
 from medray.slides.fingerprint import fingerprint_of, slide_digest
+from medray.slides.listing import find_files, strip_suffix
 from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)

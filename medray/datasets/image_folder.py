@@ -47,11 +47,10 @@ from medray.datasets.splits import check_fractions, read_groups, read_splits
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution.progress import Progress
 from medray.execution.rows import map_rows
-from medray.execution.run import Executor
 from medray.execution.signals import stopping
 from medray.storage import files
 from medray.storage.lock import locked
-from medray.types import Row
+from medray.types import Executor, Row
 
 _SHEET_PX = 2048  # side of a sheet, at most
 

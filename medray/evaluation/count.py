@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
-import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray.data
 
 from medray.errors import MedrayError
 from medray.evaluation.curves import count_levels
 from medray.evaluation.ground_truth import read_known, read_truth, truth_note
 from medray.evaluation.metrics import confusion
 from medray.evaluation.slide_metrics import SlideReport
-from medray.execution import cluster
 from medray.execution.progress import Progress
+from medray.execution.rows import map_rows
 from medray.geometry import Rectangle, plan_regions
 from medray.inference.run import RunSettings, layer_uri, mask_uri, probabilities_uri
 from medray.storage import ome_zarr
-from medray.types import Row
+from medray.types import Executor, Row
 
 FIELD_PX = 1024
 """Side of a field of view, pixels of the mask."""
@@ -64,29 +64,33 @@ class Counted:
 _WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
 
 
-def count_slides(done: list[Row], run: str, settings: RunSettings) -> Counted:
+def count_slides(
+    done: list[Row], run: str, settings: RunSettings, executor: Executor = "ray"
+) -> Counted:
     """Count every region of every slide; a slide that fails becomes a row with why."""
     size = 2 * ome_zarr.REGION
-    rows: list[Row] = [
-        {"row": json.dumps(row), "region": [r.y, r.x, r.height, r.width]}
+    parts = [
+        (row, region)
         for row in done
-        for r in plan_regions(row["height"], row["width"], size)
+        for region in plan_regions(row["height"], row["width"], size)
     ]
     classes = len(settings.classes)
     zero = np.zeros((classes, classes), np.int64)
     counts = {row["slide"]: zero.copy() for row in done}
     readings = {row["slide"]: _reading(row) for row in done}
-    left = {row["slide"]: 0 for row in done}
-    for item in rows:
-        left[json.loads(item["row"])["slide"]] += 1
+    left = Counter(row["slide"] for row, _ in parts)
     errors: dict[str, str] = {}
     notes: dict[str, str] = {}
     levels: Any = 0
     of_slides: dict[str, Any] = {}  # the levels of those under way
     best: dict[str, dict[str, list[FieldOfView]]] = {}
     with Progress("evaluate", len(done)) as progress:
-        for result in _counted(rows, run, settings):
-            slide = result["slide"]
+        count = functools.partial(_count_region, run=run, settings=settings)
+        for (row, region), result in map_rows(count, parts, executor=executor, batch=4):
+            slide = row["slide"]
+            if isinstance(result, Exception):  # its processes died
+                pixels = region.height * region.width
+                result = {"pixels": pixels, "error": f"{result}"}
             if "error" in result:
                 errors.setdefault(slide, result["error"])
             else:
@@ -146,25 +150,11 @@ def _largest(fields: Iterable[FieldOfView], count: int) -> list[FieldOfView]:
     )
 
 
-def _counted(rows: list[Row], run: str, settings: RunSettings) -> Iterator[Row]:
-    with cluster.streaming(block_bytes=1 << 20):
-        counted = ray.data.from_items(
-            rows, override_num_blocks=min(len(rows), 1000)
-        ).map_batches(
-            _count_region,
-            batch_size=1,
-            num_cpus=1,
-            fn_kwargs={"run": run, "settings": settings},
-        )
-        for item in counted.iter_rows():
-            yield json.loads(item["json"])
-
-
-def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
-    row = json.loads(batch["row"][0])
+def _count_region(part: tuple[Row, Rectangle], run: str, settings: RunSettings) -> Row:
+    """Count the pixels of one region of a slide's row."""
+    row, region = part
     slide, classes = row["slide"], settings.classes
-    region = Rectangle(*map(int, batch["region"][0]))
-    result: Row = {"slide": slide, "pixels": region.height * region.width}
+    result: Row = {"pixels": region.height * region.width}
     try:
         predicted = ome_zarr.open_level(mask_uri(run, slide))[region.slices()]
         truth = read_truth(row, region, classes)
@@ -172,11 +162,11 @@ def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
         if known is None:
             known = np.ones(truth.shape, bool)
         true, found = truth[known], predicted[known]
-        result["counts"] = confusion(true, found, len(classes)).tolist()
+        result["counts"] = confusion(true, found, len(classes))
         if settings.options.prediction.probabilities:
             stored = ome_zarr.open_level(probabilities_uri(run, slide))
             shares = stored[(slice(None), *region.slices())][:, known]
-            result["levels"] = count_levels(true, found, shares).tolist()
+            result["levels"] = count_levels(true, found, shares)
         result["note"] = truth_note(row, classes)
         wrong = known & (truth != predicted)
         result["fields"] = {_WRONG: _fields_in(wrong, region)}
@@ -186,7 +176,7 @@ def _count_region(batch: Row, *, run: str, settings: RunSettings) -> Row:
             result["fields"][_UNCERTAIN] = _fields_in(unsure, region)
     except (MedrayError, OSError, ValueError) as error:
         result["error"] = f"{error}"
-    return {"json": [json.dumps(result)]}
+    return result
 
 
 def _fields_in(values: npt.NDArray[Any], region: Rectangle) -> list[list[int]]:

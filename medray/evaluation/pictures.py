@@ -5,40 +5,48 @@ What is drawn is read here; how it is drawn is in medray.evaluation.overlay.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from PIL import Image
 
 from medray.classes import Classes
 from medray.evaluation.count import FIELD_PX, FieldOfView
 from medray.evaluation.ground_truth import read_known, read_truth
 from medray.evaluation.overlay import draw_change, draw_overlay
+from medray.execution.rows import map_rows
 from medray.geometry import Rectangle
 from medray.inference.run import mask_uri
 from medray.slides import open_row, read_thumbnail
 from medray.slides.resolution import read_working, working_of
 from medray.storage import ome_zarr
-from medray.types import Row, UInt8
+from medray.types import Executor, Row, UInt8
 
 log = logging.getLogger(__name__)
 
 _OVERLAY_PX = 600
 
 
-def draw_slides(rows: Sequence[Row], run: str, classes: Classes) -> dict[str, bytes]:
-    """Draw slides with truth and prediction, by slide, in Ray tasks.
+def draw_slides(
+    rows: Sequence[Row], run: str, classes: Classes, executor: Executor = "ray"
+) -> dict[str, bytes]:
+    """Draw slides with truth and prediction, by slide.
 
     One that cannot be drawn is left out, with a warning.
     """
-    return _draw(_slide, {row["slide"]: (row, run, classes) for row in rows})
+    jobs = {row["slide"]: (row, run, classes) for row in rows}
+    return _draw(_slide, jobs, executor)
 
 
 def draw_fields(
-    fields: Sequence[FieldOfView], rows: Sequence[Row], run: str, classes: Classes
+    fields: Sequence[FieldOfView],
+    rows: Sequence[Row],
+    run: str,
+    classes: Classes,
+    executor: Executor = "ray",
 ) -> list[tuple[str, bytes]]:
     """Draw fields of view with truth and prediction, with their captions.
 
@@ -54,7 +62,7 @@ def draw_fields(
     }
     return [
         (f"{field.slide}, pixels from {field.x} across and {field.y} down", picture)
-        for field, picture in _draw(_field, jobs).items()
+        for field, picture in _draw(_field, jobs, executor).items()
     ]
 
 
@@ -71,18 +79,23 @@ def draw_runs(
 
 
 def _draw(
-    function: Callable[..., bytes], jobs: Mapping[Any, tuple[Any, ...]]
+    function: Callable[..., bytes],
+    jobs: Mapping[Any, tuple[Any, ...]],
+    executor: Executor,
 ) -> dict[Any, bytes]:
-    """Draw pictures in Ray tasks; one that fails is left out, with a warning."""
-    draw = ray.remote(function)
-    pending = {name: draw.remote(*arguments) for name, arguments in jobs.items()}
+    """Draw pictures; one that fails is left out, with a warning."""
     pictures = {}
-    for name, reference in pending.items():
-        try:
-            pictures[name] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            log.warning("no picture of %s: %s", name, error.cause)
-    return pictures
+    call = functools.partial(_call, function)
+    for (name, _), result in map_rows(call, jobs.items(), executor=executor):
+        if isinstance(result, Exception):
+            log.warning("no picture of %s: %s", name, result)
+        else:
+            pictures[name] = result
+    return {name: pictures[name] for name in jobs if name in pictures}
+
+
+def _call(function: Callable[..., bytes], job: tuple[Any, tuple[Any, ...]]) -> bytes:
+    return function(*job[1])
 
 
 def _slide(row: Row, run: str, classes: Classes) -> bytes:

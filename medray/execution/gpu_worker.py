@@ -28,9 +28,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
 from medray.execution.region_io import RegionIO
-from medray.execution.stage import Layers, Stage, not_finite, outcome
+from medray.execution.stage import Stage, not_finite, outcome
 from medray.slides.cache import fetch
-from medray.types import Row, UInt8
+from medray.types import Layers, Row, UInt8
 
 
 def gpu_worker_resources() -> dict[str, float]:

@@ -14,7 +14,6 @@ from medray.execution.commit import Commit
 from medray.execution.progress import Progress
 from medray.execution.signals import stopping
 from medray.execution.stage import (
-    Layers,
     Stage,
     do_region,
     finish_slide,
@@ -24,7 +23,7 @@ from medray.execution.stage import (
     write_region,
 )
 from medray.slides.cache import fetch, fetch_if_copied
-from medray.types import Row
+from medray.types import Layers, Row
 
 
 def run_here(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from medray.execution.stage import Layers, Stage, read_region, write_region
+from medray.execution.stage import Stage, read_region, write_region
 from medray.slides.limits import bound_memory
-from medray.types import Row
+from medray.types import Layers, Row
 
 
 class RegionIO:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from medray.errors import MedrayError
-from medray.execution.run import Executor
 from medray.slides.limits import bound_memory
+from medray.types import Executor
 
 
 def map_rows[R](

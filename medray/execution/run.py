@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from medray.execution.commit import Commit, Summary, changed_slides
 from medray.execution.progress import Progress
@@ -13,11 +12,9 @@ from medray.execution.stage import Stage
 from medray.slides.cache import log_copies
 from medray.slides.discovery import SlideFile
 from medray.storage.ledger import Ledger
+from medray.types import Executor
 
 log = logging.getLogger(__name__)
-
-Executor = Literal["ray", "local"]
-"""On a Ray cluster, or in this process, one thing after the other."""
 
 
 def run_stage(

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy.typing as npt
-
 from medray.errors import MedrayError, StoreError
 from medray.slides import Slide, opened
 from medray.slides.discovery import SlideFile
@@ -29,10 +27,7 @@ from medray.slides.fingerprint import slide_digest
 from medray.slides.limits import too_large
 from medray.slides.staged import StagedSlide
 from medray.storage import files
-from medray.types import Row
-
-Layers = dict[str, npt.NDArray[Any]]
-"""Arrays that are written of a region, by name."""
+from medray.types import Layers, Row
 
 OVERRIDES = ("given_mpp", "scene", "plane")
 """What a slide's row tells of what the user said of it; see `SlideFile`."""

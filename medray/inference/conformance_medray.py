@@ -184,7 +184,7 @@ def _cover(stitch: Stitch) -> str:
 def _workers() -> str:
     from medray.classes import Classes
     from medray.datasets.synthetic import generate
-    from medray.inference.infer import infer
+    from medray.inference.infer_run import infer
     from medray.inference.run import Options, mask_uri
     from medray.models.config import Architecture, ModelConfig, Prediction
     from medray.models.folder import load_model, save_model

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from medray.execution import cluster
-from medray.execution.memory import GPU_WORKER_BYTES, bounds_of, check_budget
+from medray.execution import cluster, memory
 from medray.inference.run import RunSettings
 
 log = logging.getLogger(__name__)
@@ -18,7 +17,7 @@ def kept_layers(settings: RunSettings) -> int:
 
 
 def bounds(
-    settings: RunSettings, worker_bytes: int = GPU_WORKER_BYTES
+    settings: RunSettings, worker_bytes: int = memory.GPU_WORKER_BYTES
 ) -> tuple[int, int]:
     """Bound a node's memory.
 
@@ -35,7 +34,7 @@ def bounds(
     scored = how.probabilities or how.quality or how.stitch == "blend"
     canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
     halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
-    return bounds_of(halo, kept_layers(settings) * pixels, canvas, worker_bytes)
+    return memory.bounds_of(halo, kept_layers(settings) * pixels, canvas, worker_bytes)
 
 
 def check_memory(settings: RunSettings) -> None:
@@ -45,7 +44,7 @@ def check_memory(settings: RunSettings) -> None:
         ConfigError: A node of the cluster has less.
     """
     most, there = bounds(settings)[0], cluster.memory_per_node()
-    check_budget(most, there)
+    memory.check_budget(most, there)
     log.info(
         "%d GPU workers, regions of %d px, at most %.1f of %.1f GiB of memory a node",
         cluster.gpu_workers(),

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from medray.errors import SlideError
 from medray.slides import dicom, dicom_header
 from medray.slides.base import Level, NeedsOpenSlideError, Slide
-from medray.slides.find_files import SLIDE_SUFFIXES
 from medray.slides.image import ArraySlide, open_image
+from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, slide_members
 from medray.slides.ome_zarr import ZarrSlide
 from medray.slides.openslide import OpenSlideSlide

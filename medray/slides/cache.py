@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 from medray.errors import ConfigError, MedrayError, SlideError, StoreError
 from medray.slides import dicom_header
 from medray.slides.base import NeedsOpenSlideError
-from medray.slides.find_files import SLIDE_SUFFIXES
+from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, Member, slide_members
 from medray.slides.tiff import TiffSlide
 from medray.storage import files, object_store, remote_files

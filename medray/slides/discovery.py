@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from medray.errors import ConfigError, SlideError, StoreError
 from medray.slides import dicom, dicom_header, members
-from medray.slides.find_files import (
+from medray.slides.listing import (
     SLIDE_SUFFIXES,
     expand_item,
     expand_names,

@@ -17,7 +17,7 @@ from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.evaluation.compare import compare
+from medray.evaluation.compare_runs import compare
 from medray.evaluation.metrics import difference, summary
 from medray.inference.run import Options
 from medray.models.config import Prediction

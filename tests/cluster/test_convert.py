@@ -15,7 +15,7 @@ from PIL import Image
 
 from medray import cli, open_mask
 from medray.apps.convert import convert
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError

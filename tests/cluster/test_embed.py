@@ -27,7 +27,7 @@ from medray.errors import ConfigError
 from medray.execution.commit import Summary
 from medray.execution.stage import Stage
 from medray.mil import embed as embedding
-from medray.mil.embed import embed
+from medray.mil.embed_slides import embed
 from medray.mil.encoder import settle_encoder
 from medray.mil.features import FeatureSettings, read_slide
 from medray.slides import open_slide

@@ -12,8 +12,8 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.execution import cluster
 from medray.execution.memory import check_budget
-from medray.inference.estimate import estimate
-from medray.inference.infer import settings_of
+from medray.inference.estimate_run import estimate
+from medray.inference.infer_run import settings_of
 from medray.inference.memory import bounds
 from medray.inference.run import Options, against_plan
 from medray.models.config import Prediction

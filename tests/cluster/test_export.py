@@ -20,12 +20,13 @@ from wsinfer_zoo.client import validate_config_json
 
 from medray.apps.export import export
 from medray.apps.export_agreement import compare, keep
+from medray.apps.probe_windows import ProbeWindows
 from medray.classes import Classes
 from medray.cli import main
 from medray.errors import ConfigError, FormatError, MedrayError
 from medray.geometry import Rectangle, region_windows
 from medray.geometry import Windows as Grid
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.classifiers import build_classifier
@@ -35,7 +36,6 @@ from medray.models.network import Network
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
 from medray.storage import ome_zarr
-from medray.training.probe_windows import ProbeWindows
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -362,7 +362,7 @@ def test_inference_and_evaluation_take_exports(
     """Images through the model, and through int8 and pt2 exports of it."""
     from medray.datasets.dataset import read_patches, slide_uri
     from medray.datasets.image_folder import ingest_images
-    from medray.evaluation.evaluate_images import evaluate_images
+    from medray.evaluation.evaluate_image_folder import evaluate_images
 
     cells = write_cells(tmp_path / "cells", patients=20, each=6)
     data = str(tmp_path / "data")

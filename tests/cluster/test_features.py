@@ -13,7 +13,7 @@ from scipy import ndimage
 from medray.annotations import rasterise, read_annotation
 from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, region_windows
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.postprocess import Cleaning, clean_labels
 from medray.inference.run import (
     Options,

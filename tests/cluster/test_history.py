@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
-from medray.evaluation.diff import diff
+from medray.evaluation.diff_runs import diff
 from medray.inference.run import Options
-from medray.inference.verify import collect, verify
+from medray.inference.verify_run import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage.ledger import Ledger
@@ -247,7 +247,7 @@ def test_a_history_on_ray(
     model: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None
 ) -> None:
     """The same machine with every run on Ray; masters are still the plain loop's."""
-    from medray.inference.infer import infer
+    from medray.inference.infer_run import infer
 
     class Machine(History):
         def infer(self, slides: Path, out: Path, crash_after: int = -1):

@@ -29,14 +29,14 @@ from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
-from medray.evaluation.evaluate_images import _for_temperature, evaluate_images
+from medray.evaluation.evaluate_image_folder import _for_temperature, evaluate_images
 from medray.evaluation.image_metrics import combine, score
 from medray.evaluation.metrics import confusion, of_images, summary
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
 from medray.storage import files, ome_zarr
 from medray.training.recipe import Recipe, read_recipe
-from medray.training.train import _seen
+from medray.training.train_model import _seen
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +516,7 @@ def test_images_that_trained_the_model_are_no_test(
 def test_what_does_not_fit_is_refused(
     dataset: str, classifier: str, training_data: str, model: Path, tmp_path: Path
 ) -> None:
-    from medray.training.train import train
+    from medray.training.train_model import train
 
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)

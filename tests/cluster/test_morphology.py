@@ -19,10 +19,10 @@ from medray.datasets.dataset import read_morphology, read_patches
 from medray.datasets.image_folder import ingest_images
 from medray.datasets.synthetic_cells import generate_cells
 from medray.errors import ConfigError
-from medray.evaluation.evaluate_images import evaluate_images
+from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.geometry import Windows
-from medray.inference.classify import load_classifier
-from medray.inference.infer import infer
+from medray.inference.classify_images import load_classifier
+from medray.inference.infer_run import infer
 from medray.models.config import Architecture, ModelConfig, Morphology
 from medray.models.folder import load_model
 from medray.models.network import Normalise
@@ -30,7 +30,7 @@ from medray.training.checkpoint import read_best
 from medray.training.crops import Batch, read_val
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import usable_patches
-from medray.training.train import train
+from medray.training.train_model import train
 from medray.training.trainer import Trainer
 from medray.training.world import World
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from medray.classes import Classes
 from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
-from medray.evaluation.evaluate_images import evaluate_images
+from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model
@@ -28,7 +28,7 @@ from medray.training.crops import Batch
 from medray.training.encoder_stages import find_stages, importance, most_important
 from medray.training.network import build_network
 from medray.training.recipe import Recipe, read_recipe
-from medray.training.train import train, train_with
+from medray.training.train_model import train, train_with
 from medray.training.trainer import Trainer
 from medray.training.worker import train_as
 from medray.training.world import World
@@ -315,7 +315,7 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
             train_as(ALONE, recipe, contract, dataset, str(out), "t")
 
         monkeypatch.setattr(  # by its name, `medray.train` is the function
-            importlib.import_module("medray.training.train"),
+            importlib.import_module("medray.training.train_model"),
             "read_best",
             lambda out, _: read_best(out, "t"),
         )

@@ -6,17 +6,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from medray.datasets.ingest import ingest
-from medray.evaluation.evaluate import evaluate
+from medray.datasets.ingest_slides import ingest
+from medray.evaluation.evaluate_run import evaluate
 from medray.geometry import Windows
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options
 from medray.models.config import read_config
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Recipe
 from medray.training.sampler import Data
 from medray.training.schedule import Schedule
-from medray.training.train import train
+from medray.training.train_model import train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

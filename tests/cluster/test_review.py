@@ -12,12 +12,12 @@ from several_files import write_mrxs
 from medray import cli, open_mask
 from medray.annotations import rasterise, read_annotation, read_extent
 from medray.classes import Classes
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
-from medray.evaluation.evaluate import evaluate
-from medray.evaluation.review import SIDE, review
+from medray.evaluation.evaluate_run import evaluate
+from medray.evaluation.review_run import SIDE, review
 from medray.geometry import Rectangle
 from medray.inference.run import Options, layer_uri
 from medray.models.config import Prediction
@@ -25,7 +25,7 @@ from medray.models.predict import Predictor
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Recipe
 from medray.training.sampler import Data
-from medray.training.train import train
+from medray.training.train_model import train
 
 HEIGHT, WIDTH = 1700, 2500
 

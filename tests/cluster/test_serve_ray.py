@@ -41,7 +41,7 @@ from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import ServeSettings
 from medray.datasets.dataset import read_patches
 from medray.datasets.image_folder import ingest_images
-from medray.evaluation.evaluate_images import evaluate_images
+from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.inference.run import Options
 from medray.models.config import Prediction
 from medray.models.predict import Predictor

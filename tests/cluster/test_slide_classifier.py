@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import serial
 
-from medray.evaluation.evaluate import evaluate
-from medray.inference.infer import infer
+from medray.evaluation.evaluate_run import evaluate
+from medray.inference.infer_run import infer
 from medray.inference.run import Options, probabilities_uri
 from medray.models.config import Prediction
 from medray.storage import ome_zarr

@@ -12,15 +12,15 @@ import tifffile
 import medray
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import write_slide, write_svg
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
-from medray.evaluation.evaluate import evaluate
+from medray.evaluation.evaluate_run import evaluate
 from medray.evaluation.ground_truth import read_truth
 from medray.execution.commit import Summary
 from medray.geometry import Rectangle, Windows, plan_regions, region_windows
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.config import Prediction

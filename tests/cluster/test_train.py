@@ -19,7 +19,7 @@ import serial
 import torch
 
 from medray.classes import Classes
-from medray.datasets.ingest import ingest
+from medray.datasets.ingest_slides import ingest
 from medray.errors import ConfigError
 from medray.models.config import Architecture, ModelConfig
 from medray.models.folder import load_model, save_model
@@ -30,7 +30,7 @@ from medray.training.optim import Optimizer
 from medray.training.recipe import Recipe
 from medray.training.sampler import Data
 from medray.training.schedule import Schedule
-from medray.training.train import train
+from medray.training.train_model import train
 from medray.training.world import TrainingError
 
 TINY = Recipe(

@@ -18,7 +18,7 @@ from medray.training.report import write_tune_report
 from medray.training.sampler import Data
 from medray.training.schedule import Schedule
 from medray.training.sweep import plan_trials, read_sweep
-from medray.training.tune import tune
+from medray.training.tune_model import tune
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Recipe(

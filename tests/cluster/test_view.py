@@ -45,8 +45,8 @@ def viewed(
     cluster: None, model: Path, slides: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A folder with slides (one of them no slide), their truth, a run and a report."""
-    from medray.evaluation.evaluate import evaluate
-    from medray.inference.infer import infer
+    from medray.evaluation.evaluate_run import evaluate
+    from medray.inference.infer_run import infer
     from medray.inference.run import Options
     from medray.models.config import Prediction
 

@@ -25,7 +25,7 @@ FOLDER = os.environ["MEDRAY_COSTS"]
 IMPORTS = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "ray")
 # Functions of which a call is a span: module, function, kind and name of the span.
 CALLS = (
-    ("medray.training.train", "train_with", "training", "a model (`train_with`)"),
+    ("medray.training.train_model", "train_with", "training", "a model (`train_with`)"),
     ("medray.training.worker", "train_as", "training", "its loop (`train_as`)"),
     ("medray.mil.train", "train_slides", "training", "of whole slides"),
     ("medray.apps.demo", "demo", "demo", "without its trainings"),

@@ -31,10 +31,10 @@ from serial_ingest import ingest
 import medray
 from medray import cli
 from medray.annotations import measure
-from medray.annotations.measure import class_areas
+from medray.annotations.area_measures import class_areas
 from medray.annotations.polygons import Area
 from medray.annotations.rasterize import rasterise
-from medray.apps.check import Checked
+from medray.apps.check_slides import Checked
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError, LostError, SlideError

@@ -17,7 +17,7 @@ import medray
 from medray.errors import ConfigError, SlideError, StoreError
 from medray.slides import dicom, dicom_header, open_slide
 from medray.slides.discovery import find_slides
-from medray.slides.find_files import find_files
+from medray.slides.listing import find_files
 from medray.storage import files, object_store
 
 SIZE = (512, 768)

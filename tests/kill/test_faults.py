@@ -24,7 +24,7 @@ from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import StoreError
 from medray.execution.commit import Summary
-from medray.inference.infer import infer
+from medray.inference.infer_run import infer
 from medray.inference.run import Options
 from medray.models.config import Prediction
 from medray.models.predict import Predictor

@@ -17,7 +17,7 @@ from medray.classes import Classes
 from medray.datasets.dataset import labels_uri
 from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.ground_truth import read_truth
-from medray.evaluation.review import review
+from medray.evaluation.review_run import review
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri, outlines_uri
 from medray.models.config import Prediction

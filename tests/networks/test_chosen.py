@@ -195,7 +195,7 @@ def test_pictures_of_an_evaluation(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.evaluation.evaluate")
+    stage = importlib.import_module("medray.evaluation.evaluate_run")
     monkeypatch.setattr(stage, "draw_overlay", only_pixels)
     made, classes = str(run[1]), Classes()
     (row,) = match_ground_truth([row_of(run[1])], str(folder / "truth"), classes)
@@ -210,7 +210,7 @@ def test_pictures_of_a_comparison(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.evaluation.compare")
+    stage = importlib.import_module("medray.evaluation.compare_runs")
     monkeypatch.setattr(stage, "draw_overlay", only_pixels)
     monkeypatch.setattr(stage, "draw_change", only_pixels)
     drawn: list[bytes] = []
@@ -277,7 +277,7 @@ def test_an_estimate(
     kind: str, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Glass has nothing to do; only the third image is."""
-    stage = importlib.import_module("medray.inference.estimate")
+    stage = importlib.import_module("medray.inference.estimate_run")
     planned: list[Any] = []
 
     class PlannedError(Exception):
@@ -321,9 +321,9 @@ def test_each_stage_is_told_what_was_chosen(
 
     monkeypatch.setattr("medray.mil.encoder.settle_encoder", lambda *_, **__: None)
     commands: dict[str, list[str]] = {
-        "datasets.ingest": [],
-        "inference.infer": ["--model", str(model)],
-        "mil.embed": ["--encoder", "e", "--weights", str(weights)],
+        "datasets.ingest_slides": [],
+        "inference.infer_run": ["--model", str(model)],
+        "mil.embed_slides": ["--encoder", "e", "--weights", str(weights)],
     }
     for module, more in commands.items():
         stage = importlib.import_module(f"medray.{module}")

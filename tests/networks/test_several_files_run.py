@@ -13,7 +13,7 @@ from several_files import write_mrxs, write_vms
 
 from medray.datasets.synthetic_scene import draw_scene
 from medray.inference.run import Options
-from medray.inference.verify import verify
+from medray.inference.verify_run import verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.slides import cache

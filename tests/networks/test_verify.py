@@ -13,10 +13,10 @@ from medray.cli import main
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
-from medray.evaluation.diff import diff
+from medray.evaluation.diff_runs import diff
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
-from medray.inference.verify import collect, verify
+from medray.inference.verify_run import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage import ome_zarr

@@ -87,5 +87,5 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
-    assert "medray.inference.infer.infer" in page
+    assert "medray.inference.infer_run.infer" in page
     assert "ConfigError" in page

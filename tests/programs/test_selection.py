@@ -50,7 +50,7 @@ def depends(name: str) -> frozenset[str]:
             {TRAINED, KILLED, SIGNALLED, README},
         ),
         (
-            "medray/training/train.py",
+            "medray/training/train_model.py",
             {TRAINED, README},
             {SERVED, KILLED, SIGNALLED, CONVERTED},
         ),
@@ -70,7 +70,7 @@ def depends(name: str) -> frozenset[str]:
         ("tests/lost_nodes.py", {"test_nodes_that_go_speak_against_no_row"}, {TRAINED}),
         ("benchmarks/robustness/chaos.py", {KILLED}, {SIGNALLED, TRAINED}),
         ("jobs/infer.py", {JOBS}, {SERVED, README}),
-        ("medray/evaluation/evaluate.py", {JOBS, README}, {SERVED, KILLED}),
+        ("medray/evaluation/evaluate_run.py", {JOBS, README}, {SERVED, KILLED}),
         (
             "medray/apps/doctor/doctor.py",
             {"test_doctor_tells_a_wrong_token"},

@@ -42,7 +42,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> Any:
-    from medray.apps.check import check
+    from medray.apps.check_slides import check
 
     return check(
         args.slides,
@@ -103,7 +103,7 @@ def _ingest(args: argparse.Namespace) -> Any:
         raise ConfigError("--patients goes with --side; slides take --groups CSV")
     if args.contours:
         raise ConfigError("--contours goes with --side; slides take --annotations DIR")
-    from medray.datasets.ingest import ingest
+    from medray.datasets.ingest_slides import ingest
 
     return ingest(
         args.slides,

@@ -39,7 +39,7 @@ def _train(args: argparse.Namespace) -> Any:
             out=args.out,
             overrides=args.overrides,
         )
-    from medray.training.train import train
+    from medray.training.train_model import train
 
     return train(
         args.recipe,
@@ -74,7 +74,7 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
 
 
 def _tune(args: argparse.Namespace) -> Any:
-    from medray.training.tune import tune
+    from medray.training.tune_model import tune
 
     return tune(
         args.recipe,

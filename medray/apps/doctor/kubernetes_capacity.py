@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from medray.apps.doctor.findings import Finding
 from medray.apps.doctor.kubernetes_api import Cluster, Object
-from medray.execution.cluster import GPUS_LABEL
+from medray.execution import cluster as ray_cluster
 
 _GPU = "nvidia.com/gpu"
 # Labels by which clouds and NVIDIA's operator mark machines with GPUs.
@@ -24,7 +24,9 @@ def check_gpus(cluster: Cluster) -> Iterator[Finding]:
     spec = cluster.ray_cluster()
     if spec is None:
         return
-    asked = int(spec["spec"]["headGroupSpec"].get("labels", {}).get(GPUS_LABEL, "0"))
+    asked = int(
+        spec["spec"]["headGroupSpec"].get("labels", {}).get(ray_cluster.GPUS_LABEL, "0")
+    )
     groups = [g for g in spec["spec"].get("workerGroupSpecs", []) if _gpus_of(g)]
     if not groups:
         yield Finding("GPUs", "ok", "none are asked for; workers predict on CPUs")

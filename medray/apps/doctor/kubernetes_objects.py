@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from medray.apps.doctor.findings import Finding
 from medray.apps.doctor.kubernetes_api import Cluster, Object
-from medray.execution.cluster import GPUS_LABEL
+from medray.execution import cluster as ray_cluster
 
 _HEAD = "ray.io/cluster=medray,ray.io/node-type=head"  # not that of medray-serve
 _PLACEHOLDERS = re.compile(r"\b(PROJECT|ACCOUNT|BUCKET)\b")
@@ -48,16 +48,18 @@ def check_head(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("head", "FAIL", "its pod is not ready", mend)
         return
     yield Finding("head", "ok", "its pod is ready")
-    wanted = spec["spec"]["headGroupSpec"].get("labels", {}).get(GPUS_LABEL, "0")
+    wanted = (
+        spec["spec"]["headGroupSpec"].get("labels", {}).get(ray_cluster.GPUS_LABEL, "0")
+    )
     for pod in pods:
         # KubeRay gives a group's labels to its pods too.
-        running = pod["metadata"]["labels"].get(GPUS_LABEL, wanted)
+        running = pod["metadata"]["labels"].get(ray_cluster.GPUS_LABEL, wanted)
         if running != wanted:
             yield Finding(
                 "head's label",
                 "WARN",
-                f"the RayCluster says {GPUS_LABEL}={wanted}, the head that runs was "
-                f"started with {running} and asks for no more",
+                f"the RayCluster says {ray_cluster.GPUS_LABEL}={wanted}, the head that "
+                f"runs was started with {running} and asks for no more",
                 "when no job runs: "
                 f"kubectl -n {cluster.namespace} delete pod -l {_HEAD}",
             )

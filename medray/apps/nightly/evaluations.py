@@ -10,7 +10,7 @@ from medray.apps.nightly.drift import NIGHTS
 from medray.apps.nightly.folder import night_folder
 from medray.apps.nightly.inbox import Watch
 from medray.errors import ConfigError, FormatError, SlideError
-from medray.evaluation.evaluate import evaluate, evaluated_slides
+from medray.evaluation.evaluate_run import evaluate, evaluated_slides
 from medray.evaluation.ground_truth import with_truth
 from medray.inference.run import RunSettings
 from medray.slides.discovery import SlideFile, slide_id

@@ -42,7 +42,7 @@ from medray.apps.nightly.inbox import Watch, plan_night
 from medray.apps.nightly.summary import check_webhook, send_summary
 from medray.datasets.dataset import read_dataset
 from medray.errors import ConfigError
-from medray.inference.infer import settings_of
+from medray.inference.infer_run import settings_of
 from medray.inference.run import Options
 from medray.storage import files
 from medray.storage.lock import locked

@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import cluster
-from medray.execution.signals import Stopping, stopping
+from medray.execution.signals import stopping
 from medray.storage import files
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     with stopping() as asked:  # Ray has handlers of its own, which these replace
         try:
             ray_serve.run_many([target], wait_for_applications_running=False)
-            if _started(asked):
+            if _started(lambda: asked.signal):
                 _say_ready(settings.model, kind, host, port, token=bool(digest))
             while not asked.signal:
                 time.sleep(0.2)
@@ -92,13 +92,13 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     raise StoppedError(asked.signal, "the requests under way were answered")
 
 
-def _started(asked: Stopping) -> bool:
+def _started(is_asked: Callable[[], int]) -> bool:
     """Wait until requests are taken, or a signal comes.
 
     Raises:
         MedrayError: The replicas do not start.
     """
-    while not asked.signal:
+    while not is_asked():
         app = ray_serve.status().applications[APP]
         if app.status == "RUNNING":
             return True

@@ -27,8 +27,8 @@ from medray.datasets.cells import read_resized
 from medray.errors import ConfigError, SlideError
 from medray.evaluation.calibration import scaled
 from medray.geometry import Rectangle
-from medray.inference.classify import load_classifier
-from medray.inference.infer import region_pixels, settings_of
+from medray.inference.classify_images import load_classifier
+from medray.inference.infer_run import region_pixels, settings_of
 from medray.inference.outlines import as_geojson, trace
 from medray.inference.plan import plan_slide
 from medray.inference.regions import counted, read_pixels

@@ -40,7 +40,7 @@ from medray.apps.viewer.answers import (
 from medray.apps.viewer.guard import LOOPBACK, error_response, guarded_app
 from medray.apps.viewer.run import ViewedRun, open_viewed
 from medray.errors import ConfigError, MedrayError, StoppedError
-from medray.execution.signals import Stopping, stopping
+from medray.execution.signals import stopping
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def view(
     count = len(viewed.rows())
     with stopping() as asked, listening:
         announce(Viewing(url, viewed.uri, viewed.report, viewed.truth, count))
-        _Server(config, asked).run(sockets=[listening])
+        _Server(config, lambda: asked.signal).run(sockets=[listening])
     if asked.signal:
         raise StoppedError(asked.signal, "nothing was changed")
 
@@ -116,13 +116,13 @@ def view(
 class _Server(uvicorn.Server):
     """One that also ends by a signal which came before it had its own handlers."""
 
-    def __init__(self, config: uvicorn.Config, asked: Stopping) -> None:
+    def __init__(self, config: uvicorn.Config, is_asked: Callable[[], int]) -> None:
         super().__init__(config)
-        self._asked = asked
+        self._is_asked = is_asked
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        if self._asked.signal:
+        if self._is_asked():
             self.should_exit = True
 
 

@@ -22,10 +22,9 @@ from typing import Any
 
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError
-from medray.execution import cluster
-from medray.execution.memory import check_budget
+from medray.execution import cluster, memory
 from medray.execution.rows import map_rows
-from medray.inference.infer import settings_of, slides_within
+from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
 from medray.inference.plan import count_windows, plan_slide
 from medray.inference.run import Options, RunSettings
@@ -168,7 +167,7 @@ def estimate(
         cost=None if price is None else (hours[0] * price, hours[1] * price),
         failed=failed,
     )
-    check_budget(result.host_bytes, result.budget_bytes)
+    memory.check_budget(result.host_bytes, result.budget_bytes)
     if out:
         files.write_json(files.join(out, "plan.json"), dataclasses.asdict(result))
     return result

@@ -21,8 +21,8 @@ from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError
 from medray.execution import cluster, memory
 from medray.execution.commit import Summary
-from medray.execution.run import Executor, run_stage
-from medray.execution.stage import Device, Layers, Stage
+from medray.execution.run import run_stage
+from medray.execution.stage import Device, Stage
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,
@@ -40,7 +40,7 @@ from medray.storage import files
 from medray.storage.ledger import Ledger
 from medray.storage.lock import locked
 from medray.storage.yaml_config import keep_settings
-from medray.types import Row
+from medray.types import Executor, Layers, Row
 
 # Side of a region in pixels, about.
 _REGION = 3584

@@ -41,7 +41,7 @@ from medray.datasets.splits import (
 )
 from medray.errors import SlideError
 from medray.execution.commit import Summary
-from medray.execution.run import Executor, run_stage
+from medray.execution.run import run_stage
 from medray.execution.stage import Stage
 from medray.geometry import Rectangle, plan_regions
 from medray.slides import ArraySlide, Slide, opened
@@ -54,7 +54,7 @@ from medray.storage import files, group_attributes, ome_zarr
 from medray.storage.digests import digests_below
 from medray.storage.ledger import Ledger, add_note, slide_key
 from medray.storage.lock import locked
-from medray.types import Row, UInt8
+from medray.types import Executor, Row, UInt8
 
 
 def ingest(

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from medray.classes import Classes
 from medray.errors import MedrayError
-from medray.evaluation.diff import changed_settings, diff, pair_counts, rows_of
-from medray.evaluation.evaluate import evaluate
+from medray.evaluation.diff_runs import changed_settings, diff, pair_counts, rows_of
+from medray.evaluation.evaluate_run import evaluate
 from medray.evaluation.figures import draw_pairs
 from medray.evaluation.ground_truth import match_ground_truth
 from medray.evaluation.html import data_uri, render

@@ -34,7 +34,7 @@ from medray.evaluation.significance import (
     read_image_predictions,
     write_image_predictions,
 )
-from medray.inference.classify import classify
+from medray.inference.classify_images import classify
 from medray.models.config import (
     ModelConfig,
     Tta,

@@ -20,10 +20,9 @@ import numpy.typing as npt
 from medray.datasets.dataset import slide_uri
 from medray.errors import StoreError
 from medray.execution.rows import map_rows
-from medray.execution.run import Executor
 from medray.models.config import TURNS, Tta
 from medray.storage import files, ome_zarr
-from medray.types import Row, UInt8
+from medray.types import Executor, Row, UInt8
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import shapely
 
 from medray.annotations import Annotation, read_marks
+from medray.annotations.area_measures import class_areas
 from medray.annotations.matching import (
     list_annotations,
     match_names,
     unused_annotations,
 )
-from medray.annotations.measure import class_areas
 from medray.apps.check_page import (
     area_columns,
     draw_marks,

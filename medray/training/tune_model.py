@@ -33,7 +33,7 @@ from medray.training.recipe import Recipe
 from medray.training.recipe_files import find_recipe
 from medray.training.report import write_tune_report
 from medray.training.sweep import Grid, Trial, plan_trials, read_sweep
-from medray.training.train import train_with
+from medray.training.train_model import train_with
 from medray.training.worker import train_as
 from medray.training.world import World
 from medray.types import Row

@@ -23,12 +23,11 @@ from medray.evaluation.html import check_folder
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
-from medray.execution import cluster
 from medray.inference.run import against_plan, read_run
 from medray.slides.fingerprint import slide_fingerprint
 from medray.storage import files
 from medray.storage.digests import named_digest
-from medray.types import Row
+from medray.types import Executor, Row
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def evaluate(
     split: str | None = None,
     slides: Collection[str] | None = None,
     cohorts: str | None = None,
+    executor: Executor = "ray",
 ) -> Evaluation:
     """Compare the masks of a run with the truth, and write a report.
 
@@ -75,6 +75,7 @@ def evaluate(
         cohorts: CSV with the column `slide` and others (scanner, stain, site, ...):
             scores for each value of each. With a column `patient` intervals are found
             by resampling patients instead of slides.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, nothing in RUN has a truth, or OUT holds
@@ -104,16 +105,15 @@ def evaluate(
     done = [row for row in matched if row["status"] == "done"]
     counted = Counted()
     if done:
-        cluster.connect()
-        counted = count_slides(done, run, settings)
+        counted = count_slides(done, run, settings, executor)
         results += counted.slides
     shown = slides_to_show(results)
     overlays = draw_slides(
-        [row for row in done if row["slide"] in shown], run, settings.classes
+        [row for row in done if row["slide"] in shown], run, settings.classes, executor
     )
     results = [replace(r, overlay=overlays.get(r.slide)) for r in results]
     fields = {
-        heading: draw_fields(worst, done, run, settings.classes)
+        heading: draw_fields(worst, done, run, settings.classes, executor)
         for heading, worst in counted.fields.items()
     }
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -31,8 +31,8 @@ import numpy as np
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import Summary
-from medray.execution.run import Executor, run_stage
-from medray.execution.stage import Device, Layers, Stage
+from medray.execution.run import run_stage
+from medray.execution.stage import Device, Stage
 from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.memory import check_memory
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
@@ -55,7 +55,7 @@ from medray.storage import files, ome_zarr
 from medray.storage.digests import named_digest
 from medray.storage.ledger import Ledger, add_note
 from medray.storage.lock import locked
-from medray.types import Row, UInt8
+from medray.types import Executor, Layers, Row, UInt8
 
 log = logging.getLogger(__name__)
 
