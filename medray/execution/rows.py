@@ -56,8 +56,10 @@ def map_rows[R](
     from medray.execution.actor_pool import Pool, poll
     from medray.execution.gpu_worker import gpu_worker_resources
 
-    cluster.connect()
     todo = deque(itertools.batched(rows, batch))
+    if not todo:
+        return
+    cluster.connect()
     resources = gpu_worker_resources() if device else {"num_cpus": 0.75}
     most = cluster.gpu_workers() if device else _cpus()
     start = functools.partial(
@@ -70,7 +72,8 @@ def map_rows[R](
             while todo and pool.room > 0:
                 pool.give([*todo.popleft()])
             for _, row, result in poll(pool):
-                yield row, result
+                # Boxed, for the pool takes None to hand a row back.
+                yield row, result if isinstance(result, Exception) else result[0]
 
 
 def _cpus() -> int:
@@ -88,9 +91,9 @@ class _RowWorker:
         self._function = function
 
     def work(self, rows: list[Any]) -> Iterator[list[Any]]:
-        """Yield the result of each row, as Pool expects them."""
+        """Yield the result of each row, in a tuple."""
         for row in rows:
-            yield [_call(self._function, row)]
+            yield [(_call(self._function, row),)]
 
 
 def _call(function: Callable[[Any], Any], row: Any) -> Any:
