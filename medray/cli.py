@@ -17,28 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from medray.apps.commands import (
-    data,
-    evaluation,
-    inference,
-    models,
-    operation,
-    runs,
-    training,
-)
-from medray.apps.commands.options import Command
-from medray.apps.console import as_text
+from medray.apps import COMMANDS, as_text
 from medray.errors import ConfigError, MedrayError, StoppedError
-
-_COMMANDS: dict[str, Command] = (
-    data.COMMANDS
-    | training.COMMANDS
-    | inference.COMMANDS
-    | evaluation.COMMANDS
-    | runs.COMMANDS
-    | models.COMMANDS
-    | operation.COMMANDS
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
-            result = _COMMANDS[args.command].run(args)
+            result = COMMANDS[args.command].run(args)
     except StoppedError as error:
         said = f"medray {args.command}: {error}"
         return _say(args, 128 + error.signal, {"error": f"{error}"}, said)
@@ -101,7 +81,7 @@ def _build_parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("medray")
     parser.add_argument("--version", action="version", version=f"medray {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         text = command.text
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from shapely.geometry import Polygon
 
-from medray.annotations import Area, read_annotation
+from medray.annotations.polygons import Area
+from medray.annotations.reading import read_annotation
 from medray.classes import Classes
 
 ONE = Classes()

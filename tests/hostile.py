@@ -352,7 +352,8 @@ def zarrs(
 
 
 def _probes(out: str) -> dict[str, Callable[[str], str]]:
-    from medray.annotations import rasterise, read_annotation
+    from medray.annotations.rasterize import rasterise
+    from medray.annotations.reading import read_annotation
     from medray.classes import Classes
     from medray.execution.stage import plan_slide, read_region
     from medray.geometry import Windows

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from benchmarks import harness
 from medray.datasets.synthetic import generate
 from medray.geometry import Rectangle
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 from medray.storage.squares import read_part
 from medray.training.augment import Augment, move, recolour

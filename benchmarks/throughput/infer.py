@@ -38,7 +38,7 @@ from medray.inference.run import Options
 from medray.models.canvas import RegionPixels
 from medray.models.config import Precision, Prediction
 from medray.models.predict import Predictor
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
 

@@ -27,7 +27,7 @@ def load(checkout: Path) -> OpenSlide:
         del sys.modules[name]
     sys.path.insert(0, str(checkout.resolve()))
     try:
-        from medray.slides import open_slide
+        from medray.slides.opening import open_slide
     finally:
         sys.path.pop(0)
     found = Path(sys.modules["medray"].__file__ or "").resolve()

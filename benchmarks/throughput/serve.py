@@ -31,7 +31,7 @@ from medray.apps.serve.model import Served
 from medray.apps.serve.settings import ServeSettings
 from medray.datasets.synthetic import generate
 from medray.execution import cluster
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 
 
 def make_images(folder: Path, side: int, count: int) -> list[bytes]:

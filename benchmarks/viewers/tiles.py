@@ -36,8 +36,8 @@ from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, Windows
 from medray.inference.run import RunSettings, mask_uri, open_run
-from medray.slides import open_slide
 from medray.slides.fingerprint import fingerprint_of, slide_digest
+from medray.slides.opening import open_slide
 from medray.slides.resolution import choose_level
 from medray.storage import files, ome_zarr
 

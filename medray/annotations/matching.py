@@ -17,10 +17,9 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from medray.annotations import ANNOTATION_SUFFIXES
+from medray.annotations.reading import ANNOTATION_SUFFIXES
 from medray.errors import ConfigError
-from medray.slides.discovery import SlideFile
-from medray.slides.listing import find_files, strip_suffix
+from medray.slides import SlideFile, find_files, strip_suffix
 
 log = logging.getLogger(__name__)
 

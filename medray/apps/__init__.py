@@ -1,1 +1,8 @@
-"""What has a user of its own: nights, the service, the viewer, exports, checks."""
+"""What has a user of its own: commands, nights, a service, a viewer, a doctor.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

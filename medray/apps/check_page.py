@@ -14,8 +14,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from medray.annotations import Annotation, rasterise
-from medray.annotations.polygons import Area
+from medray.annotations import Annotation, Area, rasterise
 from medray.classes import AnyClass, Classes, rgb_of
 from medray.slides import Slide, read_thumbnail
 from medray.storage import files
@@ -90,7 +89,7 @@ def _draw_dots(
 
 def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) -> str:
     """Fill the page: what is refused first, then what has a note, then the rest."""
-    from medray.evaluation.html import data_uri, render
+    from medray.evaluation import data_uri, render
 
     order = sorted(
         checked.slides, key=lambda row: (row["status"] == "ok", not row["note"])

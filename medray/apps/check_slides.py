@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import shapely
 
-from medray.annotations import Annotation, read_marks
-from medray.annotations.area_measures import class_areas
-from medray.annotations.matching import (
+from medray.annotations import (
+    Annotation,
+    class_areas,
     list_annotations,
     match_names,
+    read_marks,
     unused_annotations,
 )
 from medray.apps.check_page import (
@@ -31,18 +32,21 @@ from medray.apps.check_page import (
     write_slides_table,
 )
 from medray.classes import Classes
-from medray.datasets.overrides import with_overrides
+from medray.datasets import with_overrides
 from medray.errors import LostError, MedrayError
-from medray.execution.isolation import call_each
-from medray.execution.progress import Progress
-from medray.slides import Slide, open_slide
-from medray.slides.cache import fetch_if_copied, log_copies
-from medray.slides.discovery import SlideFile, find_slides
-from medray.slides.limits import too_large
-from medray.slides.readable import check_readable
-from medray.slides.resolution import settle_mpp
-from medray.storage import files
-from medray.storage.ledger import storable
+from medray.execution import Progress, call_each
+from medray.slides import (
+    Slide,
+    SlideFile,
+    check_readable,
+    fetch_if_copied,
+    find_slides,
+    log_copies,
+    open_slide,
+    settle_mpp,
+    too_large,
+)
+from medray.storage import files, storable
 from medray.types import Row
 
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
@@ -105,7 +109,7 @@ def check(
             that of several, or OUT holds a report of another kind.
     """
     # Not in the processes that open slides: matplotlib takes its time to be imported.
-    from medray.evaluation.html import check_folder
+    from medray.evaluation import check_folder
 
     known = Classes(tuple(classes))
     wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)

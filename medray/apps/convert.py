@@ -20,17 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medray.apps.convert_write import FORMATS, MASK, Copy, Layer, target_uri, write_copy
-from medray.datasets.dataset import LABELS, labels_uri, read_dataset, slide_uri
+from medray.datasets import LABELS, labels_uri, read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError
-from medray.execution.commit import Summary
-from medray.execution.progress import Progress
-from medray.execution.rows import map_rows
-from medray.inference.run import LAYERS, layer_uri, mask_uri, read_run
-from medray.slides.resolution import Working, working_of
-from medray.storage import files, ome_zarr
-from medray.storage.ledger import Ledger
-from medray.storage.lock import locked
-from medray.storage.yaml_config import keep_settings, to_dict
+from medray.execution import Progress, Summary, map_rows
+from medray.inference import LAYERS, layer_uri, mask_uri, read_run
+from medray.slides import Working, working_of
+from medray.storage import Ledger, files, keep_settings, locked, ome_zarr, to_dict
 from medray.types import Executor, Row
 
 log = logging.getLogger(__name__)

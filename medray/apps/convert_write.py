@@ -14,9 +14,7 @@ import tifffile
 from medray.classes import Classes
 from medray.errors import MedrayError, SlideError
 from medray.geometry import plan_regions
-from medray.slides import Slide, open_slide
-from medray.slides.fingerprint import slide_digest
-from medray.slides.resolution import Working, read_working
+from medray.slides import Slide, Working, open_slide, read_working, slide_digest
 from medray.storage import files, group_attributes, ngff, ngff_v04, ome_zarr
 from medray.types import UInt8
 

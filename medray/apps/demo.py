@@ -6,14 +6,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from medray.datasets.ingest_slides import ingest
-from medray.datasets.synthetic import generate
-from medray.evaluation.evaluate_run import Evaluation, evaluate
-from medray.inference.infer_run import infer
-from medray.inference.run import Options
-from medray.storage.yaml_config import write_settings
-from medray.training.recipe import Recipe
-from medray.training.train_model import train
+from medray.datasets import generate, ingest
+from medray.evaluation import Evaluation, evaluate
+from medray.inference import Options, infer
+from medray.storage import write_settings
+from medray.training import Recipe, train
 
 log = logging.getLogger(__name__)
 

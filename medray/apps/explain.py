@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from medray.apps.probe_windows import fullest_window
-from medray.datasets.cells import read_resized
-from medray.datasets.overrides import with_overrides
+from medray.datasets import read_resized, with_overrides
 from medray.errors import ConfigError, SlideError
-from medray.evaluation.grad_cam import Explainer
-from medray.evaluation.html import as_png, data_uri, render
-from medray.models.config import ModelConfig, model_digest, read_config
-from medray.slides import open_slide
-from medray.slides.discovery import SlideFile, find_slides
+from medray.evaluation import Explainer, as_png, data_uri, render
+from medray.models import ModelConfig, model_digest, read_config
+from medray.slides import SlideFile, find_slides, open_slide
 from medray.storage import files
 from medray.types import Row, UInt8
 

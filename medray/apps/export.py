@@ -21,11 +21,17 @@ import torch
 from medray.apps.export_agreement import FORMATS, keep
 from medray.apps.probe_windows import ProbeWindows, find_windows
 from medray.errors import ConfigError
-from medray.models.config import WEIGHTS, ModelConfig, is_exported, read_config
-from medray.models.folder import load_model
-from medray.models.network import Network, choose_device, folded
-from medray.storage import files
-from medray.storage.yaml_config import write_settings
+from medray.models import (
+    WEIGHTS,
+    ModelConfig,
+    Network,
+    choose_device,
+    folded,
+    is_exported,
+    load_model,
+    read_config,
+)
+from medray.storage import files, write_settings
 
 _LEAST = {"int8": 0.98}
 _LEAST_ELSE = 0.999  # share of pixels (images) that must have the same class
@@ -184,8 +190,7 @@ def _write(
     windows: ProbeWindows,
 ) -> ProbeWindows:
     """Write the file and its model.yaml; return the windows to compare on."""
-    from medray.models import exported
-    from medray.models.network import Normalise
+    from medray.models import Normalise, exported
 
     network = folded(network.eval())
     path = os.path.join(made, FORMATS[format])

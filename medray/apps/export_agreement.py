@@ -16,10 +16,8 @@ import torch
 
 from medray.apps.probe_windows import ProbeWindows
 from medray.errors import MedrayError
-from medray.evaluation.metrics import confusion, of_images, summary
-from medray.models.config import ModelConfig
-from medray.models.folder import load_model
-from medray.models.network import Network, choose_device
+from medray.evaluation import confusion, of_images, summary
+from medray.models import ModelConfig, Network, choose_device, load_model
 from medray.storage import files
 
 Run = Callable[[torch.Tensor], torch.Tensor]

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import read_dataset, read_patches
-from medray.datasets.splits import SPLITS
-from medray.datasets.synthetic_scene import draw_scene
+from medray.datasets import SPLITS, draw_scene, read_dataset, read_patches
 from medray.errors import ConfigError, SlideError
-from medray.models.config import ModelConfig
-from medray.slides import ArraySlide, Slide, open_slide
-from medray.slides.resolution import Working, choose_level, read_working
-from medray.slides.tissue import tissue_share
+from medray.models import ModelConfig
+from medray.slides import (
+    ArraySlide,
+    Slide,
+    Working,
+    choose_level,
+    open_slide,
+    read_working,
+    tissue_share,
+)
 from medray.storage import files
-from medray.training.crops import read_crop
+from medray.training import read_crop
 from medray.types import UInt8
 
 _COUNT = {True: 256, False: 32}  # of windows, for classifiers and for segmenters

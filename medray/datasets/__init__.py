@@ -1,1 +1,8 @@
-"""DATASET: slides and annotations, or folders of images, into what training reads."""
+"""DATASET: slides, or images in class folders, as arrays that training reads.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,12 +19,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from medray.annotations.dat_contours import CONTOUR_SUFFIX, read_contour
-from medray.annotations.morphology import measure
+from medray.annotations import CONTOUR_SUFFIX, measure, read_contour
 from medray.errors import ConfigError, SlideError
-from medray.slides import open_slide
-from medray.slides.fingerprint import fingerprint_of, slide_digest
-from medray.slides.listing import find_files, strip_suffix
+from medray.slides import (
+    find_files,
+    fingerprint_of,
+    open_slide,
+    slide_digest,
+    strip_suffix,
+)
 from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from typing import Any
 
 from medray.datasets.cells import look_at_cell, read_resized
 from medray.errors import MedrayError
-from medray.slides.fingerprint import slide_digest
-from medray.slides.limits import too_large
+from medray.slides import slide_digest, too_large
 from medray.types import Row
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from medray.datasets.cells import read_resized
 from medray.datasets.dataset import LABELS, DatasetSettings, labels_uri, slide_uri
 from medray.datasets.splits import SPLITS
 from medray.geometry import Rectangle
-from medray.storage import ome_zarr
-from medray.storage.digests import content_digest
+from medray.storage import content_digest, ome_zarr
 from medray.types import Row, UInt8
 
 

@@ -23,8 +23,13 @@ import pyarrow as pa
 
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.storage import files, ome_zarr
-from medray.storage.yaml_config import read_folder_settings, to_dict, write_settings
+from medray.storage import (
+    files,
+    ome_zarr,
+    read_folder_settings,
+    to_dict,
+    write_settings,
+)
 
 LABELS = "annotation"
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from medray.datasets.cells import with_contours, without_clusters
 from medray.datasets.splits import SPLITS
 from medray.errors import ConfigError
-from medray.slides.fingerprint import fingerprint_of
-from medray.slides.listing import find_files
+from medray.slides import find_files, fingerprint_of
 from medray.storage import files
 from medray.types import Row
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from medray.annotations.morphology import feature_names
+from medray.annotations import feature_names
 from medray.classes import Classes
 from medray.datasets.check_images import check_images
 from medray.datasets.contact_sheets import (
@@ -45,11 +45,8 @@ from medray.datasets.find_images import find_images
 from medray.datasets.split_images import deal_out, leave_out_copies, set_patients
 from medray.datasets.splits import check_fractions, read_groups, read_splits
 from medray.errors import ConfigError, MedrayError, StoppedError
-from medray.execution.progress import Progress
-from medray.execution.rows import map_rows
-from medray.execution.signals import stopping
-from medray.storage import files
-from medray.storage.lock import locked
+from medray.execution import Progress, map_rows, stopping
+from medray.storage import files, locked
 from medray.types import Executor, Row
 
 _SHEET_PX = 2048  # side of a sheet, at most

@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from medray.annotations import Annotation, rasterise, read_marks
-from medray.annotations.matching import match_annotations
+from medray.annotations import Annotation, match_annotations, rasterise, read_marks
 from medray.classes import AnyClass, Classes
 from medray.datasets.dataset import (
     LABELS,
@@ -40,20 +39,33 @@ from medray.datasets.splits import (
     split_slides,
 )
 from medray.errors import SlideError
-from medray.execution.commit import Summary
-from medray.execution.run import run_stage
-from medray.execution.stage import Stage
+from medray.execution import Stage, Summary, run_stage
 from medray.geometry import Rectangle, plan_regions
-from medray.slides import ArraySlide, Slide, opened
-from medray.slides.discovery import SlideFile, find_slides
-from medray.slides.fingerprint import check_unchanged
-from medray.slides.readable import MOST_UNREADABLE, check_readable, read_readable
-from medray.slides.resolution import MPP_COLUMNS, mpp_columns, settle_mpp
-from medray.slides.tissue import tissue_share
-from medray.storage import files, group_attributes, ome_zarr
-from medray.storage.digests import digests_below
-from medray.storage.ledger import Ledger, add_note, slide_key
-from medray.storage.lock import locked
+from medray.slides import (
+    MOST_UNREADABLE,
+    MPP_COLUMNS,
+    ArraySlide,
+    Slide,
+    SlideFile,
+    check_readable,
+    check_unchanged,
+    find_slides,
+    mpp_columns,
+    opened,
+    read_readable,
+    settle_mpp,
+    tissue_share,
+)
+from medray.storage import (
+    Ledger,
+    add_note,
+    digests_below,
+    files,
+    group_attributes,
+    locked,
+    ome_zarr,
+    slide_key,
+)
 from medray.types import Executor, Row, UInt8
 
 

@@ -7,11 +7,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from medray.annotations.matching import match_names, slide_names
+from medray.annotations import match_names, slide_names
 from medray.datasets.splits import read_groups
 from medray.errors import ConfigError
-from medray.slides.base import SANE_MPP
-from medray.slides.discovery import SlideFile
+from medray.slides import SANE_MPP, SlideFile
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,8 @@
-"""REPORT: masks against the truth in figures, tables and pages."""
+"""REPORT: masks and a truth to scores, pictures and pages.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

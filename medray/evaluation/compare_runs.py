@@ -26,7 +26,7 @@ from medray.evaluation.metrics import Counts, class_scores, difference
 from medray.evaluation.overlay import CHANGE
 from medray.evaluation.pictures import draw_runs
 from medray.evaluation.report import read_counts
-from medray.inference.run import read_run
+from medray.inference import read_run
 from medray.storage import files
 from medray.types import Row
 

@@ -17,10 +17,9 @@ from medray.evaluation.curves import count_levels
 from medray.evaluation.ground_truth import read_known, read_truth, truth_note
 from medray.evaluation.metrics import confusion
 from medray.evaluation.slide_metrics import SlideReport
-from medray.execution.progress import Progress
-from medray.execution.rows import map_rows
+from medray.execution import Progress, map_rows
 from medray.geometry import Rectangle, plan_regions
-from medray.inference.run import RunSettings, layer_uri, mask_uri, probabilities_uri
+from medray.inference import RunSettings, layer_uri, mask_uri, probabilities_uri
 from medray.storage import ome_zarr
 from medray.types import Executor, Row
 

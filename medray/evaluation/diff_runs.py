@@ -11,10 +11,8 @@ import numpy as np
 from medray.errors import ConfigError, FormatError
 from medray.evaluation.metrics import Counts, class_scores, confusion, summary
 from medray.geometry import plan_regions
-from medray.inference.run import RunSettings, mask_uri, read_run
-from medray.storage import files, ome_zarr
-from medray.storage.ledger import Ledger
-from medray.storage.yaml_config import flat, to_dict
+from medray.inference import RunSettings, mask_uri, read_run
+from medray.storage import Ledger, files, flat, ome_zarr, to_dict
 from medray.types import Row
 
 

@@ -18,12 +18,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import (
-    holds_images,
-    read_dataset,
-    read_morphology,
-    read_patches,
-)
+from medray.datasets import holds_images, read_dataset, read_morphology, read_patches
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import check_folder, render
@@ -34,15 +29,15 @@ from medray.evaluation.significance import (
     read_image_predictions,
     write_image_predictions,
 )
-from medray.inference.classify_images import classify
-from medray.models.config import (
+from medray.inference import classify
+from medray.models import (
     ModelConfig,
     Tta,
     check_runtime,
     model_digest,
     read_config,
+    read_seen,
 )
-from medray.models.folder import read_seen
 from medray.storage import files
 from medray.types import Row
 

@@ -23,10 +23,9 @@ from medray.evaluation.html import check_folder
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
-from medray.inference.run import against_plan, read_run
-from medray.slides.fingerprint import slide_fingerprint
-from medray.storage import files
-from medray.storage.digests import named_digest
+from medray.inference import against_plan, read_run
+from medray.slides import slide_fingerprint
+from medray.storage import files, named_digest
 from medray.types import Executor, Row
 
 

@@ -10,10 +10,8 @@ import numpy.typing as npt
 import torch
 
 from medray.errors import ConfigError, SlideError
+from medray.models import Normalise, is_exported, load_model, read_config
 from medray.models import explain as maps
-from medray.models.config import is_exported, read_config
-from medray.models.folder import load_model
-from medray.models.network import Normalise
 from medray.types import UInt8
 
 

@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.annotations import Annotation, rasterise, read_marks
-from medray.annotations.matching import list_annotations, match_names, slide_names
+from medray.annotations import (
+    Annotation,
+    list_annotations,
+    match_names,
+    rasterise,
+    read_marks,
+    slide_names,
+)
 from medray.classes import AnyClass, Classes
-from medray.datasets.dataset import labels_uri, read_dataset
+from medray.datasets import labels_uri, read_dataset
 from medray.errors import ConfigError, SlideError
 from medray.geometry import Rectangle
-from medray.slides.discovery import SlideFile
+from medray.slides import SlideFile
 from medray.storage import files, ome_zarr
 from medray.types import Row, UInt8
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medray.datasets.dataset import slide_uri
+from medray.datasets import slide_uri
 from medray.errors import ConfigError
 from medray.evaluation.html import as_png, data_uri
 from medray.storage import ome_zarr

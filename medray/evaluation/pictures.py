@@ -17,11 +17,10 @@ from medray.classes import Classes
 from medray.evaluation.count import FIELD_PX, FieldOfView
 from medray.evaluation.ground_truth import read_known, read_truth
 from medray.evaluation.overlay import draw_change, draw_overlay
-from medray.execution.rows import map_rows
+from medray.execution import map_rows
 from medray.geometry import Rectangle
-from medray.inference.run import mask_uri
-from medray.slides import open_row, read_thumbnail
-from medray.slides.resolution import read_working, working_of
+from medray.inference import mask_uri
+from medray.slides import open_row, read_thumbnail, read_working, working_of
 from medray.storage import ome_zarr
 from medray.types import Executor, Row, UInt8
 

@@ -19,14 +19,12 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from medray.annotations import EXTENT, Area, geojson_features
-from medray.annotations.geojson_write import extent_features
+from medray.annotations import EXTENT, Area, extent_features, geojson_features
 from medray.classes import Classes
 from medray.errors import ConfigError, FormatError, SlideError
 from medray.geometry import Rectangle
-from medray.inference.outlines import trace
-from medray.inference.run import layer_uri, mask_uri, read_run
-from medray.slides.bounds import scanned_bounds
+from medray.inference import layer_uri, mask_uri, read_run, trace
+from medray.slides import scanned_bounds
 from medray.storage import files, ome_zarr
 from medray.types import Row
 

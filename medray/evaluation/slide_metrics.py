@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from medray.datasets.splits import read_groups
+from medray.datasets import read_groups
 from medray.errors import ConfigError
 from medray.evaluation.curves import curve_scores
 from medray.evaluation.ground_truth import name_in

@@ -1,1 +1,8 @@
-"""How work is run: actors and their loss, GPU workers, the scheduler, commits."""
+"""How work is run, on Ray or in this process, and what becomes of what dies or hangs.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,10 +20,8 @@ from typing import Any
 from medray.errors import ConfigError, MedrayError, SlideError, StoppedError, StoreError
 from medray.execution.progress import Progress
 from medray.execution.stage import HEADER, OVERRIDES
-from medray.slides.discovery import SlideFile
-from medray.slides.fingerprint import fingerprint_of, slide_digest
-from medray.storage import files
-from medray.storage.ledger import Ledger, slide_key
+from medray.slides import SlideFile, fingerprint_of, slide_digest
+from medray.storage import Ledger, files, slide_key
 from medray.types import Row
 
 log = logging.getLogger(__name__)

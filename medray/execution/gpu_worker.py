@@ -29,7 +29,7 @@ from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
 from medray.execution.region_io import RegionIO
 from medray.execution.stage import Stage, not_finite, outcome
-from medray.slides.cache import fetch
+from medray.slides import fetch
 from medray.types import Layers, Row, UInt8
 
 

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from medray.errors import LostError
-from medray.slides.limits import bound_memory
+from medray.slides import bound_memory
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the parent is the thread of the call
 

@@ -22,7 +22,7 @@ from medray.execution.stage import (
     read_region,
     write_region,
 )
-from medray.slides.cache import fetch, fetch_if_copied
+from medray.slides import fetch, fetch_if_copied
 from medray.types import Layers, Row
 
 

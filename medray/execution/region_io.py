@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medray.execution.stage import Stage, read_region, write_region
-from medray.slides.limits import bound_memory
+from medray.slides import bound_memory
 from medray.types import Layers, Row
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from medray.errors import MedrayError
-from medray.slides.limits import bound_memory
+from medray.slides import bound_memory
 from medray.types import Executor
 
 

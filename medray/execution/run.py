@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from medray.execution.commit import Commit, Summary, changed_slides
 from medray.execution.progress import Progress
 from medray.execution.stage import Stage
-from medray.slides.cache import log_copies
-from medray.slides.discovery import SlideFile
-from medray.storage.ledger import Ledger
+from medray.slides import SlideFile, log_copies
+from medray.storage import Ledger
 from medray.types import Executor
 
 log = logging.getLogger(__name__)

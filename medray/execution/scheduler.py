@@ -26,8 +26,7 @@ from medray.execution.stage import (
     outcome,
     plan_slide,
 )
-from medray.slides.cache import fetch, fetch_if_copied
-from medray.slides.limits import bound_memory
+from medray.slides import bound_memory, fetch, fetch_if_copied
 from medray.types import Row
 
 # Regions that show how fast they go, after as many that waited for the model, too.

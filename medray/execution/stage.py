@@ -21,11 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medray.errors import MedrayError, StoreError
-from medray.slides import Slide, opened
-from medray.slides.discovery import SlideFile
-from medray.slides.fingerprint import slide_digest
-from medray.slides.limits import too_large
-from medray.slides.staged import StagedSlide
+from medray.slides import Slide, SlideFile, StagedSlide, opened, slide_digest, too_large
 from medray.storage import files
 from medray.types import Layers, Row
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import slide_uri
+from medray.datasets import slide_uri
 from medray.errors import StoreError
-from medray.execution.rows import map_rows
-from medray.models.config import TURNS, Tta
+from medray.execution import map_rows
+from medray.models import TURNS, Tta
 from medray.storage import files, ome_zarr
 from medray.types import Executor, Row, UInt8
 
@@ -101,8 +101,7 @@ def load_classifier(
     # Imported here: the driver needs no torch.
     import torch
 
-    from medray.models.folder import load_model
-    from medray.models.network import Network, choose_device
+    from medray.models import Network, choose_device, load_model
 
     model, config = load_model(folder)
     device = choose_device()

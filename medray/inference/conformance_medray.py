@@ -37,8 +37,7 @@ from medray.inference.conformance import (
 from medray.types import UInt8
 
 if TYPE_CHECKING:
-    from medray.models.canvas import RegionPixels
-    from medray.models.predict import Predictor
+    from medray.models import Predictor, RegionPixels
 
 
 def medray_engine(stitch: Stitch = "crop", *, region: int = 0) -> Engine:
@@ -64,8 +63,7 @@ def _predictor(
     model: nn.Module, windows: Windows, stitch: Stitch, batch: int
 ) -> Predictor:
     from medray.classes import Classes
-    from medray.models.config import Architecture, ModelConfig, Prediction
-    from medray.models.predict import Predictor
+    from medray.models import Architecture, ModelConfig, Prediction, Predictor
 
     config = ModelConfig(
         architecture=Architecture(),
@@ -83,7 +81,7 @@ def _predictor(
 def _regions(
     pixels: UInt8, windows: Windows, stitch: Stitch, side: int
 ) -> Iterator[RegionPixels]:
-    from medray.models.canvas import RegionPixels
+    from medray.models import RegionPixels
 
     height, width = pixels.shape[:2]
     for region in plan_regions(height, width, side or max(height, width)):
@@ -183,13 +181,18 @@ def _cover(stitch: Stitch) -> str:
 
 def _workers() -> str:
     from medray.classes import Classes
-    from medray.datasets.synthetic import generate
+    from medray.datasets import generate
     from medray.inference.infer_run import infer
     from medray.inference.run import Options, mask_uri
-    from medray.models.config import Architecture, ModelConfig, Prediction
-    from medray.models.folder import load_model, save_model
-    from medray.models.predict import Predictor
-    from medray.models.segmenters import build_segmenter
+    from medray.models import (
+        Architecture,
+        ModelConfig,
+        Prediction,
+        Predictor,
+        build_segmenter,
+        load_model,
+        save_model,
+    )
     from medray.slides import open_slide
     from medray.storage import ome_zarr
 

@@ -20,17 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medray.datasets.overrides import with_overrides
+from medray.datasets import with_overrides
 from medray.errors import ConfigError
-from medray.execution import cluster, memory
-from medray.execution.rows import map_rows
+from medray.execution import cluster, map_rows, memory
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
 from medray.inference.plan import count_windows, plan_slide
 from medray.inference.run import Options, RunSettings
-from medray.slides import open_slide
-from medray.slides.cache import cache_bytes, copied_bytes
-from medray.slides.discovery import SlideFile, find_slides
+from medray.slides import SlideFile, cache_bytes, copied_bytes, find_slides, open_slide
 from medray.storage import files
 
 log = logging.getLogger(__name__)
@@ -195,7 +192,7 @@ def _measure(settings: RunSettings) -> dict[str, Any]:
 
     import torch
 
-    from medray.models.predict import Predictor
+    from medray.models import Predictor
 
     predictor = Predictor.from_folders(
         settings.models,

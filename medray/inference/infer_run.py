@@ -28,11 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from medray.datasets.overrides import with_overrides
+from medray.datasets import with_overrides
 from medray.errors import ConfigError, SlideError
-from medray.execution.commit import Summary
-from medray.execution.run import run_stage
-from medray.execution.stage import Device, Stage
+from medray.execution import Device, Stage, Summary, run_stage
 from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.memory import check_memory
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
@@ -47,14 +45,9 @@ from medray.inference.run import (
     raw_uri,
     start_row,
 )
-from medray.models.config import check_runtime, model_digest, read_config, weights_uri
-from medray.slides import Slide
-from medray.slides.discovery import SlideFile, find_slides
-from medray.slides.resolution import working_of
-from medray.storage import files, ome_zarr
-from medray.storage.digests import named_digest
-from medray.storage.ledger import Ledger, add_note
-from medray.storage.lock import locked
+from medray.models import check_runtime, model_digest, read_config, weights_uri
+from medray.slides import Slide, SlideFile, find_slides, working_of
+from medray.storage import Ledger, add_note, files, locked, named_digest, ome_zarr
 from medray.types import Executor, Layers, Row, UInt8
 
 log = logging.getLogger(__name__)
@@ -156,7 +149,7 @@ def slides_within(
     """
     if within is None:
         return wanted, {}
-    from medray.annotations.matching import match_annotations
+    from medray.annotations import match_annotations
 
     areas = match_annotations(wanted, within)
     found = [slide for slide in wanted if slide.slide in areas]
@@ -296,7 +289,7 @@ def _create(header: Row, settings: RunSettings, out: str) -> None:
 
 
 def _load(settings: RunSettings, threads: int) -> Any:
-    from medray.models.predict import Predictor
+    from medray.models import Predictor
 
     how = settings.options.prediction
     return Predictor.from_folders(settings.models, how, threads=threads)
@@ -304,7 +297,7 @@ def _load(settings: RunSettings, threads: int) -> Any:
 
 def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
     """Give a region as the model takes it (`RegionPixels`); its windows are noted."""
-    from medray.models.canvas import RegionPixels
+    from medray.models import RegionPixels
 
     size = (row["height"], row["width"])
     windows, how = settings.windows, settings.options.prediction

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import shapely
 from rasterio import features
 
-from medray.annotations.geojson_write import geojson_features
-from medray.annotations.polygons import Area
+from medray.annotations import Area, geojson_features
 from medray.classes import Classes
 from medray.geometry import Rectangle, plan_regions
 from medray.storage import files, ome_zarr

@@ -14,9 +14,14 @@ import numpy.typing as npt
 from medray.geometry import Rectangle, plan_regions, region_windows, windows_over
 from medray.inference.regions import BLOCK, areas_within
 from medray.inference.run import RunSettings, mask_uri
-from medray.slides import Slide
-from medray.slides.resolution import Working, choose_level, mpp_columns, settle_mpp
-from medray.slides.tissue import tissue_share
+from medray.slides import (
+    Slide,
+    Working,
+    choose_level,
+    mpp_columns,
+    settle_mpp,
+    tissue_share,
+)
 from medray.storage import ome_zarr
 from medray.types import Row
 

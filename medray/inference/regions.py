@@ -29,13 +29,24 @@ from medray.inference.run import (
     record_uri,
     stores_of,
 )
-from medray.slides import ArraySlide, Slide, opened
-from medray.slides.bounds import scanned_bounds
-from medray.slides.fingerprint import check_unchanged
-from medray.slides.resolution import read_working, working_of
-from medray.slides.tissue import tissue_share
-from medray.storage import files, group_attributes, ome_zarr
-from medray.storage.digests import Digests, content_digest, digests_below
+from medray.slides import (
+    ArraySlide,
+    Slide,
+    check_unchanged,
+    opened,
+    read_working,
+    scanned_bounds,
+    tissue_share,
+    working_of,
+)
+from medray.storage import (
+    Digests,
+    content_digest,
+    digests_below,
+    files,
+    group_attributes,
+    ome_zarr,
+)
 from medray.types import Row, UInt8
 
 Blocks = npt.NDArray[np.bool_]

@@ -24,11 +24,16 @@ from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.geometry import Windows
 from medray.inference.postprocess import Cleaning
-from medray.models.config import Prediction
-from medray.slides.resolution import MPP_COLUMNS, Working
-from medray.storage import files, ome_zarr
-from medray.storage.digests import named_digest
-from medray.storage.yaml_config import keep_settings, read_folder_settings, to_dict
+from medray.models import Prediction
+from medray.slides import MPP_COLUMNS, Working
+from medray.storage import (
+    files,
+    keep_settings,
+    named_digest,
+    ome_zarr,
+    read_folder_settings,
+    to_dict,
+)
 from medray.types import Row
 
 LAYERS = {

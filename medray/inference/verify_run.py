@@ -15,10 +15,16 @@ from typing import Any
 
 from medray.errors import FormatError, StoreError
 from medray.inference.run import RunSettings, groups_of, mask_uri, read_run, record_uri
-from medray.storage import files, group_attributes, ome_zarr
-from medray.storage.digests import Digests, content_digest, merkle_root
-from medray.storage.ledger import Ledger
-from medray.storage.lock import locked
+from medray.storage import (
+    Digests,
+    Ledger,
+    content_digest,
+    files,
+    group_attributes,
+    locked,
+    merkle_root,
+    ome_zarr,
+)
 from medray.types import Row
 
 log = logging.getLogger(__name__)

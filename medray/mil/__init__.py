@@ -1,1 +1,8 @@
-"""Models of whole slides: features of tiles, and what labels of slides teach."""
+"""Models of whole slides: features of tiles, and what is learned from them.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

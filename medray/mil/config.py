@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from medray.datasets.splits import check_fractions
+from medray.datasets import check_fractions
 from medray.errors import ConfigError
 from medray.mil.features import Encoder
-from medray.models.config import digest_of
-from medray.storage import files
-from medray.storage.yaml_config import from_dict, read_yaml
+from medray.models import digest_of
+from medray.storage import files, from_dict, read_yaml
 
 
 @dataclass(frozen=True)

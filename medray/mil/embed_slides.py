@@ -17,12 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.overrides import with_overrides
+from medray.datasets import with_overrides
 from medray.errors import ConfigError
-from medray.execution import cluster, memory
-from medray.execution.commit import Summary
-from medray.execution.run import run_stage
-from medray.execution.stage import Device, Stage
+from medray.execution import Device, Stage, Summary, cluster, memory, run_stage
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,
@@ -33,13 +30,9 @@ from medray.mil.tiles import (
     tile_bytes,
     write_tiles,
 )
-from medray.models.config import Precision
-from medray.slides import Slide
-from medray.slides.discovery import SlideFile, find_slides
-from medray.storage import files
-from medray.storage.ledger import Ledger
-from medray.storage.lock import locked
-from medray.storage.yaml_config import keep_settings
+from medray.models import Precision
+from medray.slides import Slide, SlideFile, find_slides
+from medray.storage import Ledger, files, keep_settings, locked
 from medray.types import Executor, Layers, Row
 
 # Side of a region in pixels, about.

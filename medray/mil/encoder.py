@@ -21,11 +21,8 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.mil.features import Encoder, Features
-from medray.models.config import Precision
-from medray.models.network import choose_device, choose_precision
-from medray.models.weights import load_encoder
-from medray.storage import files
-from medray.storage.digests import named_digest
+from medray.models import Precision, choose_device, choose_precision, load_encoder
+from medray.storage import files, named_digest
 
 # Pixels of a batch on a CPU, see medray.models.predict; tiles of one on a GPU.
 _CPU_BATCH_PIXELS = 512 * 512

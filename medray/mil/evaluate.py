@@ -15,16 +15,20 @@ import pyarrow as pa
 
 from medray.classes import Classes
 from medray.errors import ConfigError, MedrayError
-from medray.evaluation.figures import draw_image_curves
-from medray.evaluation.html import as_png, check_folder, data_uri, render
-from medray.evaluation.image_metrics import score
-from medray.evaluation.metrics import bootstrap
+from medray.evaluation import (
+    as_png,
+    bootstrap,
+    check_folder,
+    data_uri,
+    draw_image_curves,
+    render,
+    score,
+)
 from medray.mil.config import read_seen_slides
 from medray.mil.features import read_features, read_slide
 from medray.mil.infer import Predictions, attention_uri, heatmap_uri, read_predictions
 from medray.mil.labels import SlideLabel, check_known, read_labels
-from medray.slides import open_row
-from medray.slides.resolution import choose_level, read_working
+from medray.slides import choose_level, open_row, read_working
 from medray.storage import files
 from medray.types import Row
 

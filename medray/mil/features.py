@@ -19,11 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import ConfigError, FormatError
-from medray.models.config import Precision
-from medray.storage import files
-from medray.storage.arrays import read_arrays
-from medray.storage.digests import named_digest
-from medray.storage.yaml_config import from_dict, read_yaml, to_dict
+from medray.models import Precision
+from medray.storage import (
+    files,
+    from_dict,
+    named_digest,
+    read_arrays,
+    read_yaml,
+    to_dict,
+)
 
 Features = npt.NDArray[Any]
 

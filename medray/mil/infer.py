@@ -24,14 +24,11 @@ import pyarrow as pa
 from PIL import Image
 
 from medray.errors import ConfigError, FormatError
-from medray.evaluation.html import as_png
-from medray.execution.commit import Summary
-from medray.execution.progress import Progress
+from medray.evaluation import as_png
+from medray.execution import Progress, Summary
 from medray.mil.config import read_slide_model, slide_model_digest
 from medray.mil.features import SlideFeatures, read_features, read_slide, thumbnail_uri
-from medray.storage import files
-from medray.storage.lock import locked
-from medray.storage.yaml_config import from_dict, keep_settings, read_yaml, to_dict
+from medray.storage import files, from_dict, keep_settings, locked, read_yaml, to_dict
 from medray.types import Row, UInt8
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from medray.errors import ConfigError
-from medray.slides.listing import strip_suffix
+from medray.slides import strip_suffix
 from medray.storage import files
 
 

@@ -17,9 +17,8 @@ from torch.nn import functional
 
 from medray.errors import FormatError, MedrayError
 from medray.mil.config import SlideHead, SlideModel, SlideRecipe, read_slide_model
-from medray.models.network import choose_device
-from medray.storage import files
-from medray.storage.yaml_config import write_settings
+from medray.models import choose_device
+from medray.storage import files, write_settings
 from medray.types import Row
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from medray.errors import FormatError, SlideError
 from medray.geometry import plan_regions
-from medray.inference.run import start_row
+from medray.inference import start_row
 from medray.mil.features import (
     FeatureSettings,
     features_uri,
@@ -30,21 +30,19 @@ from medray.mil.features import (
     provenance,
     thumbnail_uri,
 )
-from medray.slides import Slide, opened
-from medray.slides.fingerprint import check_unchanged
-from medray.slides.resolution import (
+from medray.slides import (
+    Slide,
+    check_unchanged,
     choose_level,
     mpp_columns,
+    opened,
+    read_thumbnail,
     read_working,
     settle_mpp,
+    tissue_share,
     working_of,
 )
-from medray.slides.thumbnail import read_thumbnail
-from medray.slides.tissue import tissue_share
-from medray.storage import files
-from medray.storage.arrays import write_arrays
-from medray.storage.digests import content_digest
-from medray.storage.ledger import add_note
+from medray.storage import add_note, content_digest, files, write_arrays
 from medray.types import Row, UInt8
 
 Bool = npt.NDArray[np.bool_]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.splits import split_slides
+from medray.datasets import split_slides
 from medray.errors import ConfigError
-from medray.evaluation.metrics import class_scores, confusion
+from medray.evaluation import class_scores, confusion
 from medray.mil.config import (
     SlideModel,
     SlideRecipe,
@@ -28,11 +28,8 @@ from medray.mil.config import (
 )
 from medray.mil.features import read_features, read_slide
 from medray.mil.labels import SlideLabel, check_known, classes_of, read_labels
-from medray.storage import files
-from medray.storage.digests import named_digest
-from medray.storage.lock import locked
-from medray.storage.yaml_config import read_settings, to_dict
-from medray.training.recipe_files import SLIDE_MODELS, find_recipe
+from medray.storage import files, locked, named_digest, read_settings, to_dict
+from medray.training import find_slide_recipe
 from medray.types import Row
 
 log = logging.getLogger(__name__)
@@ -82,7 +79,7 @@ def train_slides(
             model, or another process works there.
         MedrayError: The training cannot go on.
     """
-    recipe = find_recipe(recipe, SLIDE_MODELS)
+    recipe = find_slide_recipe(recipe)
     settings = read_settings(SlideRecipe, recipe, overrides)
     data, labels, out = (files.absolute(place) for place in (data, labels, out))
     with locked(out, "train"):

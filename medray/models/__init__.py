@@ -1,1 +1,8 @@
-"""Architectures, losses, the model folder, prediction; no Ray and no zarr here."""
+"""Networks and the MODEL folder; the only room below `execution` that needs torch.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from medray.annotations.morphology import FEATURES
+from medray.annotations import FEATURES
 from medray.errors import ConfigError
 from medray.models.config import Architecture
 from medray.models.weights import is_file, load_encoder, where_from

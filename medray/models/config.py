@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.geometry import Stitch, Windows
-from medray.storage import files
-from medray.storage.yaml_config import read_folder_settings, to_dict
+from medray.storage import files, read_folder_settings, to_dict
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tta = Literal["none", "flips", "all"]

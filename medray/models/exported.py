@@ -18,8 +18,7 @@ from torch import nn
 
 from medray.errors import ConfigError, FormatError
 from medray.models.config import ModelConfig, check_runtime, weights_uri
-from medray.storage import files
-from medray.storage.yaml_config import to_dict
+from medray.storage import files, to_dict
 
 
 class Exported(nn.Module):

@@ -24,8 +24,7 @@ from medray.models.config import (
     read_config,
 )
 from medray.models.prune import fit
-from medray.storage import files
-from medray.storage.yaml_config import write_settings
+from medray.storage import files, write_settings
 
 
 def save_model(

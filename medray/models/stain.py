@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from medray.slides.stains import HED
+from medray.slides import HED
 
 _HED = torch.tensor(HED, dtype=torch.float32)
 _HED /= _HED.norm(dim=1, keepdim=True)

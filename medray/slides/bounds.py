@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from medray.errors import SlideError
 from medray.geometry import Rectangle
-from medray.slides import open_slide
 from medray.slides.fingerprint import slide_fingerprint
+from medray.slides.opening import open_slide
 from medray.slides.openslide import OpenSlideSlide
 
 _MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide")

@@ -1,1 +1,8 @@
-"""OME-Zarr, parquet and plain files, in and out; knows nothing of Ray or torch."""
+"""Bytes, arrays and journals, on a disk or in a bucket.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

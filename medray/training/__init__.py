@@ -1,1 +1,8 @@
-"""MODEL: recipes, crops, losses and the loop that makes one."""
+"""MODEL made: a recipe and a dataset to weights.
+
+What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,7 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch.nn import functional
 
-from medray.models.stain import change_stains
+from medray.models import change_stains
 
 _SIGMA = 6.0  # of the elastic deformation's smoothing, pixels
 _PADDING = {"border": "border", "reflect": "reflection"}

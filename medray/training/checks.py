@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medray.datasets.dataset import holds_images, read_dataset
+from medray.datasets import holds_images, read_dataset
 from medray.errors import ConfigError
-from medray.models.config import ModelConfig, is_exported, read_config
+from medray.models import ModelConfig, is_exported, read_config
 from medray.storage import files
 from medray.training.recipe import Recipe
 from medray.training.sampler import usable_patches

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import labels_uri, read_dataset, slide_uri
+from medray.datasets import labels_uri, read_dataset, slide_uri
 from medray.errors import FormatError
-from medray.storage import group_attributes, ome_zarr
-from medray.storage.squares import read_part
+from medray.storage import group_attributes, ome_zarr, read_part
 from medray.training.sampler import (
     Sampling,
     crop_of_epoch,

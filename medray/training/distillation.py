@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from medray.errors import ConfigError
-from medray.models.folder import load_model
-from medray.models.network import Normalise
+from medray.models import Normalise, load_model
 from medray.training.arithmetic import Arithmetic
 from medray.training.crops import Batch
 from medray.types import UInt8

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from medray.errors import ConfigError
-from medray.models.config import Architecture
+from medray.models import Architecture
 from medray.training.encoder_stages import (
     Stage,
     find_stages,

@@ -12,9 +12,8 @@ import ray.train.torch
 
 from medray.errors import ConfigError
 from medray.execution import cluster
-from medray.models.config import ModelConfig
-from medray.storage import files
-from medray.storage.yaml_config import to_dict
+from medray.models import ModelConfig
+from medray.storage import files, to_dict
 from medray.training.checkpoint import read_history
 from medray.training.recipe import Recipe
 from medray.training.worker import run_worker

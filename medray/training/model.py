@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from medray.models.config import ModelConfig
-from medray.models.network import Normalise, choose_precision, standardise
+from medray.models import ModelConfig, Normalise, choose_precision, standardise
 from medray.training.arithmetic import Arithmetic
 from medray.training.augment import move, recolour
 from medray.training.crops import Batch

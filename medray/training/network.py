@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from medray.datasets.dataset import read_dataset, read_morphology
+from medray.datasets import read_dataset, read_morphology
 from medray.errors import ConfigError
-from medray.models.classifiers import build_classifier
-from medray.models.config import ModelConfig, Morphology
-from medray.models.folder import load_model
-from medray.models.prune import thinned
-from medray.models.segmenters import build_segmenter
+from medray.models import (
+    ModelConfig,
+    Morphology,
+    build_classifier,
+    build_segmenter,
+    load_model,
+    thinned,
+)
 from medray.training.finetuning import check_phases
 from medray.training.recipe import Recipe
 from medray.training.world import World

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from medray.geometry import Windows
-from medray.models.config import Architecture, Precision, Stain
-from medray.storage.yaml_config import read_settings
+from medray.models import Architecture, Precision, Stain
+from medray.storage import read_settings
 from medray.training.augment import Augment
 from medray.training.distillation import Teacher, Unlabelled
 from medray.training.finetuning import Phase

@@ -106,6 +106,15 @@ def find_recipe(recipe: str, folder: Path = RECIPES) -> str:
     )
 
 
+def find_slide_recipe(recipe: str) -> str:
+    """Return the path of a recipe of a slide model, given by name or by path.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    return find_recipe(recipe, SLIDE_MODELS)
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 

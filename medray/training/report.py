@@ -11,11 +11,17 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from medray.evaluation.html import ACCENT, SOFT, as_svg, data_uri, finish_axes, render
-from medray.evaluation.overlay import AGREEMENT
-from medray.models.config import ModelConfig
-from medray.storage import files
-from medray.storage.yaml_config import flat
+from medray.evaluation import (
+    ACCENT,
+    AGREEMENT,
+    SOFT,
+    as_svg,
+    data_uri,
+    finish_axes,
+    render,
+)
+from medray.models import ModelConfig
+from medray.storage import files, flat
 from medray.types import Row
 
 _SCORES = {"f1": "F1", "iou": "IoU", "small_recall": "recall of small objects"}

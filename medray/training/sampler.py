@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from medray.datasets.dataset import read_patches
+from medray.datasets import read_patches
 from medray.types import Row
 
 Floats = npt.NDArray[np.float64]

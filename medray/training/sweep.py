@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.errors import ConfigError
-from medray.storage import files
-from medray.storage.yaml_config import read_yaml
+from medray.storage import files, read_yaml
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.recipe_files import SWEEPS, find_recipe, is_path
 

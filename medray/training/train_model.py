@@ -23,22 +23,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from medray.datasets.dataset import (
-    holds_images,
-    morphology_uri,
-)
+from medray.datasets import holds_images, morphology_uri
 from medray.errors import ConfigError
 from medray.execution import cluster
-from medray.models.config import (
+from medray.models import (
     ModelConfig,
+    is_file,
     model_digest,
     read_config,
+    read_seen,
+    save_model,
+    write_seen,
 )
-from medray.models.folder import read_seen, save_model, write_seen
-from medray.models.weights import is_file
-from medray.storage import files
-from medray.storage.lock import locked
-from medray.storage.yaml_config import to_dict
+from medray.storage import files, locked, to_dict
 from medray.training.checkpoint import (
     example_uri,
     read_best,

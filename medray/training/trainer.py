@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from medray.datasets.dataset import read_dataset
+from medray.datasets import read_dataset
 from medray.errors import MedrayError
-from medray.models.config import ModelConfig
+from medray.models import ModelConfig
 from medray.storage import files
 from medray.training.checkpoint import Checkpoints, keep_crops, teacher_uri
 from medray.training.crops import Batch, count_val_batches, read_val_sample

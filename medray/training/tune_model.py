@@ -24,10 +24,8 @@ from ray.tune.schedulers import ASHAScheduler
 
 from medray.errors import ConfigError, MedrayError
 from medray.execution import cluster
-from medray.models.config import ModelConfig
-from medray.models.network import choose_device
-from medray.storage import files
-from medray.storage.lock import locked
+from medray.models import ModelConfig, choose_device
+from medray.storage import files, locked
 from medray.training.checkpoint import read_history
 from medray.training.recipe import Recipe
 from medray.training.recipe_files import find_recipe

@@ -15,17 +15,17 @@ from PIL import Image
 from torch import nn
 
 from medray.classes import Classes
-from medray.datasets.dataset import read_dataset
-from medray.evaluation.metrics import (
+from medray.datasets import read_dataset
+from medray.evaluation import (
     class_scores,
     confusion,
+    draw_overlay,
     of_images,
     small_objects,
     small_scores,
     summary,
 )
-from medray.evaluation.overlay import draw_overlay
-from medray.models.pictures import first_kernels, score_maps
+from medray.models import first_kernels, score_maps
 from medray.training.crops import Batch, read_val, val_batch_size
 from medray.training.distillation import Distillation
 from medray.training.loggers import Tracker

@@ -8,12 +8,11 @@ from contextlib import closing
 import ray.train
 import torch
 
-from medray.datasets.dataset import read_morphology
+from medray.datasets import read_morphology
 from medray.errors import MedrayError
 from medray.execution import cluster
-from medray.models.config import ModelConfig
-from medray.models.network import choose_device
-from medray.storage.yaml_config import from_dict, to_dict
+from medray.models import ModelConfig, choose_device
+from medray.storage import from_dict, to_dict
 from medray.training.checkpoint import Checkpoints
 from medray.training.loggers import Tracker
 from medray.training.recipe import Recipe

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
 from medray import cli, open_mask
-from medray.annotations import rasterise, read_annotation
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.evaluation.compare_runs import compare

@@ -20,7 +20,7 @@ from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.inference.run import LAYERS, layer_uri
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 
 SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}

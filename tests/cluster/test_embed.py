@@ -26,12 +26,12 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.execution.commit import Summary
 from medray.execution.stage import Stage
-from medray.mil import embed as embedding
 from medray.mil.embed_slides import embed
+from medray.mil.embed_slides import embed as embedding
 from medray.mil.encoder import settle_encoder
 from medray.mil.features import FeatureSettings, read_slide
-from medray.slides import open_slide
 from medray.slides.discovery import find_slides
+from medray.slides.opening import open_slide
 from medray.slides.tissue import tissue_share
 
 ENCODER, TILE = "test_resnet", 96

@@ -10,7 +10,8 @@ import tifffile
 import torch
 from scipy import ndimage
 
-from medray.annotations import rasterise, read_annotation
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation
 from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle, region_windows
 from medray.inference.infer_run import infer
@@ -26,7 +27,7 @@ from medray.models.canvas import RegionPixels
 from medray.models.config import Architecture, Prediction, read_config
 from medray.models.folder import load_model, save_model
 from medray.models.predict import Predictor
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
 from medray.storage.yaml_config import write_settings

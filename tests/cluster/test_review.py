@@ -10,7 +10,8 @@ import serial
 from several_files import write_mrxs
 
 from medray import cli, open_mask
-from medray.annotations import rasterise, read_annotation, read_extent
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation, read_extent
 from medray.classes import Classes
 from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import write_slide

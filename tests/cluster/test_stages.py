@@ -25,7 +25,7 @@ from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 
 pytestmark = pytest.mark.usefixtures("cluster")

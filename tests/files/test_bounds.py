@@ -11,14 +11,15 @@ from dicoms import picture
 from noise import noise
 from several_files import write_mrxs
 
-from medray.annotations import Annotation, rasterise, read_marks
 from medray.annotations.geojson_write import extent_features, geojson_features
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import Annotation, read_marks
 from medray.classes import Classes
 from medray.datasets.synthetic import write_pyramid
 from medray.geometry import Rectangle
 from medray.inference.outlines import trace, write_outlines
-from medray.slides import open_slide
 from medray.slides.bounds import scanned_bounds
+from medray.slides.opening import open_slide
 from medray.slides.tiff import TiffSlide
 from medray.storage import ome_zarr
 

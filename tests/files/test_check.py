@@ -30,8 +30,8 @@ from serial_ingest import ingest
 
 import medray
 from medray import cli
-from medray.annotations import measure
 from medray.annotations.area_measures import class_areas
+from medray.annotations.morphology import measure
 from medray.annotations.polygons import Area
 from medray.annotations.rasterize import rasterise
 from medray.apps.check_slides import Checked
@@ -39,7 +39,7 @@ from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError, LostError, SlideError
 from medray.execution.isolation import call_each
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.storage import group_attributes, ome_zarr
 
 CLASSES = ("background", "tumour", "stroma")

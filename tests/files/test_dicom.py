@@ -15,10 +15,11 @@ from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import changed_slides
 from medray.execution.stage import OVERRIDES
-from medray.slides import dicom_header, open_slide
+from medray.slides import dicom_header
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
+from medray.slides.opening import open_slide
 from medray.slides.scanner import scanner_of
 from medray.storage.ledger import Ledger
 

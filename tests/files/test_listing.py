@@ -15,9 +15,10 @@ from several_files import write_mrxs, write_vms
 
 import medray
 from medray.errors import ConfigError, SlideError, StoreError
-from medray.slides import dicom, dicom_header, open_slide
+from medray.slides import dicom, dicom_header
 from medray.slides.discovery import find_slides
 from medray.slides.listing import find_files
+from medray.slides.opening import open_slide
 from medray.storage import files, object_store
 
 SIZE = (512, 768)

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from scipy import ndimage
 
-from medray.annotations import rasterise, read_annotation
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation
 from medray.classes import Classes
 from medray.errors import SlideError
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from medray.datasets.overrides import with_overrides
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import changed_slides
-from medray.slides import ArraySlide, open_slide
 from medray.slides.base import Mpp
 from medray.slides.discovery import SlideFile, find_slides
+from medray.slides.image import ArraySlide
+from medray.slides.opening import open_slide
 from medray.slides.resolution import choose_level, mpp_columns, settle_mpp
 from medray.storage.ledger import Ledger
 

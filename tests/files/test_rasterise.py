@@ -12,8 +12,8 @@ from rasterio import features
 from rasterio.transform import Affine
 from shapely.geometry import MultiPolygon, Point, Polygon, box
 
-from medray.annotations import Area, rasterise
-from medray.annotations.polygons import FillRule, fill
+from medray.annotations.polygons import Area, FillRule, fill
+from medray.annotations.rasterize import rasterise
 
 halves = st.integers(-20, 6020).map(lambda n: n / 2)
 # Of edges that are shorter than a float can be squared GEOS warns.

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from medray.errors import SlideError
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 
 TILED: dict[str, Any] = {"photometric": "rgb", "tile": (32, 32)}
 

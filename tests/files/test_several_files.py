@@ -16,10 +16,10 @@ from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import SlideError
 from medray.execution.commit import changed_slides
 from medray.execution.stage import plan_slide
-from medray.slides import open_slide
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
+from medray.slides.opening import open_slide
 from medray.storage import files
 from medray.storage.ledger import Ledger
 

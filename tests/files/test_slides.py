@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medray.errors import SlideError
-from medray.slides import ArraySlide, open_slide, read_thumbnail
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
+from medray.slides.image import ArraySlide
+from medray.slides.opening import open_slide
 from medray.slides.readable import read_readable
 from medray.slides.resolution import Working, choose_level, read_working
+from medray.slides.thumbnail import read_thumbnail
 from medray.storage import files, ome_zarr
 
 REAL = (

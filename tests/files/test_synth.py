@@ -6,11 +6,12 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from medray.annotations import rasterise, read_annotation
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation
 from medray.classes import Classes
 from medray.datasets.synthetic import generate, write_slide
 from medray.datasets.synthetic_scene import draw_scene
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import tifffile
 from PIL import Image
 
 from medray.errors import SlideError
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.slides.readable import check_readable, read_readable
 from medray.slides.resolution import choose_level, settle_mpp
 

@@ -45,7 +45,7 @@ from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.folder import save_model
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.slides import open_slide
+from medray.slides.opening import open_slide
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import Data
 from medray.training.schedule import Schedule

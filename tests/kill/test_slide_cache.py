@@ -10,7 +10,8 @@ import s3
 from dicoms import picture
 from read_copies import SIZE, copies, prepare, size_of, start_reader
 
-from medray.slides import cache, open_slide
+from medray.slides import cache
+from medray.slides.opening import open_slide
 from medray.storage import object_store
 
 pytest.importorskip("openslide")

@@ -12,7 +12,8 @@ import serial_ingest
 from several_files import write_mrxs
 
 from medray import open_mask
-from medray.annotations import rasterise, read_marks
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_marks
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri
 from medray.datasets.synthetic_scene import draw_scene

@@ -25,7 +25,7 @@ from medray.models.crf import refine
 from medray.models.network import choose_precision
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
-from medray.slides import ArraySlide
+from medray.slides.image import ArraySlide
 
 torch.manual_seed(3)
 NETWORK = build_segmenter(Architecture("unet", "mobilenet_v2"), 3).eval()

@@ -24,9 +24,9 @@ from medray.inference.run import Options
 from medray.inference.verify_run import collect, verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
-from medray.slides import open_slide
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
+from medray.slides.opening import open_slide
 from medray.storage import files, lock, object_store
 
 

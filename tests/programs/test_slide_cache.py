@@ -26,11 +26,12 @@ from medray.execution import scheduler
 from medray.execution.commit import changed_slides
 from medray.execution.gpu_worker import GpuWorker
 from medray.execution.stage import plan_slide
-from medray.slides import cache, open_slide
+from medray.slides import cache
 from medray.slides.bounds import scanned_bounds
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest
 from medray.slides.members import slide_members
+from medray.slides.opening import open_slide
 from medray.storage import files, object_store, remote_files
 from medray.storage.ledger import Ledger
 

@@ -15,13 +15,10 @@ from shapely import to_geojson
 from shapely.affinity import rotate, scale
 from shapely.geometry import Point, box
 
-from medray.annotations import (
-    Annotation,
-    Area,
-    geojson_features,
-    rasterise,
-    read_marks,
-)
+from medray.annotations.geojson_write import geojson_features
+from medray.annotations.polygons import Area
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import Annotation, read_marks
 from medray.classes import Classes
 from medray.errors import SlideError
 from medray.geometry import Rectangle

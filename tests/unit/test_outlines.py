@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from noise import noise
 
 import medray.inference.outlines
-from medray.annotations import rasterise, read_annotation
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_annotation
 from medray.classes import Classes
 from medray.geometry import Rectangle
 from medray.inference.outlines import trace, write_outlines

@@ -21,8 +21,8 @@ from medray.evaluation.metrics import bootstrap, class_scores, confusion, summar
 from medray.evaluation.overlay import draw_overlay
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport
-from medray.slides import ArraySlide
 from medray.slides.discovery import find_slides, slide_id
+from medray.slides.image import ArraySlide
 from medray.slides.tissue import find_tissue, pen_marks, tissue_share
 from medray.storage import files
 from medray.storage.ledger import Ledger

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from shapely import affinity
 from shapely.geometry import box
 
-from medray.annotations import rasterise, read_marks
+from medray.annotations.rasterize import rasterise
+from medray.annotations.reading import read_marks
 from medray.errors import SlideError
 
 

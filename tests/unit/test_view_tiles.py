@@ -16,8 +16,8 @@ from medray.classes import Classes
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.geometry import Rectangle
-from medray.slides import open_slide
 from medray.slides.image import ArraySlide
+from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 
 

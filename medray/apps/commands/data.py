@@ -103,7 +103,7 @@ def _ingest(args: argparse.Namespace) -> Any:
         raise ConfigError("--patients goes with --side; slides take --groups CSV")
     if args.contours:
         raise ConfigError("--contours goes with --side; slides take --annotations DIR")
-    from medray.datasets.ingest_slides import ingest
+    from medray.datasets import ingest
 
     return ingest(
         args.slides,
@@ -119,7 +119,7 @@ def _ingest(args: argparse.Namespace) -> Any:
 
 
 def _ingest_images(args: argparse.Namespace) -> Any:
-    from medray.datasets.image_folder import ingest_images
+    from medray.datasets import ingest_images
 
     if isinstance(args.mpp, str) or args.scene is not None or args.plane is not None:
         raise ConfigError(

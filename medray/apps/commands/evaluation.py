@@ -43,7 +43,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
-    from medray.mil.config import holds_slide_model
+    from medray.mil import holds_slide_model
     from medray.storage import files
 
     if args.cohorts and not files.exists(files.join(args.runs[0], "run.yaml")):
@@ -56,7 +56,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             f"`medray infer FEATURES --model {args.runs[0]} --out RUN`"
         )
     if files.exists(files.join(args.runs[0], "predictions.yaml")):
-        from medray.mil.evaluate import evaluate_slides
+        from medray.mil import evaluate_slides
 
         if args.split or _for_images(args):
             raise ConfigError(
@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             )
         return evaluate_slides(args.runs[0], truth=args.truth, out=args.out)
     if files.exists(files.join(args.runs[0], "model.yaml")):
-        from medray.evaluation.evaluate_image_folder import evaluate_images
+        from medray.evaluation import evaluate_images
 
         return evaluate_images(
             args.runs,
@@ -77,7 +77,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             tta=args.tta,
             compare=args.beside,
         )
-    from medray.evaluation.evaluate_run import evaluate
+    from medray.evaluation import evaluate
 
     if _for_images(args):
         raise ConfigError(
@@ -122,7 +122,7 @@ def _add_diff(sub: argparse.ArgumentParser) -> None:
 
 
 def _diff(args: argparse.Namespace) -> Any:
-    from medray.evaluation.diff_runs import diff
+    from medray.evaluation import diff
 
     return diff(args.run_folder, args.other)
 
@@ -135,7 +135,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> Any:
-    from medray.evaluation.compare_runs import compare
+    from medray.evaluation import compare
 
     return compare(args.run_folder, args.other, out=args.out, truth=args.truth)
 
@@ -149,7 +149,7 @@ def _add_review(sub: argparse.ArgumentParser) -> None:
 
 
 def _review(args: argparse.Namespace) -> Any:
-    from medray.evaluation.review_run import review
+    from medray.evaluation import review
 
     return review(args.run_folder, out=args.out, count=args.count)
 

@@ -28,10 +28,10 @@ def _add_infer(sub: argparse.ArgumentParser) -> None:
 
 
 def _infer(args: argparse.Namespace) -> Any:
-    from medray.mil.config import holds_slide_model
+    from medray.mil import holds_slide_model
 
     if holds_slide_model(args.model[0]):
-        from medray.mil.infer import infer_slides
+        from medray.mil import infer_slides
 
         if len(args.slides) != 1 or len(args.model) != 1:
             raise ConfigError(
@@ -39,7 +39,7 @@ def _infer(args: argparse.Namespace) -> Any:
                 f"`medray embed` writes it"
             )
         return infer_slides(args.slides[0], model=args.model[0], out=args.out)
-    from medray.inference.infer_run import infer
+    from medray.inference import infer
 
     return infer(args.slides, model=args.model, out=args.out, options=run_options(args))
 
@@ -76,7 +76,7 @@ def _add_embed(sub: argparse.ArgumentParser) -> None:
 
 
 def _embed(args: argparse.Namespace) -> Any:
-    from medray.mil.embed_slides import embed
+    from medray.mil import embed
 
     return embed(
         args.slides,
@@ -102,7 +102,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Any:
-    from medray.inference.estimate_run import estimate
+    from medray.inference import estimate
 
     return estimate(
         args.slides,

@@ -121,8 +121,7 @@ class Conformance:
 
 
 def _conformance(args: argparse.Namespace) -> Any:
-    from medray.inference.conformance import check_engine
-    from medray.inference.conformance_medray import check_medray, medray_engine
+    from medray.inference import check_engine, check_medray, medray_engine
 
     checks = check_engine(medray_engine("crop")) + check_medray()
     return Conformance(checks, {c.name: c.found for c in checks if not c.passed})

@@ -101,9 +101,8 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
 
 def run_options(args: argparse.Namespace) -> Any:
     """Return the `Options` of a run from the options of `add_run_options`."""
-    from medray.inference.postprocess import Cleaning
-    from medray.inference.run import Options
-    from medray.models.config import Prediction
+    from medray.inference import Cleaning, Options
+    from medray.models import Prediction
 
     def chosen(cls: type[Any]) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(cls)}

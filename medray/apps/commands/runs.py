@@ -17,7 +17,7 @@ def _add_verify(sub: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    from medray.inference.verify_run import verify
+    from medray.inference import verify
 
     return verify(args.run_folder)
 
@@ -28,7 +28,7 @@ def _add_gc(sub: argparse.ArgumentParser) -> None:
 
 
 def _gc(args: argparse.Namespace) -> Any:
-    from medray.inference.verify_run import collect
+    from medray.inference import collect
 
     return collect(args.run_folder, dry_run=args.dry_run)
 

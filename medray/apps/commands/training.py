@@ -28,7 +28,7 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> Any:
     if args.labels is not None:
-        from medray.mil.train import train_slides
+        from medray.mil import train_slides
 
         if args.repeats != 1:
             raise ConfigError("--repeats does not go with --labels; train other seeds")
@@ -39,7 +39,7 @@ def _train(args: argparse.Namespace) -> Any:
             out=args.out,
             overrides=args.overrides,
         )
-    from medray.training.train_model import train
+    from medray.training import train
 
     return train(
         args.recipe,
@@ -74,7 +74,7 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
 
 
 def _tune(args: argparse.Namespace) -> Any:
-    from medray.training.tune_model import tune
+    from medray.training import tune
 
     return tune(
         args.recipe,
@@ -87,7 +87,7 @@ def _tune(args: argparse.Namespace) -> Any:
 
 
 def _recipes(_: argparse.Namespace) -> Any:
-    from medray.training.recipe_files import list_recipes
+    from medray.training import list_recipes
 
     return list_recipes()
 

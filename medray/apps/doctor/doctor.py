@@ -24,7 +24,7 @@ from medray.apps.doctor.machine import (
 )
 from medray.apps.doctor.ray_cluster import check_ray
 from medray.errors import MedrayError
-from medray.models.config import model_digest, read_config
+from medray.models import model_digest, read_config
 from medray.storage import files
 
 _LEAST_FREE = 10 * GIB

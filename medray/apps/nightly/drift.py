@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets.dataset import read_dataset, read_patches
-from medray.slides import open_slide
-from medray.slides.stains import HED
-from medray.slides.thumbnail import read_thumbnail
-from medray.slides.tissue import find_tissue
+from medray.datasets import read_dataset, read_patches
+from medray.slides import HED, find_tissue, open_slide, read_thumbnail
 
 NIGHTS = 30
 """How many nights before tonight are the reference."""

@@ -10,10 +10,9 @@ from medray.apps.nightly.drift import NIGHTS
 from medray.apps.nightly.folder import night_folder
 from medray.apps.nightly.inbox import Watch
 from medray.errors import ConfigError, FormatError, SlideError
-from medray.evaluation.evaluate_run import evaluate, evaluated_slides
-from medray.evaluation.ground_truth import with_truth
-from medray.inference.run import RunSettings
-from medray.slides.discovery import SlideFile, slide_id
+from medray.evaluation import evaluate, evaluated_slides, with_truth
+from medray.inference import RunSettings
+from medray.slides import SlideFile, slide_id
 from medray.storage import files
 from medray.types import Row
 

@@ -27,9 +27,8 @@ from medray.apps.nightly.folder import night_folder
 from medray.apps.nightly.inbox import Watch
 from medray.apps.nightly.measure import find_drift, measure_slides, training_values
 from medray.apps.nightly.summary import write_summary
-from medray.inference.infer_run import infer
-from medray.inference.run import RunSettings, mask_uri
-from medray.slides.discovery import SlideFile
+from medray.inference import RunSettings, infer, mask_uri
+from medray.slides import SlideFile
 from medray.storage import files
 from medray.types import Row
 

@@ -14,13 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from medray.apps.nightly.catalog import Catalog, Found, current
-from medray.datasets.overrides import with_overrides
+from medray.datasets import with_overrides
 from medray.errors import ConfigError, MedrayError, SlideError
-from medray.inference.run import Options
-from medray.slides.discovery import SlideFile, as_slides, find_slide_files
-from medray.slides.fingerprint import slide_digest, slide_fingerprint
-from medray.storage import files
-from medray.storage.ledger import storable
+from medray.inference import Options
+from medray.slides import (
+    SlideFile,
+    as_slides,
+    find_slide_files,
+    slide_digest,
+    slide_fingerprint,
+)
+from medray.storage import files, storable
 from medray.types import Row
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,10 @@ from medray.apps.nightly.drift import (
 )
 from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
-from medray.datasets.dataset import slide_uri
+from medray.datasets import slide_uri
 from medray.errors import MedrayError
 from medray.execution import cluster
-from medray.slides.fingerprint import slide_digest
-from medray.slides.scanner import UNKNOWN, scanner_of
+from medray.slides import UNKNOWN, scanner_of, slide_digest
 from medray.storage import files
 from medray.types import Row
 

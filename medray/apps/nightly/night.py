@@ -40,12 +40,10 @@ from medray.apps.nightly.folder import (
 )
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.apps.nightly.summary import check_webhook, send_summary
-from medray.datasets.dataset import read_dataset
+from medray.datasets import read_dataset
 from medray.errors import ConfigError
-from medray.inference.infer_run import settings_of
-from medray.inference.run import Options
-from medray.storage import files
-from medray.storage.lock import locked
+from medray.inference import Options, settings_of
+from medray.storage import files, locked
 from medray.types import Row
 
 log = logging.getLogger(__name__)

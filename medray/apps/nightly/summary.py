@@ -11,7 +11,7 @@ from typing import Any
 
 from medray.apps.nightly.drift import Drift, as_text
 from medray.errors import ConfigError
-from medray.evaluation.html import render
+from medray.evaluation import render
 from medray.storage import files
 
 log = logging.getLogger(__name__)

@@ -34,8 +34,7 @@ from medray.apps.serve.schema import (
     describe_problems,
 )
 from medray.errors import SlideError
-from medray.slides.base import SANE_MPP
-from medray.slides.resolution import MOST_ENLARGED
+from medray.slides import MOST_ENLARGED, SANE_MPP
 
 log = logging.getLogger(__name__)
 

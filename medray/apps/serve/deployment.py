@@ -30,8 +30,7 @@ from medray.apps.serve.replica import IN_HAND, Endpoint
 from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
 from medray.errors import ConfigError, MedrayError, StoppedError
-from medray.execution import cluster
-from medray.execution.signals import stopping
+from medray.execution import cluster, stopping
 from medray.storage import files
 
 log = logging.getLogger(__name__)

@@ -23,20 +23,32 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.apps.serve.images import as_png, check_header, check_pixels
-from medray.datasets.cells import read_resized
+from medray.datasets import read_resized
 from medray.errors import ConfigError, SlideError
-from medray.evaluation.calibration import scaled
+from medray.evaluation import scaled
 from medray.geometry import Rectangle
-from medray.inference.classify_images import load_classifier
-from medray.inference.infer_run import region_pixels, settings_of
-from medray.inference.outlines import as_geojson, trace
-from medray.inference.plan import plan_slide
-from medray.inference.regions import counted, read_pixels
-from medray.inference.run import Options, RunSettings
-from medray.models.canvas import RegionClasses, RegionPixels
-from medray.models.config import ModelConfig, Precision, Prediction, read_config
-from medray.models.folder import load_model
-from medray.models.predict import Predictor
+from medray.inference import (
+    Options,
+    RunSettings,
+    as_geojson,
+    counted,
+    load_classifier,
+    plan_slide,
+    read_pixels,
+    region_pixels,
+    settings_of,
+    trace,
+)
+from medray.models import (
+    ModelConfig,
+    Precision,
+    Prediction,
+    Predictor,
+    RegionClasses,
+    RegionPixels,
+    load_model,
+    read_config,
+)
 from medray.slides import open_slide
 from medray.storage import files
 from medray.types import Row, UInt8

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from medray.apps.serve.api import token_digest
 from medray.apps.serve.requests import Bounds
 from medray.errors import ConfigError, StoreError
-from medray.models.config import Precision
+from medray.models import Precision
 from medray.storage import files
 
 TOKEN = "MEDRAY_SERVE_TOKEN"

@@ -25,7 +25,7 @@ from medray.apps.viewer.run import ViewedRun, source_of, version_of
 from medray.apps.viewer.tiles import TILE, open_unchanged, slide_tile, tile_region
 from medray.apps.viewer.worst import worst_regions
 from medray.errors import ConfigError
-from medray.evaluation.html import INK
+from medray.evaluation import INK
 from medray.slides import read_thumbnail
 from medray.storage import files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from medray.apps.viewer.run import ViewedRun, source_of, version_of
 from medray.apps.viewer.tiles import last_zoom, open_unchanged
 from medray.errors import MedrayError
-from medray.evaluation.overlay import AGREEMENT
+from medray.evaluation import AGREEMENT
 from medray.storage import files
 from medray.types import Row
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from medray.apps.viewer.tiles import SlideSource
 from medray.classes import Classes
-from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
+from medray.evaluation import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
 from medray.storage import ome_zarr
 from medray.types import UInt8

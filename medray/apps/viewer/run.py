@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from medray.annotations.matching import match_names
+from medray.annotations import match_names
 from medray.apps.viewer.tiles import SlideSource, open_unchanged, whole_step
 from medray.errors import ConfigError, MedrayError
-from medray.evaluation.ground_truth import list_ground_truth, name_in
-from medray.inference.run import (
+from medray.evaluation import list_ground_truth, name_in
+from medray.inference import (
     RunSettings,
     layer_uri,
     mask_uri,
@@ -21,9 +21,8 @@ from medray.inference.run import (
     raw_uri,
     read_run,
 )
-from medray.slides.discovery import SlideFile, find_slides
-from medray.storage import files, group_attributes, ome_zarr
-from medray.storage.ledger import Ledger
+from medray.slides import SlideFile, find_slides
+from medray.storage import Ledger, files, group_attributes, ome_zarr
 from medray.types import Row
 
 log = logging.getLogger(__name__)

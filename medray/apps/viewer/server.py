@@ -40,7 +40,7 @@ from medray.apps.viewer.answers import (
 from medray.apps.viewer.guard import LOOPBACK, error_response, guarded_app
 from medray.apps.viewer.run import ViewedRun, open_viewed
 from medray.errors import ConfigError, MedrayError, StoppedError
-from medray.execution.signals import stopping
+from medray.execution import stopping
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,15 @@ from PIL import Image
 
 from medray.errors import SlideError
 from medray.geometry import Rectangle
-from medray.slides import Slide, open_slide, read_thumbnail
-from medray.slides.fingerprint import slide_digest, slide_fingerprint
-from medray.slides.readable import read_readable
-from medray.slides.thumbnail import block_means
+from medray.slides import (
+    Slide,
+    block_means,
+    open_slide,
+    read_readable,
+    read_thumbnail,
+    slide_digest,
+    slide_fingerprint,
+)
 from medray.types import UInt8
 
 TILE = 256

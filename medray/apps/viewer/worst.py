@@ -10,7 +10,7 @@ import numpy.typing as npt
 from medray.apps.viewer.layers import truth_row
 from medray.apps.viewer.tiles import OVERVIEW, SlideSource
 from medray.classes import Classes
-from medray.evaluation.ground_truth import nearest_labels, read_known, read_truth
+from medray.evaluation import nearest_labels, read_known, read_truth
 from medray.geometry import Rectangle
 
 _MOST_SQUARES = 20

@@ -1,0 +1,10 @@
+from . import cluster as cluster
+from . import memory as memory
+from .commit import Summary as Summary
+from .isolation import call_each as call_each
+from .progress import Progress as Progress
+from .rows import map_rows as map_rows
+from .run import run_stage as run_stage
+from .signals import stopping as stopping
+from .stage import Device as Device
+from .stage import Stage as Stage

@@ -1,0 +1,5 @@
+from .config import holds_slide_model as holds_slide_model
+from .embed_slides import embed as embed
+from .evaluate import evaluate_slides as evaluate_slides
+from .infer import infer_slides as infer_slides
+from .train import train_slides as train_slides
