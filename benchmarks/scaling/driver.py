@@ -36,8 +36,9 @@ from medray.execution.commit import Commit
 from medray.execution.progress import Progress
 from medray.execution.scheduler import schedule
 from medray.execution.stage import HEADER
-from medray.inference.infer_run import _slide_row, settings_of
-from medray.inference.run import WORKING, Options, open_run
+from medray.inference.infer_run import settings_of
+from medray.inference.run import Options, open_run
+from medray.inference.slide_rows import WORKING, slide_row
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_fingerprint
 from medray.storage.ledger import Ledger
@@ -127,7 +128,7 @@ def measure_workers(count: int, seconds: float, duration: float) -> dict:
     ):
         while pool.room < count * memory.BATCHES:
             poll(pool)
-        commit = Commit(Ledger(out), _slide_row)
+        commit = Commit(Ledger(out), slide_row)
         cpu = time.process_time()
         schedule(todo, planners, pool, commit, clock, 16, lambda: None)
         cpu = time.process_time() - cpu
@@ -171,7 +172,7 @@ def slides(count: int = 10_000) -> Iterator[harness.Result]:
         wanted = find_slides([str(inbox)])
         listing = time.perf_counter() - start
         ledger = Ledger(out)
-        commit = Commit(ledger, _slide_row)
+        commit = Commit(ledger, slide_row)
         marks = []
         start, cpu = time.perf_counter(), time.process_time()
         with Progress("driver", len(wanted)) as progress:

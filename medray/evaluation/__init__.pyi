@@ -7,12 +7,9 @@ from .evaluate_run import evaluate as evaluate
 from .evaluate_run import evaluated_slides as evaluated_slides
 from .figures import draw_image_curves as draw_image_curves
 from .grad_cam import Explainer as Explainer
-from .ground_truth import list_ground_truth as list_ground_truth
-from .ground_truth import name_in as name_in
 from .ground_truth import nearest_labels as nearest_labels
 from .ground_truth import read_known as read_known
 from .ground_truth import read_truth as read_truth
-from .ground_truth import with_truth as with_truth
 from .html import ACCENT as ACCENT
 from .html import INK as INK
 from .html import SOFT as SOFT
@@ -33,3 +30,6 @@ from .metrics import summary as summary
 from .overlay import AGREEMENT as AGREEMENT
 from .overlay import draw_overlay as draw_overlay
 from .review_run import review as review
+from .truth_files import list_ground_truth as list_ground_truth
+from .truth_files import name_in as name_in
+from .truth_files import with_truth as with_truth

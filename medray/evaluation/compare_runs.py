@@ -20,12 +20,12 @@ from medray.errors import MedrayError
 from medray.evaluation.diff_runs import changed_settings, diff, pair_counts, rows_of
 from medray.evaluation.evaluate_run import evaluate
 from medray.evaluation.figures import draw_pairs
-from medray.evaluation.ground_truth import match_ground_truth
 from medray.evaluation.html import data_uri, render
 from medray.evaluation.metrics import Counts, class_scores, difference
 from medray.evaluation.overlay import CHANGE
 from medray.evaluation.pictures import draw_runs
 from medray.evaluation.report import read_counts
+from medray.evaluation.truth_files import match_ground_truth
 from medray.inference import read_run
 from medray.storage import files
 from medray.types import Row

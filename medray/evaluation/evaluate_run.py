@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 from medray.errors import ConfigError
 from medray.evaluation.count import Counted, count_slides
-from medray.evaluation.ground_truth import match_ground_truth
 from medray.evaluation.html import check_folder
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
+from medray.evaluation.truth_files import match_ground_truth
 from medray.inference import against_plan, read_run
 from medray.slides import slide_fingerprint
 from medray.storage import files, named_digest

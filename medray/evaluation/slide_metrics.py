@@ -13,8 +13,8 @@ import numpy as np
 from medray.datasets import read_groups
 from medray.errors import ConfigError
 from medray.evaluation.curves import curve_scores
-from medray.evaluation.ground_truth import name_in
 from medray.evaluation.metrics import Counts, bootstrap, class_scores, summary
+from medray.evaluation.truth_files import name_in
 from medray.storage import files
 
 PATIENT = "patient"

@@ -7,6 +7,7 @@ from .estimate_run import estimate as estimate
 from .infer_run import infer as infer
 from .infer_run import region_pixels as region_pixels
 from .infer_run import settings_of as settings_of
+from .leftovers import collect as collect
 from .outlines import as_geojson as as_geojson
 from .outlines import trace as trace
 from .plan import plan_slide as plan_slide
@@ -22,6 +23,5 @@ from .run import mask_uri as mask_uri
 from .run import probabilities_uri as probabilities_uri
 from .run import raw_uri as raw_uri
 from .run import read_run as read_run
-from .run import start_row as start_row
-from .verify_run import collect as collect
+from .slide_rows import start_row as start_row
 from .verify_run import verify as verify

@@ -26,10 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from medray.datasets import with_overrides
-from medray.errors import ConfigError, SlideError
+from medray.errors import ConfigError
 from medray.execution import Device, Stage, Summary, run_stage
 from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.memory import check_memory
@@ -43,11 +41,11 @@ from medray.inference.run import (
     create_mask,
     open_run,
     raw_uri,
-    start_row,
 )
+from medray.inference.slide_rows import slide_row
 from medray.models import check_runtime, model_digest, read_config, weights_uri
 from medray.slides import Slide, SlideFile, find_slides, working_of
-from medray.storage import Ledger, add_note, files, locked, named_digest, ome_zarr
+from medray.storage import Ledger, files, locked, named_digest, ome_zarr
 from medray.types import Executor, Layers, Row, UInt8
 
 log = logging.getLogger(__name__)
@@ -174,7 +172,7 @@ def stage_of(settings: RunSettings, out: str, name: str = "infer") -> Stage:
         ),
         write=functools.partial(write_region, settings=settings, out=out),
         finish=functools.partial(finish_slide, settings, out),
-        slide_row=_slide_row,
+        slide_row=slide_row,
         timeout=settings.options.timeout,
     )
 
@@ -320,56 +318,3 @@ def _halo_bytes(settings: RunSettings, row: Row) -> int:
     region = Rectangle(*row["region"])
     halo = region_windows(region, *size, settings.windows, stitch).halo
     return 3 * halo.height * halo.width
-
-
-# --- commit ---------------------------------------------------------------------------
-
-
-def _slide_row(header: Row, regions: list[Row]) -> Row:
-    """Sum up a finished slide for slides.parquet.
-
-    Raises:
-        SlideError: Nothing of the slide could be read.
-    """
-    row = start_row(header, regions)
-    total = header["height"] * header["width"]
-    unreadable = sum(region.get("unreadable_px", 0) for region in regions)
-    if unreadable and unreadable >= sum(sum(region["class_px"]) for region in regions):
-        raise SlideError(next(r["why"] for r in regions if "why" in r))
-    if unreadable:
-        why = next(r["why"] for r in regions if r.get("unreadable_px"))
-        add_note(row, f"{unreadable / total:.2%} of its pixels cannot be read: {why}")
-    row["unreadable_px"] = unreadable
-    classes = header["classes"]
-    counts = np.zeros(len(classes), np.int64)
-    for region in regions:
-        counts += np.asarray(region["class_px"])
-    counts[0] += total - counts.sum()
-    for one in (header, *regions):  # what finishing added
-        counts = np.asarray(one.get("cleaned_px", counts))
-        row["merkle_root"] = one.get("merkle_root", row.get("merkle_root"))
-    row |= {f"px_{name}": int(n) for name, n in zip(classes, counts, strict=True)}
-    looked_at = sum(region["predicted_px"] for region in regions)
-    row["predicted_px"] = looked_at
-    counts[0] = max(0, looked_at - int(counts[1:].sum()))
-    row["label"] = classes[int(counts.argmax())] if looked_at else classes[0]
-    for layer, most in (("uncertainty", 255), ("disagreement", 1)):
-        if looked_at and regions[0].get(f"{layer}_sum") is not None:
-            total = sum(region[f"{layer}_sum"] for region in regions)
-            row[layer] = total / most / looked_at
-    if looked_at and all("p_sum" in region for region in regions):
-        row |= _probabilities(regions, classes, looked_at)
-    row["windows"] = sum(region.get("windows", 0) for region in regions)
-    return row
-
-
-def _probabilities(
-    regions: list[Row], classes: Sequence[str], looked_at: int
-) -> dict[str, float]:
-    """Give the mean and the highest probability of each class, where it was looked."""
-    sums = np.sum([region["p_sum"] for region in regions], axis=0) / 255 / looked_at
-    most = np.max([region["p_max"] for region in regions], axis=0) / 255
-    row: dict[str, float] = {}
-    for name, mean, highest in zip(classes, sums, most, strict=True):
-        row |= {f"mean_p_{name}": float(mean), f"max_p_{name}": float(highest)}
-    return row

@@ -25,7 +25,7 @@ from medray.errors import ConfigError
 from medray.geometry import Windows
 from medray.inference.postprocess import Cleaning
 from medray.models import Prediction
-from medray.slides import MPP_COLUMNS, Working
+from medray.slides import Working
 from medray.storage import (
     files,
     keep_settings,
@@ -34,7 +34,6 @@ from medray.storage import (
     read_folder_settings,
     to_dict,
 )
-from medray.types import Row
 
 LAYERS = {
     "uncertainty": Classes(("certain", "uncertain")),
@@ -265,38 +264,3 @@ def create_mask(
         ome_zarr.create_labels(
             uri, *size, classes=means, name=layer, source="../../", **common
         )
-
-
-# What a slide's row tells of how it was read.
-WORKING = (
-    "level",
-    "scale",
-    "downsample",
-    "mpp",
-    *MPP_COLUMNS,
-    "height",
-    "width",
-    "level0_height",
-    "level0_width",
-    "regions",
-    "note",
-)
-
-
-def start_row(header: Row, regions: list[Row]) -> Row:
-    """Begin the row of a slide that a model has looked at.
-
-    Args:
-        header: The slide's facts.
-        regions: Records of its regions.
-
-    Returns:
-        `WORKING`, how long its regions took, and when the first was read and the last
-        written; seconds.
-    """
-    row = {key: header[key] for key in WORKING}
-    for part in ("read_s", "predict_s", "waited_s", "write_s"):
-        row[part] = sum(region.get(part, 0.0) for region in regions)
-    row["first_read_at"] = min((r["read_at"] for r in regions), default=None)
-    row["last_write_at"] = max((r["written_at"] for r in regions), default=None)
-    return row

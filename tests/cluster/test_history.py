@@ -27,8 +27,9 @@ from hypothesis.stateful import (
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.diff_runs import diff
+from medray.inference.leftovers import collect
 from medray.inference.run import Options
-from medray.inference.verify_run import collect, verify
+from medray.inference.verify_run import verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage.ledger import Ledger

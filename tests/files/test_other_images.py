@@ -13,7 +13,7 @@ from serial_ingest import ingest
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri
 from medray.errors import ConfigError
-from medray.evaluation.ground_truth import find_ground_truth
+from medray.evaluation.truth_files import find_ground_truth
 from medray.slides.discovery import find_slides
 
 

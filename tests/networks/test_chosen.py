@@ -26,7 +26,7 @@ from medray.apps.viewer.tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic_scene import draw_scene
-from medray.evaluation.ground_truth import match_ground_truth
+from medray.evaluation.truth_files import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction

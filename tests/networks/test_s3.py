@@ -20,8 +20,9 @@ import medray
 from medray.datasets.synthetic import write_slide, write_svg
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, StoreError
+from medray.inference.leftovers import collect
 from medray.inference.run import Options
-from medray.inference.verify_run import collect, verify
+from medray.inference.verify_run import verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.slides.discovery import find_slides

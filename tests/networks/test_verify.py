@@ -15,8 +15,9 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.evaluation.diff_runs import diff
 from medray.geometry import Rectangle
+from medray.inference.leftovers import collect
 from medray.inference.run import Options, mask_uri
-from medray.inference.verify_run import collect, verify
+from medray.inference.verify_run import verify
 from medray.models.config import Prediction
 from medray.models.predict import Predictor
 from medray.storage import ome_zarr

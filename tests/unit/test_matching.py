@@ -9,7 +9,7 @@ import pytest
 from medray.annotations.matching import match_annotations, match_names, slide_names
 from medray.classes import Classes
 from medray.errors import ConfigError
-from medray.evaluation.ground_truth import find_ground_truth
+from medray.evaluation.truth_files import find_ground_truth
 from medray.execution.commit import changed_slides
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest
