@@ -2,7 +2,7 @@
 
 Needs atheris (pip install atheris). An input that ends in anything but a success or an
 error of medray's is a finding; it is written to the working directory as crash-DIGEST,
-and belongs into tests/networks/test_hostile.py.
+and belongs into tests/networks/slides/test_hostile.py.
 
 Run: python -m benchmarks.robustness.fuzz --target annotations --seconds 600
      python -m benchmarks.robustness.fuzz --target tiff --seconds 600

@@ -227,7 +227,7 @@ def test_the_cluster_grows_from_nothing_and_its_head_does_no_work(
 
 
 def test_workers_have_time_to_give_back_their_work(objects: list[Object]) -> None:
-    """What the hook does is tested with real nodes in tests/kill/test_leave.py."""
+    """What the hook does is tested with real nodes in tests/kill/apps/test_leave.py."""
     for group in find(objects, "RayCluster")["spec"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -256,7 +256,7 @@ def test_nothing_needs_a_shell(all_objects: list[Object]) -> None:
 
 def test_pods_that_nothing_needs_are_withdrawn(all_objects: list[Object]) -> None:
     """Ray reads both settings in its autoscaler; what they do is tested in
-    tests/kill/test_scarce.py.
+    tests/kill/execution/test_scarce.py.
     """
     for kind in ("RayCluster", "RayService"):
         spec = find(all_objects, kind)["spec"]

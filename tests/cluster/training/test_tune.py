@@ -20,7 +20,7 @@ from medray.training.schedule import Schedule
 from medray.training.sweep import plan_trials, read_sweep
 from medray.training.tune_model import tune
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = Recipe(
     model=Architecture("unet", "tu-mobilenetv3_small_050"),
     data=Data(crop=64, samples=8),

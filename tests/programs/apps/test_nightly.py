@@ -365,7 +365,7 @@ def test_a_second_one_ends_at_once_and_a_dead_one_does_not_block(
     command = [sys.executable, "jobs/nightly.py", "--inbox", str(inbox)]
     command += ["--out", str(out), "--model", str(model), "--settle", "60"]
     first = subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE
+        command, cwd=Path(__file__).parents[3], stderr=subprocess.PIPE
     )
     while not (out / "lock.json").exists() or not (out / "lock.json").read_text():
         assert first.poll() is None

@@ -444,7 +444,7 @@ def test_qupath_counts_from_the_corner_of_the_scanned_part(
         assert (height, width) == (1000, 1000)
         return Rectangle(40, 70, 200, 300) if slide == "part.mrxs" else None
 
-    monkeypatch.setattr("medray.annotations.scanned_bounds", bounds)
+    monkeypatch.setattr("medray.annotations.reading.scanned_bounds", bounds)
     uri = geojson(
         tmp_path, feature((10 + far, 20, 30 + far, 50), "tumour", **properties)
     )

@@ -2,7 +2,7 @@
 
 A state machine adds, replaces and removes slides, runs, crashes, verifies, damages and
 collects in any order. Here every step is done in this process, with crashes at any
-region; tests/kill/test_faults.py and benchmarks/robustness/chaos.py kill real processes, and
+region; tests/kill/execution/test_faults.py and benchmarks/robustness/chaos.py kill real processes, and
 `test_a_history_on_ray` below does a short history on Ray.
 """
 

@@ -65,7 +65,7 @@ def killed_in_the_night(arguments: list[str], out: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "jobs/nightly.py", *arguments],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=environment,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -330,7 +330,7 @@ def test_damaged_and_ill_fitting_files_are_named(
         load_model(str(folder))
 
 
-def test_lanes_take_exports(
+def test_workers_take_exports(
     cluster: None,
     segmenter: Path,
     exported: dict[str, Path],

@@ -1,6 +1,6 @@
 """medray submit beside a head that answers late, wrongly or not at all.
 
-A head that is there is real in tests/kill/test_heads.py; here it is one that loses
+A head that is there is real in tests/kill/apps/test_heads.py; here it is one that loses
 answers, which a real one cannot be told to do.
 """
 
