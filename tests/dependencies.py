@@ -96,9 +96,13 @@ class _Reached:
     def use(self, module: str, name: str | None) -> Iterator[tuple[Path, str]]:
         """Note what is used of a module; give what is to be followed in it."""
         if module == "medray" and name is not None:
-            home = read_bindings(_path_of("medray")).get(name, ("medray", None))[0]
-            module = f"medray.{name}" if f"medray.{name}" in _modules() else home
-            name = None
+            room = read_bindings(_path_of("medray")).get(name, ("medray", None))[0]
+            if f"medray.{name}" in _modules():
+                module, name = f"medray.{name}", None
+            else:
+                module = room
+        if name is not None and name in _homes(module):
+            module, name = _homes(module)[name], None
         elif name is not None and (
             f"{module}.{name}" in _modules()
             or (module in HELPERS and _helper(f"{module}.{name}"))
@@ -341,7 +345,30 @@ def _helper(module: str) -> Path | None:
 
 @functools.cache
 def _graph() -> grimp.ImportGraph:
-    return grimp.build_graph("medray", cache_dir=None)
+    """Return who imports whom, names that a room gives on counted as its modules'."""
+    graph = grimp.build_graph("medray", cache_dir=None)
+    for module in sorted(graph.modules):
+        for node in ast.walk(ast.parse(_path_of(module).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in graph.modules:
+                homes = _homes(node.module)
+                for name in node.names:
+                    if name.name in homes and homes[name.name] != module:
+                        graph.add_import(importer=module, imported=homes[name.name])
+    return graph
+
+
+@functools.cache
+def _homes(package: str) -> dict[str, str]:
+    """Return the module of each name that a room gives on by its `__init__.pyi`."""
+    stub = _path_of(package).with_suffix(".pyi")
+    if not package.startswith("medray.") or not stub.is_file():
+        return {}
+    return {
+        name.name: f"{package}.{node.module or name.name}"
+        for node in ast.parse(stub.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
 
 
 @functools.cache
@@ -403,7 +430,7 @@ def _data() -> dict[str, set[str]]:
     """
     sources = {m: _path_of(m).read_text() for m in _modules()}
     files = [p for p in (ROOT / "medray").rglob("*.*") if p.parent != ROOT / "medray"]
-    files = [p for p in files if p.suffix not in (".py", ".pyc")]
+    files = [p for p in files if p.suffix not in (".py", ".pyc", ".pyi")]
 
     def naming(path: Path) -> set[str]:
         room = "medray/" + path.relative_to(ROOT / "medray").parts[0]
