@@ -6,7 +6,6 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ from ray.util.metrics import Counter, Gauge
 
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
+from medray.execution.backlog import Backlog
 from medray.execution.commit import Commit
 from medray.execution.gpu_worker import start_gpu_workers
 from medray.execution.progress import Progress
@@ -29,8 +29,6 @@ from medray.execution.stage import (
 from medray.slides import bound_memory, fetch, fetch_if_copied
 from medray.types import Row
 
-# Regions that show how fast they go, after as many that waited for the model, too.
-_MEASURED = 16
 # Seconds after a signal in which regions under way may still be completed.
 _GRACE_S = 15.0
 
@@ -158,71 +156,6 @@ class _Gauges:
         self.before = now
 
 
-@dataclass
-class _Backlog:
-    """How much work waits, and how fast it goes, as far as it is known.
-
-    Attributes:
-        slides: Slides that are not planned yet.
-        planned: Slides that are.
-        found: Regions that those have.
-        done: Regions that came back from processes.
-        first: The same, and the seconds that processes had been there, when the model
-            was loaded everywhere.
-    """
-
-    slides: int
-    planned: int = 0
-    found: int = 0
-    done: int = 0
-    first: tuple[int, float] | None = None
-
-    def waiting(self, regions: int) -> float:
-        """Estimate the regions that wait: these, and those of slides to be planned."""
-        return regions + self.slides * self.found / max(1, self.planned)
-
-    def asks_for_more(self, regions: int, region_workers: Pool) -> bool:
-        """Tell whether one more process pays.
-
-        Args:
-            regions: Regions that are planned and given to nobody. None: those who are
-                there wait for plans themselves.
-            region_workers: The processes.
-        """
-        if self.first is None and self.done >= _MEASURED:
-            self.first = self.done, region_workers.there_s
-        if self.first is None or not regions:
-            return False
-        done, there_s = (
-            self.done - self.first[0],
-            region_workers.there_s - self.first[1],
-        )
-        waiting = self.waiting(regions)
-        return is_worth_another(
-            waiting, done, there_s, region_workers.size, region_workers.start_s
-        )
-
-
-def is_worth_another(
-    waiting: float, done: int, there_s: float, processes: int, start_s: float
-) -> bool:
-    """Tell whether one more process pays.
-
-    It does if what waits takes those that are there, or are coming, longer than the
-    slowest of them took to come: a machine that is bought for less finds nothing to do.
-
-    Args:
-        waiting: Regions that wait.
-        done: Regions that were done since the model was loaded.
-        there_s: Seconds that processes have been there since, all together.
-        processes: How many there are, those that are coming included.
-        start_s: Seconds that the slowest took to come; 0: none has come yet.
-    """
-    if done < _MEASURED or not start_s:
-        return False
-    return waiting * there_s / done / processes > start_s
-
-
 def schedule(
     todo: list[Row],
     slide_workers: Pool,
@@ -252,7 +185,7 @@ def schedule(
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
     planned: deque[Row] = deque()  # regions
     planning = 0
-    backlog = _Backlog(len(todo))
+    backlog = Backlog(len(todo))
     gauges = _Gauges()
 
     def note(row: Row) -> None:

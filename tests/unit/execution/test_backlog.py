@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medray.execution.scheduler import is_worth_another
+from medray.execution.backlog import is_worth_another
 
 COUNTS = st.integers(0, 10_000)
 SECONDS = st.floats(0, 1e5)
