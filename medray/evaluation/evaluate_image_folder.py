@@ -39,7 +39,7 @@ from medray.models import (
     read_seen,
 )
 from medray.storage import files
-from medray.types import Row
+from medray.types import Executor, Row
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,6 +80,7 @@ def evaluate_images(
     vote: bool = False,
     tta: Tta = "none",
     compare: str | None = None,
+    executor: Executor = "ray",
 ) -> ImageEvaluation:
     """Classify the images of a split of a dataset, and write a report.
 
@@ -94,6 +95,7 @@ def evaluate_images(
         tta: Test-time augmentation: also classify images mirrored (`flips`), or
             mirrored and turned (`all`), and take the mean probability.
         compare: Report of another evaluation of the same images, to stand beside.
+        executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
         ConfigError: The request is wrong, or a model was trained or chosen with
@@ -114,7 +116,7 @@ def evaluate_images(
         _check_unseen(folder, rows, split)
     validation = _for_temperature(models, data, rows)
     wanted = _with_measures([*rows, *validation], configs, data)
-    found, failed = classify(models, data, wanted, tta)
+    found, failed = classify(models, data, wanted, tta, executor)
     found = [combine(row, vote=vote) for row in found]
     rows = [row for row in found if row["split"] == split]
     if not rows:

@@ -30,7 +30,6 @@ from medray.datasets import with_overrides
 from medray.errors import ConfigError
 from medray.execution import Device, Stage, Summary, run_stage
 from medray.geometry import Rectangle, region_side, region_windows
-from medray.inference.memory import check_memory
 from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import finish_slide, read_region, write_region
@@ -108,6 +107,9 @@ def _infer(
 
     def prepare(todo: list[SlideFile]) -> None:
         if executor == "ray":
+            # Imported here: without Ray there is no cluster whose memory counts.
+            from medray.inference.memory import check_memory
+
             check_memory(settings)
         if settings.options.coarse > 1:
             _first_pass(todo, settings, out, executor, check)

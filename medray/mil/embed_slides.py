@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from medray.datasets import with_overrides
 from medray.errors import ConfigError
-from medray.execution import Device, Stage, Summary, cluster, memory, run_stage
+from medray.execution import Device, Stage, Summary, run_stage
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     cut_tiles,
@@ -112,7 +112,7 @@ def _embed(
 
     def prepare(_: list[SlideFile]) -> None:
         if executor == "ray":
-            memory.check_budget(_bound(settings), cluster.memory_per_node())
+            _check_memory(settings)
 
     ledger = Ledger(out)
     stage = stage_of(settings, out)
@@ -146,14 +146,22 @@ def stage_of(settings: FeatureSettings, out: str) -> Stage:
     )
 
 
-def _bound(settings: FeatureSettings) -> int:
-    """Bound a node's memory, bytes."""
+def _check_memory(settings: FeatureSettings) -> None:
+    """Check that a node has the memory that embedding may need.
+
+    Raises:
+        ConfigError: It has less.
+    """
+    # Imported here: without Ray there is no cluster whose memory counts.
+    from medray.execution import cluster, memory
+
     side, encoder = settings.region, settings.encoder
     pixels = 3 * (side * encoder.tile) ** 2
     written = 4 * side**2 * encoder.dimensions
     gpu_worker = memory.GPU_WORKER_BYTES + 2 * files.size(settings.weights)
     # The tiles are a copy of the region's pixels; batches add little.
-    return memory.bounds_of(pixels, written, pixels, gpu_worker)[0]
+    bound, _ = memory.bounds_of(pixels, written, pixels, gpu_worker)
+    memory.check_budget(bound, cluster.memory_per_node())
 
 
 def _plan(

@@ -8,6 +8,7 @@ from typing import Any
 from medray.apps.commands.options import (
     SLIDES,
     Command,
+    add_executor,
     add_partial_ok,
     add_reading,
     names,
@@ -93,6 +94,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure nucleus and cytoplasm by SIPaKMeD's .dat contours (with --side)",
     )
+    add_executor(sub)
     add_partial_ok(sub)
 
 
@@ -115,6 +117,7 @@ def _ingest(args: argparse.Namespace) -> Any:
         splits=args.splits,
         fractions=args.fractions,
         seed=args.seed,
+        executor=args.executor,
     )
 
 
@@ -142,6 +145,7 @@ def _ingest_images(args: argparse.Namespace) -> Any:
         seed=args.seed,
         contours=args.contours,
         mpp=args.mpp,
+        executor=args.executor,
     )
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from medray.apps.commands.options import SLIDES, Command, add_reading, reading
+from medray.apps.commands.options import (
+    SLIDES,
+    Command,
+    add_executor,
+    add_reading,
+    reading,
+)
 from medray.errors import ConfigError
 
 
@@ -40,6 +46,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--beside", metavar="REPORT", help="of another classifier, to compare with"
     )
+    add_executor(sub)
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
@@ -76,6 +83,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
             vote=args.vote,
             tta=args.tta,
             compare=args.beside,
+            executor=args.executor,
         )
     from medray.evaluation import evaluate
 
@@ -90,6 +98,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
         out=args.out,
         split=args.split,
         cohorts=args.cohorts,
+        executor=args.executor,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from medray.apps.commands.options import (
     SLIDES,
     Command,
+    add_executor,
     add_partial_ok,
     add_precision,
     add_reading,
@@ -23,6 +24,7 @@ def _add_infer(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s SLIDES ... --model MODEL ... --out RUN [OPTIONS]"
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES)
     sub.add_argument("--out", required=True, metavar="RUN", help="folder to make")
+    add_executor(sub)
     add_partial_ok(sub)
     add_run_options(sub)
 
@@ -41,12 +43,19 @@ def _infer(args: argparse.Namespace) -> Any:
         return infer_slides(args.slides[0], model=args.model[0], out=args.out)
     from medray.inference import infer
 
-    return infer(args.slides, model=args.model, out=args.out, options=run_options(args))
+    return infer(
+        args.slides,
+        model=args.model,
+        out=args.out,
+        options=run_options(args),
+        executor=args.executor,
+    )
 
 
 def _add_embed(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES)
     sub.add_argument("--out", required=True, metavar="FEATURES", help="folder to make")
+    add_executor(sub)
     add_partial_ok(sub)
     sub.add_argument(
         "--encoder", required=True, metavar="NAME", help="a network's name in timm"
@@ -88,6 +97,7 @@ def _embed(args: argparse.Namespace) -> Any:
         tile=args.tile,
         tissue=args.tissue,
         precision=args.precision,
+        executor=args.executor,
     )
 
 

@@ -38,6 +38,17 @@ def add_partial_ok(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def add_executor(sub: argparse.ArgumentParser) -> None:
+    """Add --executor, for debugging a stage without a cluster."""
+    sub.add_argument(
+        "--executor",
+        choices=("ray", "local"),
+        default="ray",
+        metavar="WHERE",
+        help="ray, or local: in this process, one thing after the other (ray)",
+    )
+
+
 def add_run_options(sub: argparse.ArgumentParser) -> None:
     """Add the options of a run, which infer, plan and nightly share."""
 

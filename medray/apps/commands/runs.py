@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from medray.apps.commands.options import Command
+from medray.apps.commands.options import Command, add_executor
 from medray.apps.console import as_text
 from medray.errors import ConfigError
 
@@ -42,13 +42,18 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--with-image", action="store_true", help="the slide's image with its mask"
     )
+    add_executor(sub)
 
 
 def _convert(args: argparse.Namespace) -> Any:
     from medray.apps.convert import convert
 
     return convert(
-        args.run_folder, to=args.to, out=args.out, with_image=args.with_image
+        args.run_folder,
+        to=args.to,
+        out=args.out,
+        with_image=args.with_image,
+        executor=args.executor,
     )
 
 
