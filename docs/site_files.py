@@ -26,6 +26,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Mend links across docs/, which is the root of the site."""
     if page.file.src_uri not in OUTSIDE:
+        # The code is no page of the site.
+        markdown = re.sub(r"\[([^\]]+)\]\(\.\./medray/[^)]*\)", r"\1", markdown)
         up = "../" * page.file.src_uri.count("/")
         return markdown.replace(f"](../{up}", f"]({up}")  # one level less above docs/
     markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)

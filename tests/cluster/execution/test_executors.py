@@ -1,0 +1,169 @@
+"""Where a stage runs does not show: on Ray and in this process it writes the same."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import timm
+import torch
+from serial import Row
+
+import medray
+from medray.apps.convert import convert
+from medray.cli import main
+from medray.datasets.image_folder import ingest_images
+from medray.datasets.synthetic_cells import generate_cells
+from medray.inference.postprocess import Cleaning
+from medray.inference.run import Options
+from medray.mil.embed_slides import embed
+from medray.models.config import Prediction
+from medray.types import Executor
+
+EXECUTORS: tuple[Executor, ...] = ("local", "ray")
+TIMES = ("_at", "_s", "seconds")
+
+
+def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
+    paths = {p for one in patterns for p in folder.glob(one) if p.is_file()}
+    assert paths
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
+
+
+def table(path: Path) -> list[Row]:
+    """Rows without what tells when and how fast."""
+    rows = pq.read_table(path).to_pylist()
+    return [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows]
+
+
+def of_both(folder: Path, make: Callable[[Path, Executor], object]) -> list[Path]:
+    for executor in EXECUTORS:
+        make(folder / executor, executor)
+    return [folder / executor for executor in EXECUTORS]
+
+
+@pytest.fixture(scope="module")
+def inbox(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slides, and one that is none."""
+    folder = tmp_path_factory.mktemp("inbox")
+    shutil.copytree(slides / "slides", folder, dirs_exist_ok=True)
+    (folder / "wreck.tif").write_bytes(b"II*\0no slide")
+    return folder
+
+
+def test_ingest(cluster: None, inbox: Path, slides: Path, tmp_path: Path) -> None:
+    here, there = of_both(
+        tmp_path,
+        lambda out, executor: medray.ingest(
+            [str(inbox)],
+            out=str(out),
+            annotations=str(slides / "annotations"),
+            executor=executor,
+        ),
+    )
+    assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
+    for name in ("slides.parquet", "patches.parquet"):
+        assert table(here / name) == table(there / name)
+    rows = {row["slide"]: row for row in table(here / "slides.parquet")}
+    assert rows["wreck"]["status"] == "failed"
+    assert sum(row["status"] == "done" for row in rows.values()) == 4
+
+
+def test_images(cluster: None, tmp_path: Path) -> None:
+    generate_cells(tmp_path / "cells", clusters=2, each=4)
+    here, there = of_both(
+        tmp_path,
+        lambda out, executor: ingest_images(
+            str(tmp_path / "cells"), out=str(out), side=64, executor=executor
+        ),
+    )
+    assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
+    for name in ("slides.parquet", "patches.parquet", "images.parquet"):
+        assert table(here / name) == table(there / name)
+
+
+def test_infer_evaluate_and_convert(
+    cluster: None, inbox: Path, slides: Path, model: Path, tmp_path: Path
+) -> None:
+    options = Options(
+        prediction=Prediction(precision="float32", quality=True),
+        clean=Cleaning(smooth=2),
+        outlines=True,
+        coarse=2,
+    )
+    here, there = of_both(
+        tmp_path,
+        lambda out, executor: medray.infer(
+            [str(inbox)],
+            model=str(model),
+            out=str(out / "run"),
+            options=options,
+            executor=executor,
+        ),
+    )
+    made = ("run/masks/**/*", "run/outlines/*", "run/coarse/masks/**/*")
+    assert contents(here, *made) == contents(there, *made)
+    name = "run/slides.parquet"
+    assert table(here / name) == table(there / name)
+
+    def look(out: Path, executor: Executor) -> None:
+        truth = str(slides / "annotations")
+        medray.evaluate(
+            str(out / "run"), truth=truth, out=str(out / "report"), executor=executor
+        )
+        convert(
+            str(out / "run"), to="ome-tiff", out=str(out / "copies"), executor=executor
+        )
+
+    of_both(tmp_path, look)
+    assert contents(here, "copies/*.tif") == contents(there, "copies/*.tif")
+    name = "report/per_slide.parquet"
+    assert table(here / name) == table(there / name)
+
+
+def test_embed(cluster: None, inbox: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = timm.create_model("test_resnet", num_classes=0)
+    weights = str(tmp_path / "weights.safetensors")
+    safetensors.torch.save_file(network.state_dict(), weights)
+    here, there = of_both(
+        tmp_path,
+        lambda out, executor: embed(
+            [str(inbox)],
+            encoder="test_resnet",
+            weights=weights,
+            out=str(out),
+            tile=96,
+            precision="float32",
+            executor=executor,
+        ),
+    )
+    assert contents(here, "features/**/*") == contents(there, "features/**/*")
+    name = "slides.parquet"
+    assert table(here / name) == table(there / name)
+
+
+def test_without_ray_ray_is_not_imported(slides: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom medray.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert 'ray' not in sys.modules\nsys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "ingest", str(slides / "slides")]
+    command += ["--out", str(tmp_path), "--executor", "local"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_asks_for_one_that_there_is(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["ingest", str(slides), "--out", str(tmp_path), "--executor", "dask"])
+    assert raised.value.code == 2
+    assert "'ray', 'local'" in capsys.readouterr().err
