@@ -10,19 +10,16 @@ With --workers: whole trainings by Ray Train with one and with two workers, the 
 batch in all. With --files: patches a second read by one process from zarr chunks, and
 from loose PNG and TIFF files of the same pixels and labels.
 
-Run: python benchmarks/train.py --rounds 3 --steps 30 --workers --files
+Run: python -m benchmarks.throughput.train --rounds 3 --steps 30 --workers --files
 """
 
-import argparse
 import itertools
-import json
 import logging
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +29,8 @@ import tifffile
 import torch
 from PIL import Image
 
+from benchmarks import harness
+from benchmarks.harness import ROOT
 from medray.datasets.dataset import read_dataset
 from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
@@ -39,22 +38,19 @@ from medray.execution import cluster
 from medray.models.config import ModelConfig
 from medray.models.network import choose_device
 from medray.storage.yaml_config import write_settings
-from medray.training.checkpoint import read_history
 from medray.training.crops import Batch, read_crop, read_train
 from medray.training.dataloader import BatchIndex, read_batches
-from medray.training.recipe import Recipe, read_recipe
-from medray.training.sampler import Data, usable_patches
-from medray.training.schedule import Schedule
-from medray.training.train_model import train
+from medray.training.recipe import Data, Recipe, Schedule, read_recipe
+from medray.training.sampler import usable_patches
+from medray.training.train_model import read_history, train
 from medray.training.trainer import Trainer
 from medray.training.world import World
 
-ROOT = Path(__file__).resolve().parents[1]
 _WARM = 6
 
 
 class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Batches by their number, for the DataLoader."""
+    """Parts by their number, for the DataLoader."""
 
     def __init__(self, data: str, recipe: Recipe, steps: int) -> None:
         self.data, self.recipe, self.steps = data, recipe, steps
@@ -83,7 +79,7 @@ def by_loader(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[B
 
 
 def timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
-    """Return crops a second of `steps` steps, after some that warm up."""
+    """Give crops a second of `steps` steps, after some that warm up."""
     for batch in itertools.islice(batches, _WARM):
         trainer.train_step([batch])
     synchronise()
@@ -100,7 +96,7 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> dict[str, object]:
+def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> harness.Rounds:
     contract = ModelConfig(
         architecture=recipe.model,
         classes=read_dataset(data).classes,
@@ -113,28 +109,23 @@ def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> dict[str, obj
     recipe = replace(recipe, data=replace(recipe.data, samples=total * recipe.batch))
     trainer = Trainer(World(0, 1, device), recipe, contract, 1, total)
     (resident,) = itertools.islice(by_ray(data, recipe, 1, 1), 1)
-    speeds: dict[str, list[float]] = {"limit": [], "medray": [], "loader": []}
-    for _ in range(rounds):
-        feeds = {
-            "limit": itertools.repeat(resident),
-            "medray": by_ray(data, recipe, total, readers),
-            "loader": by_loader(data, recipe, total, readers),
-        }
-        for name, feed in feeds.items():
-            speeds[name].append(timed(trainer, feed, steps))
-    ratios = {
-        f"{name} / limit": statistics.median(
-            one / limit
-            for one, limit in zip(speeds[name], speeds["limit"], strict=True)
-        )
-        for name in ("medray", "loader")
+    feeds: dict[str, Callable[[], Iterator[Batch]]] = {
+        "one resident batch": lambda: itertools.repeat(resident),
+        "medray": lambda: by_ray(data, recipe, total, readers),
+        "DataLoader": lambda: by_loader(data, recipe, total, readers),
     }
-    return {"crops/s": speeds, "device": str(device), "readers": readers} | ratios
+    variants = {
+        name: lambda feed=feed: {"crops/s": timed(trainer, feed(), steps)}
+        for name, feed in feeds.items()
+    }
+    return harness.interleaved(
+        variants, rounds, warmup=0, device=str(device), readers=readers
+    )
 
 
-def sharing(data: str, recipe: Recipe, folder: Path) -> dict[str, object]:
+def sharing(data: str, recipe: Recipe, folder: Path) -> harness.Rounds:
     """Train for a few epochs with one worker and with two; the first epoch warms up."""
-    speeds = {}
+    found = harness.Rounds("1 worker")
     for workers in (1, 2):
         out = folder / f"workers{workers}"
         path = folder / f"workers{workers}.yaml"
@@ -147,18 +138,18 @@ def sharing(data: str, recipe: Recipe, folder: Path) -> dict[str, object]:
         )
         write_settings(str(path), short)
         train(str(path), data=data, out=str(out))
-        entries = read_history(str(out))[1:]
-        speeds[workers] = statistics.median(e["crops_per_second"] for e in entries)
-    return {"crops/s by workers": speeds, "two / one": speeds[2] / speeds[1]}
+        name = "1 worker" if workers == 1 else f"{workers} workers"
+        for entry in read_history(str(out))[1:]:
+            found.add(name, **{"crops/s": entry["crops_per_second"]})
+    return found
 
 
-def reading(data: str, folder: Path, count: int = 300) -> dict[str, object]:
+def reading(data: str, folder: Path, rounds: int, count: int = 300) -> harness.Rounds:
     """Read whole patches with labels in a random order, from zarr and from files."""
     patches = [p for p in usable_patches(data, "train", Data()) if p["height"] == 512]
     rng = np.random.default_rng(0)
     for kind in ("png", "tiff"):
         (folder / kind).mkdir()
-    sizes: dict[str, int] = {}
     for index, patch in enumerate(patches):
         image, mask = read_crop(data, patch, 512, rng)
         pixels = np.moveaxis(image, 0, 2)
@@ -167,8 +158,6 @@ def reading(data: str, folder: Path, count: int = 300) -> dict[str, object]:
         name = folder / "tiff" / f"{index}.tiff"
         tifffile.imwrite(name, pixels, compression="zstd", photometric="rgb")
         tifffile.imwrite(name.with_suffix(".mask.tiff"), mask, compression="zstd")
-    for kind in ("png", "tiff"):
-        sizes[kind] = sum(f.stat().st_size for f in (folder / kind).iterdir())
     order = rng.integers(len(patches), size=count).tolist()
 
     def from_zarr(index: int) -> None:
@@ -182,36 +171,43 @@ def reading(data: str, folder: Path, count: int = 300) -> dict[str, object]:
         tifffile.imread(folder / "tiff" / f"{index}.tiff")
         tifffile.imread(folder / "tiff" / f"{index}.mask.tiff")
 
-    speeds: dict[str, list[float]] = {"zarr": [], "png": [], "tiff": []}
-    for _ in range(3):
-        for name, read in (("zarr", from_zarr), ("png", from_png), ("tiff", from_tiff)):
-            start = time.perf_counter()
-            for index in order:
-                read(index)
-            speeds[name].append(count / (time.perf_counter() - start))
-    median = {name: statistics.median(values) for name, values in speeds.items()}
-    return {
-        "patches/s by one process": median,
-        "zarr / png": median["zarr"] / median["png"],
-        "zarr / tiff": median["zarr"] / median["tiff"],
-        "files": {"zarr shards": "one a slide", "loose": 2 * len(patches)},
+    def timed(read: Callable[[int], None]) -> dict[str, float]:
+        start = time.perf_counter()
+        for index in order:
+            read(index)
+        return {"patches/s": count / (time.perf_counter() - start)}
+
+    variants = {
+        "zarr": lambda: timed(from_zarr),
+        "png": lambda: timed(from_png),
+        "tiff": lambda: timed(from_tiff),
     }
+    return harness.interleaved(variants, rounds, warmup=0, files=2 * len(patches))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--slides", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "unet.yaml"))
-    parser.add_argument("--workers", action="store_true")
-    parser.add_argument("--files", action="store_true")
-    args = parser.parse_args()
+def main(
+    slides: int = 8,
+    rounds: int = 3,
+    steps: int = 30,
+    recipe: str = str(ROOT / "recipes" / "unet.yaml"),
+    workers: bool = False,
+    files: bool = False,
+) -> Iterator[harness.Result]:
+    """Compare the training loop with its own step on one resident batch.
+
+    Args:
+        slides: Number of generated slides.
+        rounds: Number of rounds.
+        steps: Number of steps that are timed in each.
+        recipe: File of a recipe.
+        workers: Train with one and with two workers, too.
+        files: Read patches from zarr, PNG and TIFF, too.
+    """
     logging.getLogger("medray").setLevel(logging.ERROR)
-    recipe = read_recipe(args.recipe)
+    settings = read_recipe(recipe)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        generate(folder / "slides", slides=args.slides, seed=1)
+        generate(folder / "slides", slides=slides, seed=1)
         data = str(folder / "data")
         cluster.connect()
         ingest(
@@ -220,15 +216,14 @@ def main() -> None:
             fractions=(0.8, 0.2, 0.0),
             out=data,
         )
-        result = {"feeding": feeding(data, recipe, args.rounds, args.steps)}
-        if args.files:
-            result["files"] = reading(data, folder)
-        if args.workers:
-            result["workers"] = sharing(data, recipe, folder)
+        yield feeding(data, settings, rounds, steps)
+        if files:
+            yield reading(data, folder, rounds)
+        if workers:
+            yield sharing(data, settings, folder)
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
 from medray.slides.base import Slide
 from medray.slides.thumbnail import read_thumbnail
@@ -23,27 +24,6 @@ Bool = npt.NDArray[np.bool_]
 _MIN_SATURATION = 18
 # If even the faintest pixels are above this there is no glass to tell tissue from.
 _ALL_TISSUE = 30
-
-
-def otsu(histogram: npt.NDArray[np.int64]) -> int:
-    """Return the threshold that best splits a histogram in two (Otsu 1979).
-
-    Args:
-        histogram: (256,) counts.
-
-    Returns:
-        The highest value of the lower class.
-    """
-    # Kept for what datasets hold: scikit-image's threshold_otsu differs. From some
-    # 10 000 pixels on the square below exceeds int64, and `find_tissue` mostly clips
-    # what comes out of it to its highest threshold. The right one changes the shares of
-    # tissue in patches.parquet, and trainings that choose patches by them.
-    weight = histogram.cumsum()
-    mean = (histogram * np.arange(len(histogram))).cumsum()
-    other = weight[-1] - weight
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (mean[-1] * weight - mean * weight[-1]) ** 2 / (weight * other)
-    return int(np.nanargmax(np.where(weight * other > 0, between, -1)))
 
 
 def pen_marks(rgb: UInt8) -> Bool:
@@ -89,7 +69,10 @@ def find_tissue(rgb: UInt8) -> Bool:
         return np.zeros(rgb.shape[:2], dtype=bool)
     if np.percentile(clean, 2) > _ALL_TISSUE:
         return ~ink
-    threshold = otsu(np.bincount(clean, minlength=256).astype(np.int64))
+    # Nothing is told apart in pixels that are all the same.
+    counts, threshold = np.bincount(clean), 0
+    if np.count_nonzero(counts) > 1:
+        threshold = threshold_otsu(hist=counts)  # type: ignore[no-untyped-call]
     # Where glass and pale tissue are close, Otsu may fall between pale and dark tissue.
     threshold = int(np.clip(threshold, _MIN_SATURATION, 50))
     tissue = (saturation > threshold) & ~ink

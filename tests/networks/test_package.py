@@ -16,5 +16,5 @@ def test_functions_stay_functions_when_their_modules_are_imported() -> None:
             importlib.import_module(module.name)
     for name in medray.__all__:
         assert inspect.isfunction(getattr(medray, name)), name
-    with pytest.raises(AttributeError, match="has no attribute 'infers'"):
+    with pytest.raises(AttributeError, match="attribute infers"):
         _ = medray.infers

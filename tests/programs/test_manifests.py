@@ -335,14 +335,11 @@ def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
     from medray.cli import parse
+    from medray.training.recipe import read_recipe
 
     found = list(entrypoints(all_objects))
     where = {one.where for one in found}
     assert {"CronJob nightly", "RayCronJob nightly", "RayJob train"} <= where
-    mounted = find(all_objects, "RayCluster")["spec"]["headGroupSpec"]["template"]
-    mounts = mounted["spec"]["containers"][0]["volumeMounts"]
-    assert {"name": "recipes", "mountPath": "/recipes", "readOnly": True} in mounts
-    recipes = find(all_objects, "ConfigMap", "recipes")["data"]
     for one in found:
         path = ROOT / one.file
         if one.file == "jobs/nightly.py" and not path.exists():
@@ -354,11 +351,10 @@ def test_commands_are_those_of_the_jobs(
         args = parse([command, *one.arguments])
         places = [args.out, *one.arguments]
         for place in places:
-            if "/" in place and not place.startswith("/recipes/"):
+            if "/" in place:
                 assert place.startswith(("$STORAGE/", "$(STORAGE)/")), one.where
         if command == "train":
-            assert Path(args.recipe).parent == Path("/recipes")
-            assert Path(args.recipe).name in recipes
+            read_recipe(args.recipe, args.overrides)  # of the image, by name
     # Masks of the slides that could be done are a success.
     lenient = {one.where for one in found if "--partial-ok" in one.arguments}
     assert lenient == {"RayJob infer"}
@@ -393,14 +389,6 @@ def test_failed_slides_restart_nothing(all_objects: list[Object]) -> None:
     assert failed["onExitCodes"]["containerName"] == container["name"]
     assert failed["onExitCodes"]["operator"] == "NotIn"
     assert failed["onExitCodes"]["values"] == [137, 143]
-
-
-def test_the_recipes_are_those_of_the_folder(objects: list[Object]) -> None:
-    data = find(objects, "ConfigMap", "recipes")["data"]
-    there = {p.name: p.read_text() for p in (ROOT / "recipes").glob("*.yaml")}
-    missing = sorted(set(there) - set(data))
-    assert missing == [], f"add to recipes/Kustomization: {missing}"
-    assert data == there
 
 
 def test_only_who_is_named_reaches_the_cluster(all_objects: list[Object]) -> None:

@@ -117,9 +117,7 @@ def test_infer_evaluate_and_convert(
         medray.evaluate(
             str(out / "run"), truth=truth, out=str(out / "report"), executor=executor
         )
-        convert(
-            str(out / "run"), to="ome-tiff", out=str(out / "copies"), executor=executor
-        )
+        convert(str(out / "run"), to="tiff", out=str(out / "copies"), executor=executor)
 
     of_both(tmp_path, look)
     assert contents(here, "copies/*.tif") == contents(there, "copies/*.tif")

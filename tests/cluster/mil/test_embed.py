@@ -19,6 +19,7 @@ import torch
 import zarr
 from serial import CrashError, dying_write
 
+import medray.mil.embed_slides as embedding
 from medray.cli import main
 from medray.datasets.overrides import with_overrides
 from medray.datasets.synthetic import write_slide
@@ -27,7 +28,6 @@ from medray.errors import ConfigError
 from medray.execution.commit import Summary
 from medray.execution.stage import Stage
 from medray.mil.embed_slides import embed
-from medray.mil.embed_slides import embed as embedding
 from medray.mil.encoder import settle_encoder
 from medray.mil.features import FeatureSettings, read_slide
 from medray.slides.discovery import find_slides

@@ -25,7 +25,12 @@ from medray.models.network import Normalise
 from medray.training import trainer as trainer_module
 from medray.training.checkpoint import read_best
 from medray.training.crops import Batch
-from medray.training.encoder_stages import find_stages, importance, most_important
+from medray.training.encoder_stages import (
+    find_stages,
+    importance,
+    most_important,
+    weigh_stages,
+)
 from medray.training.network import build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.train_model import train, train_with
@@ -465,7 +470,7 @@ def test_the_head_has_two_layers_and_normalises_between_them() -> None:
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ("[{epochs: 1, train: tail}]", r"'head', 'last', 'adaptive', 'all'.*tail"),
+        ("[{epochs: 1, train: tail}]", r"'head', 'last', 'adaptive' or 'all'.*tail"),
         ("[{epoch: 1}]", r"unknown key schedule\.phases\[0\]\.epoch; did you mean"),
         ("{epochs: 1}", "expected a list, each item a mapping"),
         ("[1]", "expected a list, each item a mapping"),
@@ -517,10 +522,13 @@ def test_phases_that_an_encoder_cannot_go_through_are_explained(
 def test_adaptive_needs_images_that_can_be_read(tmp_path: Path) -> None:
     phases = "schedule.phases=[{epochs: 1}, {train: adaptive, share: 0.5}]"
     trainer = trainer_of(recipe_of(tmp_path, phases))
-    empty = some_crops()
-    nothing = empty.images[:0], empty.masks[:0], np.zeros(0, np.int64)
+    batch = some_crops()
+    none = np.zeros(0, np.int64)
+    empty = Batch(batch.images[:0], batch.masks[:0], none, none.reshape(0, 2), {})
+    model, stages = trainer.model, trainer.phases.stages
+    encoder: Any = model.network.encoder
     with pytest.raises(ConfigError, match="none could be read"):
-        trainer.weigh_stages([nothing])
+        weigh_stages(encoder, stages, model.predict, [empty])
 
 
 @pytest.mark.parametrize(

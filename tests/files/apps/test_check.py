@@ -30,8 +30,8 @@ from serial_ingest import ingest
 
 import medray
 from medray import cli
+from medray.annotations import area_measures
 from medray.annotations.area_measures import class_areas
-from medray.annotations.morphology import measure
 from medray.annotations.polygons import Area
 from medray.annotations.rasterize import rasterise
 from medray.apps.check_slides import Checked
@@ -198,10 +198,15 @@ def test_measured_is_what_is_drawn(boxes: list[tuple[str, int, int, int, int]]) 
     ]
     labels = rasterise(areas, classes, y=0, x=0, height=90, width=90)
     drawn = np.bincount(labels.ravel(), minlength=3).tolist()
-    for most in (measure._POINTS, -1):  # cut off each other, and drawn and counted
+    for most in (
+        area_measures._POINTS,
+        -1,
+    ):  # cut off each other, and drawn and counted
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measure, "_POINTS", most)
-            patch.setattr(measure, "_TIMES", measure._TIMES if most > 0 else 0)
+            patch.setattr(area_measures, "_POINTS", most)
+            patch.setattr(
+                area_measures, "_TIMES", area_measures._TIMES if most > 0 else 0
+            )
             found = class_areas(areas, classes)
         assert [count for count, _ in found] == [
             sum(name == each for name, *_ in boxes) for each in CLASSES
@@ -228,15 +233,15 @@ def test_many_areas_on_top_of_each_other_are_drawn_and_counted(
     """What is too much to cut off is counted instead, and how exactly is known."""
     areas, classes = blobs(60, 20_000, 5_000), Classes(CLASSES)
     exact = class_areas(areas, classes)
-    monkeypatch.setattr(measure, "_POINTS", 0)
-    monkeypatch.setattr(measure, "_TIMES", 1)
+    monkeypatch.setattr(area_measures, "_POINTS", 0)
+    monkeypatch.setattr(area_measures, "_TIMES", 1)
     cut: list[Any] = []
     monkeypatch.setattr(shapely, "difference", lambda *_: cut.append(_))
     found = class_areas(areas, classes)
     assert cut == []
     assert [count for count, _ in found] == [0, 30, 30]
     bounds = shapely.total_bounds([area.polygon for area in areas])
-    step = np.sqrt(np.prod(bounds[2:] - bounds[:2]) / measure._PIXELS)
+    step = np.sqrt(np.prod(bounds[2:] - bounds[:2]) / area_measures._PIXELS)
     outlines = sum(area.polygon.length for area in areas)
     for (_, px), (_, wanted) in zip(found, exact, strict=True):
         assert abs(px - wanted) < step * outlines
@@ -255,11 +260,13 @@ def test_what_areas_cost_to_measure_grows_with_their_number(
         return intersects(one, other)
 
     monkeypatch.setattr(shapely, "intersects", counting)
-    monkeypatch.setattr(measure, "_PIXELS", 1 << 16)
+    monkeypatch.setattr(area_measures, "_PIXELS", 1 << 16)
     for count in (500, 1000, 2000):
         looked_at.clear()
         class_areas(blobs(count, 2_000, 900), Classes(CLASSES))
-        assert sum(looked_at) <= max(measure._POINTS / 80, measure._TIMES * count)
+        assert sum(looked_at) <= max(
+            area_measures._POINTS / 80, area_measures._TIMES * count
+        )
 
 
 # --- what is written ------------------------------------------------------------------

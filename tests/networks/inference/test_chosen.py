@@ -26,6 +26,8 @@ from medray.apps.viewer.tiles import open_unchanged, slide_tile
 from medray.classes import Classes
 from medray.datasets.dataset import slide_uri
 from medray.datasets.synthetic_scene import draw_scene
+from medray.evaluation import pictures
+from medray.evaluation.count import FieldOfView
 from medray.evaluation.truth_files import match_ground_truth
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
@@ -158,7 +160,7 @@ def test_a_dataset(
     # A copy of the dataset is one of what it holds.
     ((copy,), failed) = _of_dataset(str(tmp_path / "data"))
     assert failed == {}
-    assert write_copy(copy, "ome-zarr-0.4", str(tmp_path / "copies")) == ""
+    write_copy(copy, "ome-zarr-0.4", str(tmp_path / "copies"))
     written = zarr_level(tmp_path / "copies" / "x.ome.zarr")
     np.testing.assert_array_equal(written, images[0])
 
@@ -175,7 +177,7 @@ def test_a_copy_with_its_image(
 ) -> None:
     ((copy,), failed) = _of_run(str(run[1]), True)
     assert failed == {}
-    assert write_copy(copy, to, str(tmp_path)) == ""
+    write_copy(copy, to, str(tmp_path))
     store = tmp_path / "x.ome.zarr"
     if to == "ome-zarr":
         found = np.moveaxis(ome_zarr.open_level(str(store))[:], 0, 2)
@@ -195,13 +197,12 @@ def test_pictures_of_an_evaluation(
     images: list[UInt8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = importlib.import_module("medray.evaluation.evaluate_run")
-    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
+    monkeypatch.setattr(pictures, "draw_overlay", only_pixels)
     made, classes = str(run[1]), Classes()
     (row,) = match_ground_truth([row_of(run[1])], str(folder / "truth"), classes)
-    assert stage._overlay(row, made, classes) == images[1].tobytes()
-    source = SimpleNamespace(slide="x", y=0, x=0)
-    assert stage._close_up(row, source, made, classes) == images[1].tobytes()
+    assert pictures._slide(row, made, classes) == images[1].tobytes()
+    field = FieldOfView(0, slide="x", y=0, x=0)
+    assert pictures._field(row, field, made, classes) == images[1].tobytes()
 
 
 def test_pictures_of_a_comparison(
@@ -211,8 +212,8 @@ def test_pictures_of_a_comparison(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = importlib.import_module("medray.evaluation.compare_runs")
-    monkeypatch.setattr(stage, "draw_overlay", only_pixels)
-    monkeypatch.setattr(stage, "draw_change", only_pixels)
+    monkeypatch.setattr(pictures, "draw_overlay", only_pixels)
+    monkeypatch.setattr(pictures, "draw_change", only_pixels)
     drawn: list[bytes] = []
     monkeypatch.setattr(stage, "data_uri", lambda data: drawn.append(data) or "")
     made = str(run[1])
@@ -283,17 +284,16 @@ def test_an_estimate(
     class PlannedError(Exception):
         """Far enough: what follows needs Ray."""
 
-    def plan(chosen: Any, settings: Any, areas: Any) -> None:
-        planned.extend(stage._plan_some(chosen, settings, areas))
+    def plan(function: Any, rows: Any, **_: Any) -> None:
+        planned.extend(map(function, rows))
         raise PlannedError
 
-    monkeypatch.setattr(stage, "_plan_all", plan)
-    monkeypatch.setattr(stage.cluster, "connect", lambda: None)
+    monkeypatch.setattr(stage, "map_rows", plan)
     for number in range(3):
         options = Options(region=512, **{kind: number})
         with pytest.raises(PlannedError):
             stage.estimate([str(folder / kind)], model=str(model), options=options)
-    windows = [found["windows"] for _, found in planned]
+    windows = [found["windows"] for found in planned]
     assert windows[0] > 0
     assert windows[1] > 0
     assert windows[2] == 0
@@ -327,7 +327,7 @@ def test_each_stage_is_told_what_was_chosen(
     }
     for module, more in commands.items():
         stage = importlib.import_module(f"medray.{module}")
-        name = module.partition(".")[2]
+        name = module.partition(".")[2].partition("_")[0]
         if name == "embed":
             monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
         monkeypatch.setattr(stage, f"_{name}", take)

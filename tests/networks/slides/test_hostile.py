@@ -32,7 +32,7 @@ from medray.storage import ome_zarr
 
 LIMIT_S = 20.0
 LIMIT_MIB = 3000
-SCRIPT = Path(__file__).parents[1] / "hostile.py"
+SCRIPT = Path(__file__).parents[2] / "hostile.py"
 
 
 @dataclass
