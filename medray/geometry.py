@@ -95,7 +95,7 @@ class Windows:
 
 
 def window_starts(length: int, windows: Windows) -> npt.NDArray[np.int64]:
-    """Give the first pixel of each window along an axis of `length` pixels.
+    """Return the first pixel of each window along an axis of `length` pixels.
 
     Cores begin at multiples of the stride and windows reach beyond their core by half
     the overlap; the first and the last window are shifted inwards to lie on the slide.
@@ -119,7 +119,7 @@ def window_starts(length: int, windows: Windows) -> npt.NDArray[np.int64]:
 
 
 def window_cores(length: int, windows: Windows) -> npt.NDArray[np.int64]:
-    """Give where cores begin and end along an axis of `length` pixels.
+    """Return where cores begin and end along an axis of `length` pixels.
 
     Returns:
         (number of windows + 1): the core of window i is [cores[i], cores[i + 1]). Cores
@@ -138,7 +138,7 @@ def window_cores(length: int, windows: Windows) -> npt.NDArray[np.int64]:
 
 
 def window_weights(length: int, windows: Windows) -> npt.NDArray[np.float32]:
-    """Give the blending weight of every window at every pixel of an axis.
+    """Return the blending weight of every window at every pixel of an axis.
 
     The raw weight falls linearly from a window's middle to its ends (never to 0), and
     is divided by the sum over the windows that cover the pixel. The sum is known from
@@ -168,7 +168,7 @@ def plan_regions(height: int, width: int, size: int) -> Iterator[Rectangle]:
 
 
 def region_side(windows: Windows, chunk: int) -> int:
-    """Give the side of a region that suits the windows: about 3072 pixels.
+    """Return the side of a region that suits the windows: about 3072 pixels.
 
     It is a multiple of `chunk` and, where that does not become too large, of the
     stride: then no core belongs to two regions.
@@ -207,7 +207,7 @@ def region_windows(
     windows: Windows,
     stitch: Stitch = "crop",
 ) -> RegionWindows:
-    """Give the windows of a slide of `height` x `width` that `region` needs."""
+    """Return the windows of a slide of `height` x `width` that `region` needs."""
     ys, xs = window_starts(height, windows), window_starts(width, windows)
     rows = _needed(height, windows, stitch, region.y, region.bottom)
     columns = _needed(width, windows, stitch, region.x, region.right)
@@ -220,7 +220,7 @@ def region_windows(
 def window_reach(
     length: int, windows: Windows, stitch: Stitch
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Give the first pixel that each window of an axis decides, and the one after.
+    """Return the first pixel that each window of an axis decides, and the one after.
 
     These are its core, or with `blend` the whole window as far as the axis goes.
     """
@@ -234,7 +234,7 @@ def window_reach(
 def _needed(
     length: int, windows: Windows, stitch: Stitch, first: int, end: int
 ) -> tuple[int, int]:
-    """Give the half-open range of windows that decide a pixel of [first, end)."""
+    """Return the half-open range of windows that decide a pixel of [first, end)."""
     begins, ends = window_reach(length, windows, stitch)
     low = int(np.searchsorted(ends, first, side="right"))
     high = int(np.searchsorted(begins, end, side="left"))
@@ -250,7 +250,7 @@ def windows_over(
     blocks: npt.NDArray[np.bool_],
     side: int,
 ) -> npt.NDArray[np.bool_]:
-    """Give which windows of a region decide a pixel of its marked blocks.
+    """Return which windows of a region decide a pixel of its marked blocks.
 
     Args:
         plan: The region; its corner is a multiple of `side`.

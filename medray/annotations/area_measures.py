@@ -65,7 +65,7 @@ def class_areas(areas: Sequence[Area], classes: Classes) -> list[tuple[int, floa
 def _areas_above(
     polygons: npt.NDArray[Any], values: npt.NDArray[np.int64]
 ) -> dict[int, list[int]] | None:
-    """Give which later areas of another class meet each; None: too many to cut off."""
+    """Return later areas of another class that meet each; None: too many to cut off."""
     points = shapely.get_num_coordinates(polygons)
     left = max(_POINTS, _TIMES * int(points.sum()))
     tree = shapely.STRtree(polygons)

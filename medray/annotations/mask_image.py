@@ -168,7 +168,7 @@ def _check_transparent_values(
 
 
 def _factor(uri: str, rows: int, columns: int, height: int, width: int) -> int:
-    """Give how many times smaller than the slide a mask is, before it is decoded."""
+    """Return how many times smaller than the slide a mask is, before it is decoded."""
     if not rows * columns:
         raise SlideError(f"{uri}: the mask has no pixels; export it again")
     if rows * columns > _MAX_PIXELS:

@@ -100,7 +100,7 @@ def _note_flat(flat: Counter[str], note: Note) -> None:
 
 
 def _region(region: Any, kind: str) -> Any:
-    """Give what a region encloses.
+    """Return what a region encloses.
 
     Boxes and ellipses may state two corners only, ellipses also the four corners or
     the four middles of the sides of the box around them. Some programs write more
@@ -134,7 +134,7 @@ def _region(region: Any, kind: str) -> Any:
 
 
 def _corners(ring: Ring) -> Ring:
-    """Give the corners of the box around two points."""
+    """Return the corners of the box around two points."""
     (x0, y0), (x1, y1) = ring.min(axis=0), ring.max(axis=0)
     return np.array(box(x0, y0, x1, y1).exterior.coords)
 

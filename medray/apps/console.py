@@ -124,7 +124,7 @@ def _check_text(values: dict[str, Any]) -> str:
 
 
 def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Give the cells of a slide's line; a dash is what is not known."""
+    """Return the cells of a slide's line; a dash is what is not known."""
     size = f"{row['height']} x {row['width']}" if row["height"] else "-"
     mpp = "-" if row["mpp"] is None else f"{row['mpp']:.4g} ({row['mpp_from']})"
     areas = []

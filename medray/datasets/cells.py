@@ -57,7 +57,7 @@ def _folder(row: Row) -> tuple[str, str]:
 
 
 def with_contours(folder: str, cells: list[Row], images: Sequence[Row]) -> list[Row]:
-    """Give a row a cell: `nucleus` and `cytoplasm`, the addresses of its contours.
+    """Return a row a cell: `nucleus` and `cytoplasm`, the addresses of its contours.
 
     A cell that is to be cut out of its cluster image has `cut` too; one without both
     contours has `failure` instead. Contours without an image are warned of.
@@ -102,7 +102,7 @@ def _stem(name: str) -> str:
 
 
 def _find_contours(folder: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Give the contours' addresses by image (no suffix), cell ("": all) and part."""
+    """Return the contours' addresses by image (no suffix), cell ("": all) and part."""
     contours: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for uri, relative in find_files([folder], (CONTOUR_SUFFIX,)):
         found = _CONTOUR.fullmatch(relative[: -len(CONTOUR_SUFFIX)])
@@ -125,7 +125,7 @@ def _pair(name: str, parts: dict[str, str]) -> Row:
 
 
 def look_at_cell(row: Row) -> Row:
-    """Give the `digest` of a cell, its `features`, and its `box` if it is to be cut.
+    """Return the `digest` of a cell, its `features`, and its `box` if it is to be cut.
 
     Args:
         row: Of `with_contours`, and `mpp` (None: features are in pixels).

@@ -231,7 +231,7 @@ def _plan_slide(
 def _patches_of(
     region: Rectangle, share: npt.NDArray[np.float64] | None, patch: int
 ) -> npt.NDArray[np.float64] | None:
-    """Give a region's part of the slide's tissue shares by patch."""
+    """Return a region's part of the slide's tissue shares by patch."""
     if share is None:
         return None
     rows = slice(region.y // patch, -(-region.bottom // patch))
@@ -247,7 +247,7 @@ def _marks(
     width: int,
     settings: DatasetSettings,
 ) -> Annotation:
-    """Give what is annotated and where; the digest tells a replaced file apart."""
+    """Return what is annotated and where; the digest tells a replaced file apart."""
     return read_marks(
         uri, height=height, width=width, classes=settings.classes, slide=slide
     )
@@ -373,7 +373,7 @@ def _finish(header: Row, out: str) -> Row:
 
 
 def _unreadable(records: Iterable[Row]) -> list[list[int]]:
-    """Give what of a slide could not be read: (y, x, height, width), level 0."""
+    """Return what of a slide could not be read: (y, x, height, width), level 0."""
     return [place for record in records for place in record.get("unreadable", ())]
 
 
@@ -438,7 +438,7 @@ def _assign_splits(
     fractions: tuple[float, float, float],
     seed: int,
 ) -> None:
-    """Give every finished, annotated slide a split; those that have one keep it."""
+    """Assign splits to finished, annotated slides; those that have one keep it."""
     rows = [row for row in ledger.slides.values() if row["status"] == "done"]
     for row in rows:
         row["group"] = group_of.get(row["slide"], row.get("group") or row["slide"])

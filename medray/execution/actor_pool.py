@@ -108,7 +108,7 @@ class Pool:
             self._start_actor()
 
     def __enter__(self) -> Self:
-        """Give the pool itself."""
+        """Return the pool itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -307,7 +307,7 @@ def _one_line(error: Exception) -> str:
 
 
 def why_lost(error: RayError) -> str:
-    """Give what matters of Ray's account of a death: how the process ended."""
+    """Return what matters of Ray's account of a death: how the process ended."""
     if isinstance(error, GetTimeoutError):
         return "no answer in time"
     text = f"{error}"

@@ -129,12 +129,12 @@ class _Rest:
 
 
 def cpus_per_node() -> int:
-    """Give the CPU count of the smallest node that has any."""
+    """Return the CPU count of the smallest node that has any."""
     return min(_cpus(), default=1)
 
 
 def gpu_workers() -> int:
-    """Give the number of devices that predict.
+    """Return the number of devices that predict.
 
     These are the GPUs or, where there are none, the nodes that have CPUs (the head of a
     cluster on Kubernetes often has none).
@@ -143,7 +143,7 @@ def gpu_workers() -> int:
 
 
 def gpu_workers_now() -> int:
-    """Give how many devices may be had at once, others having to come; at least one."""
+    """Return how many devices are there now, others having to come; at least one."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     if gpus() <= sum(int(node["Resources"].get("GPU", 0)) for node in alive):
         return gpu_workers()
@@ -156,7 +156,7 @@ def _cpus() -> list[int]:
 
 
 def memory_per_node() -> int:
-    """Give the memory in bytes that Ray has on the smallest node, its store included.
+    """Return the memory in bytes that Ray has on the smallest node, its store included.
 
     Ray takes it from the container's limit where there is one. A head without CPUs does
     no work and does not count, unless it waits for the first others.
@@ -168,13 +168,13 @@ def memory_per_node() -> int:
 
 
 def gpus_per_node() -> int:
-    """Give the most GPUs that a node has; one while those to come are awaited."""
+    """Return the most GPUs that a node has; one while those to come are awaited."""
     counts = (int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"])
     return max(counts, default=0) or min(1, gpus())
 
 
 def gpus() -> int:
-    """Give the number of GPUs that the cluster has, or may have on request.
+    """Return the number of GPUs that the cluster has, or may have on request.
 
     Raises:
         ConfigError: The label `medray/gpus` of a node is no number.
@@ -183,7 +183,7 @@ def gpus() -> int:
 
 
 def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
-    """Give the number of GPUs that a cluster of these nodes has, or may have.
+    """Return the number of GPUs that a cluster of these nodes has, or may have.
 
     What an autoscaler may bring Ray does not tell. A cluster that starts without GPUs
     says it by the label `medray/gpus` of its head; k8s/ and cluster/ set it.
@@ -208,7 +208,7 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
 
 
 def leaving_nodes() -> set[str]:
-    """Give the ids of nodes that are told to go soon, by `ray drain-node`.
+    """Return the ids of nodes that are told to go soon, by `ray drain-node`.
 
     Clouds give a notice before they take a spot machine away, and Kubernetes before it
     ends a pod; k8s/ passes it on. Ray starts nothing on such a node any more.
@@ -237,6 +237,6 @@ def is_gone(node: str) -> bool:
 
 
 def node_of(actor: Any) -> str:
-    """Give the id of the node on which an actor runs."""
+    """Return the id of the node on which an actor runs."""
     told = ray._private.state.actors(actor._actor_id.hex())
     return str(told.get("Address", {}).get("NodeID", ""))

@@ -56,7 +56,7 @@ def changed_slides(
     ledger: Ledger,
     annotations: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Give a row for each slide that is not done, or is not the file it was.
+    """Return a row for each slide that is not done, or is not the file it was.
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
     the slide stops counting as done until its digest tells whether it changed; `before`
@@ -259,7 +259,7 @@ class Commit:
         progress.slide(header["slide"], f"done {note}".strip())
 
     def records(self, header: Row) -> dict[int, Row]:
-        """Give the records of a slide's regions."""
+        """Return the records of a slide's regions."""
         digest, records = self.ledger.records_of(header["slide"])
         return records if digest == header["digest"] else {}
 

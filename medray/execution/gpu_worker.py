@@ -167,7 +167,7 @@ class GpuWorker:
             predicted.put(None)
 
     def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, Layers]]:
-        """Give the rows in their order, with what the models make of their pixels."""
+        """Yield the rows in their order, with what the models make of their pixels."""
         waiting: deque[tuple[Row, bool]] = deque()
 
         def regions() -> Iterator[Any]:
@@ -340,7 +340,7 @@ class _ReadAhead:
             self._under_way.append((row, reading))
 
     def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
-        """Give each row with its pixels, and how many seconds they were waited for."""
+        """Yield each row with its pixels, and how many seconds they were waited for."""
         while self._under_way:
             row, reading = self._under_way.popleft()
             start = time.perf_counter()

@@ -28,7 +28,7 @@ _BASE_BYTES, _IO_WORKER_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _
 
 
 def io_workers_of(gpu: bool) -> int:
-    """Give how many processes read and write for a GPU worker.
+    """Return how many processes read and write for a GPU worker.
 
     With a GPU all of its share of the node's cores but what the GPU worker itself
     needs.

@@ -296,7 +296,7 @@ def _load(settings: RunSettings, threads: int) -> Any:
 
 
 def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
-    """Give a region as the model takes it (`RegionPixels`); its windows are noted."""
+    """Return a region as the model takes it (`RegionPixels`); its windows are noted."""
     from medray.models import RegionPixels
 
     size = (row["height"], row["width"])
@@ -308,7 +308,7 @@ def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
 
 
 def _layers(result: Any) -> Layers:
-    """Give what of a `RegionClasses` is written."""
+    """Return what of a `RegionClasses` is written."""
     names = ("labels", "probabilities", "uncertainty", "disagreement")
     layers = {name: getattr(result, name) for name in names}
     return {name: layer for name, layer in layers.items() if layer is not None}

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def kept_layers(settings: RunSettings) -> int:
-    """Give how many bytes a run stores of each pixel of level 0, uncompressed."""
+    """Return how many bytes a run stores of each pixel of level 0, uncompressed."""
     channels = len(settings.classes) if settings.options.prediction.probabilities else 0
     return 1 + channels + len(settings.layers)
 

@@ -49,7 +49,7 @@ def write_outlines(
 def as_geojson(
     areas: Sequence[Area], classes: Classes, bounds: Rectangle | None = None
 ) -> bytes:
-    """Give areas as the bytes of a FeatureCollection; see `geojson_features`."""
+    """Return areas as the bytes of a FeatureCollection; see `geojson_features`."""
     collection = geojson_features(areas, classes, bounds)
     return json.dumps(collection, separators=(",", ":")).encode()
 
@@ -96,7 +96,7 @@ def trace(mask: Any, classes: Classes, *, downsample: float = 1.0) -> list[Area]
 def _shapes(
     labels: npt.NDArray[np.uint8], y: int, x: int
 ) -> list[tuple[shapely.Polygon, int]]:
-    """Give the polygons of one part, in pixels of the mask."""
+    """Return the polygons of one part, in pixels of the mask."""
     found = []
     for shape, value in features.shapes(labels, mask=labels > 0, connectivity=4):
         rings = (np.array(ring) + np.array([x, y]) for ring in shape["coordinates"])

@@ -95,7 +95,7 @@ def count_windows(facts: Row, row: Row, settings: RunSettings) -> int:
 
 
 def wanted_windows(row: Row, settings: RunSettings) -> Blocks:
-    """Give which windows of a region are predicted, (rows, columns)."""
+    """Return which windows of a region are predicted, (rows, columns)."""
     size = (row["height"], row["width"])
     stitch = settings.options.prediction.stitch
     plan = region_windows(Rectangle(*row["region"]), *size, settings.windows, stitch)
@@ -104,14 +104,14 @@ def wanted_windows(row: Row, settings: RunSettings) -> Blocks:
 
 
 def _part(region: Rectangle, blocks: Blocks) -> Blocks:
-    """Give which blocks of a region are predicted."""
+    """Return which blocks of a region are predicted."""
     y0, x0 = region.y // BLOCK, region.x // BLOCK
     y1, x1 = -(-region.bottom // BLOCK), -(-region.right // BLOCK)
     return blocks[y0:y1, x0:x1]
 
 
 def _touched(areas: Any, working: Working, shape: tuple[int, ...]) -> Blocks:
-    """Give which blocks an area touches."""
+    """Return which blocks an area touches."""
     import shapely
 
     side = BLOCK * working.downsample
@@ -124,7 +124,7 @@ def _touched(areas: Any, working: Working, shape: tuple[int, ...]) -> Blocks:
 
 
 def _found(coarse: str, shape: tuple[int, ...]) -> Blocks:
-    """Give the blocks where the first pass found something, and their neighbours."""
+    """Return the blocks where the first pass found something, and their neighbours."""
     mask = ome_zarr.open_level(coarse)
     factor = round(shape[0] * BLOCK / mask.shape[0])
     side = max(1, BLOCK // max(1, factor))
@@ -142,5 +142,5 @@ def _found(coarse: str, shape: tuple[int, ...]) -> Blocks:
 
 
 def coarse_mask(out: str, slide: str) -> str:
-    """Give the place of the first pass's mask."""
+    """Return the address of the first pass's mask."""
     return mask_uri(f"{out}/coarse", slide)

@@ -111,7 +111,7 @@ def _smoothed(labels: Any, radius: int, classes: int, xp: Any, ndimage: Any) -> 
 def _absorbed(
     labels: Any, values: list[int], below: int, classes: int, xp: Any, ndimage: Any
 ) -> Any:
-    """Give patches of fewer than `below` pixels to the commonest class around them.
+    """Merge patches of fewer than `below` pixels into the commonest class around them.
 
     A patch hangs together by its pixels' edges. Around it are the pixels across those
     edges; of equally common classes the lowest wins. A patch that fills the array

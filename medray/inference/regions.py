@@ -281,7 +281,7 @@ def _summed_up(
 
 
 def counted(row: Row, region: Rectangle) -> Blocks:
-    """Give which pixels of a region count: (height, width) bool."""
+    """Return which pixels of a region count: (height, width) bool."""
     ones = np.ones((BLOCK, BLOCK), dtype=bool)
     whole = np.kron(np.asarray(row["blocks"], dtype=bool), ones)
     inside: Blocks = whole[: region.height, : region.width]
@@ -289,7 +289,7 @@ def counted(row: Row, region: Rectangle) -> Blocks:
 
 
 def _within(row: Row, region: Rectangle) -> Blocks:
-    """Give which pixels of a region lie in the areas to stay within."""
+    """Return which pixels of a region lie in the areas to stay within."""
     # Imported here: few runs need them, and they take a second to load.
     from medray.annotations import rasterise
 
@@ -321,7 +321,7 @@ def areas_within(
 
 
 def _unreadable(row: Row, region: Rectangle) -> UInt8:
-    """Give where a region could not be read: (height, width) of 0 and 1."""
+    """Return where a region could not be read: (height, width) of 0 and 1."""
     layer = np.zeros((region.height, region.width), np.uint8)
     for y, x, height, width in row.get("damaged", ()):
         rows = slice(max(0, y - region.y), max(0, y + height - region.y))

@@ -125,7 +125,7 @@ class RunSettings:
         return tuple(LAYERS) if self.options.prediction.quality else ()
 
     def decisive(self) -> dict[str, Any]:
-        """Give what decides the masks, as plain values."""
+        """Return what decides the masks, as plain values."""
         values = to_dict(self) | {"models": None}
         options = values["options"]
         # What is said of single slides is part of their digests.
@@ -182,44 +182,44 @@ def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 def mask_uri(out: str, slide: str) -> str:
-    """Give the place of a slide's mask in a run."""
+    """Return the address of a slide's mask in a run."""
     return files.join(out, "masks", f"{slide}.ome.zarr")
 
 
 def layer_uri(out: str, slide: str, layer: str) -> str:
-    """Give the place of a quality layer of a slide's mask."""
+    """Return the address of a quality layer of a slide's mask."""
     return files.join(mask_uri(out, slide), "labels", layer)
 
 
 def probabilities_uri(out: str, slide: str) -> str:
-    """Give the place of a slide's class probabilities in a run."""
+    """Return the address of a slide's class probabilities in a run."""
     return files.join(out, "masks", f"{slide}.probabilities.ome.zarr")
 
 
 def raw_uri(out: str, slide: str) -> str:
-    """Give the place of a slide's mask before it is cleaned."""
+    """Return the address of a slide's mask before it is cleaned."""
     return files.join(out, "raw", f"{slide}.ome.zarr")
 
 
 def outlines_uri(out: str, slide: str) -> str:
-    """Give the place of a slide's outlines in a run."""
+    """Return the address of a slide's outlines in a run."""
     return files.join(out, "outlines", f"{slide}.geojson")
 
 
 def record_uri(out: str, slide: str) -> str:
-    """Give the place of the record of a finished slide."""
+    """Return the address of the record of a finished slide."""
     return files.join(out, "commits", f"{slide}.json")
 
 
 def groups_of(settings: RunSettings, out: str, slide: str) -> list[str]:
-    """Give the OME-Zarrs of a slide that are sealed; layers lie within the mask's."""
+    """Return the OME-Zarrs of a slide that are sealed; layers lie within the mask's."""
     probabilities = settings.options.prediction.probabilities
     mask = mask_uri(out, slide)
     return [mask, probabilities_uri(out, slide)] if probabilities else [mask]
 
 
 def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
-    """Give every OME-Zarr that a slide has in a run."""
+    """Return every OME-Zarr that a slide has in a run."""
     layers = [layer_uri(out, slide, layer) for layer in settings.layers]
     return groups_of(settings, out, slide) + layers
 

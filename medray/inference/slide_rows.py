@@ -89,7 +89,7 @@ def slide_row(header: Row, regions: list[Row]) -> Row:
 def _probabilities(
     regions: list[Row], classes: Sequence[str], looked_at: int
 ) -> dict[str, float]:
-    """Give the mean and the highest probability of each class, where it was looked."""
+    """Return the mean and highest probability of each class, where it was looked."""
     sums = np.sum([region["p_sum"] for region in regions], axis=0) / 255 / looked_at
     most = np.max([region["p_max"] for region in regions], axis=0) / 255
     row: dict[str, float] = {}

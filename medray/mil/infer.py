@@ -53,7 +53,7 @@ class Predictions:
     classes: tuple[str, ...]
 
     def decisive(self) -> dict[str, Any]:
-        """Give what decides the predictions, as plain values."""
+        """Return what decides the predictions, as plain values."""
         return to_dict(self) | {"model": None, "features": None}
 
 
@@ -64,17 +64,17 @@ def read_predictions(run: str) -> Predictions:
 
 
 def predictions_uri(run: str) -> str:
-    """Give the place of the settings of a run over features."""
+    """Return the address of the settings of a run over features."""
     return files.join(run, "predictions.yaml")
 
 
 def heatmap_uri(run: str, slide: str) -> str:
-    """Give the place of a slide's attention as a picture."""
+    """Return the address of a slide's attention as a picture."""
     return files.join(run, "heatmaps", f"{slide}.png")
 
 
 def attention_uri(run: str, slide: str) -> str:
-    """Give the place of a slide's attention by tile."""
+    """Return the address of a slide's attention by tile."""
     return files.join(run, "attention", f"{slide}.parquet")
 
 

@@ -93,7 +93,7 @@ def check_known(
 def classes_of(
     uri: str, labels: Sequence[str], wanted: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Give the classes of labels, in their order.
+    """Return the classes of labels, in their order.
 
     Args:
         uri: The file of the labels.

@@ -168,7 +168,7 @@ def fit(
 def _moments(
     bags: Callable[[int], Floats], numbers: Sequence[int]
 ) -> tuple[Floats, Floats]:
-    """Give mean and deviation of each dimension over all tiles, bag by bag."""
+    """Return mean and deviation of each dimension over all tiles, bag by bag."""
     total: Any = 0
     count, squares = 0, total
     for number in numbers:

@@ -98,7 +98,7 @@ def plan_tiles(
 
 
 def tile_bytes(row: Row) -> int:
-    """Give how many bytes of pixels a region has."""
+    """Return how many bytes of pixels a region has."""
     return 3 * int(row["region"][2]) * int(row["region"][3])
 
 

@@ -110,12 +110,12 @@ class Canvas:
         self._arrived: torch.cuda.Event | None = None
 
     def todo(self) -> Iterator[tuple[int, int]]:
-        """Give the wanted windows, row by row."""
+        """Yield the wanted windows, row by row."""
         for row, column in np.argwhere(self._wanted):
             yield int(row), int(column)
 
     def cut(self, row: int, column: int) -> torch.Tensor:
-        """Give the (S, S, 3) uint8 pixels of a window."""
+        """Return the (S, S, 3) uint8 pixels of a window."""
         y = self._rows[row].start - self._halo.y
         x = self._columns[column].start - self._halo.x
         size = self._windows.size
@@ -183,7 +183,7 @@ class Canvas:
             self._arrived.record()
 
     def result(self) -> RegionClasses:
-        """Give what was fetched, once it is here."""
+        """Return what was fetched, once it is here."""
         if self._arrived is not None:
             self._arrived.synchronize()
         layers = {name: layer.numpy() for name, layer in self._fetched.items()}
@@ -222,7 +222,7 @@ def _as_uint8(share: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Give the entropy of (C, h, w) as a share of the greatest possible: (h, w)."""
+    """Return the entropy of (C, h, w) as a share of the greatest possible: (h, w)."""
     total: torch.Tensor = torch.special.entr(probabilities).sum(dim=0)
     return total / float(np.log(max(2, len(probabilities))))
 

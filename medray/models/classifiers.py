@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
         self.value = nn.Conv2d(channels, units, 1)
 
     def weights(self, maps: torch.Tensor) -> torch.Tensor:
-        """Give how much each place (row) attends to each: (N, H * W, H * W)."""
+        """Return how much each place (row) attends to each: (N, H * W, H * W)."""
         query, key = (part(maps).flatten(2) for part in (self.query, self.key))
         scores = query.transpose(1, 2) @ key / query.shape[1] ** 0.5
         return torch.softmax(scores, dim=2)

@@ -33,7 +33,7 @@ class AttentionGate(nn.Module):
         self.psi = nn.Conv2d(between, 1, 1)
 
     def weights(self, skip: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Give (N, 1, H, W) weights between 0 and 1."""
+        """Return (N, 1, H, W) weights between 0 and 1."""
         seen = torch.relu(self.of_skip(skip) + self.of_gate(gate))
         return torch.sigmoid(self.psi(seen))
 

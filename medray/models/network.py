@@ -20,7 +20,7 @@ def choose_device() -> torch.device:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """Give the dtype of autocast; `auto` takes bfloat16 where the device is good at it.
+    """Return the dtype of autocast; `auto`: bfloat16 where the device is good at it.
 
     Raises:
         ConfigError: float16 on a CPU.
@@ -75,7 +75,7 @@ class Normalise(nn.Module):
 
 
 def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give mean and standard deviation (N, 3, 1, 1) of the channels of each image.
+    """Return mean and standard deviation (N, 3, 1, 1) of the channels of each image.
 
     Sums of integers are exact: a window's are the same in any batch, on any device.
     """
@@ -132,7 +132,7 @@ class Network:
     def __call__(
         self, pixels: torch.Tensor, measures: npt.NDArray[np.float64] | None = None
     ) -> torch.Tensor:
-        """Give the logits of windows; of cells (N, F) measures may go with them."""
+        """Return the logits of windows; of cells (N, F) measures may go with them."""
         # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
         inputs = self._normalise(pixels.permute(0, 3, 1, 2))
         beside: tuple[torch.Tensor, ...] = ()

@@ -119,7 +119,7 @@ class Predictor:
         return self._networks[0](pixels)
 
     def scores(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Give the windows' scores: the likeliest class has the highest.
+        """Return the windows' scores: the likeliest class has the highest.
 
         Args:
             pixels: (N, S, S, 3) uint8 RGB on the device.
@@ -159,7 +159,7 @@ class Predictor:
         return total.div_(len(symmetries)).contiguous()
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """Give the class of each pixel: (..., C, h, w) scores to (..., h, w) uint8."""
+        """Return each pixel's class: (..., C, h, w) scores to (..., h, w) uint8."""
         if self.how.thresholds:
             least = torch.tensor(self.how.thresholds, device=scores.device)
             low = scores < least[:, None, None]
@@ -282,7 +282,7 @@ def _one_hot(scores: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """Give the class of the highest score, of equal ones the first.
+    """Return the class of the highest score, of equal ones the first.
 
     (..., C, h, w) to (..., h, w) uint8. `argmax` says the same, but over so short an
     axis it takes 15 times as long.

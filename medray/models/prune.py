@@ -58,7 +58,7 @@ def thinned(network: nn.Module, share: float) -> nn.Module:
 
 
 def fit(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give the layers of a network the channels that `state` has, before it is loaded.
+    """Cut a network's layers to the channels that `state` has, before it is loaded.
 
     So the folder of a pruned model needs no record of how it was pruned.
 

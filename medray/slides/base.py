@@ -113,7 +113,7 @@ class Slide(Protocol):
         ...
 
     def __enter__(self) -> Self:
-        """Give the slide itself."""
+        """Return the slide itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,7 +141,7 @@ def check_rectangle(
 
 
 def sane_mpp(value: float | None) -> float | None:
-    """Give `value` if a microscope can have so many microns per pixel, else None."""
+    """Return `value` if a microscope can have so many microns per pixel, else None."""
     if value is None or not SANE_MPP[0] <= value <= SANE_MPP[1]:
         return None
     return value

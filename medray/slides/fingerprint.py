@@ -58,7 +58,7 @@ def _parts(size: int, whole: int) -> list[tuple[int, int]]:
 
 
 def slide_fingerprint(uri: str) -> str:
-    """Give size and time of a slide: equal fingerprints mean that it was not touched.
+    """Return size and time of a slide: equal fingerprints mean that it was not touched.
 
     Of a slide of several files their sizes together, their number, and a digest of
     their names, sizes and times.
@@ -84,7 +84,7 @@ def slide_fingerprint(uri: str) -> str:
 
 
 def fingerprint_of(uri: str, annotation: str = "") -> str:
-    """Give the fingerprint of a slide and of its annotation, if it has one.
+    """Return the fingerprint of a slide and of its annotation, if it has one.
 
     Returns:
         Empty when one cannot be looked at: opening it will tell what is wrong.

@@ -190,7 +190,7 @@ def read_working(
 def _weights(
     first: int, count: int, scale: float, length: int
 ) -> tuple[sparse.csr_array, tuple[int, int]]:
-    """Give the weights of level pixels in working pixels of one axis.
+    """Return the weights of level pixels in working pixels of one axis.
 
     Averaging down, a working pixel is the mean of the stretch that it spans; enlarging,
     it is interpolated linearly between pixel centres.

@@ -64,7 +64,7 @@ def _said(tiff: Any) -> str:
 
 
 def _ome(metadata: str) -> str:
-    """Give maker, model and number of the first instrument that an OME-XML names."""
+    """Return maker, model and number of the first instrument that an OME-XML names."""
     for element in ElementTree.fromstring(metadata).iter():
         if element.tag.rpartition("}")[2] in ("Microscope", "Detector"):
             names = ("Manufacturer", "Model", "SerialNumber")

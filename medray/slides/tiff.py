@@ -114,7 +114,7 @@ class TiffSlide(Slide):
             )
 
     def _remarks(self) -> Iterator[str]:
-        """Give what the user should know of its tags and tiles."""
+        """Yield what the user should know of its tags and tiles."""
         turned = int(self._pages[0][0].keyframe.tags.valueof(_ORIENTATION, 1))
         if turned != 1:
             yield (
@@ -319,7 +319,7 @@ class TiffSlide(Slide):
     def _stored(
         self, page: Any, level: int, indices: list[int]
     ) -> Iterator[tuple[int, bytes]]:
-        """Give the stored bytes of tiles or strips."""
+        """Yield the stored bytes of tiles or strips."""
         offsets, counts = page.dataoffsets, page.databytecounts
         for index in indices:
             if offsets[index] + counts[index] > self._size:
@@ -430,7 +430,7 @@ def _levels(uri: str, pages: list[Any]) -> tuple[Level, ...]:
 def _touched(
     frame: Any, planes: int, y: int, x: int, height: int, width: int
 ) -> Iterator[int]:
-    """Give the indices of the tiles or strips that a rectangle touches."""
+    """Yield the indices of the tiles or strips that a rectangle touches."""
     rows, columns = _segment_size(frame)
     across = math.ceil(frame.imagewidth / columns)
     down = math.ceil(frame.imagelength / rows)

@@ -92,7 +92,7 @@ class Ledger:
             self._flush_journal()
 
     def _records(self, key: str) -> dict[int, Row]:
-        """Give the records of a slide's content, and drop those of any other."""
+        """Return the records of a slide's content, and drop those of any other."""
         slide = key.rpartition("@")[0]
         before = self._key_of.get(slide, key)
         if before != key:
@@ -101,7 +101,7 @@ class Ledger:
         return self.regions.setdefault(key, {})
 
     def records_of(self, slide: str) -> tuple[str, dict[int, Row]]:
-        """Give the digest and the region records of a slide that is under way."""
+        """Return the digest and the region records of a slide that is under way."""
         key = self._key_of.get(slide, slide_key(slide, ""))
         return key.rpartition("@")[2], self.regions.get(key, {})
 
@@ -225,7 +225,7 @@ def slide_key(slide: str, digest: str) -> str:
 
 
 def _aligned(rows: list[Row]) -> list[Row]:
-    """Give every row every column (pyarrow takes the columns from the first row)."""
+    """Return rows with every column (pyarrow takes the columns from the first row)."""
     columns: dict[str, None] = {}
     for row in rows:
         columns.update(dict.fromkeys(row))

@@ -31,7 +31,7 @@ def _mean(pixels: npt.NDArray[np.uint8]) -> UInt8:
 
 
 def _majority(labels: UInt8) -> UInt8:
-    """Give the commonest of 2 x 2 labels; of equally common ones the highest.
+    """Return the commonest of 2 x 2 labels; of equally common ones the highest.
 
     A tie goes to the higher value so that small foreground does not vanish.
     """
