@@ -195,13 +195,12 @@ def write_layered(folder: Path, model: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def training_data(slides: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def training_data(slides: Path) -> Iterator[str]:
     """A dataset of three annotated slides and one without annotation."""
 
     def make(folder: Path) -> None:
         from medray.datasets.ingest_slides import ingest
 
-        request.getfixturevalue("cluster")
         annotations = folder / "annotations"
         shutil.copytree(slides / "annotations", annotations)
         sorted(annotations.iterdir())[-1].unlink()
@@ -210,6 +209,7 @@ def training_data(slides: Path, request: pytest.FixtureRequest) -> Iterator[str]
             annotations=str(annotations),
             fractions=(0.6, 0.4, 0.0),
             out=str(folder / "dataset"),
+            executor="local",
         )
 
     made = unchanged(made_once("training_data", make))
