@@ -416,7 +416,9 @@ def _files_below(module: str) -> frozenset[str]:
     for name in {module, *_graph().find_upstream_modules(module)}:
         parts = name.split(".")
         around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        found.update(_relative(_path_of(part)) for part in around)
+        paths = [_path_of(part) for part in around]
+        stubs = [path.with_suffix(".pyi") for path in paths]
+        found.update(map(_relative, [*paths, *(s for s in stubs if s.is_file())]))
         found.update(_data().get(name, ()))
     return frozenset(found)
 

@@ -351,7 +351,7 @@ def nuclei(
     earlier: Path | None = None,
     overrides: tuple[str, ...] = (),
 ) -> Iterator[harness.Result]:
-    """Segment the nuclei of H&E fields, by recipes/nuclei.yaml.
+    """Segment the nuclei of H&E fields, by the recipe `nuclei`.
 
     Args:
         out: Folder of results.
@@ -433,7 +433,7 @@ def ablation(
     only: int | None = None,
     overrides: tuple[str, ...] = (),
 ) -> Iterator[harness.Result]:
-    """Train recipes/highres-unet.yaml without each of its parts, on small lesions.
+    """Train the recipe `highres-unet` without each of its parts, on small lesions.
 
     Args:
         out: Folder of results.

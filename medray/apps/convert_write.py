@@ -93,10 +93,10 @@ def write_copy(copy: Copy, to: str, out: str) -> None:
             _write_05(copy, target)
         else:
             _write_04(copy, target)
-    except (MedrayError, OSError):
+    except Exception as error:  # whatever it is, it costs this copy
         with contextlib.suppress(MedrayError):
             files.remove(target)  # half of a copy, or one of what was before
-        raise
+        raise MedrayError(f"{error}") from error
     for name in files.list_files(target):
         files.sync(files.join(target, name))
 

@@ -49,6 +49,13 @@ from medray.execution import Progress, map_rows, stopping
 from medray.storage import files, locked
 from medray.types import Executor, Row
 
+# Names of columns when requests were first named: a data set of medray 0.1 stays.
+_FIRST_NAMES = {
+    "fingerprint": "stamp",
+    "contour_fingerprints": "contour_stamps",
+    "failure": "trouble",
+}
+_TIMEOUT_S = 300.0  # for an image, or for a sheet of them
 _SHEET_PX = 2048  # side of a sheet, at most
 
 
@@ -147,7 +154,8 @@ def ingest_images(
         )
     given = splits is not None
     deal = functools.partial(deal_out, given=given, fractions=fractions, seed=seed)
-    request = digest_of_values([images, list(fractions), seed, given])
+    rows = [{_FIRST_NAMES.get(key, key): row[key] for key in row} for row in images]
+    request = digest_of_values([rows, list(fractions), seed, given])
     with locked(out, "ingest") as check:
         open_dataset(out, settings)
         if (before := _ingested_before(out, request)) is not None:
@@ -198,7 +206,13 @@ def _ingest(
             if asked.signal:
                 raise StoppedError(asked.signal, "nothing of it is kept")
 
-        map_them = functools.partial(map_rows, executor=executor, check=go_on)
+        map_them = functools.partial(
+            map_rows,
+            executor=executor,
+            check=go_on,
+            timeout=_TIMEOUT_S,
+            bounded=True,
+        )
         check_images(images, settings.patch, map_them)
         leave_out_copies(images)
         deal(images)

@@ -1,4 +1,4 @@
-"""Masks and the truth -> counts of pixels, region by region, in Ray tasks."""
+"""Masks and the truth -> counts of pixels, region by region."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ def _count_region(part: tuple[Row, Rectangle], run: str, settings: RunSettings) 
             layer = ome_zarr.open_level(layer_uri(run, slide, "uncertainty"))
             unsure = np.where(known, layer[region.slices()], np.uint8(0))
             result["fields"][_UNCERTAIN] = _fields_in(unsure, region)
-    except (MedrayError, OSError, ValueError) as error:
-        result["error"] = f"{error}"
+    except (MedrayError, OSError, ValueError, MemoryError) as error:
+        result["error"] = f"{error}" or "out of memory"
     return result
 
 

@@ -18,6 +18,7 @@ from medray.annotations import (
 from medray.classes import AnyClass, Classes
 from medray.errors import SlideError
 from medray.geometry import Rectangle
+from medray.slides import slide_fingerprint
 from medray.storage import ome_zarr
 from medray.types import UInt8
 
@@ -42,7 +43,7 @@ def read_truth(
     size = (row["level0_height"], row["level0_width"])
     if row["kind"] == "annotation":
         return rasterise(
-            _marks(row["truth"], row.get("uri", ""), *size, classes).areas,
+            _marks_of(row, size, classes).areas,
             classes,
             y=region.y,
             x=region.x,
@@ -69,7 +70,7 @@ def read_known(
     if row["kind"] != "annotation":
         return None
     size = (row["level0_height"], row["level0_width"])
-    extent = _marks(row["truth"], row.get("uri", ""), *size, classes).extent
+    extent = _marks_of(row, size, classes).extent
     if not extent:
         return None
     drawn = rasterise(
@@ -93,7 +94,7 @@ def truth_note(row: Mapping[str, Any], classes: Classes) -> str:
     if row["kind"] != "annotation":
         return ""
     size = (row["level0_height"], row["level0_width"])
-    return "; ".join(_marks(row["truth"], row.get("uri", ""), *size, classes).notes)
+    return "; ".join(_marks_of(row, size, classes).notes)
 
 
 def nearest_labels(
@@ -138,8 +139,18 @@ def nearest_labels(
     return found
 
 
+def _marks_of(
+    row: Mapping[str, Any], size: tuple[int, int], classes: Classes
+) -> Annotation:
+    """Read a slide's annotation."""
+    uri, (height, width) = row["truth"], size
+    slide = row.get("uri", "")
+    return _marks(uri, slide_fingerprint(uri), slide, height, width, classes)
+
+
 @functools.lru_cache(maxsize=4)
 def _marks(
-    uri: str, slide: str, height: int, width: int, classes: Classes
+    uri: str, fingerprint: str, slide: str, height: int, width: int, classes: Classes
 ) -> Annotation:
+    """Keep what was read last; a replaced annotation has another fingerprint."""
     return read_marks(uri, height=height, width=width, classes=classes, slide=slide)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from medray.classes import Classes
+from medray.errors import MedrayError
 from medray.evaluation.count import FIELD_PX, FieldOfView
 from medray.evaluation.ground_truth import read_known, read_truth
 from medray.evaluation.overlay import draw_change, draw_overlay
@@ -94,7 +95,10 @@ def _draw(
 
 
 def _call(function: Callable[..., bytes], job: tuple[Any, tuple[Any, ...]]) -> bytes:
-    return function(*job[1])
+    try:
+        return function(*job[1])
+    except Exception as error:  # whatever it is, it costs this picture
+        raise MedrayError(f"{error}") from error
 
 
 def _slide(row: Row, run: str, classes: Classes) -> bytes:

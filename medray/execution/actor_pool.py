@@ -285,6 +285,8 @@ class Pool:
             sum(not cluster.is_gone(node) for node in lost_on) >= _TRIES
             or len(lost_on) >= _MOST_TRIES
         ):
+            # What is given up counts as one death: ten such rows are no row's fault.
+            self._deaths -= min(self._deaths, _TRIES - 1)
             said = f"{why}, three times"
             return [(row, LostError(said)) for row in call.rows]
         self._again.extend((row, lost_on) for row in call.rows)

@@ -59,15 +59,20 @@ def run_here(
             commit.finished(header, finish_slide(stage, header), progress)
 
     with stopping() as asked:
+
+        def go_on() -> None:
+            check()
+            if asked.signal:
+                raise commit.stopped(asked.signal)
+
         for row in todo:
+            go_on()
             _wait(fetch_if_copied(row["uri"], row.get("scene"), row.get("plane")))
             header, regions = plan_slide(stage, row)
             if not regions:
                 note(header)
             for region in regions:
-                check()
-                if asked.signal:
-                    raise commit.stopped(asked.signal)
+                go_on()
                 if row["slide"] in commit.lost:
                     note(header | region | {"error": commit.lost[row["slide"]]})
                     continue

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from medray.errors import MedrayError
+from medray.errors import MedrayError, SlideError
 from medray.slides import bound_memory
 from medray.types import Executor
 
@@ -22,14 +22,16 @@ def map_rows[R](
     *,
     executor: Executor = "ray",
     device: bool = False,
-    timeout: float = 300.0,
+    bounded: bool = False,
+    timeout: float = 24 * 3600.0,
     batch: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[R, Any]]:
     """Yield each row with what a function returns for it, in any order.
 
     A MedrayError or OSError that the function raises is yielded in place of a result,
-    and so is a LostError for a row at which three processes died or hung.
+    a MemoryError as a SlideError, and a LostError for a row at which three processes
+    died or hung.
 
     Args:
         function: Of a module, so that Ray can send it; it is called in processes that
@@ -37,7 +39,8 @@ def map_rows[R](
         rows: What it is called with, one by one.
         executor: Where it runs.
         device: A process has a GPU, or where there is none most of a node's cores; else
-            there is one a core, which may allocate 4 GiB beyond what it has.
+            there is one a core.
+        bounded: A process may allocate 4 GiB and no more, for files of strangers.
         timeout: Seconds that one row may take.
         batch: How many rows a process is given at once.
         check: Is called again and again; raises if it may not go on.
@@ -63,7 +66,7 @@ def map_rows[R](
     resources = gpu_worker_resources() if device else {"num_cpus": 0.75}
     most = cluster.gpu_workers() if device else _cpus()
     start = functools.partial(
-        ray.remote(_RowWorker).options(**resources).remote, function, not device
+        ray.remote(_RowWorker).options(**resources).remote, function, bounded
     )
     workers = max(1, min(most, len(todo)))
     with Pool(start, "work", workers, timeout=lambda _: timeout) as pool:
@@ -101,3 +104,7 @@ def _call(function: Callable[[Any], Any], row: Any) -> Any:
         return function(row)
     except (MedrayError, OSError) as error:
         return error
+    except MemoryError as error:
+        return SlideError(
+            f"takes more memory than there is ({error or 'no more said'})"
+        )

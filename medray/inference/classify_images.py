@@ -9,9 +9,9 @@ import functools
 import itertools
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from medray.datasets import slide_uri
 from medray.errors import StoreError
 from medray.execution import map_rows
-from medray.models import TURNS, Tta
+from medray.models import TURNS, Tta, model_digest
 from medray.storage import files, ome_zarr
 from medray.types import Executor, Row, UInt8
 
@@ -58,10 +58,18 @@ def classify(
     for row in rows:
         by_sheet[row["slide"]].append(row)
     folders = tuple(files.absolute(model) for model in models)
+    threads = 0
+    if executor == "ray":
+        from medray.execution import cluster
+
+        cluster.connect()
+        threads = cluster.cpus_per_node()
+    digests = tuple(model_digest(folder) for folder in folders)
+    models_of = _Models(folders, digests, threads)
     found: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
     for (name, images), result in map_rows(
-        functools.partial(_logits, folders, files.absolute(data), tta),
+        functools.partial(_logits, models_of, files.absolute(data), tta),
         sorted(by_sheet.items()),
         executor=executor,
         device=True,
@@ -128,21 +136,31 @@ def load_classifier(
     return classify
 
 
+@dataclass(frozen=True)
+class _Models:
+    """Which models a process has loaded; their digests tell retrained ones apart."""
+
+    folders: tuple[str, ...]
+    digests: tuple[str, ...]
+    threads: int  # 0: as many as torch has
+
+
 @functools.lru_cache(maxsize=1)
-def _classifiers(folders: tuple[str, ...], tta: Tta) -> tuple[Any, ...]:
+def _classifiers(models: _Models, tta: Tta) -> tuple[Any, ...]:
     """Load the models onto this process's device."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    return tuple(load_classifier(folder, tta) for folder in folders)
+    if models.threads:
+        torch.set_num_threads(models.threads)
+    return tuple(load_classifier(folder, tta) for folder in models.folders)
 
 
 def _logits(
-    folders: tuple[str, ...], data: str, tta: Tta, sheet: tuple[str, list[Row]]
+    models_of: _Models, data: str, tta: Tta, sheet: tuple[str, list[Row]]
 ) -> Floats:
     """Return the logits (images, models, classes) of the images of a sheet."""
     name, images = sheet
-    models = _classifiers(folders, tta)
+    models = _classifiers(models_of, tta)
     pixels_of_all = ome_zarr.open_level(slide_uri(data, name))[...]
     parts = []
     for some in itertools.batched(images, _BATCH):

@@ -125,7 +125,7 @@ def estimate(
     ((_, measured),) = map_rows(_measure, [settings], device=True, timeout=1800)
     if isinstance(measured, Exception):
         raise measured
-    failed = {f.slide: f"{e}" for f, e in plans.items() if isinstance(e, Exception)}
+    failed = {f.slide: f"{plans[f]}" for f in chosen if isinstance(plans[f], Exception)}
     counts = [plans[f] for f in chosen if not isinstance(plans[f], Exception)]
     if not counts:
         first = next(iter(failed.values()), "no slides")

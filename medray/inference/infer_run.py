@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from medray.datasets import with_overrides
 from medray.errors import ConfigError
 from medray.execution import Device, Stage, Summary, run_stage
 from medray.geometry import Rectangle, region_side, region_windows
@@ -86,6 +85,9 @@ def infer(
 
 def _wanted(slides: Sequence[str | SlideFile], options: Options) -> list[SlideFile]:
     """Return the slides of a request, with what it says of them."""
+    # Imported here: with it come readers of annotations, which no I/O worker needs.
+    from medray.datasets import with_overrides
+
     ready = [slide for slide in slides if isinstance(slide, SlideFile)]
     named = [slide for slide in slides if isinstance(slide, str)]
     return with_overrides(

@@ -120,9 +120,10 @@ def _embed(
         stage, wanted, ledger, executor=executor, check=check, prepare=prepare
     )
     ledger.close()
-    for slide, row in ledger.slides.items():
-        if row["status"] == "done":
-            files.remove(parts_uri(out, slide))
+    if summary.done or summary.failed:
+        for slide, row in ledger.slides.items():
+            if row["status"] == "done":
+                files.remove(parts_uri(out, slide))
     return summary
 
 

@@ -241,7 +241,10 @@ def _write_report(out: str, model_config: ModelConfig, metrics: Row) -> None:
 def _provenance(recipe: Recipe, data: str) -> Row:
     """Name a training: equal digests mean equal recipe and data."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(to_dict(recipe), sort_keys=True).encode())
+    plain = to_dict(recipe)
+    # By its name when digests began: a training of medray 0.1 goes on.
+    plain["at_once"] = plain.pop("micro_batch_size")
+    digest.update(json.dumps(plain, sort_keys=True).encode())
     for other in (recipe.teacher, recipe.prune):
         if other is not None:
             digest.update(model_digest(other.model).encode())

@@ -52,7 +52,11 @@ def finish_night(
     check()
     catalog = read_catalog(watch.out)
     late = evaluate_late(watch, settings, catalog, night)
-    found = [Found(**file) for file in plan["files"]]
+    names = {"stamp": "fingerprint"}  # by their names in the plans of medray 0.1
+    found = [
+        Found(**{names.get(key, key): value for key, value in file.items()})
+        for file in plan["files"]
+    ]
     outcomes = _outcomes(plan, rows, settings, watch.out, catalog, found)
     training = training_values(watch) if outcomes else []
     check()
