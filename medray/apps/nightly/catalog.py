@@ -112,6 +112,12 @@ def _uri(out: str) -> str:
     return files.join(out, "catalog.parquet")
 
 
+def read_found(file: Row) -> Found:
+    """Return a file of a night's plan, as `dataclasses.asdict` wrote it."""
+    names = {"stamp": "fingerprint"}  # by their names in the plans of medray 0.1
+    return Found(**{names.get(key, key): value for key, value in file.items()})
+
+
 def current(catalog: Catalog) -> dict[str, Found]:
     """Return what each name stood for when it was last looked at."""
     return {

@@ -18,6 +18,7 @@ from medray.apps.nightly.catalog import (
     note_files,
     note_outcomes,
     read_catalog,
+    read_found,
     values_of,
     write_catalog,
 )
@@ -52,11 +53,7 @@ def finish_night(
     check()
     catalog = read_catalog(watch.out)
     late = evaluate_late(watch, settings, catalog, night)
-    names = {"stamp": "fingerprint"}  # by their names in the plans of medray 0.1
-    found = [
-        Found(**{names.get(key, key): value for key, value in file.items()})
-        for file in plan["files"]
-    ]
+    found = [read_found(file) for file in plan["files"]]
     outcomes = _outcomes(plan, rows, settings, watch.out, catalog, found)
     training = training_values(watch) if outcomes else []
     check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -14,16 +15,21 @@ import safetensors.torch
 import timm
 import torch
 from serial import Row
+from stages import empty_stage
 
 import medray
 from medray.apps.convert import convert
 from medray.cli import main
 from medray.datasets.image_folder import ingest_images
 from medray.datasets.synthetic_cells import generate_cells
+from medray.errors import ConfigError
+from medray.execution.run import run_stage
 from medray.inference.postprocess import Cleaning
 from medray.inference.run import Options
 from medray.mil.embed_slides import embed
 from medray.models.config import Prediction
+from medray.slides.discovery import find_slides
+from medray.storage.ledger import Ledger
 from medray.types import Executor
 
 EXECUTORS: tuple[Executor, ...] = ("local", "ray")
@@ -145,6 +151,23 @@ def test_embed(cluster: None, inbox: Path, tmp_path: Path) -> None:
     assert contents(here, "features/**/*") == contents(there, "features/**/*")
     name = "slides.parquet"
     assert table(here / name) == table(there / name)
+
+
+def test_it_stops_between_slides_that_cannot_be_read(tmp_path: Path) -> None:
+    """What may not go on is found out at each slide, not only at regions."""
+    for number in range(4):
+        (tmp_path / f"{number}.tif").write_bytes(b"II*\0no slide")
+    ledger, asked = Ledger(str(tmp_path / "out")), itertools.count()
+
+    def check() -> None:
+        if next(asked) == 2:
+            raise ConfigError("the lock is lost")
+
+    stage = empty_stage(str(tmp_path / "out"), [])
+    found = find_slides([str(tmp_path)])
+    with pytest.raises(ConfigError, match="lock"):
+        run_stage(stage, found, ledger, executor="local", check=check)
+    assert len(ledger.slides) == 2
 
 
 def test_without_ray_ray_is_not_imported(slides: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def work(row: int) -> Any:
         raise SlideError("three is no slide")
     if row == 4:
         raise FileNotFoundError("four")
+    if row == 10:
+        raise MemoryError
     return None if row % 2 else row * row
 
 
@@ -51,6 +53,24 @@ def test_no_rows_no_processes(executor: Executor) -> None:
 def test_other_errors_end_it(cluster: None, executor: Executor) -> None:
     with pytest.raises(ZeroDivisionError):
         list(map_rows((1).__floordiv__, [1, 0], executor=executor))
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_want_of_memory_costs_a_row(cluster: None, executor: Executor) -> None:
+    found = dict(map_rows(work, [10, 2], executor=executor))
+    assert isinstance(found[10], SlideError)
+    assert found[2] == 4
+
+
+def test_rows_that_kill_one_after_the_other_cost_themselves(cluster: None) -> None:
+    """Five of them, with nothing between, three times each."""
+    found = dict(map_rows(_always_die, range(5)))
+    assert len(found) == 5
+    assert all(isinstance(error, LostError) for error in found.values())
+
+
+def _always_die(row: int) -> None:
+    os._exit(row)
 
 
 def test_check_may_end_it() -> None:

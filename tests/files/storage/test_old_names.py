@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from medray.apps.nightly.catalog import read_catalog
+from medray.apps.nightly.catalog import Found, read_catalog, read_found
 from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.geometry import Windows
@@ -71,3 +71,8 @@ def test_a_model_and_its_digest(tmp_path: Path) -> None:
     }
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(values))
     assert read_config(str(tmp_path)).provenance == {"digest": "blake2b:1"}
+
+
+def test_a_night_that_is_yet_to_be_finished() -> None:
+    file = {"name": "a.tif", "stamp": "12 3.5", "digest": "d"}
+    assert read_found(file) == Found("a.tif", "12 3.5", "d")

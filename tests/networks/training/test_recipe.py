@@ -13,6 +13,7 @@ from medray.training.losses import Loss, SegmentationLoss
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.recipe_files import RECIPES
 from medray.training.sampler import Data
+from medray.training.train_model import _provenance
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
@@ -102,3 +103,12 @@ def test_damaged_weights_are_named(model: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
     with pytest.raises(ConfigError, match="model.yaml"):
         read_config(str(tmp_path / "absent"))
+
+
+def test_a_training_keeps_the_name_that_medray_0_1_gave_it(tmp_path: Path) -> None:
+    """So a finished one is known, and one that was killed goes on."""
+    (tmp_path / "dataset.yaml").write_text("classes:\n  names: [a, b]\n")
+    (tmp_path / "patches.parquet").write_text("patches")
+    named = _provenance(read_recipe("unet"), str(tmp_path))
+    assert named["digest"] == "blake2b:bdd0e1a7f8fd4d05cf04df6706323097"
+    assert named["recipe"]["micro_batch_size"] is None

@@ -197,3 +197,11 @@ def test_the_cost_is_hours_times_prices(promtool: str, tmp_path: Path) -> None:
     path = tmp_path / "test.yaml"
     path.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [test]}))
     assert "SUCCESS" in run(promtool, "test", "rules", str(path))
+
+
+def test_actors_that_the_board_counts_are_classes_of_medray() -> None:
+    names = re.findall(r'Name=~\\"(\w+)', (FOLDER / "dashboard.json").read_text())
+    sources = [path.read_text() for path in (ROOT / "medray").rglob("*.py")]
+    assert names
+    for name in names:
+        assert any(f"class {name}" in source for source in sources), name
