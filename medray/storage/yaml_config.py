@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +23,7 @@ _EXPECTED = {
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
     "string_type": "a text",
     "tuple_type": "a list",
+    "finite_number": "a finite number",
     "too_short": "a list of {min_length} items or more",
     "too_long": "a list of at most {max_length} items",
     "dataclass_type": "a mapping of keys to values",
@@ -31,6 +34,15 @@ _EXPECTED = {
     "less_than_equal": "a number up to {le:g}",
 }
 """What YAML should hold, by pydantic's types of error."""
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a list",
+}
+"""What YAML should hold, by Python's types."""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -177,6 +189,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
     """
     values = _renamed(cls, values)
     _refuse_unknown_keys(cls, values, source, "")
+    values = _checked(cls, values, source, "")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -214,7 +227,7 @@ def _key(loc: typing.Sequence[int | str], values: Any) -> str:
             values = values.get(part)
         elif isinstance(values, (list, tuple)) and isinstance(part, int):
             key += f"[{part}]"
-            values = values[part]
+            values = values[part] if part < len(values) else None
     return key.removeprefix(".")
 
 
@@ -228,6 +241,73 @@ def _renamed(cls: Any, values: Any) -> Any:
         for inner in typing.get_args(hints[key]) or (hints[key],):
             values[key] = _renamed(inner, values[key])
     return values
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _checked(hint: Any, value: Any, source: str, key: str) -> Any:
+    """Return plain values of type `hint`, with a text that is a number as the number.
+
+    pydantic must convert, because YAML reads 1e-4 as a text and a tuple as a list. What
+    else it would convert is refused here.
+
+    Raises:
+        ConfigError: A number or a boolean of another type, or a list of another length.
+    """
+    options = _options(hint)
+    if isinstance(value, dict):
+        kind = next(filter(dataclasses.is_dataclass, options), None)
+        hints = typing.get_type_hints(kind) if kind else {}
+        return {
+            name: _checked(hints.get(name), item, source, f"{key}.{name}")
+            for name, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        kind = next((o for o in options if typing.get_origin(o) is tuple), None)
+        return _checked_items(typing.get_args(kind), value, source, key)
+    if isinstance(value, str) and float in options and str in options:
+        return _number(value)
+    wanted = {bool, int, float} & {*options}
+    allowed = {bool: {bool}, int: {int, float}, float: {float}}.get(type(value), wanted)
+    if wanted and not wanted & allowed:
+        kinds = [typing.get_origin(option) or option for option in options]
+        expected = " or ".join(_NAMES[kind] for kind in kinds if kind in _NAMES)
+        raise ConfigError(
+            f"{source}: {key.removeprefix('.')}: expected {expected}, found {value!r}"
+        )
+    return value
+
+
+def _checked_items(
+    hints: tuple[Any, ...], items: typing.Sequence[Any], source: str, key: str
+) -> list[Any]:
+    """Return the items of a tuple with these type arguments, each checked."""
+    if hints[1:] == (...,):
+        hints = hints[:1] * len(items)
+    elif not hints:  # no tuple is wanted, which pydantic says
+        hints = (None,) * len(items)
+    if len(hints) != len(items):
+        raise ConfigError(
+            f"{source}: {key.removeprefix('.')}: expected a list of {len(hints)} "
+            f"items, found {list(items)!r}"
+        )
+    return [
+        _checked(hint, item, source, f"{key}[{index}]")
+        for index, (hint, item) in enumerate(zip(hints, items, strict=True))
+    ]
+
+
+def _number(text: str) -> float | str:
+    """Return the finite number that a text is, or else the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
 
 
 def _refuse_unknown_keys(

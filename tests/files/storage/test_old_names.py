@@ -14,7 +14,8 @@ from medray.classes import Classes
 from medray.errors import ConfigError
 from medray.geometry import Windows
 from medray.inference.run import Options, RunSettings
-from medray.models.config import read_config
+from medray.mil.config import SlideRecipe
+from medray.models.config import ModelConfig, read_config
 from medray.storage import files
 from medray.storage.ledger import Ledger
 from medray.storage.yaml_config import from_dict, keep_settings, to_dict
@@ -71,3 +72,38 @@ def test_a_model_and_its_digest(tmp_path: Path) -> None:
     }
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(values))
     assert read_config(str(tmp_path)).provenance == {"digest": "blake2b:1"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("zscore", 1, "model.yaml: zscore: expected true or false, found 1"),
+        ("mean", [1, 2], r"mean: expected a list of 3 items, found \[1, 2\]"),
+        ("mpp", True, "mpp: expected a number, found True"),
+    ],
+)
+def test_a_wrong_value_of_a_model_is_explained(
+    key: str, value: Any, message: str
+) -> None:
+    values = {
+        "architecture": {"name": "unet"},
+        "classes": {"names": ["glass", "tumour"]},
+        "window": {"size": 512, "stride": 256},
+        "mpp": 0.5,
+    }
+    with pytest.raises(ConfigError, match=message):
+        from_dict(ModelConfig, values | {key: value}, "model.yaml")
+
+
+def test_fractions_of_a_slide_recipe() -> None:
+    message = r"r.yaml: fractions: expected a list of 3 items, found \[0.7, 0.3\]"
+    with pytest.raises(ConfigError, match=message):
+        from_dict(SlideRecipe, {"fractions": [0.7, 0.3]}, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("0.5", 0.5), (1, 1.0), ("a.csv", "a.csv"), (None, None)]
+)
+def test_mpp_is_a_number_or_a_file(written: Any, read: Any) -> None:
+    found = from_dict(Options, {"mpp": written}, "run.yaml").mpp
+    assert (found, type(found)) == (read, type(read))

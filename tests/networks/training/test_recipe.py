@@ -36,7 +36,22 @@ def test_an_unknown_name_is_a_wrong_request(
         ("batch: many", "r.yaml: batch: expected a whole number, found 'many'"),
         ("optimizer: 4", "optimizer: expected a mapping of keys to values, found 4"),
         ("loss: {dice: 0, focal: 0}", "loss: .* are all 0"),
-        ("workers: [1, 2, 3]", "workers: .* a list of at most 2 items, found"),
+        ("workers: [1, 2, 3]", "r.yaml: workers: .* a list of 2 items, found"),
+        ("workers: [2]", r"r.yaml: workers: expected a list of 2 items, found \[2\]"),
+        ("workers: []", r"workers: expected a list of 2 items, found \[\]"),
+        ("workers: [true, 2]", r"workers\[0\]: expected a whole number, found True"),
+        ("workers: true", "workers: expected a whole number or a list, found True"),
+        ("batch: true", "r.yaml: batch: expected a whole number, found True"),
+        ("batch: 8.0", "batch: expected a whole number, found 8.0"),
+        ("seed: true", "seed: expected a whole number, found True"),
+        ("micro_batch_size: true", "micro_batch_size: expected a whole number, found"),
+        ("window: {size: 512.0}", "window.size: expected a whole number, found 512.0"),
+        ("optimizer: {lr: true}", "optimizer.lr: expected a number, found True"),
+        ("data: {balance: 1}", "data.balance: expected true or false, found 1"),
+        (
+            "schedule: {phases: [{epochs: 1.0}]}",
+            r"schedule.phases\[0\].epochs: expected a whole number, found 1.0",
+        ),
         ("{batch: x, seed: y}", "batch: expected .*'x'; seed: expected .*'y'"),
         ("data: {crop: 100}", "data.crop: expected a multiple of 32 .*found 100"),
         ("workers: 3", "multiple of workers"),
@@ -74,6 +89,15 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) ->
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(str(path))
+
+
+def test_a_text_may_be_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("{batch: '8', optimizer: {lr: 1e-4, clip: 2}, workers: [1, '2']}")
+    recipe = read_recipe(str(path))
+    assert recipe.batch == 8
+    assert recipe.workers == (1, 2)
+    assert (recipe.optimizer.lr, recipe.optimizer.clip) == (1e-4, 2.0)
 
 
 def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
