@@ -44,6 +44,9 @@ _NAMES = {
 }
 """What YAML should hold, by Python's types."""
 
+_SERVES_AS: dict[type, set[type]] = {bool: {bool}, int: {int, float}, float: {float}}
+"""The types that a number or a boolean may be read as."""
+
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """Turn a dataclass into plain dictionaries, lists and values."""
@@ -157,12 +160,12 @@ def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = (
     Raises:
         ConfigError: An unknown key (with the nearest known one) or a wrong value.
     """
-    values = read_yaml(uri)
+    values = _renamed(cls, read_yaml(uri), uri)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: expected key=value, such as batch=8")
-        _set(values, key.split("."), yaml.safe_load(text), override)
+        _set(values, _names_now(cls, key.split(".")), yaml.safe_load(text), override)
     return from_dict(cls, values, uri)
 
 
@@ -187,7 +190,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
     Raises:
         ConfigError: An unknown key (with the nearest known one) or a wrong value.
     """
-    values = _renamed(cls, values)
+    values = _renamed(cls, values, source)
     _refuse_unknown_keys(cls, values, source, "")
     values = _checked(cls, values, source, "")
     try:
@@ -231,16 +234,47 @@ def _key(loc: typing.Sequence[int | str], values: Any) -> str:
     return key.removeprefix(".")
 
 
-def _renamed(cls: Any, values: Any) -> Any:
-    """Return plain values of `cls` with the names that its fields have now."""
+def _hints(cls: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; of anything else none."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _renamed(cls: Any, values: Any, source: str, prefix: str = "") -> Any:
+    """Return plain values of `cls` with the names that its fields have now.
+
+    Raises:
+        ConfigError: A field has two values, by its old name and by its new one.
+    """
     if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
         return values
-    hints, renamed = typing.get_type_hints(cls), getattr(cls, "RENAMED", {})
-    values = {renamed.get(key, key): value for key, value in values.items()}
-    for key in values.keys() & hints.keys():
-        for inner in typing.get_args(hints[key]) or (hints[key],):
-            values[key] = _renamed(inner, values[key])
+    values = dict(values)
+    for old, new in getattr(cls, "RENAMED", {}).items():
+        if old not in values:
+            continue
+        value = values.pop(old)
+        if values.setdefault(new, value) != value:
+            raise ConfigError(
+                f"{source}: {prefix}{old} is called {prefix}{new} now; expected one of "
+                f"them, found {value!r} and {values[new]!r}"
+            )
+    for key, hint in _hints(cls).items():
+        if key in values:
+            for inner in _options(hint):
+                values[key] = _renamed(inner, values[key], source, f"{prefix}{key}.")
     return values
+
+
+def _names_now(cls: Any, keys: typing.Sequence[str]) -> list[str]:
+    """Return the keys that lead to a value with the names that they have now."""
+    names = []
+    for key in keys:
+        names.append(getattr(cls, "RENAMED", {}).get(key, key))
+        inner = _options(_hints(cls).get(names[-1]))
+        cls = next(filter(dataclasses.is_dataclass, inner), None)
+    return names
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -261,7 +295,7 @@ def _checked(hint: Any, value: Any, source: str, key: str) -> Any:
     options = _options(hint)
     if isinstance(value, dict):
         kind = next(filter(dataclasses.is_dataclass, options), None)
-        hints = typing.get_type_hints(kind) if kind else {}
+        hints = _hints(kind)
         return {
             name: _checked(hints.get(name), item, source, f"{key}.{name}")
             for name, item in value.items()
@@ -272,8 +306,7 @@ def _checked(hint: Any, value: Any, source: str, key: str) -> Any:
     if isinstance(value, str) and float in options and str in options:
         return _number(value)
     wanted = {bool, int, float} & {*options}
-    allowed = {bool: {bool}, int: {int, float}, float: {float}}.get(type(value), wanted)
-    if wanted and not wanted & allowed:
+    if wanted and not wanted & _SERVES_AS.get(type(value), wanted):
         kinds = [typing.get_origin(option) or option for option in options]
         expected = " or ".join(_NAMES[kind] for kind in kinds if kind in _NAMES)
         raise ConfigError(
@@ -314,7 +347,7 @@ def _refuse_unknown_keys(
     cls: type[Any], values: dict[str, Any], source: str, prefix: str
 ) -> None:
     """Name the key and its nearest neighbour; pydantic would take no notice of it."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in values.items():
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
@@ -339,7 +372,7 @@ def _refuse_wrong_items(cls: type[Any], items: Any, source: str, name: str) -> N
     if not isinstance(items, (list, tuple)) or not all(
         item and isinstance(item, dict) for item in items
     ):
-        keys = ", ".join(typing.get_type_hints(cls))
+        keys = ", ".join(_hints(cls))
         raise ConfigError(
             f"{source}: {name}: expected a list, each item a mapping with some of "
             f"{keys}; found {items}"

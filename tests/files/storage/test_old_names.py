@@ -18,7 +18,7 @@ from medray.mil.config import SlideRecipe
 from medray.models.config import ModelConfig, read_config
 from medray.storage import files
 from medray.storage.ledger import Ledger
-from medray.storage.yaml_config import from_dict, keep_settings, to_dict
+from medray.storage.yaml_config import from_dict, keep_settings, read_settings, to_dict
 
 
 def settings(**options: Any) -> RunSettings:
@@ -46,6 +46,39 @@ def test_an_unknown_key_is_still_refused() -> None:
     wrong = to_dict(settings()) | {"patience": 3}
     with pytest.raises(ConfigError, match="unknown key patience"):
         from_dict(RunSettings, wrong, "run.yaml")
+
+
+def test_the_names_of_old_ones_are_no_key() -> None:
+    wrong = to_dict(settings()) | {"options": {"RENAMED": {"a": "b"}}}
+    message = (
+        r"unknown key options.RENAMED; remove it \(known here: prediction, .*out\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunSettings, wrong, "run.yaml")
+
+
+def test_an_old_name_beside_the_new_one() -> None:
+    both = to_dict(settings(timeout=77.0))
+    both["options"]["patience"] = 77
+    assert from_dict(RunSettings, both, "run.yaml") == settings(timeout=77.0)
+    both["options"]["patience"] = 78
+    message = "run.yaml: options.patience is called options.timeout now.* 78 and 77.0"
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunSettings, both, "run.yaml")
+
+
+@pytest.mark.parametrize("written", ["patience", "timeout"])
+@pytest.mark.parametrize("override", ["patience", "timeout"])
+def test_an_override_has_the_last_word(
+    written: str, override: str, tmp_path: Path
+) -> None:
+    values = to_dict(settings())
+    values["options"][written] = values["options"].pop("timeout")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    found = read_settings(
+        RunSettings, str(tmp_path / "run.yaml"), [f"options.{override}=7"]
+    )
+    assert found == settings(timeout=7.0)
 
 
 def test_the_table_of_a_run_or_dataset(tmp_path: Path) -> None:
