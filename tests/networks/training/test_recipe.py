@@ -1,8 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from medray import cli
 from medray.errors import ConfigError
@@ -10,9 +12,18 @@ from medray.models.config import model_digest, read_config
 from medray.models.folder import load_model, save_model
 from medray.storage.yaml_config import write_settings
 from medray.training.losses import Loss, SegmentationLoss
-from medray.training.recipe import Recipe, read_recipe
+from medray.training.recipe import (
+    Augment,
+    Data,
+    Optimizer,
+    Phase,
+    Prune,
+    Recipe,
+    Schedule,
+    Unlabelled,
+    read_recipe,
+)
 from medray.training.recipe_files import RECIPES
-from medray.training.sampler import Data
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
@@ -81,6 +92,19 @@ def test_an_unknown_name_is_a_wrong_request(
         ("prune: {model: m, share: 1}", "prune.share"),
         ("teacher: {soft: 1}", "teacher.model: expected a value, found none"),
         ("precision: float8", "precision"),
+        ("seed: -1", "seed: expected a number of 0 or more, found -1"),
+        ("seed: 9223372036854775808", r"seed: expected a number below 9.22337e\+18"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: expected a finite number, found inf"),
+        ("optimizer: {weight_decay: .nan}", "weight_decay: expected a finite number"),
+        ("optimizer: {clip: .inf}", "optimizer.clip: expected a finite number"),
+        ("optimizer: {lr: inf}", "optimizer.lr: expected a finite number, found 'inf'"),
+        ("loss: {l2: .inf}", "loss.l2: expected a finite number"),
+        ("schedule: {save_minutes: .inf}", "save_minutes: expected a finite number"),
+        ("augment: {rotate: .inf}", "augment.rotate: expected a finite number"),
+        ("augment: {shear: .nan}", "augment.shear: expected a finite number"),
+        ("augment: {elastic: .inf}", "augment.elastic: expected a finite number"),
+        ("teacher: {model: m, soft: .inf}", "teacher.soft: expected a finite number"),
+        ("schedule: {phases: [{lr: .inf}]}", r"phases\[0\].lr: expected a finite"),
         ("batch: !!python/object/apply:os.system ['true']", "expected YAML"),
     ],
 )
@@ -89,6 +113,15 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) ->
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Augment, Data, Loss, Optimizer, Phase, Prune, Recipe, Schedule, Unlabelled],
+)
+def test_an_unknown_argument_is_refused(kind: type[Any]) -> None:
+    with pytest.raises(ValidationError, match="bacth"):
+        kind(bacth=16)
 
 
 def test_a_text_may_be_a_number(tmp_path: Path) -> None:
