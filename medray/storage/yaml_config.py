@@ -136,17 +136,32 @@ def read_yaml(uri: str) -> dict[str, Any]:
         ConfigError: The file is absent, no YAML, or holds something else.
     """
     try:
-        value = yaml.safe_load(files.read_bytes(uri))
+        text = files.read_bytes(uri)
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: there is no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{uri}: expected YAML, found {problem}") from error
+    value = _parse(text, uri)
     if not isinstance(value, dict):
         raise ConfigError(
             f"{uri}: expected a mapping of keys to values, found {type(value).__name__}"
         )
     return value
+
+
+def _parse(text: str | bytes, source: str) -> Any:
+    """Return the value of a YAML text; nothing in it is executed.
+
+    Raises:
+        ConfigError: It is no YAML, holds a date that is none, or nests too deeply.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(
+            f"{source}: expected YAML, found one that nests too deeply"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of dates and of UTF-8
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{source}: expected YAML, found {problem}") from error
 
 
 def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = ()) -> T:
@@ -165,7 +180,8 @@ def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = (
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: expected key=value, such as batch=8")
-        _set(values, _names_now(cls, key.split(".")), yaml.safe_load(text), override)
+        keys = _names_now(cls, key.split("."))
+        _set(values, keys, _parse(text, override), override)
     return from_dict(cls, values, uri)
 
 

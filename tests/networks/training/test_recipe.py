@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def test_an_unknown_name_is_a_wrong_request(
         ("workers: 3", "multiple of workers"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),
+        ("a: 2024-13-45", "r.yaml: expected YAML, found month must be in 1..12"),
+        pytest.param("[" * 5000, "r.yaml: .* nests too deeply", id="deep"),
         (
             "data: {crop: [64, 100]}",
             r"data.crop\[1\]: expected a multiple of 32, found 100",
@@ -131,6 +134,21 @@ def test_a_text_may_be_a_number(tmp_path: Path) -> None:
     assert recipe.batch == 8
     assert recipe.workers == (1, 2)
     assert (recipe.optimizer.lr, recipe.optimizer.clip) == (1e-4, 2.0)
+
+
+@pytest.mark.parametrize(
+    "override", ["batch=[1", "batch={a", "batch=*a", "batch=2024-02-30"]
+)
+def test_a_wrong_override_is_explained(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{override}: expected YAML")):
+        read_recipe("unet", [override])
+
+
+def test_a_file_of_bytes_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="r.yaml: expected YAML"):
+        read_recipe(str(path))
 
 
 def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
