@@ -38,11 +38,13 @@ from medray.execution import cluster
 from medray.models.config import ModelConfig
 from medray.models.network import choose_device
 from medray.storage.yaml_config import write_settings
+from medray.training.checkpoint import read_history
 from medray.training.crops import Batch, read_crop, read_train
 from medray.training.dataloader import BatchIndex, read_batches
-from medray.training.recipe import Data, Recipe, Schedule, read_recipe
-from medray.training.sampler import usable_patches
-from medray.training.train_model import read_history, train
+from medray.training.recipe import Recipe, read_recipe
+from medray.training.sampler import Data, usable_patches
+from medray.training.schedule import Schedule
+from medray.training.train_model import train
 from medray.training.trainer import Trainer
 from medray.training.world import World
 

@@ -20,8 +20,8 @@ from .ledger import storable as storable
 from .lock import locked as locked
 from .ome_zarr import open_mask as open_mask
 from .squares import read_part as read_part
+from .typed_settings import from_dict as from_dict
 from .yaml_config import flat as flat
-from .yaml_config import from_dict as from_dict
 from .yaml_config import keep_settings as keep_settings
 from .yaml_config import read_folder_settings as read_folder_settings
 from .yaml_config import read_settings as read_settings

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from medray.errors import ConfigError
 from medray.storage import files
+from medray.storage.typed_settings import from_dict, names_now, renamed
 
-_EXPECTED = {
-    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
-    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
-    "string_type": "a text",
-    "tuple_type": "a list",
-    "too_short": "a list of {min_length} items or more",
-    "too_long": "a list of at most {max_length} items",
-    "dataclass_type": "a mapping of keys to values",
-    "missing": "a value",
-    "greater_than": "a number above {gt:g}",
-    "greater_than_equal": "a number of {ge:g} or more",
-    "less_than": "a number below {lt:g}",
-    "less_than_equal": "a number up to {le:g}",
-}
 """What YAML should hold, by pydantic's types of error."""
+
+"""What YAML should hold, by Python's types."""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -121,17 +106,32 @@ def read_yaml(uri: str) -> dict[str, Any]:
         ConfigError: The file is absent, no YAML, or holds something else.
     """
     try:
-        value = yaml.safe_load(files.read_bytes(uri))
+        text = files.read_bytes(uri)
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: there is no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{uri}: expected YAML, found {problem}") from error
+    value = _parse(text, uri)
     if not isinstance(value, dict):
         raise ConfigError(
             f"{uri}: expected a mapping of keys to values, found {type(value).__name__}"
         )
     return value
+
+
+def _parse(text: str | bytes, source: str) -> Any:
+    """Return the value of a YAML text; nothing in it is executed.
+
+    Raises:
+        ConfigError: It is no YAML, holds a date that is none, or nests too deeply.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(
+            f"{source}: expected YAML, found one that nests too deeply"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of dates and of UTF-8
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{source}: expected YAML, found {problem}") from error
 
 
 def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = ()) -> T:
@@ -145,12 +145,13 @@ def read_settings[T](cls: type[T], uri: str, overrides: typing.Sequence[str] = (
     Raises:
         ConfigError: An unknown key (with the nearest known one) or a wrong value.
     """
-    values = read_yaml(uri)
+    values = renamed(cls, read_yaml(uri), uri)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: expected key=value, such as batch=8")
-        _set(values, key.split("."), yaml.safe_load(text), override)
+        keys = names_now(cls, key.split("."))
+        _set(values, keys, _parse(text, override), override)
     return from_dict(cls, values, uri)
 
 
@@ -164,105 +165,3 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
             raise ConfigError(f"{override}: {key!r} holds a value, not further keys")
         values = inner
     values[last] = value
-
-
-def from_dict[T](cls: type[T], values: dict[str, Any], source: str) -> T:
-    """Return dataclass `cls` made of plain values; `source` is named in errors.
-
-    A dataclass whose fields had other names in older files says so in its class
-    variable `RENAMED`, by the old name; what is read has the new ones.
-
-    Raises:
-        ConfigError: An unknown key (with the nearest known one) or a wrong value.
-    """
-    values = _renamed(cls, values)
-    _refuse_unknown_keys(cls, values, source, "")
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        problem = _in_words(error.errors(include_url=False), values)
-        raise ConfigError(f"{source}: {problem}") from error
-
-
-def _in_words(errors: typing.Sequence[ErrorDetails], values: Any) -> str:
-    """Return what is wrong on one line: each key, what it expects and what it has."""
-    expected: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
-    for error in errors:
-        if error["type"] == "value_error":  # of a check of our own, which says it all
-            expected[" ".join(str(error["ctx"]["error"]).split())] = []
-            continue
-        key = _key(error["loc"], values)
-        said = error["msg"].removeprefix("Input should be ")
-        if error["type"] in _EXPECTED:
-            said = _EXPECTED[error["type"]].format(**error.get("ctx", {}))
-        expected.setdefault(key, []).append(said)
-        missing = error["type"] == "missing"
-        found.setdefault(key, "none" if missing else f"{error['input']!r}"[:200])
-    return "; ".join(
-        f"{key}: expected {' or '.join(said)}, found {found[key]}" if said else key
-        for key, said in expected.items()
-    )
-
-
-def _key(loc: typing.Sequence[int | str], values: Any) -> str:
-    """Return a place in nested values as a key; the types of a union are left out."""
-    key = ""
-    for part in loc:
-        if isinstance(values, dict):
-            key += f".{part}"
-            values = values.get(part)
-        elif isinstance(values, (list, tuple)) and isinstance(part, int):
-            key += f"[{part}]"
-            values = values[part]
-    return key.removeprefix(".")
-
-
-def _renamed(cls: Any, values: Any) -> Any:
-    """Return plain values of `cls` with the names that its fields have now."""
-    if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
-        return values
-    hints, renamed = typing.get_type_hints(cls), getattr(cls, "RENAMED", {})
-    values = {renamed.get(key, key): value for key, value in values.items()}
-    for key in values.keys() & hints.keys():
-        for inner in typing.get_args(hints[key]) or (hints[key],):
-            values[key] = _renamed(inner, values[key])
-    return values
-
-
-def _refuse_unknown_keys(
-    cls: type[Any], values: dict[str, Any], source: str, prefix: str
-) -> None:
-    """Name the key and its nearest neighbour; pydantic would take no notice of it."""
-    hints = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else "remove it"
-            raise ConfigError(
-                f"{source}: unknown key {prefix}{key}; {hint} "
-                f"(known here: {', '.join(hints)})"
-            )
-        options = typing.get_args(hints[key]) or (hints[key],)
-        for option in options:
-            if not dataclasses.is_dataclass(option):
-                continue
-            inner = typing.cast(type[Any], option)
-            if typing.get_origin(hints[key]) is tuple:
-                _refuse_wrong_items(inner, value, source, f"{prefix}{key}")
-            elif isinstance(value, dict):
-                _refuse_unknown_keys(inner, value, source, f"{prefix}{key}.")
-
-
-def _refuse_wrong_items(cls: type[Any], items: Any, source: str, name: str) -> None:
-    """Refuse what is no list of mappings with the keys of `cls`."""
-    if not isinstance(items, (list, tuple)) or not all(
-        item and isinstance(item, dict) for item in items
-    ):
-        keys = ", ".join(typing.get_type_hints(cls))
-        raise ConfigError(
-            f"{source}: {name}: expected a list, each item a mapping with some of "
-            f"{keys}; found {items}"
-        )
-    for index, item in enumerate(items):
-        _refuse_unknown_keys(cls, item, source, f"{name}[{index}].")

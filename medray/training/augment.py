@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch.nn import functional
 
 from medray.models import change_stains
+from medray.training.settings import STRICT
 
 _SIGMA = 6.0  # of the elastic deformation's smoothing, pixels
 _PADDING = {"border": "border", "reflect": "reflection"}
@@ -29,7 +30,7 @@ _CHROMA = torch.tensor([[1, -0.5, -0.5], [0, math.sqrt(0.75), -math.sqrt(0.75)]]
 _AXES = torch.cat([_LUMA[None], _CHROMA])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Augment:
     """Random changes of a crop; what moves pixels moves those of the mask with them.
 

@@ -14,10 +14,11 @@ from medray.errors import ConfigError
 from medray.models import Normalise, load_model
 from medray.training.arithmetic import Arithmetic
 from medray.training.crops import Batch
+from medray.training.settings import STRICT
 from medray.types import UInt8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Teacher:
     """A trained model that a smaller one learns from (Hinton et al. 2015).
 
@@ -35,7 +36,7 @@ class Teacher:
     features: float = Field(default=0.0, ge=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Unlabelled:
     """Learning from slides without annotations (Tarvainen and Valpola 2017).
 

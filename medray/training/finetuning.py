@@ -18,9 +18,10 @@ from medray.training.encoder_stages import (
     hooked,
     most_important,
 )
+from medray.training.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Phase:
     """Epochs in which a part of the network learns; the rest stays as it is.
 

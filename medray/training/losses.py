@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
+from medray.training.settings import STRICT
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Loss:
     """A weighted sum of losses; a weight of 0 leaves one out.
 

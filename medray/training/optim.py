@@ -11,8 +11,10 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from medray.training.settings import STRICT
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Optimizer:
     """How weights are changed.
 

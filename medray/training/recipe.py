@@ -24,6 +24,7 @@ from medray.training.optim import Optimizer
 from medray.training.recipe_files import find_recipe
 from medray.training.sampler import Data, Sampling
 from medray.training.schedule import Schedule
+from medray.training.settings import STRICT
 
 __all__ = [
     "Augment",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Prune:
     """Start from a model with the least important channels taken away.
 
@@ -53,7 +54,7 @@ class Prune:
     share: float = Field(default=0.3, gt=0, lt=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """Everything that decides a training, beside the data.
 
@@ -106,7 +107,7 @@ class Recipe:
     channels_last: bool = True
     compile: bool = False
     sync_batch_norm: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     workers: int | tuple[int, int] = 1
 
     RENAMED: ClassVar[dict[str, str]] = {"at_once": "micro_batch_size"}

@@ -16,13 +16,14 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from medray.datasets import read_patches
+from medray.training.settings import STRICT
 from medray.types import Row
 
 Floats = npt.NDArray[np.float64]
 Side = Annotated[int, Field(ge=32, le=2048, multiple_of=32)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """Which pixels a training sees, and how often.
 
@@ -54,7 +55,7 @@ class Data:
         return (self.crop,) if isinstance(self.crop, int) else self.crop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Sampling:
     """What of a recipe decides which crops come when.
 

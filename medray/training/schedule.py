@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from medray.training.finetuning import Phase
+from medray.training.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Schedule:
     """How long, how the learning rate goes after a linear warm-up, and what is saved.
 

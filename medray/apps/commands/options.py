@@ -164,7 +164,11 @@ def key_values(text: str) -> tuple[str, list[Any]]:
     import yaml
 
     key, equals, values = text.partition("=")
-    found = yaml.safe_load(values) if equals else None
+    try:
+        found = yaml.safe_load(values) if equals else None
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text}: {problem}") from error
     if not isinstance(found, list):
         raise argparse.ArgumentTypeError(f"expected key=[A,B], found {text}")
     return key, found

@@ -1,18 +1,26 @@
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from medray import cli
 from medray.errors import ConfigError
 from medray.models.config import model_digest, read_config
 from medray.models.folder import load_model, save_model
 from medray.storage.yaml_config import write_settings
+from medray.training.augment import Augment
+from medray.training.distillation import Unlabelled
+from medray.training.finetuning import Phase
 from medray.training.losses import Loss, SegmentationLoss
-from medray.training.recipe import Recipe, read_recipe
+from medray.training.optim import Optimizer
+from medray.training.recipe import Prune, Recipe, read_recipe
 from medray.training.recipe_files import RECIPES
 from medray.training.sampler import Data
+from medray.training.schedule import Schedule
 from medray.training.train_model import _provenance
 
 
@@ -37,12 +45,29 @@ def test_an_unknown_name_is_a_wrong_request(
         ("batch: many", "r.yaml: batch: expected a whole number, found 'many'"),
         ("optimizer: 4", "optimizer: expected a mapping of keys to values, found 4"),
         ("loss: {dice: 0, focal: 0}", "loss: .* are all 0"),
-        ("workers: [1, 2, 3]", "workers: .* a list of at most 2 items, found"),
+        ("workers: [1, 2, 3]", "r.yaml: workers: .* a list of 2 items, found"),
+        ("workers: [2]", r"r.yaml: workers: expected a list of 2 items, found \[2\]"),
+        ("workers: []", r"workers: expected a list of 2 items, found \[\]"),
+        ("workers: [true, 2]", r"workers\[0\]: expected a whole number, found True"),
+        ("workers: true", "workers: expected a whole number or a list, found True"),
+        ("batch: true", "r.yaml: batch: expected a whole number, found True"),
+        ("batch: 8.0", "batch: expected a whole number, found 8.0"),
+        ("seed: true", "seed: expected a whole number, found True"),
+        ("micro_batch_size: true", "micro_batch_size: expected a whole number, found"),
+        ("window: {size: 512.0}", "window.size: expected a whole number, found 512.0"),
+        ("optimizer: {lr: true}", "optimizer.lr: expected a number, found True"),
+        ("data: {balance: 1}", "data.balance: expected true or false, found 1"),
+        (
+            "schedule: {phases: [{epochs: 1.0}]}",
+            r"schedule.phases\[0\].epochs: expected a whole number, found 1.0",
+        ),
         ("{batch: x, seed: y}", "batch: expected .*'x'; seed: expected .*'y'"),
         ("data: {crop: 100}", "data.crop: expected a multiple of 32 .*found 100"),
         ("workers: 3", "multiple of workers"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),
+        ("a: 2024-13-45", "r.yaml: expected YAML, found month must be in 1..12"),
+        pytest.param("[" * 5000, "r.yaml: .* nests too deeply", id="deep"),
         (
             "data: {crop: [64, 100]}",
             r"data.crop\[1\]: expected a multiple of 32, found 100",
@@ -67,6 +92,19 @@ def test_an_unknown_name_is_a_wrong_request(
         ("prune: {model: m, share: 1}", "prune.share"),
         ("teacher: {soft: 1}", "teacher.model: expected a value, found none"),
         ("precision: float8", "precision"),
+        ("seed: -1", "seed: expected a number of 0 or more, found -1"),
+        ("seed: 9223372036854775808", r"seed: expected a number below 9.22337e\+18"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: expected a finite number, found inf"),
+        ("optimizer: {weight_decay: .nan}", "weight_decay: expected a finite number"),
+        ("optimizer: {clip: .inf}", "optimizer.clip: expected a finite number"),
+        ("optimizer: {lr: inf}", "optimizer.lr: expected a finite number, found 'inf'"),
+        ("loss: {l2: .inf}", "loss.l2: expected a finite number"),
+        ("schedule: {save_minutes: .inf}", "save_minutes: expected a finite number"),
+        ("augment: {rotate: .inf}", "augment.rotate: expected a finite number"),
+        ("augment: {shear: .nan}", "augment.shear: expected a finite number"),
+        ("augment: {elastic: .inf}", "augment.elastic: expected a finite number"),
+        ("teacher: {model: m, soft: .inf}", "teacher.soft: expected a finite number"),
+        ("schedule: {phases: [{lr: .inf}]}", r"phases\[0\].lr: expected a finite"),
         ("batch: !!python/object/apply:os.system ['true']", "expected YAML"),
     ],
 )
@@ -74,6 +112,39 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) ->
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Augment, Data, Loss, Optimizer, Phase, Prune, Recipe, Schedule, Unlabelled],
+)
+def test_an_unknown_argument_is_refused(kind: type[Any]) -> None:
+    with pytest.raises(ValidationError, match="bacth"):
+        kind(bacth=16)
+
+
+def test_a_text_may_be_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("{batch: '8', optimizer: {lr: 1e-4, clip: 2}, workers: [1, '2']}")
+    recipe = read_recipe(str(path))
+    assert recipe.batch == 8
+    assert recipe.workers == (1, 2)
+    assert (recipe.optimizer.lr, recipe.optimizer.clip) == (1e-4, 2.0)
+
+
+@pytest.mark.parametrize(
+    "override", ["batch=[1", "batch={a", "batch=*a", "batch=2024-02-30"]
+)
+def test_a_wrong_override_is_explained(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{override}: expected YAML")):
+        read_recipe("unet", [override])
+
+
+def test_a_file_of_bytes_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="r.yaml: expected YAML"):
         read_recipe(str(path))
 
 
