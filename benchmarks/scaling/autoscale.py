@@ -51,8 +51,7 @@ def ray_cluster(gpus: int, folder: Path) -> dict[str, Any]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise FileNotFoundError("kubectl: not on this machine; it builds the overlay")
-    for name in ("k8s", "recipes"):
-        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "k8s", folder / "k8s")
     overlay = folder / OVERLAY.relative_to(ROOT)
     values = yaml.safe_load((overlay / "values.yaml").read_text())
     values["data"]["gpus"] = str(gpus)
