@@ -141,7 +141,7 @@ def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> No
     command = [sys.executable, "-m", "medray.cli", "ingest", str(cells), "--json"]
     command += ["--side", "32", "--out", str(tmp_path / "dataset")]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1] / "faulty")]
+    path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2] / "faulty")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr[-3000:]

@@ -30,7 +30,7 @@ from medray.models.config import Prediction
 from medray.models.predict import Predictor
 
 pytestmark = pytest.mark.timeout(900)
-FAULTY = Path(__file__).parents[1] / "faulty"
+FAULTY = Path(__file__).parents[2] / "faulty"
 
 
 @pytest.fixture(scope="session")

@@ -242,7 +242,7 @@ def test_a_training_outlives_a_node(slides: Path, tmp_path: Path, nodes: list) -
 @pytest.mark.timeout(300)
 def test_nodes_that_go_speak_against_no_row(tmp_path: Path) -> None:
     """In a process of its own: this one may be connected to another cluster."""
-    script = Path(__file__).parents[1] / "lost_nodes.py"
+    script = Path(__file__).parents[2] / "lost_nodes.py"
     command = [sys.executable, str(script), str(tmp_path / "log")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert found.returncode == 0, found.stderr

@@ -49,7 +49,7 @@ def scarce(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
         gpus=2,
         idle_s=5,
         provider="scarce_nodes.ScarceNodes",
-        PYTHONPATH=str(Path(__file__).parents[1]),
+        PYTHONPATH=str(Path(__file__).parents[2]),
         SCARCE_GROUP="gpu-spot",
         SCARCE_LOG=str(log),
         **{IDLE: "5", ALLOCATE: "45"},
