@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy.typing as npt
 
 Row = dict[str, Any]
 """A row of a table, or what becomes one."""
+type Cell = str | int | float | bool | Sequence[Cell] | None
+Columns = dict[str, Cell]
+"""The values of a row that is written to a table, by column."""
 Executor = Literal["ray", "local"]
 """On a Ray cluster, or in this process, one thing after the other."""
 Layers = dict[str, npt.NDArray[Any]]

@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,13 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
     from medray.annotations.reading import read_annotation
     from medray.classes import Classes
     from medray.execution.stage import plan_slide, read_region
+    from medray.execution.tasks import (
+        Failure,
+        NotPlanned,
+        Plan,
+        SlideInput,
+        SlideTask,
+    )
     from medray.geometry import Windows
     from medray.inference.infer_run import stage_of
     from medray.inference.run import Options, RunSettings
@@ -377,21 +385,14 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
 
     def slide(path: str) -> str:
         (found,) = find_slides([path])
-        row = {
-            "slide": found.slide,
-            "uri": found.uri,
-            "fingerprint": fingerprint_of(found.uri),
-        }
-        row |= {"annotation": "", "before": "null", "given_mpp": 0.5}
-        row |= {"scene": None, "plane": None}
-        row |= {"committed": {"digest": "", "shards": {}}}
-        header, regions = plan_slide(stage, row)
-        if "error" in header:
-            return header["error"]
-        for region in (*regions[:2], *regions[-2:]):
-            read, _ = read_region(stage, header | region)
-            if "error" in read:
-                return read["error"]
+        source = SlideInput(replace(found, mpp=0.5), "", fingerprint_of(found.uri))
+        plan = plan_slide(stage, SlideTask(source))
+        if isinstance(plan, NotPlanned):
+            return plan.failure.why
+        assert isinstance(plan, Plan)
+        for task in (*plan.todo[:2], *plan.todo[-2:]):
+            if isinstance(read := read_region(stage, task), Failure):
+                return read.why
         return ""
 
     def annotation(path: str) -> str:

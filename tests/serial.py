@@ -14,7 +14,7 @@ import torch
 
 import medray
 from medray.execution.commit import Summary
-from medray.execution.stage import Stage
+from medray.execution.stage import AnyStage
 from medray.inference.infer_run import stage_of
 from medray.inference.run import Options
 from medray.models.config import ModelConfig
@@ -24,9 +24,6 @@ from medray.training.recipe import Recipe
 from medray.training.train_model import Training, train_with
 from medray.training.worker import train_as
 from medray.training.world import World
-from medray.types import Layers
-
-Row = dict[str, Any]
 
 
 class CrashError(Exception):
@@ -46,7 +43,7 @@ def infer(
     models = [model] if isinstance(model, Path | str) else model
     written = itertools.count()
 
-    def stage(*args: Any) -> Stage:
+    def stage(*args: Any) -> AnyStage:
         made = stage_of(*args)
         assert made.device is not None
         device = replace(made.device, load=lambda _: predictor)
@@ -69,12 +66,10 @@ def infer(
         )
 
 
-def dying_write(
-    write: Any, written: Any, crash_after: int, row: Row, layers: Layers
-) -> Row:
+def dying_write(write: Any, written: Any, crash_after: int, *args: Any) -> Any:
     if next(written) == crash_after:
         raise CrashError
-    return write(row, layers)
+    return write(*args)
 
 
 def train(recipe: Recipe, data: str, out: str) -> Training:

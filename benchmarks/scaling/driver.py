@@ -35,34 +35,60 @@ from medray.execution.actor_pool import Pool, poll
 from medray.execution.commit import Commit
 from medray.execution.progress import Progress
 from medray.execution.scheduler import schedule
-from medray.execution.stage import HEADER
-from medray.inference.infer_run import settings_of
+from medray.execution.tasks import (
+    Finish,
+    FinishTask,
+    Plan,
+    PlannedRegion,
+    PlannedSlide,
+    RegionTask,
+    SlideInput,
+    SlideTask,
+    Stored,
+)
+from medray.geometry import Rectangle
+from medray.inference.infer_run import settings_of, stage_of
+from medray.inference.regions import FinishedMask, RegionRecord, SlideFacts
 from medray.inference.run import Options, open_run
-from medray.inference.slide_rows import WORKING, slide_row
-from medray.slides.discovery import find_slides
+from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_fingerprint
+from medray.slides.resolution import Working
 from medray.storage.ledger import Ledger
 
 REGIONS = 50
 
 
+WORKING = Working(0, 1.0, 3072, 3072 * REGIONS, 1.0, 0.5)
+FACTS = SlideFacts(WORKING, None, 3072, 3072 * REGIONS)
+
+
+def record(seconds: float) -> RegionRecord:
+    now = time.time()
+    return RegionRecord(
+        read_at=now - seconds,
+        read_s=0.0,
+        predict_s=seconds,
+        waited_s=0.0,
+        windows=64,
+        class_px=[1, 0],
+        predicted_px=1,
+        files={},
+        write_s=0.0,
+        written_at=now,
+    )
+
+
 class SleepingPlanner:
-    def work(self, rows):
-        for row in rows:
-            if "todo" in row:
-                yield [{}]
+    def work(self, tasks):
+        for task in tasks:
+            if isinstance(task, FinishTask):
+                yield [Finish(FinishedMask(""))]
                 continue
-            facts = dict.fromkeys(WORKING)
-            facts |= {"height": 1, "width": REGIONS, "regions": REGIONS, "note": ""}
-            header = row | facts | {"index": HEADER, "digest": "d", "todo": REGIONS}
-            header |= {"classes": ["background", "tumour"]}
-            del header["before"]
-            blocks = np.ones((6, 6), bool).tolist()
-            regions = [
-                {"index": i, "region": [0, 3072 * i, 3072, 3072], "blocks": blocks}
-                for i in range(REGIONS)
-            ]
-            yield [(header, regions)]
+            slide = PlannedSlide(task.input, "d", FACTS, REGIONS, REGIONS)
+            blocks = np.ones((6, 6), bool)
+            places = [Rectangle(0, 3072 * i, 3072, 3072) for i in range(REGIONS)]
+            regions = [PlannedRegion(i, at, blocks) for i, at in enumerate(places)]
+            yield [Plan(slide, tuple(RegionTask(slide, one) for one in regions))]
 
 
 class SleepingGpuWorker:
@@ -70,16 +96,12 @@ class SleepingGpuWorker:
         self.seconds = seconds
         self.device = threading.Lock()  # as two batches share one
 
-    def work(self, rows):
+    def work(self, tasks):
         outcomes = []
-        for _ in rows:
+        for _ in tasks:
             with self.device:
                 time.sleep(self.seconds)
-            now = time.time()
-            record = {"class_px": [1, 0], "predicted_px": 1, "windows": 64}
-            record |= {"read_at": now - self.seconds, "written_at": now}
-            record |= {"predict_s": self.seconds, "waited_s": 0.0, "write_s": 0.0}
-            outcomes.append({"record": record})
+            outcomes.append(Stored(record(self.seconds)))
             if len(outcomes) == 8:
                 yield outcomes
                 outcomes = []
@@ -101,16 +123,8 @@ class Clock(Progress):
 
 def measure_workers(count: int, seconds: float, duration: float) -> dict:
     slides = max(count, round(duration * count / seconds / REGIONS))
-    todo = [
-        {
-            "slide": f"s{i:06d}",
-            "uri": "",
-            "fingerprint": "",
-            "annotation": "",
-            "before": "",
-        }
-        for i in range(slides)
-    ]
+    files = [SlideFile(f"s{index:06d}", "") for index in range(slides)]
+    todo = [SlideTask(SlideInput(file)) for file in files]
     worker = ray.remote(SleepingGpuWorker).options(
         num_cpus=0, max_concurrency=memory.BATCHES
     )
@@ -128,9 +142,11 @@ def measure_workers(count: int, seconds: float, duration: float) -> dict:
     ):
         while pool.room < count * memory.BATCHES:
             poll(pool)
-        commit = Commit(Ledger(out), slide_row)
+        model = random_model(Path(out) / "model")
+        stage = stage_of(settings_of([model], Options()), out)
+        commit = Commit(Ledger(out), stage, clock)
         cpu = time.process_time()
-        schedule(todo, planners, pool, commit, clock, 16, lambda: None)
+        schedule(todo, planners, pool, commit, 16, lambda: None)
         cpu = time.process_time() - cpu
     assert commit.done == slides
     # Without the first batches and the tail.
@@ -172,27 +188,22 @@ def slides(count: int = 10_000) -> Iterator[harness.Result]:
         wanted = find_slides([str(inbox)])
         listing = time.perf_counter() - start
         ledger = Ledger(out)
-        commit = Commit(ledger, slide_row)
         marks = []
+        facts = SlideFacts(Working(0, 1.0, 256, 256, 1.0, 0.5), None, 256, 256)
+        region = PlannedRegion(0, Rectangle(0, 0, 256, 256), np.ones((1, 1), bool))
         start, cpu = time.perf_counter(), time.process_time()
         with Progress("driver", len(wanted)) as progress:
+            commit = Commit(ledger, stage_of(settings, out), progress)
             for index, file in enumerate(wanted):
-                facts = dict.fromkeys(WORKING) | {"height": 256, "width": 256}
-                facts |= {"regions": 1, "note": ""}
-                row = facts | {"slide": file.slide, "uri": file.uri, "annotation": ""}
-                row |= {
-                    "fingerprint": slide_fingerprint(file.uri),
-                    "digest": "d",
-                    "todo": 1,
-                }
-                row |= {"classes": ["background", "tumour"], "index": 0}
-                row["region"] = [0, 0, 256, 256]
-                record = {"class_px": [65536, 0], "predicted_px": 65536, "windows": 1}
-                record |= {"read_at": time.time(), "written_at": time.time()}
-                commit.take(row | {"record": record}, progress)
+                source = SlideInput(file, "", slide_fingerprint(file.uri))
+                slide = PlannedSlide(source, "d", facts, 1, 1)
+                task = RegionTask(slide, region)
+                commit.plan(SlideTask(source), Plan(slide, (task,)))
+                finish = Finish(FinishedMask(""))
+                commit.region(task, Stored(record(0.0), finish))
                 if index % max(1, count // 10) == 0:
                     marks.append(round(resident_mib(), 1))
-            commit.close(progress)
+            commit.close()
         cpu = time.process_time() - cpu
         elapsed = time.perf_counter() - start
         ledger.close()

@@ -213,7 +213,7 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
             if refusal:
                 row |= _refused(refusal)
     except MemoryError as error:
-        row |= _refused(too_large({"uri": task.file.uri}, error))
+        row |= _refused(too_large(task.file.uri, error))
     except (MedrayError, OSError) as error:
         row |= _refused(f"{error}")
     return _Look(row, picture)

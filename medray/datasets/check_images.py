@@ -50,7 +50,7 @@ def _check_image(row: Row, side: int) -> Row:
     except (MedrayError, OSError) as error:
         return _failed(f"{error}")
     except MemoryError as error:
-        return _failed(too_large(row, error))
+        return _failed(too_large(row["uri"], error))
     return seen | {"status": "done", "message": ""}
 
 

@@ -8,3 +8,9 @@ from .run import run_stage as run_stage
 from .signals import stopping as stopping
 from .stage import Device as Device
 from .stage import Stage as Stage
+from .stage import Timing as Timing
+from .tasks import PlannedRegion as PlannedRegion
+from .tasks import PlannedSlide as PlannedSlide
+from .tasks import RegionTask as RegionTask
+from .tasks import SlideInput as SlideInput
+from .tasks import as_row as as_row

@@ -24,6 +24,7 @@ from ray.exceptions import (
 
 from medray.errors import LostError, MedrayError
 from medray.execution import cluster
+from medray.execution.tasks import HandedBack
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,12 @@ class Pool:
     """Actors with a method that takes rows and gives a result for each, in their order.
 
     The method is a generator of lists of results, so that results come back while later
-    rows are worked on. None hands a row back, which another actor then does; an empty
-    list says that the next row takes long, and not for it hangs. What a dead actor held
-    is done again row by row, each with an actor to itself: a row that kills is found
-    out and costs no other row. An actor that dies with its node speaks
-    against no row. An actor whose node is told to go gets nothing more, and another
-    takes its place.
+    rows are worked on. `HandedBack` gives a row back, which another actor then does; an
+    empty list says that the next row takes long, and not for it hangs. What a dead
+    actor held is done again row by row, each with an actor to itself: a row that kills
+    is found out and costs no other row. An actor that dies with its node speaks against
+    no row. An actor whose node is told to go gets nothing more, and another takes its
+    place.
 
     Attributes:
         start_s: Seconds from asking for an actor until it was there, of the slowest;
@@ -172,8 +173,14 @@ class Pool:
                 results = ray.get(next(ready))
                 call = self._calls[ready]
                 pairs = list(zip(call.rows, results, strict=False))
-                found = [(row, result) for row, result in pairs if result is not None]
-                if back := [row for row, result in pairs if result is None]:
+                found = [
+                    (row, result)
+                    for row, result in pairs
+                    if not isinstance(result, HandedBack)
+                ]
+                if back := [
+                    row for row, result in pairs if isinstance(result, HandedBack)
+                ]:
                     self._queue.appendleft(back)
                 call.rows = call.rows[len(results) :]
                 # Also of no results: who copies a slide says so that it does not hang.

@@ -1,8 +1,7 @@
 """How a stage over slides keeps its promises: which slides to do, when one is done.
 
-A stage's rows come in any order: a header row a slide (its facts, how many regions it
-has) and a row a region. The driver feeds them to `Commit`, which notes regions and
-slides in the ledger and says when a slide needs finishing.
+The driver feeds what comes of a stage's tasks to `Commit`, in any order, which notes
+regions and slides in the ledger and says when a slide needs finishing.
 
 One file, because what is left to do follows from what `Commit` has noted.
 """
@@ -10,19 +9,33 @@ One file, because what is left to do follows from what `Commit` has noted.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from medray.errors import ConfigError, MedrayError, SlideError, StoppedError, StoreError
 from medray.execution.progress import Progress
-from medray.execution.stage import HEADER, OVERRIDES
+from medray.execution.stage import AnyPlan, AnyRegion, AnyStage, Outcome
+from medray.execution.tasks import (
+    Failure,
+    Finish,
+    FinishTask,
+    NotPlanned,
+    Plan,
+    PlannedSlide,
+    SlideInput,
+    SlideTask,
+    Stored,
+    Unchanged,
+    as_row,
+)
 from medray.slides import SlideFile, fingerprint_of, slide_digest
 from medray.storage import Ledger, files, slide_key
-from medray.types import Row
+from medray.types import Columns
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +68,11 @@ def changed_slides(
     wanted: Iterable[SlideFile],
     ledger: Ledger,
     annotations: Mapping[str, str] | None = None,
-) -> list[Row]:
-    """Return a row for each slide that is not done, or is not the file it was.
+) -> list[SlideTask]:
+    """Return a task for each slide that is not done, or is not the file it was.
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
-    the slide stops counting as done until its digest tells whether it changed; `before`
-    then holds its earlier row, and `committed` the shards of each committed region.
+    the slide stops counting as done until its digest tells whether it changed.
 
     Args:
         wanted: The slides of the request.
@@ -75,27 +87,41 @@ def changed_slides(
     _check_known_once(wanted, ledger)
     for file in wanted:
         _check_same_slide(file, ledger.slides.get(file.slide))
-    rows = []
+    tasks = []
     for file in wanted:
         annotation = (annotations or {}).get(file.slide, "")
-        fingerprint = fingerprint_of(file.uri, annotation)
-        row: Row = {"slide": file.slide, "uri": file.uri, "fingerprint": fingerprint}
-        row["annotation"] = annotation
-        row |= {"given_mpp": file.mpp, "scene": file.scene, "plane": file.plane}
+        slide = SlideInput(file, annotation, fingerprint_of(file.uri, annotation))
         before = ledger.slides.get(file.slide)
         if before is not None and before["status"] != "done":
             before = None
-        if before and fingerprint and all(before.get(k) == v for k, v in row.items()):
+        if (
+            before
+            and slide.fingerprint
+            and _input_columns(slide).items() <= (before.items())
+        ):
             continue
         if before:
             ledger.forget_slide(file.slide)
-        # As text: the earlier rows of several slides need not have equal columns.
-        row["before"] = json.dumps(before)
         digest, records = ledger.records_of(file.slide)
-        shards = {index: [*record["files"]] for index, record in records.items()}
-        rows.append(row | {"committed": {"digest": digest, "shards": shards}})
+        shards = {index: (*record["files"],) for index, record in records.items()}
+        done = str(before["digest"]) if before else ""
+        tasks.append(SlideTask(slide, done, digest, shards))
     ledger.flush()
-    return rows
+    return tasks
+
+
+def _input_columns(slide: SlideInput) -> Columns:
+    """Return what of a slide's row says which file it is, and what the user said."""
+    file = slide.file
+    return {
+        "slide": file.slide,
+        "uri": file.uri,
+        "fingerprint": slide.fingerprint,
+        "annotation": slide.annotation,
+        "given_mpp": file.mpp,
+        "scene": file.scene,
+        "plane": file.plane,
+    }
 
 
 def _check_known_once(wanted: list[SlideFile], ledger: Ledger) -> None:
@@ -105,7 +131,7 @@ def _check_known_once(wanted: list[SlideFile], ledger: Ledger) -> None:
     of a request would be equal. So it changes when a request names more, or less. A
     DICOM series is its folder, or FOLDER/UID once another series is in that folder.
     """
-    done: dict[str, list[Row]] = {}
+    done: dict[str, list[Mapping[str, Any]]] = {}
     for row in ledger.slides.values():
         if row["status"] == "done":
             done.setdefault(row["uri"], []).append(row)
@@ -130,7 +156,7 @@ def _above(uri: str) -> str:
     return uri.rpartition("/")[0]
 
 
-def _is_of(file: SlideFile, before: Row) -> bool:
+def _is_of(file: SlideFile, before: Mapping[str, Any]) -> bool:
     """Tell whether a slide is that of a row with another id."""
     try:
         digest = slide_digest(file.uri)
@@ -140,7 +166,7 @@ def _is_of(file: SlideFile, before: Row) -> bool:
     return same and before["slide"] != file.slide
 
 
-def _check_same_slide(file: SlideFile, before: Row | None) -> None:
+def _check_same_slide(file: SlideFile, before: Mapping[str, Any] | None) -> None:
     """Refuse to put a slide in the place of another one that has the same id.
 
     A slide that was moved, copied or replaced is the same slide.
@@ -165,114 +191,139 @@ def _check_same_slide(file: SlideFile, before: Row | None) -> None:
 class _Slide:
     """What has arrived of one slide."""
 
-    header: Row | None = None
+    input: SlideInput
+    planned: PlannedSlide[Any] | None = None
     arrived: int = 0
-    error: str | None = None
+    failure: Failure | None = None
+    finish: Finish[Any] | None = None
 
 
 @dataclass
 class Commit:
-    """Takes the rows of a stage and notes in the ledger what is finished.
+    """Takes what came of a stage's tasks and notes in the ledger what is finished.
 
     Attributes:
         ledger: Of the stage's folder.
-        slide_row: Sums up (header, region records) as columns of slides.parquet.
+        stage: What is done.
+        progress: Shows it.
         done: How many slides were finished.
         unchanged: How many were finished before, as only their digest told.
         regions: How many regions were committed.
         failed: Reason of each slide that failed.
-        lost: Of those, the ones that cost processes, or made the model fail.
+        quarantined: Failure of each slide of which no other region is begun.
     """
 
     ledger: Ledger
-    slide_row: Callable[[Row, list[Row]], Row]
+    stage: AnyStage
+    progress: Progress
     done: int = 0
     unchanged: int = 0
     regions: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, Failure] = field(default_factory=dict)
     _unreached: int = 0
+    _adapter: TypeAdapter[Any] = field(init=False)
     _slides: dict[str, _Slide] = field(default_factory=dict)
 
-    def take(self, row: Row, progress: Progress) -> Row | None:
-        """Note one row.
+    def __post_init__(self) -> None:
+        """Prepare to read records back."""
+        self._adapter = TypeAdapter(self.stage.record)
+
+    def plan(self, task: SlideTask, plan: AnyPlan) -> FinishTask[Any, Any] | None:
+        """Note what planning a slide gave.
 
         Returns:
-            The header of a slide whose regions are now all stored and that is to be
-            finished as a whole; what comes of that goes to `finished`. A slide of one
-            region was finished by its writer.
+            The slide, if it is to be finished: no region is left to do.
         """
-        slide = self._slides.setdefault(row["slide"], _Slide())
-        if "todo" in row:  # of a header, or of a region that carries the slide's facts
-            slide.header = slide.header or row
-        if row["index"] != HEADER:
-            slide.arrived += 1
-        if "error" in row:
-            slide.error = slide.error or row["error"]
-            if "lost" in row:
-                self.lost[row["slide"]] = row["error"]
-            self._check_storage(row)
-        elif row["index"] != HEADER:
-            self._note_region(row)
-            progress.region(row["region"][2] * row["region"][3])
-        header = slide.header
-        if header is None or slide.arrived < header["todo"]:
+        match plan:
+            case Unchanged():
+                self.ledger.restore_slide(task.input.slide, _input_columns(task.input))
+                self.unchanged += 1
+                self.progress.slide(task.input.slide, "unchanged")
+                return None
+            case NotPlanned():
+                self._check_storage(plan.failure)
+                self._fail(task.input, plan.digest, plan.failure.why)
+                return None
+            case Plan():
+                slide = _Slide(task.input, plan.slide)
+                self._slides[task.input.slide] = slide
+                return self._finish_if_complete(slide)
+
+    def region(self, task: AnyRegion, outcome: Outcome) -> FinishTask[Any, Any] | None:
+        """Note what came of a region.
+
+        Returns:
+            Its slide, if all its regions are stored now and it is to be finished as a
+            whole; what comes of that goes to `finished`.
+        """
+        slide = self._slides[task.slide.slide]
+        slide.arrived += 1
+        match outcome:
+            case Stored():
+                self._note_region(task, outcome.record)
+                slide.finish = outcome.finish
+            case Failure():
+                slide.failure = slide.failure or outcome
+                if outcome.quarantined:
+                    self.quarantined[task.slide.slide] = outcome
+                self._check_storage(outcome)
+        return self._finish_if_complete(slide)
+
+    def _finish_if_complete(self, slide: _Slide) -> FinishTask[Any, Any] | None:
+        planned = slide.planned
+        if planned is None or slide.arrived < planned.todo:
             return None
-        del self._slides[row["slide"]]
-        if slide.error is not None:
-            self._fail(header, slide.error, progress)
-        elif "unchanged" in header:
-            self.ledger.commit_slide(header["unchanged"])
-            self.unchanged += 1
-            progress.slide(header["slide"], "unchanged")
-        elif header["regions"] > 1 or not header["todo"]:
-            return header
-        else:
-            self.finished(header, {}, progress)
+        del self._slides[planned.slide]
+        if slide.failure is not None:
+            self._fail(planned.input, planned.digest, slide.failure.why)
+            return None
+        task = FinishTask(planned, self._records(planned))
+        if slide.finish is None:
+            return task
+        self.finished(task, slide.finish)
         return None
 
-    def finished(self, header: Row, result: Any, progress: Progress) -> None:
-        """Note a slide that was finished as a whole.
-
-        Args:
-            header: Of the slide, as `take` gave it.
-            result: What finishing adds to it, with an `error` if it could not be done;
-                or the exception that ended it.
-            progress: To show it.
-        """
-        if isinstance(result, Exception):
-            result = {"error": f"{result}"}
-        if "error" in result:
+    def finished(
+        self, task: FinishTask[Any, Any], result: Finish[Any] | Failure
+    ) -> None:
+        """Note a slide that was finished as a whole, or could not be."""
+        slide = task.slide
+        if isinstance(result, Failure):
             self._check_storage(result)
-            self._fail(header, f"finishing: {result['error']}", progress)
+            self._fail(slide.input, slide.digest, f"finishing: {result.why}")
             return
-        header = header | result
-        regions = list(self.records(header).values())
+        records = list(task.records.values())
         try:
-            row = _outcome(header, "done", "") | self.slide_row(header, regions)
+            columns = self.stage.slide_row(slide, records, result.result)
         except SlideError as error:
-            self._fail(header, f"{error}", progress)
+            self._fail(slide.input, slide.digest, f"{error}")
             return
-        self.ledger.commit_slide(row)
+        self.ledger.commit_slide(
+            outcome_columns(slide.input, slide.digest, "done", "") | columns
+        )
         self.done += 1
-        note = row.get("note") or ""
-        progress.slide(header["slide"], f"done {note}".strip())
+        self.progress.slide(slide.slide, f"done {columns.get('note') or ''}".strip())
 
-    def records(self, header: Row) -> dict[int, Row]:
-        """Return the records of a slide's regions."""
-        digest, records = self.ledger.records_of(header["slide"])
-        return records if digest == header["digest"] else {}
+    def _records(self, slide: PlannedSlide[Any]) -> dict[int, Any]:
+        """Return the records of a slide's regions, by index."""
+        digest, rows = self.ledger.records_of(slide.slide)
+        if digest != slide.digest:
+            return {}
+        return {
+            index: self._adapter.validate_python(rows[index]) for index in sorted(rows)
+        }
 
-    def _check_storage(self, row: Row) -> None:
+    def _check_storage(self, failure: Failure) -> None:
         """Stop where storage fails: that is no slide's fault.
 
         Raises:
             StoreError: What is made cannot be stored, or one slide after the other
                 could not be read from its store.
         """
-        self._unreached += row.get("storage") == "slides"
-        if row.get("storage") == "run" or self._unreached == _MOST_UNREACHED:
-            raise StoreError(row["error"])
+        self._unreached += failure.store == "slides"
+        if failure.store == "out" or self._unreached == _MOST_UNREACHED:
+            raise StoreError(failure.why)
 
     def stopped(self, signal: int) -> StoppedError:
         """Return what says that a signal ended the stage, and what is kept."""
@@ -283,41 +334,50 @@ class Commit:
             f"this command are kept, {under_way} slides are under way",
         )
 
-    def close(self, progress: Progress) -> None:
+    def close(self) -> None:
         """Fail what did not come back, and make everything durable."""
-        for name, slide in sorted(self._slides.items()):
-            header = slide.header or {"slide": name, "uri": "", "fingerprint": ""}
-            self._fail(header, "not all of its regions came back; run again", progress)
+        for _, slide in sorted(self._slides.items()):
+            digest = slide.planned.digest if slide.planned else ""
+            why = "not all of its regions came back; run again"
+            self._fail(slide.input, digest, why)
         self.ledger.flush()
 
-    def summary(self, out: str, skipped: int, seconds: float) -> Summary:
+    def summary(self, skipped: int, seconds: float) -> Summary:
         """Sum up the stage."""
-        skipped += self.unchanged
-        return Summary(out, self.done, skipped, self.failed, self.regions, seconds)
+        return Summary(
+            self.stage.out,
+            self.done,
+            skipped + self.unchanged,
+            self.failed,
+            self.regions,
+            seconds,
+        )
 
-    def _note_region(self, row: Row) -> None:
-        key = slide_key(row["slide"], row["digest"])
-        self.ledger.commit_region(key, row["index"], row["record"])
+    def _note_region(self, task: AnyRegion, record: Any) -> None:
+        key = slide_key(task.slide.slide, task.slide.digest)
+        self.ledger.commit_region(key, task.index, as_row(record))
         self.regions += 1
         self._unreached = 0
+        self.progress.region(task.region.height * task.region.width)
 
-    def _fail(self, header: Row, message: str, progress: Progress) -> None:
-        self.ledger.commit_slide(_outcome(header, "failed", message))
-        self.failed[header["slide"]] = message
-        progress.slide(header["slide"], f"failed: {message}")
+    def _fail(self, slide: SlideInput, digest: str, message: str) -> None:
+        self.ledger.commit_slide(outcome_columns(slide, digest, "failed", message))
+        self.failed[slide.slide] = message
+        self.progress.slide(slide.slide, f"failed: {message}")
 
 
-def _outcome(header: Row, status: str, message: str) -> Row:
+def outcome_columns(
+    slide: SlideInput, digest: str, status: str, message: str
+) -> Columns:
+    """Return the columns of slides.parquet that say what became of a slide."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
-        "slide": header["slide"],
+        "slide": slide.slide,
         "status": status,
         "message": message,
-        "uri": header["uri"],
-        "digest": header.get("digest"),
-        "fingerprint": header["fingerprint"],
-        "annotation": header.get("annotation", ""),
-        **{name: header.get(name) for name in OVERRIDES},
+        "uri": slide.uri,
+        "digest": digest or None,
+        **_input_columns(slide),
         "finished_at": now,
         "committed_at": time.time(),
     }

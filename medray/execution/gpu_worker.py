@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,9 +29,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from medray.execution import cluster, memory
 from medray.execution.actor_pool import Pool, why_lost
 from medray.execution.region_io import RegionIO
-from medray.execution.stage import Stage, not_finite, outcome
+from medray.execution.stage import (
+    AnyRegion,
+    AnyStage,
+    Outcome,
+    Timing,
+    not_finite,
+)
+from medray.execution.tasks import Failure, HandedBack
 from medray.slides import fetch
-from medray.types import Layers, Row, UInt8
+from medray.types import Layers
 
 
 def gpu_worker_resources() -> dict[str, float]:
@@ -47,7 +55,7 @@ def gpu_worker_resources() -> dict[str, float]:
     return {"num_cpus": max(0.5, cluster.cpus_per_node() - 1) + io_workers}
 
 
-def start_gpu_workers(stage: Stage, slides: int) -> Pool:
+def start_gpu_workers(stage: AnyStage, slides: int) -> Pool:
     """Start a GPU worker for each device that is there, but no more than slides.
 
     Where GPUs come on request there may be none yet: then for one. More are asked for
@@ -81,7 +89,7 @@ class GpuWorker:
     first are written.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         """Start to load the models onto the device, and the processes that read."""
         assert stage.device is not None
         self._device = stage.device
@@ -92,7 +100,7 @@ class GpuWorker:
         self._group = 8 if gpu else 1
         self._io_workers = _IoWorkers(stage, gpu)
         self._notice = _Notice()
-        self._lost: dict[str, str] = {}  # slides whose regions end processes, and how
+        self._quarantined: dict[str, Failure] = {}  # slides that end processes
         self._regions = Counter("medray_regions", "Regions predicted.")
         self._pixels = Counter("medray_pixels", "Pixels predicted.")
         self._failures = Counter("medray_region_failures", "Regions that failed.")
@@ -105,48 +113,49 @@ class GpuWorker:
         predictor.warm_up()
         return predictor
 
-    def work(self, rows: list[Row]) -> Iterator[list[Row | None]]:
-        """Work on a batch of regions; give what came of each, in their order.
-
-        None hands a region back that was not begun when this node was told to go.
+    def work(self, tasks: list[AnyRegion]) -> Iterator[list[Outcome | HandedBack]]:
+        """Work on a batch of regions; yield what came of each, in their order.
 
         Raises:
             MedrayError: The models cannot be used.
         """
         self._loading.result()
         # All of this node's processes find the copies then.
-        for uri in sorted({row["uri"] for row in rows if row.get("copied")}):
+        for uri in sorted({task.slide.uri for task in tasks if task.slide.copied}):
             for _ in fetch(uri):
                 yield []
-        outcomes: list[Row | None] = []
-        for row in self._work(rows):
-            outcomes.append(None if "left" in row else outcome(row))
+        outcomes: list[Outcome | HandedBack] = []
+        for outcome in self._work(tasks):
+            outcomes.append(outcome)
             if len(outcomes) == self._group:
                 yield outcomes
                 outcomes = []
         if outcomes:
             yield outcomes
 
-    def _work(self, rows: list[Row]) -> Iterator[Row]:
+    def _work(self, tasks: list[AnyRegion]) -> Iterator[Outcome | HandedBack]:
         ahead = _ReadAhead(
             self._io_workers,
-            rows,
+            tasks,
             self._device.read_bytes,
             self._ahead_bytes,
-            self._lost,
+            self._quarantined,
             self._notice,
         )
         predicted: queue.Queue[Any] = queue.Queue(memory.UNWRITTEN // 3)
         predicting = self._thread.submit(self._predict, ahead, predicted)
-        writes: deque[tuple[Row, Any]] = deque()
+        writes: deque[_Write] = deque()
         more = True
         while more or writes:
             if writes and (
                 not more
                 or len(writes) > memory.UNWRITTEN * 2 // 3
-                or _is_ready(writes[0][1])
+                or writes[0].is_ready()
             ):
-                yield self._outcome(*writes.popleft())
+                outcome = writes.popleft().result()
+                if isinstance(outcome, Failure):
+                    self._failures.inc()
+                yield outcome
                 continue
             try:
                 item = predicted.get(timeout=0.1 if writes else None)
@@ -156,7 +165,7 @@ class GpuWorker:
                 predicting.result()  # raises what went wrong
                 more = False
             else:
-                writes.append((item[0], self._start_writing(*item)))
+                writes.append(_Write(self._io_workers, item))
 
     def _predict(self, ahead: _ReadAhead, predicted: queue.Queue[Any]) -> None:
         """Predict a batch in the device's thread; None ends what it gives."""
@@ -166,54 +175,84 @@ class GpuWorker:
         finally:
             predicted.put(None)
 
-    def _predicted(self, ahead: _ReadAhead) -> Iterator[tuple[Row, Layers]]:
-        """Yield the rows in their order, with what the models make of their pixels."""
-        waiting: deque[tuple[Row, bool]] = deque()
+    def _predicted(
+        self, ahead: _ReadAhead
+    ) -> Iterator[_Predicted | Failure | HandedBack]:
+        """Yield what became of each region, in their order."""
+        waiting: deque[_Read] = deque()  # their results are to come, in their order
+        passing: deque[list[_Predicted | Failure | HandedBack]] = deque([[]])
 
         def regions() -> Iterator[Any]:
-            for row, pixels, waited in ahead:
-                waiting.append((row, pixels is not None))
-                if pixels is not None:
-                    self._waited.inc(waited)
-                    row["waited_s"] = waited
-                    yield self._device.source(row, pixels)
-
-        def passed_through() -> Iterator[tuple[Row, Layers]]:
-            while waiting and not waiting[0][1]:
-                yield waiting.popleft()[0], {}
+            for item in ahead:
+                if not isinstance(item, _Read):
+                    passing[-1].append(item)
+                elif item.arrays is None:
+                    passing[-1].append(_Predicted(item.task, item.seen, {}, None))
+                else:
+                    waiting.append(item)
+                    passing.append([])
+                    self._waited.inc(item.waited_s)
+                    yield self._device.source(item.task, item.seen, item.arrays)
 
         start = time.perf_counter()
         for result in self._loading.result().predict(regions()):
-            yield from passed_through()
-            row, _ = waiting.popleft()
-            row["predict_s"] = time.perf_counter() - start
+            yield from passing.popleft()
+            read = waiting.popleft()
+            timing = Timing(read.waited_s, time.perf_counter() - start)
             self._regions.inc()
-            self._pixels.inc(row["region"][2] * row["region"][3])
-            if not result.finite:
-                row = row | not_finite(row)
-            yield row, self._device.layers(result)
+            self._pixels.inc(read.task.region.height * read.task.region.width)
+            if result.finite:
+                layers = self._device.layers(result)
+                yield _Predicted(read.task, read.seen, layers, timing)
+            else:
+                yield not_finite(read.task)
             start = time.perf_counter()
-        yield from passed_through()
-
-    def _start_writing(self, row: Row, layers: Layers) -> Any:
-        if "error" in row or "left" in row:
-            return None
-        return self._io_workers.start("write", row, layers)
-
-    def _outcome(self, row: Row, write: Any) -> Row:
-        if write is not None:
-            try:
-                row = write.result()
-            except ray.exceptions.RayError as error:
-                why = f"{row['uri']}: the writer was lost twice: {why_lost(error)}"
-                row = row | {"error": why}
-        if "error" in row:
-            self._failures.inc()
-        return row
+        yield from passing.popleft()
 
 
-def _is_ready(write: Any) -> bool:
-    return write is None or write.is_ready()
+@dataclass(frozen=True)
+class _Read:
+    """A region that was read, and how many seconds its pixels were waited for."""
+
+    task: AnyRegion
+    seen: Any
+    arrays: Layers | None
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """A region whose arrays are to be written; no timing: there was nothing to do."""
+
+    task: AnyRegion
+    seen: Any
+    layers: Layers
+    timing: Timing | None
+
+
+class _Write:
+    """A region that is being written, or of which nothing is."""
+
+    def __init__(
+        self, io_workers: _IoWorkers, item: _Predicted | Failure | HandedBack
+    ) -> None:
+        self._item = item
+        if isinstance(item, _Predicted):
+            what = (item.task, item.seen, item.layers, item.timing)
+            self._started = io_workers.start("write", *what)
+
+    def is_ready(self) -> bool:
+        return not isinstance(self._item, _Predicted) or self._started.is_ready()
+
+    def result(self) -> Outcome | HandedBack:
+        if not isinstance(self._item, _Predicted):
+            return self._item
+        try:
+            outcome: Outcome = self._started.result()
+        except ray.exceptions.RayError as error:
+            uri = self._item.task.slide.uri
+            return Failure(f"{uri}: the writer was lost twice: {why_lost(error)}")
+        return outcome
 
 
 class _Notice:
@@ -239,7 +278,7 @@ class _IoWorkers:
     region.
     """
 
-    def __init__(self, stage: Stage, gpu: bool) -> None:
+    def __init__(self, stage: AnyStage, gpu: bool) -> None:
         self._stage = stage
         # On the GPU worker's own node, so that pixels go through shared memory.
         here = NodeAffinitySchedulingStrategy(
@@ -264,7 +303,7 @@ class _Started:
     """Work that was given to a worker."""
 
     def __init__(
-        self, stage: Stage, name: str, args: tuple[Any, ...], io_worker: Any
+        self, stage: AnyStage, name: str, args: tuple[Any, ...], io_worker: Any
     ) -> None:
         self._stage, self._name, self._args = stage, name, args
         self._returns = 2 if name == "read" else 1
@@ -303,7 +342,7 @@ class _Started:
             raise
 
 
-def _alone(stage: Stage, name: str, args: tuple[Any, ...]) -> Any:
+def _alone(stage: AnyStage, name: str, args: tuple[Any, ...]) -> Any:
     """Read or write in a process of its own."""
     return getattr(RegionIO(stage), name)(*args)
 
@@ -314,17 +353,17 @@ class _ReadAhead:
     def __init__(
         self,
         io_workers: _IoWorkers,
-        rows: list[Row],
-        read_bytes: Callable[[Row], int],
+        tasks: list[AnyRegion],
+        read_bytes: Callable[[AnyRegion], int],
         ahead_bytes: int,
-        lost: dict[str, str],
+        quarantined: dict[str, Failure],
         notice: _Notice,
     ) -> None:
-        self._io_workers, self._lost = io_workers, lost
+        self._io_workers, self._quarantined = io_workers, quarantined
         self._read_bytes = read_bytes
         self._notice = notice
-        self._todo = deque(rows)
-        self._under_way: deque[tuple[Row, Any]] = deque()
+        self._todo = deque(tasks)
+        self._under_way: deque[tuple[AnyRegion, _Started | None]] = deque()
         self._free = ahead_bytes
         self._fill()
 
@@ -332,33 +371,41 @@ class _ReadAhead:
         while self._todo and (self._free > 0 or not self._under_way):
             if self._notice:
                 return
-            row = self._todo.popleft()
-            self._free -= self._read_bytes(row)
+            task = self._todo.popleft()
+            self._free -= self._read_bytes(task)
             reading = None
-            if row["slide"] not in self._lost:
-                reading = self._io_workers.start("read", row)
-            self._under_way.append((row, reading))
+            if task.slide.slide not in self._quarantined:
+                reading = self._io_workers.start("read", task)
+            self._under_way.append((task, reading))
 
-    def __iter__(self) -> Iterator[tuple[Row, UInt8 | None, float]]:
-        """Yield each row with its pixels, and how many seconds they were waited for."""
+    def __iter__(self) -> Iterator[_Read | Failure | HandedBack]:
+        """Yield what came of reading each region."""
         while self._under_way:
-            row, reading = self._under_way.popleft()
+            task, reading = self._under_way.popleft()
             start = time.perf_counter()
-            pixels: UInt8 | None = None
-            self._free += self._read_bytes(row)
-            slide = row["slide"]
+            self._free += self._read_bytes(task)
+            item = self._read(task, reading, start)
+            self._fill()
+            yield item
+        for _ in self._todo:
+            yield HandedBack()
+
+    def _read(
+        self, task: AnyRegion, reading: _Started | None, start: float
+    ) -> _Read | Failure:
+        slide = task.slide
+        if reading is not None and slide.slide not in self._quarantined:
             try:
-                if reading is not None and slide not in self._lost:
-                    row, pixels = reading.result()
+                seen, arrays = reading.result()
             except ray.exceptions.RayError as error:
                 # No other region of it shall cost two processes.
-                self._lost[slide] = (
-                    f"{row['uri']}: quarantined: reading region "
-                    f"{row['region']} twice ended with: {why_lost(error)}"
+                self._quarantined[slide.slide] = Failure(
+                    f"{slide.uri}: quarantined: reading {task.where} twice ended "
+                    f"with: {why_lost(error)}",
+                    quarantined=True,
                 )
-            if slide in self._lost:
-                row = row | {"error": self._lost[slide], "lost": True}
-            self._fill()
-            yield row, pixels, time.perf_counter() - start
-        for row in self._todo:
-            yield row | {"left": True}, None, 0.0
+            else:
+                if isinstance(seen, Failure):
+                    return seen
+                return _Read(task, seen, arrays, time.perf_counter() - start)
+        return self._quarantined[slide.slide]

@@ -7,14 +7,17 @@ ends or hangs this one: whoever has strangers' files takes Ray.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from medray.execution.commit import Commit
-from medray.execution.progress import Progress
 from medray.execution.signals import stopping
 from medray.execution.stage import (
-    Stage,
+    AnyRegion,
+    AnyStage,
+    Outcome,
+    Timing,
     do_region,
     finish_slide,
     not_finite,
@@ -22,41 +25,19 @@ from medray.execution.stage import (
     read_region,
     write_region,
 )
+from medray.execution.tasks import Failure, FinishTask, Plan, SlideTask
 from medray.slides import fetch, fetch_if_copied
-from medray.types import Layers, Row
 
 
 def run_here(
-    stage: Stage,
-    todo: list[Row],
-    commit: Commit,
-    progress: Progress,
-    check: Callable[[], None],
+    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
 ) -> None:
     """Run a stage over slides; see `medray.execution.scheduler.run_on_ray`."""
-    predictor: Any = None
+    do = _Predicting(stage).do if stage.device else _doing(stage)
 
-    def do(region: Row) -> Row:
-        nonlocal predictor
-        if stage.device is None:
-            return do_region(stage, region)
-        row, pixels = read_region(stage, region)
-        layers: Layers = {}
-        if pixels is not None:
-            if predictor is None:
-                predictor = stage.device.load(os.cpu_count() or 1)
-            source = stage.device.source(row, pixels)
-            (result,) = predictor.predict(iter([source]))
-            if not result.finite:
-                row = row | not_finite(row)
-            layers = stage.device.layers(result)
-        return row if "error" in row else write_region(stage, row, layers)
-
-    def note(row: Row) -> None:
-        header = commit.take(row, progress)
-        if header is not None:
-            header = header | {"records": commit.records(header)}
-            commit.finished(header, finish_slide(stage, header), progress)
+    def finish(task: FinishTask[Any, Any] | None) -> None:
+        if task is not None:
+            commit.finished(task, finish_slide(stage, task))
 
     with stopping() as asked:
 
@@ -65,19 +46,50 @@ def run_here(
             if asked.signal:
                 raise commit.stopped(asked.signal)
 
-        for row in todo:
+        for task in todo:
             go_on()
-            _wait(fetch_if_copied(row["uri"], row.get("scene"), row.get("plane")))
-            header, regions = plan_slide(stage, row)
-            if not regions:
-                note(header)
-            for region in regions:
+            file = task.input.file
+            _wait(fetch_if_copied(file.uri, file.scene, file.plane))
+            plan = plan_slide(stage, task)
+            finish(commit.plan(task, plan))
+            for region in plan.todo if isinstance(plan, Plan) else ():
                 go_on()
-                if row["slide"] in commit.lost:
-                    note(header | region | {"error": commit.lost[row["slide"]]})
-                    continue
-                _wait(fetch(row["uri"]) if header.get("copied") else ())
-                note(do(header | region))
+                outcome: Outcome | None = commit.quarantined.get(file.slide)
+                if outcome is None:
+                    _wait(fetch(file.uri) if region.slide.copied else ())
+                    outcome = do(region)
+                finish(commit.region(region, outcome))
+
+
+def _doing(stage: AnyStage) -> Callable[[AnyRegion], Outcome]:
+    return lambda region: do_region(stage, region)
+
+
+class _Predicting:
+    """Does regions with a device; its models are loaded when a region has pixels."""
+
+    def __init__(self, stage: AnyStage) -> None:
+        assert stage.device is not None
+        self._stage, self._device = stage, stage.device
+        self._predictor: Any = None
+
+    def do(self, task: AnyRegion) -> Outcome:
+        read = read_region(self._stage, task)
+        if isinstance(read, Failure):
+            return read
+        seen, arrays = read
+        if arrays is None:
+            return write_region(self._stage, task, seen, {}, None)
+        if self._predictor is None:
+            self._predictor = self._device.load(os.cpu_count() or 1)
+        start = time.perf_counter()
+        source = self._device.source(task, seen, arrays)
+        (result,) = self._predictor.predict(iter([source]))
+        timing = Timing(0.0, time.perf_counter() - start)
+        if not result.finite:
+            return not_finite(task)
+        layers = self._device.layers(result)
+        return write_region(self._stage, task, seen, layers, timing)
 
 
 def _wait(steps: Iterable[Any]) -> None:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from medray.execution.stage import Stage, read_region, write_region
+from medray.execution.stage import (
+    AnyRegion,
+    AnyStage,
+    Outcome,
+    Timing,
+    read_region,
+    write_region,
+)
+from medray.execution.tasks import Failure
 from medray.slides import bound_memory
-from medray.types import Layers, Row
+from medray.types import Layers
 
 
 class RegionIO:
     """Both ways in a process that stays: its imports and its open slides remain."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         """Bound what a hostile file can make a decoder allocate."""
         bound_memory()
         self._stage = stage
 
-    def read(self, row: Row) -> tuple[Row, Any]:
-        """Read a region."""
-        return read_region(self._stage, row)
+    def read(self, task: AnyRegion) -> tuple[Any, Layers | None]:
+        """Return what was seen of a region and its arrays, or (Failure, None)."""
+        read = read_region(self._stage, task)
+        return (read, None) if isinstance(read, Failure) else read
 
-    def write(self, row: Row, layers: Layers) -> Row:
+    def write(
+        self, task: AnyRegion, seen: Any, layers: Layers, timing: Timing | None
+    ) -> Outcome:
         """Write a region's arrays."""
-        return write_region(self._stage, row, layers)
+        return write_region(self._stage, task, seen, layers, timing)

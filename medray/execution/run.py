@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from medray.execution.commit import Commit, Summary, changed_slides
 from medray.execution.progress import Progress
-from medray.execution.stage import Stage
+from medray.execution.stage import AnyStage
 from medray.slides import SlideFile, log_copies
 from medray.storage import Ledger
 from medray.types import Executor
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def run_stage(
-    stage: Stage,
+    stage: AnyStage,
     slides: Sequence[SlideFile],
     ledger: Ledger,
     *,
@@ -49,7 +49,7 @@ def run_stage(
     skipped = len(slides) - len(todo)
     if not todo:
         return Summary(stage.out, 0, skipped, {}, 0, 0.0)
-    log_copies(row["uri"] for row in todo)
+    log_copies(task.input.uri for task in todo)
     if executor == "ray":
         # Imported here: the other executor needs no Ray, which takes seconds to load.
         from medray.execution import cluster
@@ -58,11 +58,11 @@ def run_stage(
         cluster.connect()
     else:
         from medray.execution.local import run_here as run
-    names = {row["slide"] for row in todo}
+    names = {task.input.slide for task in todo}
     prepare([slide for slide in slides if slide.slide in names])
     start = time.perf_counter()
-    commit = Commit(ledger, stage.slide_row)
     with Progress(stage.name, len(todo)) as progress, ledger.kept():
-        run(stage, todo, commit, progress, check)
-        commit.close(progress)
-    return commit.summary(stage.out, skipped, time.perf_counter() - start)
+        commit = Commit(ledger, stage, progress)
+        run(stage, todo, commit, check)
+        commit.close()
+    return commit.summary(skipped, time.perf_counter() - start)

@@ -16,18 +16,24 @@ from medray.execution.actor_pool import Pool, poll
 from medray.execution.backlog import Backlog
 from medray.execution.commit import Commit
 from medray.execution.gpu_worker import start_gpu_workers
-from medray.execution.progress import Progress
 from medray.execution.signals import stopping
 from medray.execution.stage import (
-    HEADER,
-    Stage,
+    AnyPlan,
+    AnyRegion,
+    AnyStage,
+    Outcome,
     do_region,
     finish_slide,
-    outcome,
     plan_slide,
 )
+from medray.execution.tasks import (
+    Failure,
+    FinishTask,
+    NotPlanned,
+    Plan,
+    SlideTask,
+)
 from medray.slides import bound_memory, fetch, fetch_if_copied
-from medray.types import Row
 
 # Seconds after a signal in which regions under way may still be completed.
 _GRACE_S = 15.0
@@ -36,43 +42,48 @@ _GRACE_S = 15.0
 class SlideWorker:
     """Does what concerns a whole slide: plans it before, finishes it after."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         """Take what is done."""
         bound_memory()
         self._stage = stage
 
-    def work(self, rows: list[Row]) -> Iterator[list[Any]]:
-        """Plan rows of slides, as (header, regions); finish headers."""
-        for row in rows:
-            if "todo" not in row:
-                for _ in fetch_if_copied(
-                    row["uri"], row.get("scene"), row.get("plane")
-                ):
-                    yield []
-                yield [plan_slide(self._stage, row)]
-                continue
-            for _ in fetch(row["uri"]) if row.get("copied") else ():
-                yield []
-            yield [finish_slide(self._stage, row)]
+    def work(self, tasks: list[SlideTask | FinishTask[Any, Any]]) -> Iterator[Any]:
+        """Yield the plan of each slide to plan, and what finishing the others gave."""
+        for task in tasks:
+            yield from _whole_slide(self._stage, task)
 
 
 class RegionWorker:
     """Reads and writes regions of a stage that needs no device."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         """Take what is done."""
         bound_memory()
         self._stage = stage
 
-    def work(self, rows: list[Row]) -> Iterator[list[Row]]:
+    def work(self, tasks: list[AnyRegion]) -> Iterator[list[Outcome]]:
         """Do regions one after the other."""
-        for row in rows:
-            for _ in fetch(row["uri"]) if row.get("copied") else ():
+        for task in tasks:
+            for _ in fetch(task.slide.uri) if task.slide.copied else ():
                 yield []
-            yield [outcome(do_region(self._stage, row))]
+            yield [do_region(self._stage, task)]
 
 
-def _start_slide_workers(stage: Stage, slides: int) -> Pool:
+def _whole_slide(
+    stage: AnyStage, task: SlideTask | FinishTask[Any, Any]
+) -> Iterator[list[Any]]:
+    if isinstance(task, SlideTask):
+        file = task.input.file
+        for _ in fetch_if_copied(file.uri, file.scene, file.plane):
+            yield []
+        yield [plan_slide(stage, task)]
+    else:
+        for _ in fetch(task.slide.uri) if task.slide.copied else ():
+            yield []
+        yield [finish_slide(stage, task)]
+
+
+def _start_slide_workers(stage: AnyStage, slides: int) -> Pool:
     """Start the slide workers: one for every four cores, none without a slide.
 
     Where nodes come on request there may be no core yet: they may grow to one for each
@@ -83,16 +94,17 @@ def _start_slide_workers(stage: Stage, slides: int) -> Pool:
     )
     cpus = int(ray.cluster_resources().get("CPU", 1))
 
-    def allowed(row: Row) -> float:
+    def allowed(task: SlideTask | FinishTask[Any, Any]) -> float:
         # What is finished takes longer the more regions it has.
-        return stage.timeout * max(1, len(row.get("records", ())))
+        regions = len(task.records) if isinstance(task, FinishTask) else 1
+        return stage.timeout * max(1, regions)
 
     slide_workers = max(1, min(cpus // 4, slides))
     most = min(cluster.gpu_workers(), slides)
     return Pool(start, "work", slide_workers, most=most, timeout=allowed)
 
 
-def _start_region_workers(stage: Stage, slides: int) -> Pool:
+def _start_region_workers(stage: AnyStage, slides: int) -> Pool:
     """Start those who do regions: a GPU worker a device, or else a process a core."""
     if stage.device is not None:
         return start_gpu_workers(stage, slides)
@@ -104,19 +116,14 @@ def _start_region_workers(stage: Stage, slides: int) -> Pool:
 
 
 def run_on_ray(
-    stage: Stage,
-    todo: list[Row],
-    commit: Commit,
-    progress: Progress,
-    check: Callable[[], None],
+    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
 ) -> None:
     """Run a stage over slides on the Ray cluster that this process is connected to.
 
     Args:
         stage: What is done.
-        todo: A row for each slide.
-        commit: Is told of everything.
-        progress: Shows it.
+        todo: The slides.
+        commit: Notes what came of each task.
         check: Raises if it may not go on.
 
     Raises:
@@ -130,7 +137,7 @@ def run_on_ray(
         _start_slide_workers(stage, len(todo)) as slide_workers,
         _start_region_workers(stage, len(todo)) as region_workers,
     ):
-        schedule(todo, slide_workers, region_workers, commit, progress, batch, check)
+        schedule(todo, slide_workers, region_workers, commit, batch, check)
 
 
 class _Gauges:
@@ -157,23 +164,20 @@ class _Gauges:
 
 
 def schedule(
-    todo: list[Row],
+    todo: list[SlideTask],
     slide_workers: Pool,
     region_workers: Pool,
     commit: Commit,
-    progress: Progress,
     batch: int,
     check: Callable[[], None],
 ) -> None:
     """Keep all processes busy until every slide is done or has failed.
 
     Args:
-        todo: A row for each slide.
-        slide_workers: Turn a slide's row into (header, regions), and finish a slide of
-            which they are given the header with the `records` of its regions.
-        region_workers: Turn a region's row into a `record` or an `error`.
-        commit: Is told of everything.
-        progress: Shows it.
+        todo: The slides.
+        slide_workers: Plan and finish slides.
+        region_workers: Do regions.
+        commit: Notes what came of each task.
         batch: How many regions a worker is given at once.
         check: Raises if it may not go on.
 
@@ -183,33 +187,32 @@ def schedule(
     """
     share = max(1, min(batch, len(todo) // (2 * slide_workers.size)))
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))
-    planned: deque[Row] = deque()  # regions
+    planned: deque[AnyRegion] = deque()
     planning = 0
     backlog = Backlog(len(todo))
     gauges = _Gauges()
 
-    def note(row: Row) -> None:
-        header = commit.take(row, progress)
-        if header is not None:
-            slide_workers.give([header | {"records": commit.records(header)}])
+    def finish(task: FinishTask[Any, Any] | None) -> None:
+        if task is not None:
+            slide_workers.give([task])
 
     def take() -> None:
         nonlocal planning
-        for pool, row, result in poll(slide_workers, region_workers):
+        for pool, task, result in poll(slide_workers, region_workers):
             if pool is region_workers:
                 backlog.done += 1
-                note(row | _outcome_of(row, result))
-            elif "todo" in row:
-                commit.finished(row, result, progress)
+                finish(commit.region(task, _outcome_of(task, result)))
+            elif isinstance(task, FinishTask):
+                commit.finished(task, _failure_of(result) or result)
             else:
                 planning -= 1
-                header, regions = _plan_of(row, result)
+                plan = _plan_of(task, result)
+                found = plan.todo if isinstance(plan, Plan) else ()
                 backlog.slides -= 1
                 backlog.planned += 1
-                backlog.found += len(regions)
-                planned.extend(header | region for region in regions)
-                if not regions:
-                    note(header)
+                backlog.found += len(found)
+                planned.extend(found)
+                finish(commit.plan(task, plan))
         gauges.update(commit, backlog.waiting(len(planned)))
 
     with stopping() as asked:
@@ -235,27 +238,35 @@ def schedule(
             # Full batches; but a worker with nothing to do gets what there is.
             enough = batch if planning and region_workers.busy else 1
             while len(planned) >= enough and region_workers.room > 0:
-                rows = [planned.popleft() for _ in range(min(batch, len(planned)))]
-                for row in rows:  # no more processes for a slide that ends them
-                    if row["slide"] in commit.lost:
-                        note(row | {"error": commit.lost[row["slide"]]})
-                if good := [row for row in rows if row["slide"] not in commit.lost]:
+                tasks = [planned.popleft() for _ in range(min(batch, len(planned)))]
+                good = []
+                for task in tasks:  # no more processes for a slide that ends them
+                    if failure := commit.quarantined.get(task.slide.slide):
+                        finish(commit.region(task, failure))
+                    else:
+                        good.append(task)
+                if good:
                     region_workers.give(good)
             if slide_workers.awaited or region_workers.awaited:
                 take()
     gauges.update(commit, 0)
 
 
-def _outcome_of(row: Row, result: Any) -> Row:
-    if isinstance(result, Exception):
-        where = f"{row['uri']}: quarantined: region {row['region']}"
-        return {"error": f"{where}: {result}", "lost": True}
-    return dict(result)
+def _failure_of(result: Any) -> Failure | None:
+    return Failure(f"{result}") if isinstance(result, Exception) else None
 
 
-def _plan_of(row: Row, result: Any) -> tuple[Row, list[Row]]:
+def _outcome_of(task: AnyRegion, result: Any) -> Outcome:
     if isinstance(result, Exception):
-        why = f"{row['uri']}: quarantined: opening it: {result}"
-        return row | {"index": HEADER, "todo": 0, "error": why}, []
-    header, regions = result
-    return header, regions
+        why = f"{task.slide.uri}: quarantined: {task.where}: {result}"
+        return Failure(why, quarantined=True)
+    outcome: Outcome = result
+    return outcome
+
+
+def _plan_of(task: SlideTask, result: Any) -> AnyPlan:
+    if isinstance(result, Exception):
+        why = f"{task.input.uri}: quarantined: opening it: {result}"
+        return NotPlanned(Failure(why))
+    plan: AnyPlan = result
+    return plan

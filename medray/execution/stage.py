@@ -6,7 +6,7 @@ run. In the order of a slide's way:
 
     plan      an open slide -> its facts, and its regions (a few numbers each)
     create    makes the empty stores that regions are written into
-    read      a region -> its pixels
+    read      a region -> its arrays
     device    what a GPU worker makes of them; without one `write` gets what was read
     write     stores the region as whole shards -> its record for the ledger
     finish    once all regions are stored: what needs the whole slide
@@ -15,21 +15,41 @@ run. In the order of a slide's way:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from medray.errors import MedrayError, StoreError
-from medray.slides import Slide, SlideFile, StagedSlide, opened, slide_digest, too_large
+from medray.execution.tasks import (
+    Failure,
+    Finish,
+    FinishTask,
+    NotPlanned,
+    Plan,
+    PlannedRegion,
+    PlannedSlide,
+    RegionTask,
+    SlideInput,
+    SlideTask,
+    Stored,
+    Unchanged,
+)
+from medray.slides import Slide, StagedSlide, opened, slide_digest, too_large
 from medray.storage import files
-from medray.types import Layers, Row
+from medray.types import Columns, Layers
 
-OVERRIDES = ("given_mpp", "scene", "plane")
-"""What a slide's row tells of what the user said of it; see `SlideFile`."""
 
-HEADER = -1
-"""Index of the row that speaks for a slide, not for one of its regions."""
+@dataclass(frozen=True)
+class Timing:
+    """How long a device took for a region, in seconds.
+
+    Attributes:
+        waited_s: Until its pixels were there.
+        predict_s: Until what is made of them was there.
+    """
+
+    waited_s: float
+    predict_s: float
 
 
 @dataclass(frozen=True)
@@ -40,19 +60,19 @@ class Device:
         load: Gives, of a number of threads, what predicts: it has `warm_up()`, and
             `predict` gives a result with `finite` for each of a stream of sources, in
             their order.
-        source: Gives of a row and its pixels what is predicted, and may add to the row.
+        source: Gives of a task, what `read` saw and its arrays what is predicted.
         layers: Gives the arrays of a result that are written.
         read_bytes: How many bytes of pixels a region has.
     """
 
     load: Callable[[int], Any]
-    source: Callable[[Row, Any], Any]
+    source: Callable[[RegionTask[Any, Any], Any, Layers], Any]
     layers: Callable[[Any], Layers]
-    read_bytes: Callable[[Row], int]
+    read_bytes: Callable[[RegionTask[Any, Any]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage[Facts, Part, Seen, Record, Finished]:
     """What is done with slides, by functions of modules, which Ray can send.
 
     What they raise is the slide's failure, if it is a MedrayError or OSError. Of a
@@ -62,16 +82,19 @@ class Stage:
     Attributes:
         name: Of the command, for progress and logs.
         out: Folder of the stage.
-        plan: Gives facts and all regions of a slide, of its header and the open slide.
-            Each region has an `index`; the facts have `regions`, their number.
-        read: Gives a region's row and what was read; None where nothing is left to do.
-        write: Writes a region, of its row and the arrays: what `device` made, or what
-            was read. Gives its record.
-        finish: Gives what finishing adds to a slide's row, of its header with the
-            `records` of its regions.
-        slide_row: Sums up (header, region records) as columns of slides.parquet; may
-            raise SlideError.
-        create: Makes a slide's empty stores, of its header with its facts.
+        record: Class of the records: a dataclass with `files`, the digest of each file
+            of a region by its path below `out`.
+        plan: Gives a slide's facts and all its regions, of the slide as the driver
+            found it, its digest, and the open slide.
+        read: Gives what was seen of a region, and its arrays; None where nothing is
+            left to do.
+        write: Writes a region: of its task, what was seen, and the arrays that `device`
+            made or that were read (none where nothing was left to do); the timing is
+            None without a device. Gives its record.
+        finish: Finishes a slide whose regions are all stored.
+        slide_row: Sums up (slide, records, what finishing gave) as columns of
+            slides.parquet; may raise SlideError.
+        create: Makes a slide's empty stores.
         device: What is done on a device between reading and writing.
         timeout: Seconds that reading or writing a region may take, or planning a slide.
         batch: How many regions a worker without a device is given at once.
@@ -79,67 +102,65 @@ class Stage:
 
     name: str
     out: str
-    plan: Callable[[Row, Slide], tuple[Row, list[Row]]]
-    read: Callable[[Row], tuple[Row, Any]]
-    write: Callable[[Row, Layers], Row]
-    finish: Callable[[Row], Row]
-    slide_row: Callable[[Row, list[Row]], Row]
-    create: Callable[[Row], None] = lambda _: None
+    record: type[Record]
+    plan: Callable[
+        [SlideInput, str, Slide], tuple[Facts, Sequence[PlannedRegion[Part]]]
+    ]
+    read: Callable[[RegionTask[Facts, Part]], tuple[Seen, Layers | None]]
+    write: Callable[[RegionTask[Facts, Part], Seen, Layers, Timing | None], Record]
+    finish: Callable[[PlannedSlide[Facts], Mapping[int, Record]], Finished]
+    slide_row: Callable[[PlannedSlide[Facts], Sequence[Record], Finished], Columns]
+    create: Callable[[PlannedSlide[Facts]], None] = lambda _: None
     device: Device | None = None
     timeout: float = 300.0
     batch: int = 4
 
 
-def plan_slide(stage: Stage, row: Row) -> tuple[Row, list[Row]]:
-    """Plan a slide: its header, and the regions that are yet to be done.
+type AnyStage = Stage[Any, Any, Any, Any, Any]
+type AnyRegion = RegionTask[Any, Any]
+type AnyPlan = Plan[Any, Any] | Unchanged | NotPlanned
+type Outcome = Stored[Any, Any] | Failure
+"""What came of a region."""
 
-    Args:
-        stage: What is done.
-        row: Of the slide, from `medray.execution.commit.changed_slides`.
 
-    Returns:
-        The header has an `error` where the slide cannot be planned, and `unchanged`,
-        its finished row, where it is what it was though somebody touched it.
-    """
-    names = ("slide", "uri", "annotation", "fingerprint", *OVERRIDES)
-    header: Row = {name: row[name] for name in names} | {"index": HEADER, "todo": 0}
+def plan_slide(stage: AnyStage, task: SlideTask) -> AnyPlan:
+    """Plan a slide: its facts, and the regions that are yet to be done."""
+    slide, digest = task.input, ""
     try:
-        digest = slide_digest(row["uri"])
-        digest += SlideFile("", "", *(row[name] for name in OVERRIDES)).given
-        if row["annotation"]:
-            digest += f"+{slide_digest(row['annotation'])}"
-        header["digest"] = digest
-        before = json.loads(row["before"])
-        if before and before["digest"] == digest:
-            unchanged = before | {name: row[name] for name in names}
-            return header | {"unchanged": unchanged}, []
-        slide = opened(row)
-        facts, regions = stage.plan(header, slide)
-        if isinstance(slide, StagedSlide):  # who reads it has its copy made first
-            facts = facts | {"copied": True}
-            regions = [region | {"copied": True} for region in regions]
+        digest = slide_digest(slide.uri) + slide.file.given
+        if slide.annotation:
+            digest += f"+{slide_digest(slide.annotation)}"
+        if task.done == digest:
+            return Unchanged()
+        pixels = opened(slide.file, slide.fingerprint)
+        facts, regions = stage.plan(slide, digest, pixels)
+        # Who reads it has its copy made first.
+        copied = isinstance(pixels, StagedSlide)
         try:
-            stage.create(header | facts)
-            regions = _missing(row, digest, regions, stage.out)
+            planned = PlannedSlide(slide, digest, facts, len(regions), 0, copied)
+            stage.create(planned)
+            missing = _missing(task, digest, regions, stage.out)
         except StoreError as error:
-            return header | _failure(error, "run"), []
+            return NotPlanned(_failure(error, "out"), digest)
     except (MedrayError, OSError) as error:
-        return header | _failure(error, "slides"), []
+        return NotPlanned(_failure(error, "slides"), digest)
     except MemoryError as error:
-        return header | {"error": too_large(row, error)}, []
-    return header | facts | {"todo": len(regions)}, regions
+        return NotPlanned(Failure(too_large(slide.uri, error)), digest)
+    planned = PlannedSlide(slide, digest, facts, len(regions), len(missing), copied)
+    return Plan(planned, tuple(RegionTask(planned, region) for region in missing))
 
 
-def _missing(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
+def _missing(
+    task: SlideTask, digest: str, regions: Sequence[PlannedRegion[Any]], out: str
+) -> Sequence[PlannedRegion[Any]]:
     """Return the regions of a slide that are yet to be done.
 
     What is committed is believed only as far as its shards are there: somebody may
     have removed them, or the slide was another one in between.
     """
-    committed = row["committed"]
-    if committed["digest"] != digest:
+    if task.committed != digest:
         return regions
-    shards: dict[int, list[str]] = committed["shards"]
+    shards = task.shards
     folders = {_folder_of(path) for paths in shards.values() for path in paths}
     stored = {
         f"{folder}/{name}"
@@ -147,7 +168,7 @@ def _missing(row: Row, digest: str, regions: list[Row], out: str) -> list[Row]:
         for name in files.list_files(files.join(out, folder))
     }
     done = {index for index, paths in shards.items() if stored.issuperset(paths)}
-    return [region for region in regions if region["index"] not in done]
+    return [region for region in regions if region.index not in done]
 
 
 def _folder_of(path: str) -> str:
@@ -156,65 +177,57 @@ def _folder_of(path: str) -> str:
     return f"{store}.zarr" if inside else path.rpartition("/")[0]
 
 
-def read_region(stage: Stage, row: Row) -> tuple[Row, Any]:
-    """Read a region: its row, with an `error` if it cannot be, and what was read."""
+def read_region(
+    stage: AnyStage, task: AnyRegion
+) -> tuple[Any, Layers | None] | Failure:
+    """Return what was seen of a region, and its arrays; or why it cannot be read."""
     try:
-        return stage.read(row)
+        return stage.read(task)
     except (MedrayError, OSError) as error:
-        return row | _failure(error, "slides"), None
+        return _failure(error, "slides")
     except MemoryError as error:
-        return row | {"error": too_large(row, error)}, None
+        return Failure(too_large(task.slide.uri, error))
 
 
-def write_region(stage: Stage, row: Row, layers: Layers) -> Row:
-    """Write a region: its row, with a `record` or an `error`.
-
-    The only region of a slide finishes it at once.
-    """
+def write_region(
+    stage: AnyStage, task: AnyRegion, seen: Any, layers: Layers, timing: Timing | None
+) -> Outcome:
+    """Write a region; the only region of a slide finishes it at once."""
     try:
-        record = stage.write(row, layers)
-        if row["regions"] == 1:
-            record |= stage.finish(row | {"records": {row["index"]: record}})
+        record = stage.write(task, seen, layers, timing)
+        if task.slide.regions > 1:
+            return Stored(record)
+        return Stored(record, Finish(stage.finish(task.slide, {task.index: record})))
     except (MedrayError, OSError) as error:
-        return row | _failure(error, "run")
-    return row | {"record": record}
+        return _failure(error, "out")
 
 
-def do_region(stage: Stage, row: Row) -> Row:
+def do_region(stage: AnyStage, task: AnyRegion) -> Outcome:
     """Read and write a region of a stage that needs no device."""
-    row, found = read_region(stage, row)
-    if "error" in row:
-        return row
-    return write_region(stage, row, found or {})
+    read = read_region(stage, task)
+    if isinstance(read, Failure):
+        return read
+    seen, arrays = read
+    return write_region(stage, task, seen, arrays or {}, None)
 
 
-def finish_slide(stage: Stage, header: Row) -> Row:
-    """Finish a slide: what that adds to its row, or an `error`."""
+def finish_slide(stage: AnyStage, task: FinishTask[Any, Any]) -> Finish[Any] | Failure:
+    """Finish a slide whose regions are all stored."""
     try:
-        return stage.finish(header)
+        return Finish(stage.finish(task.slide, task.records))
     except Exception as error:  # whatever it is, it is this slide's alone
-        return _failure(error, "run")
+        return _failure(error, "out")
 
 
-def not_finite(row: Row) -> Row:
-    """Return the error of a region for which the model gives NaN or infinity."""
-    why = (
-        f"{row['uri']}: quarantined: the model gives NaN or infinity in region "
-        f"{row['region']}; try --precision float32, or look at what is special there"
+def not_finite(task: AnyRegion) -> Failure:
+    """Return the failure of a region for which the model gives NaN or infinity."""
+    return Failure(
+        f"{task.slide.uri}: quarantined: the model gives NaN or infinity in "
+        f"{task.where}; try --precision float32, or look at what is special there",
+        quarantined=True,
     )
-    return {"error": why, "lost": True}
 
 
-OUTCOME = ("record", "error", "storage", "lost")
-"""What of a region's row the driver needs to know."""
-
-
-def outcome(row: Row) -> Row:
-    """Return what came of a region."""
-    return {name: row[name] for name in OUTCOME if name in row}
-
-
-def _failure(error: Exception, storage: Literal["slides", "run"]) -> Row:
-    """Say what went wrong, and if storage did not answer, which: `slides` or `run`."""
-    said = {"storage": storage} if isinstance(error, StoreError) else {}
-    return {"error": f"{error}"} | said
+def _failure(error: Exception, store: Literal["slides", "out"]) -> Failure:
+    """Say what went wrong, and if storage did not answer, which."""
+    return Failure(f"{error}", store if isinstance(error, StoreError) else "")

@@ -12,6 +12,8 @@ from .outlines import as_geojson as as_geojson
 from .outlines import trace as trace
 from .plan import plan_slide as plan_slide
 from .postprocess import Cleaning as Cleaning
+from .regions import Blocks as Blocks
+from .regions import SlideFacts as SlideFacts
 from .regions import counted as counted
 from .regions import read_pixels as read_pixels
 from .run import LAYERS as LAYERS

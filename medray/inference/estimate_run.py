@@ -25,9 +25,17 @@ from medray.errors import ConfigError
 from medray.execution import cluster, map_rows, memory
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
-from medray.inference.plan import count_windows, plan_slide
+from medray.inference.plan import plan_slide
+from medray.inference.regions import Within, wanted_windows
 from medray.inference.run import Options, RunSettings
-from medray.slides import SlideFile, cache_bytes, copied_bytes, find_slides, open_slide
+from medray.slides import (
+    SlideFile,
+    cache_bytes,
+    copied_bytes,
+    find_slides,
+    fingerprint_of,
+    open_slide,
+)
 from medray.storage import files
 
 log = logging.getLogger(__name__)
@@ -174,14 +182,19 @@ def _plan(
     file: SlideFile, settings: RunSettings, areas: dict[str, str]
 ) -> dict[str, int]:
     """Return how many regions and windows a slide has, and the bytes of its mask."""
+    within = None
+    if area := areas.get(file.slide):
+        within = Within(area, file.uri, fingerprint_of(file.uri, area))
     with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
-        facts, rows = plan_slide(
-            slide, settings, areas.get(file.slide, ""), given_mpp=file.mpp
-        )
-    pixels = sum(row["region"][2] * row["region"][3] for row in rows)
+        facts, planned = plan_slide(slide, settings, within=within, given_mpp=file.mpp)
+    windows = [
+        wanted_windows(facts.working, one.region, one.part, settings).sum()
+        for one in planned
+    ]
+    pixels = sum(one.region.height * one.region.width for one in planned)
     return {
-        "regions": len(rows),
-        "windows": sum(count_windows(facts, row, settings) for row in rows),
+        "regions": len(planned),
+        "windows": int(sum(windows)),
         "bytes": pixels * kept_layers(settings) * 4 // 3,
     }
 

@@ -27,11 +27,31 @@ from dataclasses import replace
 from typing import Any
 
 from medray.errors import ConfigError
-from medray.execution import Device, Stage, Summary, run_stage
+from medray.execution import (
+    Device,
+    PlannedRegion,
+    SlideInput,
+    Stage,
+    Summary,
+    run_stage,
+)
 from medray.geometry import Rectangle, region_side, region_windows
-from medray.inference.plan import coarse_mask, plan_slide, wanted_windows
+from medray.inference.plan import coarse_mask, plan_slide
 from medray.inference.postprocess import Cleaning
-from medray.inference.regions import finish_slide, read_region, write_region
+from medray.inference.regions import (
+    Blocks,
+    FinishedMask,
+    InferRegion,
+    InferSlide,
+    RegionRecord,
+    SeenRegion,
+    SlideFacts,
+    Within,
+    finish_slide,
+    read_region,
+    wanted_windows,
+    write_region,
+)
 from medray.inference.run import (
     Options,
     RunSettings,
@@ -42,9 +62,9 @@ from medray.inference.run import (
 )
 from medray.inference.slide_rows import slide_row
 from medray.models import check_runtime, model_digest, read_config, weights_uri
-from medray.slides import Slide, SlideFile, find_slides, working_of
+from medray.slides import Slide, SlideFile, Working, find_slides
 from medray.storage import Ledger, files, locked, named_digest, ome_zarr
-from medray.types import Executor, Layers, Row, UInt8
+from medray.types import Executor, Layers, UInt8
 
 log = logging.getLogger(__name__)
 
@@ -160,23 +180,27 @@ def slides_within(
     return found, areas
 
 
-def stage_of(settings: RunSettings, out: str, name: str = "infer") -> Stage:
+type InferStage = Stage[SlideFacts, Blocks, SeenRegion, RegionRecord, FinishedMask]
+
+
+def stage_of(settings: RunSettings, out: str, name: str = "infer") -> InferStage:
     """Return what a run does with slides; `name` is shown in its progress."""
     return Stage(
         name=name,
         out=out,
+        record=RegionRecord,
         plan=functools.partial(_plan, settings=settings, out=out),
         create=functools.partial(_create, settings=settings, out=out),
         read=functools.partial(read_region, settings=settings),
         device=Device(
             load=functools.partial(_load, settings),
-            source=functools.partial(region_pixels, settings),
+            source=functools.partial(_source, settings),
             layers=_layers,
             read_bytes=functools.partial(_halo_bytes, settings),
         ),
         write=functools.partial(write_region, settings=settings, out=out),
-        finish=functools.partial(finish_slide, settings, out),
-        slide_row=slide_row,
+        finish=functools.partial(finish_slide, settings=settings, out=out),
+        slide_row=functools.partial(slide_row, classes=settings.classes),
         timeout=settings.options.timeout,
     )
 
@@ -269,22 +293,21 @@ def _first_pass(
 
 
 def _plan(
-    header: Row, slide: Slide, settings: RunSettings, out: str
-) -> tuple[Row, list[Row]]:
+    source: SlideInput, _: str, slide: Slide, settings: RunSettings, out: str
+) -> tuple[SlideFacts, list[PlannedRegion[Blocks]]]:
     """Return a slide's facts and its regions."""
-    coarse = ""
-    if settings.options.coarse > 1:
-        coarse = coarse_mask(out, header["slide"])
-    within, fingerprint = header["annotation"], header["fingerprint"]
-    given = header["given_mpp"]
-    facts, regions = plan_slide(slide, settings, within, coarse, fingerprint, given)
-    return facts | {"classes": settings.classes.names}, regions
+    within = None
+    if source.annotation:
+        within = Within(source.annotation, source.uri, source.fingerprint)
+    coarse = coarse_mask(out, source.slide) if settings.options.coarse > 1 else ""
+    return plan_slide(
+        slide, settings, within=within, coarse=coarse, given_mpp=source.file.mpp
+    )
 
 
-def _create(header: Row, settings: RunSettings, out: str) -> None:
+def _create(slide: InferSlide, settings: RunSettings, out: str) -> None:
     """Make a slide's mask, empty."""
-    place = header["slide"], header["digest"], working_of(header)
-    create_mask(*place, settings, out)
+    create_mask(slide.slide, slide.digest, slide.facts.working, settings, out)
 
 
 # --- predict --------------------------------------------------------------------------
@@ -297,15 +320,27 @@ def _load(settings: RunSettings, threads: int) -> Any:
     return Predictor.from_folders(settings.models, how, threads=threads)
 
 
-def region_pixels(settings: RunSettings, row: Row, pixels: UInt8) -> Any:
-    """Return a region as the model takes it (`RegionPixels`); its windows are noted."""
+def _source(
+    settings: RunSettings, task: InferRegion, seen: SeenRegion, arrays: Layers
+) -> Any:
+    working = task.slide.facts.working
+    return region_pixels(settings, working, task.region, seen, arrays["pixels"])
+
+
+def region_pixels(
+    settings: RunSettings,
+    working: Working,
+    region: Rectangle,
+    seen: SeenRegion,
+    pixels: UInt8,
+) -> Any:
+    """Return a region as the model takes it (`RegionPixels`)."""
     from medray.models import RegionPixels
 
-    size = (row["height"], row["width"])
-    windows, how = settings.windows, settings.options.prediction
-    plan = region_windows(Rectangle(*row["region"]), *size, windows, how.stitch)
-    wanted = wanted_windows(row, settings)
-    row["windows"] = int(wanted.sum())
+    size = (working.height, working.width)
+    stitch = settings.options.prediction.stitch
+    plan = region_windows(region, *size, settings.windows, stitch)
+    wanted = wanted_windows(working, region, seen.blocks, settings)
     return RegionPixels(pixels, plan, *size, wanted)
 
 
@@ -316,9 +351,9 @@ def _layers(result: Any) -> Layers:
     return {name: layer for name, layer in layers.items() if layer is not None}
 
 
-def _halo_bytes(settings: RunSettings, row: Row) -> int:
-    size = (row["height"], row["width"])
+def _halo_bytes(settings: RunSettings, task: InferRegion) -> int:
+    working = task.slide.facts.working
+    size = (working.height, working.width)
     stitch = settings.options.prediction.stitch
-    region = Rectangle(*row["region"])
-    halo = region_windows(region, *size, settings.windows, stitch).halo
+    halo = region_windows(task.region, *size, settings.windows, stitch).halo
     return 3 * halo.height * halo.width

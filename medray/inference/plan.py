@@ -5,25 +5,23 @@ From headers and a few coarse pixels; numbers only, no model and no Ray.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medray.geometry import Rectangle, plan_regions, region_windows, windows_over
-from medray.inference.regions import BLOCK, areas_within
+from medray.execution import PlannedRegion
+from medray.geometry import Rectangle, plan_regions
+from medray.inference.regions import BLOCK, SlideFacts, Within, areas_within
 from medray.inference.run import RunSettings, mask_uri
 from medray.slides import (
     Slide,
     Working,
     choose_level,
-    mpp_columns,
     settle_mpp,
     tissue_share,
 )
 from medray.storage import ome_zarr
-from medray.types import Row
 
 Blocks = npt.NDArray[np.bool_]
 
@@ -31,25 +29,23 @@ Blocks = npt.NDArray[np.bool_]
 def plan_slide(
     slide: Slide,
     settings: RunSettings,
-    within: str = "",
+    *,
+    within: Within | None = None,
     coarse: str = "",
-    fingerprint: str = "",
     given_mpp: float | None = None,
-) -> tuple[Row, list[Row]]:
+) -> tuple[SlideFacts, list[PlannedRegion[Blocks]]]:
     """Plan the regions of a slide.
 
     Args:
         slide: The slide.
         settings: Of the run.
-        within: Annotation inside whose areas to predict; "" for everywhere.
+        within: Areas inside which to predict; None: everywhere.
         coarse: Mask of the first pass; "" when there is none.
-        fingerprint: Of slide and annotation: sizes and times.
         given_mpp: Microns per pixel of level 0, over what the file says.
 
     Returns:
-        The slide's facts, and a row for each region with something to predict: its
-        `index`, its `region` (y, x, height, width) and the `blocks` (rows, columns) of
-        512 px in it that are predicted.
+        The slide's facts, and each region with something to predict, with the blocks
+        (rows, columns) of 512 px in it that are predicted.
 
     Raises:
         SlideError: The slide does not suit the model, or cannot be read.
@@ -67,40 +63,18 @@ def plan_slide(
         blocks &= tissue_share(slide, height, width, BLOCK) > 0
     level0 = slide.levels[0]
     if within:
-        areas = areas_within(
-            within, slide.uri, fingerprint, level0.height, level0.width
-        )
+        areas = areas_within(within, level0.height, level0.width)
         blocks &= _touched(areas, working, blocks.shape)
     if coarse:
         blocks &= _found(coarse, blocks.shape)
-    rows = [
-        {"index": i, "region": [r.y, r.x, r.height, r.width], "blocks": part.tolist()}
-        for i, r in enumerate(regions)
-        if (part := _part(r, blocks)).any()
+    planned = [
+        PlannedRegion(index, region, part)
+        for index, region in enumerate(regions)
+        if (part := _part(region, blocks)).any()
     ]
-    facts = asdict(working) | mpp_columns(settle_mpp(slide, given_mpp)[0])
-    facts |= {
-        "level0_height": level0.height,
-        "level0_width": level0.width,
-        "regions": len(rows),
-        "tissue_at_reading": at_reading,
-        "within": within,
-    }
-    return facts, rows
-
-
-def count_windows(facts: Row, row: Row, settings: RunSettings) -> int:
-    """Count the windows that a region needs."""
-    return int(wanted_windows(facts | row, settings).sum())
-
-
-def wanted_windows(row: Row, settings: RunSettings) -> Blocks:
-    """Return which windows of a region are predicted, (rows, columns)."""
-    size = (row["height"], row["width"])
-    stitch = settings.options.prediction.stitch
-    plan = region_windows(Rectangle(*row["region"]), *size, settings.windows, stitch)
-    blocks = np.asarray(row["blocks"], dtype=bool)
-    return windows_over(plan, *size, settings.windows, stitch, blocks, BLOCK)
+    mpp, _ = settle_mpp(slide, given_mpp)
+    size = (level0.height, level0.width)
+    return SlideFacts(working, mpp, *size, at_reading, within), planned
 
 
 def _part(region: Rectangle, blocks: Blocks) -> Blocks:

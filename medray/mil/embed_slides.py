@@ -14,14 +14,23 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from medray.datasets import with_overrides
 from medray.errors import ConfigError
-from medray.execution import Device, Stage, Summary, run_stage
+from medray.execution import (
+    Device,
+    PlannedRegion,
+    SlideInput,
+    Stage,
+    Summary,
+    run_stage,
+)
+from medray.inference import SlideFacts
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
+    Bool,
+    SeenTiles,
+    TilesRecord,
+    TilesTask,
     cut_tiles,
     finish_tiles,
     plan_tiles,
@@ -33,7 +42,7 @@ from medray.mil.tiles import (
 from medray.models import Precision
 from medray.slides import Slide, SlideFile, find_slides
 from medray.storage import Ledger, files, keep_settings, locked
-from medray.types import Executor, Layers, Row
+from medray.types import Executor, Layers
 
 # Side of a region in pixels, about.
 _REGION = 3584
@@ -127,11 +136,15 @@ def _embed(
     return summary
 
 
-def stage_of(settings: FeatureSettings, out: str) -> Stage:
+type EmbedStage = Stage[SlideFacts, Bool, SeenTiles, TilesRecord, None]
+
+
+def stage_of(settings: FeatureSettings, out: str) -> EmbedStage:
     """Return what embedding does with slides."""
     return Stage(
         name="embed",
         out=out,
+        record=TilesRecord,
         plan=functools.partial(_plan, settings=settings),
         read=functools.partial(read_tiles, settings=settings),
         device=Device(
@@ -141,7 +154,7 @@ def stage_of(settings: FeatureSettings, out: str) -> Stage:
             read_bytes=tile_bytes,
         ),
         write=functools.partial(write_tiles, settings=settings, out=out),
-        finish=functools.partial(finish_tiles, settings, out),
+        finish=functools.partial(finish_tiles, settings=settings, out=out),
         slide_row=sum_up,
         timeout=settings.timeout,
     )
@@ -166,10 +179,10 @@ def _check_memory(settings: FeatureSettings) -> None:
 
 
 def _plan(
-    header: Row, slide: Slide, settings: FeatureSettings
-) -> tuple[Row, list[Row]]:
+    source: SlideInput, _: str, slide: Slide, settings: FeatureSettings
+) -> tuple[SlideFacts, list[PlannedRegion[Bool]]]:
     """Return a slide's facts and its regions."""
-    return plan_tiles(slide, settings, header["given_mpp"])
+    return plan_tiles(slide, settings, source.file.mpp)
 
 
 def _load(settings: FeatureSettings, threads: int) -> Any:
@@ -184,10 +197,10 @@ def _load(settings: FeatureSettings, threads: int) -> Any:
     )
 
 
-def _source(row: Row, pixels: npt.NDArray[np.uint8]) -> Any:
+def _source(task: TilesTask, seen: SeenTiles, arrays: Layers) -> Any:
     from medray.mil.encoder import TilePixels
 
-    return TilePixels(cut_tiles(pixels, np.asarray(row["tiles"], dtype=bool)))
+    return TilePixels(cut_tiles(arrays["pixels"], seen.tiles))
 
 
 def _layers(result: Any) -> Layers:

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import ConfigError, FormatError
+from medray.execution import PlannedSlide
+from medray.inference import SlideFacts
 from medray.models import Precision
 from medray.storage import (
     files,
@@ -178,22 +180,25 @@ def read_slide(folder: str, slide: str) -> SlideFeatures:
     return SlideFeatures(arrays["features"], coords, attributes)
 
 
-def provenance(settings: FeatureSettings, row: dict[str, Any]) -> dict[str, Any]:
+def provenance(
+    settings: FeatureSettings, slide: PlannedSlide[SlideFacts]
+) -> dict[str, Any]:
     """Return the attributes of a slide's features."""
+    facts, working = slide.facts, slide.facts.working
     return {
         "kind": "features",
-        "slide": row["slide"],
-        "slide_digest": row["digest"],
+        "slide": slide.slide,
+        "slide_digest": slide.digest,
         "encoder_digest": settings.encoder.digest(),
         "encoder": dataclasses.asdict(settings.encoder),
         "precision": settings.precision,
         "tissue": settings.tissue,
         "versions": settings.versions,
         # Of the slide; what a tile spans at level 0, where coordinates are.
-        "level": row["level"],
-        "downsample": row["downsample"],
-        "mpp": row["mpp"],
-        "level0_height": row["level0_height"],
-        "level0_width": row["level0_width"],
-        "level0_tile": settings.encoder.tile * row["downsample"],
+        "level": working.level,
+        "downsample": working.downsample,
+        "mpp": working.mpp,
+        "level0_height": facts.level0_height,
+        "level0_width": facts.level0_width,
+        "level0_tile": settings.encoder.tile * working.downsample,
     }

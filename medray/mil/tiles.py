@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import safetensors.numpy
 from PIL import Image
 
 from medray.errors import FormatError, SlideError
-from medray.geometry import plan_regions
-from medray.inference import start_row
+from medray.execution import PlannedRegion, PlannedSlide, RegionTask, Timing
+from medray.geometry import Rectangle, plan_regions
+from medray.inference import SlideFacts, start_row
 from medray.mil.features import (
     FeatureSettings,
     features_uri,
@@ -34,25 +36,75 @@ from medray.slides import (
     Slide,
     check_unchanged,
     choose_level,
-    mpp_columns,
     opened,
     read_thumbnail,
     read_working,
     settle_mpp,
     tissue_share,
-    working_of,
 )
-from medray.storage import add_note, content_digest, files, write_arrays
-from medray.types import Row, UInt8
+from medray.storage import Digests, add_note, content_digest, files, write_arrays
+from medray.types import Columns, Layers, UInt8
 
 Bool = npt.NDArray[np.bool_]
 
 _THUMBNAIL = 1024  # pixels
 
 
+@dataclass(frozen=True)
+class SeenTiles:
+    """What was seen of a region when it was read.
+
+    Attributes:
+        tiles: (rows, columns) bool, which tiles are encoded.
+        unreadable: How many were left out, since something of them cannot be read.
+        why: What is wrong with the first; "": nothing.
+        read_at: When reading began, seconds since 1970.
+        read_s: How long it took.
+    """
+
+    tiles: Bool
+    unreadable: int
+    why: str
+    read_at: float
+    read_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesRecord:
+    """What the ledger keeps of a region; times in seconds.
+
+    Attributes:
+        read_at: When reading began, since 1970.
+        read_s: How long it took.
+        predict_s: How long encoding took; None: there was nothing to encode.
+        waited_s: How long the device waited for the pixels; None likewise.
+        unreadable: Tiles that cannot be read.
+        why: What is wrong with the first; "": nothing.
+        files: Digest of the file of features by its path below the folder.
+        tiles: Tiles that were encoded.
+        write_s: How long writing took.
+        written_at: When it ended.
+    """
+
+    read_at: float
+    read_s: float
+    predict_s: float | None = None
+    waited_s: float | None = None
+    unreadable: int = 0
+    why: str = ""
+    files: Digests
+    tiles: int
+    write_s: float
+    written_at: float
+
+
+TiledSlide = PlannedSlide[SlideFacts]
+TilesTask = RegionTask[SlideFacts, Bool]
+
+
 def plan_tiles(
     slide: Slide, settings: FeatureSettings, given_mpp: float | None = None
-) -> tuple[Row, list[Row]]:
+) -> tuple[SlideFacts, list[PlannedRegion[Bool]]]:
     """Plan the regions of a slide.
 
     Args:
@@ -61,9 +113,8 @@ def plan_tiles(
         given_mpp: Microns per pixel of level 0, over what the file says.
 
     Returns:
-        The slide's facts, and a row for each region with tissue: its `index`, its
-        `region` (y, x, height, width) in working pixels, and its `tiles` (rows,
-        columns), which of them hold tissue.
+        The slide's facts, and each region with tissue, in working pixels, with which
+        of its tiles (rows, columns) hold tissue.
 
     Raises:
         SlideError: The slide does not suit the encoder, or cannot be read.
@@ -83,59 +134,61 @@ def plan_tiles(
         # Only the hull of what is wanted is read.
         tiles = tiles[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
         first, size = (part.y + ys[0], part.x + xs[0]), tiles.shape
-        region = [int(n) * side for n in (*first, *size)]
-        found.append({"index": index, "region": region, "tiles": tiles.tolist()})
-    facts = asdict(working) | mpp_columns(settle_mpp(slide, given_mpp)[0])
-    facts |= {
-        "level0_height": slide.levels[0].height,
-        "level0_width": slide.levels[0].width,
-        "regions": len(found),
-    }
+        region = Rectangle(*(int(n) * side for n in (*first, *size)))
+        found.append(PlannedRegion(index, region, tiles))
     if not found:
         said = f"no tissue: none of {rows * columns} tiles holds enough of it"
-        add_note(facts, said)
-    return facts, found
+        said = f"{working.note}; {said}" if working.note else said
+        working = replace(working, note=said)
+    mpp, _ = settle_mpp(slide, given_mpp)
+    level0 = slide.levels[0]
+    return SlideFacts(working, mpp, level0.height, level0.width), found
 
 
-def tile_bytes(row: Row) -> int:
+def tile_bytes(task: TilesTask) -> int:
     """Return how many bytes of pixels a region has."""
-    return 3 * int(row["region"][2]) * int(row["region"][3])
+    return 3 * task.region.height * task.region.width
 
 
-def read_tiles(row: Row, settings: FeatureSettings) -> tuple[Row, UInt8 | None]:
+def read_tiles(
+    task: TilesTask, settings: FeatureSettings
+) -> tuple[SeenTiles, Layers | None]:
     """Read one region.
 
     Args:
-        row: The region, as the plan made it.
+        task: The region.
         settings: Of the folder.
 
     Returns:
-        The row with how it went, and (height, width, 3) uint8 pixels; None where no
-        tile is left. A tile of which something cannot be read is left out and counted
-        as `unreadable`.
+        What was seen of it, and `pixels`, (height, width, 3) uint8; None where no tile
+        is left. A tile of which something cannot be read is left out and counted as
+        `unreadable`.
 
     Raises:
         SlideError: Nothing of it can be read.
         StoreError: The slide's store does not answer.
     """
     start = time.time()
-    y, x, height, width = row["region"]
-    bottom, right = min(y + height, row["height"]), min(x + width, row["width"])
-    size = (bottom - y, right - x)
-    pixels, damaged, why = read_working(opened(row), working_of(row), y, x, *size)
-    tiles, side = np.array(row["tiles"], dtype=bool), settings.encoder.tile
+    region, working = task.region, task.slide.facts.working
+    bottom = min(region.bottom, working.height)
+    right = min(region.right, working.width)
+    size = (bottom - region.y, right - region.x)
+    slide = opened(task.slide.input.file, task.slide.input.fingerprint)
+    pixels, damaged, why = read_working(slide, working, region.y, region.x, *size)
+    tiles, side = task.part.copy(), settings.encoder.tile
     before = int(tiles.sum())
     for top, left, tall, wide in damaged:
         rows = slice(top // side, -(-(top + tall) // side))
         tiles[rows, left // side : -(-(left + wide) // side)] = False
-    left_out = before - int(tiles.sum())
-    row = row | {"tiles": tiles.tolist(), "unreadable": left_out, "why": why}
-    row |= {"read_at": start, "read_s": time.time() - start}
+    unreadable = before - int(tiles.sum())
     # Only a slide that is smaller than a tile is continued, by its mirror image.
-    pad = ((0, height - size[0]), (0, width - size[1]), (0, 0))
+    pad = ((0, region.height - size[0]), (0, region.width - size[1]), (0, 0))
+    seen = SeenTiles(tiles, unreadable, why, start, time.time() - start)
+    if not tiles.any():
+        return seen, None
     if np.any(pad):
         pixels = np.pad(pixels, pad, mode="symmetric")
-    return row, pixels if tiles.any() else None
+    return seen, {"pixels": pixels}
 
 
 def cut_tiles(pixels: UInt8, tiles: Bool) -> UInt8:
@@ -155,55 +208,65 @@ def cut_tiles(pixels: UInt8, tiles: Bool) -> UInt8:
 
 
 def write_tiles(
-    row: Row, layers: dict[str, npt.NDArray[Any]], settings: FeatureSettings, out: str
-) -> Row:
+    task: TilesTask,
+    seen: SeenTiles,
+    layers: Layers,
+    timing: Timing | None,
+    settings: FeatureSettings,
+    out: str,
+) -> TilesRecord:
     """Write what was made of one region.
 
     Args:
-        row: The region, as it was read.
+        task: The region.
+        seen: What was seen when it was read.
         layers: `features` (N, D); empty when no tile was left.
+        timing: Of the encoding.
         settings: Of the folder.
         out: The folder.
-
-    Returns:
-        Its record for the ledger.
     """
     start = time.time()
-    side = settings.encoder.tile
-    places = np.argwhere(np.asarray(row["tiles"], dtype=bool)) * side
-    level0 = np.rint((places + row["region"][:2]) * row["downsample"])
+    places = np.argwhere(seen.tiles) * settings.encoder.tile
+    first = (task.region.y, task.region.x)
+    level0 = np.rint((places + first) * task.slide.facts.working.downsample)
     nothing = np.zeros((0, settings.encoder.dimensions), settings.dtype)
     features = np.ascontiguousarray(layers.get("features", nothing))
     # Their order in memory must be that of their rows, or safetensors mixes them up.
     coords = np.ascontiguousarray(level0, np.int32)
     arrays = {"features": features, "coords": coords}
-    kept = ("read_at", "read_s", "predict_s", "waited_s", "unreadable", "why")
-    record: Row = {key: row[key] for key in kept if key in row}
     data = safetensors.numpy.save(arrays)
-    part = files.join(parts_uri(out, row["slide"]), f"{row['index']}.safetensors")
+    folder = parts_uri(out, task.slide.slide)
+    part = files.join(folder, f"{task.index}.safetensors")
     files.write_bytes(part, data)
-    record["files"] = {part[len(out) + 1 :]: content_digest(data)}
-    record["tiles"] = len(features)
-    return record | {"write_s": time.time() - start, "written_at": time.time()}
+    return TilesRecord(
+        read_at=seen.read_at,
+        read_s=seen.read_s,
+        predict_s=timing.predict_s if timing else None,
+        waited_s=timing.waited_s if timing else None,
+        unreadable=seen.unreadable,
+        why=seen.why,
+        files={part[len(out) + 1 :]: content_digest(data)},
+        tiles=len(features),
+        write_s=time.time() - start,
+        written_at=time.time(),
+    )
 
 
-def finish_tiles(settings: FeatureSettings, out: str, row: Row) -> Row:
+def finish_tiles(
+    slide: TiledSlide,
+    records: Mapping[int, TilesRecord],
+    settings: FeatureSettings,
+    out: str,
+) -> None:
     """Put the regions of a slide together, and write its small picture.
-
-    Args:
-        settings: Of the folder.
-        out: The folder.
-        row: The slide's facts; `records`: of its regions.
-
-    Returns:
-        Nothing to add to the slide's row.
 
     Raises:
         MedrayError: Something cannot be read or written, or the slide changed while it
             was read.
     """
-    check_unchanged(row)
-    paths = [path for record in row["records"].values() for path in record["files"]]
+    source = slide.input
+    check_unchanged(source.uri, source.annotation, source.fingerprint)
+    paths = [path for record in records.values() for path in record.files]
     parts = [_read_part(files.join(out, path)) for path in paths]
     features = np.zeros((0, settings.encoder.dimensions), settings.dtype)
     coords = np.zeros((0, 2), np.int32)
@@ -213,12 +276,12 @@ def finish_tiles(settings: FeatureSettings, out: str, row: Row) -> Row:
     # By their places: how the slide was cut into regions must not be seen.
     order = np.lexsort((coords[:, 1], coords[:, 0]))
     arrays = {"features": features[order], "coords": coords[order]}
-    thumbnail, _, _ = read_thumbnail(opened(row), _THUMBNAIL)
+    opened_slide = opened(source.file, source.fingerprint)
+    thumbnail, _, _ = read_thumbnail(opened_slide, _THUMBNAIL)
     picture = io.BytesIO()
     Image.fromarray(thumbnail).save(picture, "JPEG", quality=90)
-    files.write_bytes(thumbnail_uri(out, row["slide"]), picture.getvalue())
-    write_arrays(features_uri(out, row["slide"]), arrays, provenance(settings, row))
-    return {}
+    files.write_bytes(thumbnail_uri(out, slide.slide), picture.getvalue())
+    write_arrays(features_uri(out, slide.slide), arrays, provenance(settings, slide))
 
 
 def _read_part(uri: str) -> dict[str, npt.NDArray[Any]]:
@@ -233,18 +296,19 @@ def _read_part(uri: str) -> dict[str, npt.NDArray[Any]]:
     return part
 
 
-def sum_up(header: Row, regions: list[Row]) -> Row:
+def sum_up(slide: TiledSlide, records: Sequence[TilesRecord], _: None) -> Columns:
     """Sum up a finished slide for slides.parquet.
 
     Raises:
         SlideError: No tile of the slide could be read.
     """
-    row = start_row(header, regions)
-    row["tiles"] = sum(region["tiles"] for region in regions)
-    row["unreadable"] = sum(region.get("unreadable", 0) for region in regions)
-    if row["unreadable"]:
-        why = next(region["why"] for region in regions if region.get("unreadable"))
-        if not row["tiles"]:
+    row = start_row(slide.facts, slide.regions, records)
+    tiles = sum(record.tiles for record in records)
+    unreadable = sum(record.unreadable for record in records)
+    row |= {"tiles": tiles, "unreadable": unreadable}
+    if unreadable:
+        why = next(record.why for record in records if record.unreadable)
+        if not tiles:
             raise SlideError(why)
-        add_note(row, f"{row['unreadable']} tiles cannot be read: {why}")
+        add_note(row, f"{unreadable} tiles cannot be read: {why}")
     return row

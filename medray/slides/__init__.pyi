@@ -1,4 +1,5 @@
 from .base import SANE_MPP as SANE_MPP
+from .base import Mpp as Mpp
 from .base import Slide as Slide
 from .bounds import scanned_bounds as scanned_bounds
 from .cache import cache_bytes as cache_bytes

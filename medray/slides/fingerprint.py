@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from medray.errors import MedrayError, SlideError
 from medray.slides.members import slide_members
@@ -100,20 +99,22 @@ def fingerprint_of(uri: str, annotation: str = "") -> str:
         return ""
 
 
-def check_unchanged(row: dict[str, Any]) -> None:
+def check_unchanged(uri: str, annotation: str, fingerprint: str) -> None:
     """Check that a slide is still the file that was planned.
 
     Args:
-        row: Of the slide: `uri`, `annotation` and `fingerprint`, from `fingerprint_of`.
+        uri: Address of the slide.
+        annotation: Address of its annotation; "": it has none.
+        fingerprint: What `fingerprint_of` gave for both then.
 
     Raises:
         SlideError: It was replaced or written to.
     """
-    now = fingerprint_of(row["uri"], row["annotation"])
-    if row["fingerprint"] and now != row["fingerprint"]:
+    now = fingerprint_of(uri, annotation)
+    if fingerprint and now != fingerprint:
         raise SlideError(
-            f"{row['uri']}: it, or its annotation, changed while it was read (size and "
-            f"time were {row['fingerprint']}, are {now or 'not to be had'}); run "
+            f"{uri}: it, or its annotation, changed while it was read (size and "
+            f"time were {fingerprint}, are {now or 'not to be had'}); run "
             f"again when "
             f"it is complete"
         )

@@ -6,8 +6,6 @@ import re
 import resource
 from pathlib import Path
 
-from medray.types import Row
-
 # A field of PNG or JPEG, read whole, needs as much; a region far less.
 _MOST_BYTES = 4 << 30
 
@@ -26,10 +24,10 @@ def bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def too_large(row: Row, error: MemoryError) -> str:
+def too_large(uri: str, error: MemoryError) -> str:
     """Say that decoding a slide wants more memory than a process may have."""
     return (
-        f"{row['uri']}: quarantined: decoding it takes more than "
+        f"{uri}: quarantined: decoding it takes more than "
         f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "
         f"or should be saved as a tiled TIFF"
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from medray.errors import SlideError
 from medray.slides import dicom, dicom_header
 from medray.slides.base import NeedsOpenSlideError, Slide
+from medray.slides.discovery import SlideFile
 from medray.slides.image import open_image
 from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, slide_members
@@ -145,15 +146,17 @@ def open_row(row: Mapping[str, Any]) -> Slide:
     return open_slide(row["uri"], scene=row.get("scene"), plane=row.get("plane"))
 
 
-def opened(row: Mapping[str, Any]) -> Slide:
-    """Open a slide as its row says, or give it where it is among the last four.
+def opened(file: SlideFile, fingerprint: str) -> Slide:
+    """Return an open slide: one of the last four, or opened now.
 
-    Its `fingerprint` tells a replaced file apart.
+    Args:
+        file: The slide, with what the user says of it.
+        fingerprint: Its sizes and times, which distinguish a replaced file.
 
     Raises:
         SlideError: As `open_slide`.
     """
-    return _opened(row["uri"], row["fingerprint"], row.get("scene"), row.get("plane"))
+    return _opened(file.uri, fingerprint, file.scene, file.plane)
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from scipy import sparse
 from medray.errors import SlideError
 from medray.slides.base import Mpp, Slide
 from medray.slides.readable import read_readable
-from medray.types import UInt8
+from medray.types import Columns, UInt8
 
 # Training augments sizes by more than this, so no resampling is worth its blur.
 _TOLERANCE = 1.15
@@ -82,7 +82,7 @@ def settle_mpp(slide: Slide, given_mpp: float | None) -> tuple[Mpp | None, str]:
     return given, f"--mpp {given_mpp:g} overrules the file's {found}"
 
 
-def mpp_columns(mpp: Mpp | None) -> dict[str, Any]:
+def mpp_columns(mpp: Mpp | None) -> Columns:
     """Return the `MPP_COLUMNS` of a slide's row."""
     values = (mpp.x, mpp.y, mpp.source) if mpp else (None, None, "")
     return dict(zip(MPP_COLUMNS, values, strict=True))

@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -62,6 +63,7 @@ class Ledger:
                 if "stamp" in row:  # its name in the tables of medray 0.1
                     row["fingerprint"] = row.pop("stamp")
             self.slides = {row["slide"]: row for row in rows}
+        self._forgotten: dict[str, Row] = {}
         self._key_of: dict[str, str] = {}  # the key of each slide's records
         done = {
             slide: slide_key(slide, row["digest"])
@@ -118,8 +120,17 @@ class Ledger:
 
     def forget_slide(self, slide: str) -> None:
         """Stop counting a slide as done; durable with the next flush."""
-        del self.slides[slide]
+        self._forgotten[slide] = self.slides.pop(slide)
         self._table_dirty = True
+
+    def restore_slide(self, slide: str, changed: Mapping[str, Any]) -> None:
+        """Count a slide as done again that `forget_slide` dropped.
+
+        Args:
+            slide: Its id.
+            changed: Columns of its row that are different now.
+        """
+        self.commit_slide({**self._forgotten.pop(slide), **changed})
 
     def reopen(self, slide: str, digest: str, regions: dict[int, Row]) -> None:
         """Stop counting a slide as done, and all but some of its regions as committed.

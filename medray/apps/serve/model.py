@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +28,10 @@ from medray.errors import ConfigError, SlideError
 from medray.evaluation import scaled
 from medray.geometry import Rectangle
 from medray.inference import (
+    Blocks,
     Options,
     RunSettings,
+    SlideFacts,
     as_geojson,
     counted,
     load_classifier,
@@ -59,6 +61,21 @@ Kind = Literal["classify", "segment"]
 
 
 @dataclass(frozen=True)
+class PreparedRegion:
+    """A region of an image.
+
+    Attributes:
+        region: Where it is, working pixels.
+        blocks: (rows, columns) bool, which blocks of it are predicted.
+        source: What the model takes; None where there is no tissue.
+    """
+
+    region: Rectangle
+    blocks: Blocks
+    source: RegionPixels | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """An image, ready for the model.
 
@@ -69,8 +86,8 @@ class Prepared:
         mpp_from: Who says so: the `image` or the `request`; else it is `unknown`.
         note: What the user should know of how it was read ("" if nothing).
         pixels: (S, S, 3) uint8 of a classifier of whole images; else None.
-        facts: The working level, as the plan has it.
-        regions: Else each region's row, and its pixels; None where there is no tissue.
+        facts: Of any other model: what the plan found out, else None.
+        regions: And the regions of the plan.
     """
 
     height: int
@@ -79,8 +96,8 @@ class Prepared:
     mpp_from: str
     note: str
     pixels: UInt8 | None = None
-    facts: Row = field(default_factory=dict)
-    regions: Sequence[tuple[Row, RegionPixels | None]] = ()
+    facts: SlideFacts | None = None
+    regions: Sequence[PreparedRegion] = ()
 
 
 @dataclass(frozen=True)
@@ -184,21 +201,23 @@ class Served:
                     f"{path}: does not say how many microns a pixel has, and the model "
                     f"works at {self._config.mpp:g}; give ?mpp="
                 )
-            facts, rows = plan_slide(slide, settings, given_mpp=mpp)
-            check_pixels(facts["height"], facts["width"], self._max)
+            facts, planned = plan_slide(slide, settings, given_mpp=mpp)
+            working = facts.working
+            check_pixels(working.height, working.width, self._max)
             regions = []
-            for row in rows:
-                row, pixels = read_pixels(slide, facts | row, settings)
-                if "damaged" in row:
-                    raise SlideError(row["why"])
-                tissue = np.any(row["blocks"])
-                source = region_pixels(settings, row, pixels) if tissue else None
-                regions.append((row, source))
+            for one in planned:
+                seen, pixels = read_pixels(slide, facts, one.region, one.part, settings)
+                if seen.damaged:
+                    raise SlideError(seen.why)
+                source = None
+                if seen.blocks.any():
+                    source = region_pixels(settings, working, one.region, seen, pixels)
+                regions.append(PreparedRegion(one.region, seen.blocks, source))
         return Prepared(
             level.height,
             level.width,
             *_resolution(slide.mpp, mpp),
-            facts["note"].replace("--mpp ", "?mpp="),
+            working.note.replace("--mpp ", "?mpp="),
             facts=facts,
             regions=regions,
         )
@@ -227,10 +246,10 @@ class Served:
         if self._whole:
             pixels = [image.pixels for image in images if image.pixels is not None]
             return list(self._classify(np.stack(pixels), None))
-        sources = [s for image in images for _, s in image.regions if s is not None]
-        done = self._predictor.predict(sources)
+        regions = [one for image in images for one in image.regions]
+        done = self._predictor.predict([r.source for r in regions if r.source])
         return [
-            [None if source is None else next(done) for _, source in image.regions]
+            [next(done) if one.source else None for one in image.regions]
             for image in images
         ]
 
@@ -281,14 +300,15 @@ class Served:
     def _mask(
         self, image: Prepared, found: Sequence[RegionClasses | None], form: Format
     ) -> Answer:
-        facts, classes = image.facts, self._config.classes
-        labels = np.zeros((facts["height"], facts["width"]), np.uint8)
-        for (row, _), one in zip(image.regions, found, strict=True):
+        assert image.facts is not None
+        working, classes = image.facts.working, self._config.classes
+        labels = np.zeros((working.height, working.width), np.uint8)
+        for part, one in zip(image.regions, found, strict=True):
             if one is None:
                 continue
             _check_finite(one.finite)
-            region = Rectangle(*row["region"])
-            labels[region.slices()] = one.labels * counted(row, region)
+            inside = counted(image.facts, part.region, part.blocks)
+            labels[part.region.slices()] = one.labels * inside
         headers = {
             "medray-model": self._settings.model_digest,
             "medray-mpp": "unknown" if image.mpp is None else f"{image.mpp:.6g}",
@@ -296,7 +316,7 @@ class Served:
             "medray-note": image.note.encode("ascii", "replace").decode(),
         }
         if form == "geojson":
-            areas = trace(labels, classes, downsample=facts["downsample"])
+            areas = trace(labels, classes, downsample=working.downsample)
             body, media_type = as_geojson(areas, classes), "application/geo+json"
         else:
             body, media_type = as_png(labels, image.height, image.width), "image/png"

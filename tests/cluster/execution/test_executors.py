@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from serial import Row
 from stages import empty_stage
 
 import medray
@@ -30,7 +29,7 @@ from medray.mil.embed_slides import embed
 from medray.models.config import Prediction
 from medray.slides.discovery import find_slides
 from medray.storage.ledger import Ledger
-from medray.types import Executor
+from medray.types import Executor, Row
 
 EXECUTORS: tuple[Executor, ...] = ("local", "ray")
 TIMES = ("_at", "_s", "seconds")

@@ -26,7 +26,7 @@ from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
 from medray.execution.commit import Summary
-from medray.execution.stage import Stage
+from medray.execution.stage import AnyStage
 from medray.mil.embed_slides import embed
 from medray.mil.encoder import settle_encoder
 from medray.mil.features import FeatureSettings, read_slide
@@ -98,7 +98,7 @@ def in_one_process(
     )
     made, written = embedding.stage_of, itertools.count()
 
-    def stage(*args: Any) -> Stage:
+    def stage(*args: Any) -> AnyStage:
         whole = made(*args)
         write = functools.partial(dying_write, whole.write, written, crash_after)
         return replace(whole, write=write)

@@ -9,12 +9,12 @@ import numpy as np
 import pydicom
 import pytest
 from dicoms import Scan, half, picture, write_ct, write_series
+from stages import commit_done
 
 from medray.annotations.matching import match_annotations
 from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import ConfigError, SlideError
 from medray.execution.commit import changed_slides
-from medray.execution.stage import OVERRIDES
 from medray.slides import dicom_header
 from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
@@ -143,12 +143,10 @@ def test_a_series_is_not_done_twice_under_two_addresses(tmp_path: Path) -> None:
     ledger = Ledger(f"{tmp_path}/out")
 
     def run() -> list[str]:
-        rows = changed_slides(find_slides([f"{tmp_path}/slides"]), ledger)
-        for row in rows:
-            names = ("slide", "uri", "annotation", "fingerprint", *OVERRIDES)
-            done = {"status": "done", "message": "", "digest": slide_digest(row["uri"])}
-            ledger.commit_slide({name: row[name] for name in names} | done)
-        return [row["slide"] for row in rows]
+        tasks = changed_slides(find_slides([f"{tmp_path}/slides"]), ledger)
+        for task in tasks:
+            commit_done(ledger, task.input)
+        return [task.input.slide for task in tasks]
 
     assert run() == ["case1"]
     added = write_series(folder, picture(*SIZE, 1), Scan(seed="b"))

@@ -16,6 +16,7 @@ from medray.apps.nightly.inbox import Watch, plan_night
 from medray.errors import SlideError
 from medray.execution.commit import changed_slides
 from medray.execution.stage import plan_slide
+from medray.execution.tasks import NotPlanned
 from medray.slides.discovery import find_slides
 from medray.slides.fingerprint import slide_digest, slide_fingerprint
 from medray.slides.members import slide_members
@@ -80,9 +81,10 @@ def test_each_of_its_files_that_is_missing_is_named(slide: Path) -> None:
             assert str(slide) in str(raised.value)
         if path != slide:
             ledger = Ledger(f"{slide.parent.parent}/out")
-            (row,) = changed_slides(find_slides([f"{slide}"]), ledger)
-            header, regions = plan_slide(empty_stage("out", []), row)
-            assert (path.name in header["error"], regions) == (True, [])
+            (task,) = changed_slides(find_slides([f"{slide}"]), ledger)
+            plan = plan_slide(empty_stage("out", []), task)
+            assert isinstance(plan, NotPlanned)
+            assert path.name in plan.failure.why
         path.with_name("away").rename(path)
     assert slide_digest(f"{slide}")
 

@@ -26,9 +26,19 @@ from medray.execution import scheduler
 from medray.execution.commit import changed_slides
 from medray.execution.gpu_worker import GpuWorker
 from medray.execution.stage import plan_slide
+from medray.execution.tasks import (
+    FinishTask,
+    Plan,
+    PlannedRegion,
+    PlannedSlide,
+    RegionTask,
+    SlideInput,
+    SlideTask,
+)
+from medray.geometry import Rectangle
 from medray.slides import cache
 from medray.slides.bounds import scanned_bounds
-from medray.slides.discovery import find_slides
+from medray.slides.discovery import SlideFile, find_slides
 from medray.slides.fingerprint import slide_digest
 from medray.slides.members import slide_members
 from medray.slides.opening import open_slide
@@ -362,7 +372,9 @@ def test_who_has_a_limit_has_the_copy_made_before(
 ) -> None:
     address, _ = bucket
     (uri,) = prepare(address, tmp_path / "slides", 1)
-    row = {"slide": "m0", "uri": uri, "copied": True}
+    source = SlideInput(SlideFile("m0", uri))
+    slide = PlannedSlide(source, "d", None, 1, 1, copied=True)
+    task = RegionTask(slide, PlannedRegion(0, Rectangle(0, 0, 1, 1), None))
     monkeypatch.setattr(scheduler, "bound_memory", lambda: None)
 
     def made(*_: Any) -> str:
@@ -371,21 +383,20 @@ def test_who_has_a_limit_has_the_copy_made_before(
 
     for name in ("plan_slide", "finish_slide", "do_region"):
         monkeypatch.setattr(scheduler, name, made)
-    monkeypatch.setattr(scheduler, "outcome", lambda row: row)
     stage: Any = None
     gpu_worker: Any = SimpleNamespace(_loading=Future(), _group=1)
     gpu_worker._loading.set_result(None)
-    gpu_worker._work = lambda rows: iter([{"record": made()} for _ in rows])
+    gpu_worker._work = lambda tasks: iter([made() for _ in tasks])
     worker, other = scheduler.SlideWorker(stage), scheduler.RegionWorker(stage)
-    for work, rows, last in (
-        (worker.work, [{"slide": "m0", "uri": uri}], ["there"]),
-        (worker.work, [row | {"todo": 1}], ["there"]),
-        (other.work, [row], ["there"]),
-        (functools.partial(GpuWorker.work, gpu_worker), [row], [{"record": "there"}]),
+    for work, given in (
+        (worker.work, SlideTask(source)),
+        (worker.work, FinishTask(slide, {})),
+        (other.work, task),
+        (functools.partial(GpuWorker.work, gpu_worker), task),
     ):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        *before, result = work(rows)
-        assert result == last
+        *before, result = work([given])
+        assert result == ["there"]
         assert len(before) >= 6
         assert not any(before)
 
@@ -395,12 +406,13 @@ def test_the_row_of_a_copied_slide_says_so(
 ) -> None:
     address, _ = bucket
     prepare(address, tmp_path / "slides", 1)
-    for items, said in (([address], True), ([f"{tmp_path}/slides"], None)):
+    for items, said in (([address], True), ([f"{tmp_path}/slides"], False)):
         ledger = Ledger(out := f"{tmp_path}/out{said}")
-        (row,) = changed_slides(find_slides(items), ledger)
-        header, regions = plan_slide(empty_stage(out, [{"index": 0}]), row)
-        assert header.get("copied") is said
-        assert [region.get("copied") for region in regions] == [said]
+        (task,) = changed_slides(find_slides(items), ledger)
+        region = PlannedRegion(0, Rectangle(0, 0, 1, 1), None)
+        plan = plan_slide(empty_stage(out, [region]), task)
+        assert isinstance(plan, Plan)
+        assert [one.slide.copied for one in plan.todo] == [said]
         ledger.close()
 
 

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from stages import commit_done
 
 from medray.annotations.matching import match_annotations, match_names, slide_names
 from medray.classes import Classes
@@ -12,7 +13,6 @@ from medray.errors import ConfigError
 from medray.evaluation.truth_files import find_ground_truth
 from medray.execution.commit import changed_slides
 from medray.slides.discovery import SlideFile, find_slides
-from medray.slides.fingerprint import slide_digest
 from medray.storage.ledger import Ledger
 
 
@@ -149,11 +149,8 @@ def test_a_slide_does_not_take_the_place_of_another(tmp_path: Path) -> None:
         return find_slides([str(tmp_path / site)])
 
     ledger = Ledger(str(tmp_path / "out"))
-    (row,) = changed_slides(found("south"), ledger)
-    digest = slide_digest(row["uri"])
-    done = {"status": "done", "message": "", "digest": digest}
-    names = ("slide", "uri", "annotation", "fingerprint")
-    ledger.commit_slide({name: row[name] for name in names} | done)
+    (task,) = changed_slides(found("south"), ledger)
+    commit_done(ledger, task.input)
     assert changed_slides(found("south"), ledger) == []
     with pytest.raises(ConfigError, match=r"north/n\.tif: .*south/n\.tif, another"):
         changed_slides(found("north"), ledger)
@@ -161,8 +158,8 @@ def test_a_slide_does_not_take_the_place_of_another(tmp_path: Path) -> None:
     assert changed_slides(found("south"), ledger) == []
     # A copy, and what was moved, is the same slide.
     (tmp_path / "north" / "n.tif").write_text("south")
-    (row,) = changed_slides(found("north"), ledger)
-    assert row["uri"].endswith("north/n.tif")
+    (task,) = changed_slides(found("north"), ledger)
+    assert task.input.uri.endswith("north/n.tif")
     ledger.close()
 
 
@@ -175,13 +172,10 @@ def test_a_slide_is_not_done_twice_under_two_ids(tmp_path: Path) -> None:
 
     def run(*items: str) -> list[str]:
         """Do what is to do; give the ids."""
-        rows = changed_slides(find_slides(items), ledger)
-        for row in rows:
-            names = ("slide", "uri", "annotation", "fingerprint", "given_mpp", "scene")
-            done = {"status": "done", "message": "", "plane": row["plane"]}
-            done["digest"] = slide_digest(row["uri"])
-            ledger.commit_slide({name: row[name] for name in names} | done)
-        return [row["slide"] for row in rows]
+        tasks = changed_slides(find_slides(items), ledger)
+        for task in tasks:
+            commit_done(ledger, task.input)
+        return [task.input.slide for task in tasks]
 
     assert run(south) == ["n"]
     for items in ([south, north], [str(tmp_path)]):
