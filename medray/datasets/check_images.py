@@ -14,8 +14,6 @@ from medray.types import Row
 
 log = logging.getLogger(__name__)
 
-_BATCH = 64  # images that a process looks at in one call
-
 
 def check_images(
     images: list[Row], side: int, map_them: Callable[..., Iterator[tuple[Row, Any]]]
@@ -31,7 +29,7 @@ def check_images(
         map_them: As `medray.execution.rows.map_rows`.
     """
     check = functools.partial(_check_image, side=side)
-    for row, result in map_them(check, images, batch=_BATCH):
+    for row, result in map_them(check, images):
         if isinstance(result, Exception):
             result = _failed(f"{row['uri']}: quarantined: opening it: {result}")
         row |= result

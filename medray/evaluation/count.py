@@ -85,7 +85,7 @@ def count_slides(
     best: dict[str, dict[str, list[FieldOfView]]] = {}
     with Progress("evaluate", len(done)) as progress:
         count = functools.partial(_count_region, run=run, settings=settings)
-        for (row, region), result in map_rows(count, parts, executor=executor, batch=4):
+        for (row, region), result in map_rows(count, parts, executor=executor):
             slide = row["slide"]
             if isinstance(result, Exception):  # its processes died
                 pixels = region.height * region.width

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import ray
 
-from medray.errors import ConfigError
+from medray.errors import ConfigError, MedrayError
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +70,30 @@ def _verbose() -> bool:
     return logging.getLogger("medray").isEnabledFor(logging.DEBUG)
 
 
+class End(threading.Event):
+    """Is set to end a chain of Ray Data at once.
+
+    Ray Data copies its settings, and sends them to its processes; this stays here.
+    """
+
+    def __deepcopy__(self, _: object) -> End:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return End, ()
+
+
 @contextmanager
-def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
+def streaming(
+    block_bytes: int, *, in_order: bool = False, end: End | None = None
+) -> Iterator[None]:
     """Run Ray Data chains so that each block holds one region's pixels.
 
     Args:
         block_bytes: Bytes of one row with pixels. A larger block would hold regions
             back until it is full, and keep them all in memory.
         in_order: Give rows in the order of the source.
+        end: Ends them, with a MedrayError, once it is set.
     """
     # Imported here: with it come pandas and more, which processes that read slides, and
     # start for each run, can do without (2 of their 4 s).
@@ -88,7 +106,8 @@ def streaming(block_bytes: int, *, in_order: bool = False) -> Iterator[None]:
     context.enable_rich_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
-    context.custom_execution_callback_classes.append(_Rest)  # of a deep copy
+    callback = _Rest if end is None else functools.partial(_Ending, end)
+    context.custom_execution_callback_classes.append(callback)  # of a deep copy
     # A hospital's scanner share may stall for long; the run's own limits decide.
     context.execution_no_progress_timeout_s = -1
     data_logger = logging.getLogger("ray.data")
@@ -117,6 +136,27 @@ class _Rest:
         """Make up what a step lacks of its least time."""
         time.sleep(max(0.0, self._last + _STEP_S - time.monotonic()))
         self._last = time.monotonic()
+
+    def before_execution_starts(self, _: object) -> None:
+        """Do nothing."""
+
+    def after_execution_succeeds(self, _: object) -> None:
+        """Do nothing."""
+
+    def after_execution_fails(self, _: object, error: Exception) -> None:
+        """Do nothing."""
+
+
+class _Ending:
+    """Ends an execution of Ray Data from outside."""
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+
+    def on_execution_step(self, _: object) -> None:
+        """Fail the execution, which ends its processes, if it is to end."""
+        if self._end.is_set():
+            raise MedrayError("the work was ended before it was done")
 
     def before_execution_starts(self, _: object) -> None:
         """Do nothing."""
@@ -207,6 +247,21 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     return there
 
 
+def places(resources: Mapping[str, float]) -> int:
+    """Return how many processes of such resources the nodes have room for, if empty.
+
+    Args:
+        resources: `CPU` and `GPU` that one takes; 0: none.
+    """
+    leaving = leaving_nodes()
+    there = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    asked = {name: amount for name, amount in resources.items() if amount}
+    return sum(
+        min(int(node["Resources"].get(n, 0) / amount) for n, amount in asked.items())
+        for node in there
+    )
+
+
 def leaving_nodes() -> set[str]:
     """Return the ids of nodes that are told to go soon, by `ray drain-node`.
 
@@ -240,3 +295,8 @@ def node_of(actor: Any) -> str:
     """Return the id of the node on which an actor runs."""
     told = ray._private.state.actors(actor._actor_id.hex())
     return str(told.get("Address", {}).get("NodeID", ""))
+
+
+def is_alive(actor: str) -> bool:
+    """Tell whether the actor of an id has a process, as far as Ray knows."""
+    return bool(ray._private.state.actors(actor).get("State") == "ALIVE")

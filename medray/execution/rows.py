@@ -5,14 +5,11 @@ For what is done with things that are no slides of a stage: images, sheets, copi
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from medray.errors import MedrayError, SlideError
-from medray.slides import bound_memory
 from medray.types import Executor
 
 
@@ -24,7 +21,6 @@ def map_rows[R](
     device: bool = False,
     bounded: bool = False,
     timeout: float = 24 * 3600.0,
-    batch: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[R, Any]]:
     """Yield each row with what a function returns for it, in any order.
@@ -42,7 +38,6 @@ def map_rows[R](
             there is one a core.
         bounded: A process may allocate 4 GiB and no more, for files of strangers.
         timeout: Seconds that one row may take.
-        batch: How many rows a process is given at once.
         check: Is called again and again; raises if it may not go on.
 
     Raises:
@@ -53,58 +48,52 @@ def map_rows[R](
             check()
             yield row, _call(function, row)
         return
-    import ray
-
-    from medray.execution import cluster
-    from medray.execution.actor_pool import Pool, poll
-    from medray.execution.gpu_worker import gpu_worker_resources
-
-    todo = deque(itertools.batched(rows, batch))
+    todo = deque(rows)
     if not todo:
         return
+    # Imported here: the other executor needs no Ray, which takes seconds to load.
+    from medray.execution import cluster
+    from medray.execution.gpu_worker import gpu_worker_resources
+    from medray.execution.stream import Stream
+
     cluster.connect()
-    resources = gpu_worker_resources() if device else {"num_cpus": 0.75}
-    most = cluster.gpu_workers() if device else _cpus()
-    start = functools.partial(
-        ray.remote(_RowWorker).options(**resources).remote, function, bounded
-    )
-    workers = max(1, min(most, len(todo)))
-    with Pool(start, "work", workers, timeout=lambda _: timeout) as pool:
-        while todo or pool.busy:
+    resources = gpu_worker_resources() if device else {"num_cpus": 1.0}
+    with Stream(
+        function,
+        num_cpus=resources["num_cpus"],
+        num_gpus=resources.get("num_gpus", 0),
+        timeout=lambda _: timeout,
+        bounded=bounded,
+    ) as stream:
+        while todo or stream.busy:
             check()
-            while todo and pool.room > 0:
-                pool.give([*todo.popleft()])
-            for _, row, result in poll(pool):
-                # Boxed, for the pool takes None to hand a row back.
-                yield row, result if isinstance(result, Exception) else result[0]
+            if todo and (room := stream.room) > 0:
+                stream.give([todo.popleft() for _ in range(min(room, len(todo)))])
+            yield from stream.take()
 
 
-def _cpus() -> int:
-    import ray
+def steps_of(function: Callable[[Any], Any], row: Any) -> Generator[Any, None, Any]:
+    """Return a row's result, or the error that stands for it, as a generator does.
 
-    return int(ray.cluster_resources().get("CPU", 1))
-
-
-class _RowWorker:
-    """Calls the function in a process that stays."""
-
-    def __init__(self, function: Callable[[Any], Any], bounded: bool) -> None:
-        if bounded:
-            bound_memory()
-        self._function = function
-
-    def work(self, rows: list[Any]) -> Iterator[list[Any]]:
-        """Yield the result of each row, in a tuple."""
-        for row in rows:
-            yield [(_call(self._function, row),)]
-
-
-def _call(function: Callable[[Any], Any], row: Any) -> Any:
+    It yields as often as the function's own generator does, if it returns one.
+    """
     try:
-        return function(row)
+        result = function(row)
+        if isinstance(result, Generator):
+            result = yield from result
+        return result
     except (MedrayError, OSError) as error:
         return error
     except MemoryError as error:
         return SlideError(
             f"takes more memory than there is ({error or 'no more said'})"
         )
+
+
+def _call(function: Callable[[Any], Any], row: Any) -> Any:
+    steps = steps_of(function, row)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

@@ -9,34 +9,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter, Gauge
 
 from medray.execution import cluster
 from medray.execution.actor_pool import Pool, poll
 from medray.execution.backlog import Backlog
 from medray.execution.commit import Commit
+from medray.execution.gauges import Gauges
 from medray.execution.gpu_worker import start_gpu_workers
-from medray.execution.signals import stopping
+from medray.execution.lost import finish_of, outcome_of, plan_of
+from medray.execution.ray_data import run_on_ray_data
+from medray.execution.signals import GRACE_S, stopping
 from medray.execution.stage import (
-    AnyPlan,
     AnyRegion,
     AnyStage,
-    Outcome,
-    do_region,
     finish_slide,
     plan_slide,
 )
 from medray.execution.tasks import (
-    Failure,
     FinishTask,
-    NotPlanned,
     Plan,
     SlideTask,
 )
 from medray.slides import bound_memory, fetch, fetch_if_copied
-
-# Seconds after a signal in which regions under way may still be completed.
-_GRACE_S = 15.0
 
 
 class SlideWorker:
@@ -50,37 +44,15 @@ class SlideWorker:
     def work(self, tasks: list[SlideTask | FinishTask[Any, Any]]) -> Iterator[Any]:
         """Yield the plan of each slide to plan, and what finishing the others gave."""
         for task in tasks:
-            yield from _whole_slide(self._stage, task)
-
-
-class RegionWorker:
-    """Reads and writes regions of a stage that needs no device."""
-
-    def __init__(self, stage: AnyStage) -> None:
-        """Take what is done."""
-        bound_memory()
-        self._stage = stage
-
-    def work(self, tasks: list[AnyRegion]) -> Iterator[list[Outcome]]:
-        """Do regions one after the other."""
-        for task in tasks:
-            for _ in fetch(task.slide.uri) if task.slide.copied else ():
-                yield []
-            yield [do_region(self._stage, task)]
-
-
-def _whole_slide(
-    stage: AnyStage, task: SlideTask | FinishTask[Any, Any]
-) -> Iterator[list[Any]]:
-    if isinstance(task, SlideTask):
-        file = task.input.file
-        for _ in fetch_if_copied(file.uri, file.scene, file.plane):
-            yield []
-        yield [plan_slide(stage, task)]
-    else:
-        for _ in fetch(task.slide.uri) if task.slide.copied else ():
-            yield []
-        yield [finish_slide(stage, task)]
+            if isinstance(task, SlideTask):
+                file = task.input.file
+                for _ in fetch_if_copied(file.uri, file.scene, file.plane):
+                    yield []
+                yield [plan_slide(self._stage, task)]
+            else:
+                for _ in fetch(task.slide.uri) if task.slide.copied else ():
+                    yield []
+                yield [finish_slide(self._stage, task)]
 
 
 def _start_slide_workers(stage: AnyStage, slides: int) -> Pool:
@@ -104,21 +76,12 @@ def _start_slide_workers(stage: AnyStage, slides: int) -> Pool:
     return Pool(start, "work", slide_workers, most=most, timeout=allowed)
 
 
-def _start_region_workers(stage: AnyStage, slides: int) -> Pool:
-    """Start those who do regions: a GPU worker a device, or else a process a core."""
-    if stage.device is not None:
-        return start_gpu_workers(stage, slides)
-    # They leave room for the slide workers.
-    actor = ray.remote(RegionWorker).options(num_cpus=0.75)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    start = functools.partial(actor.remote, stage)
-    return Pool(start, "work", max(1, cpus), timeout=lambda _: stage.timeout)
-
-
 def run_on_ray(
     stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
 ) -> None:
     """Run a stage over slides on the Ray cluster that this process is connected to.
+
+    Without a device it runs on Ray Data, with one on GPU workers.
 
     Args:
         stage: What is done.
@@ -130,43 +93,21 @@ def run_on_ray(
         StoppedError: SIGTERM or Ctrl-C.
         MedrayError: Storage fails, or the processes do whatever they are given.
     """
-    batch = stage.batch
-    if stage.device is not None:
-        batch = 16 if cluster.gpus() else 8
+    if stage.device is None:
+        run_on_ray_data(stage, todo, commit, check)
+        return
+    batch = 16 if cluster.gpus() else 8
     with (
         _start_slide_workers(stage, len(todo)) as slide_workers,
-        _start_region_workers(stage, len(todo)) as region_workers,
+        start_gpu_workers(stage, len(todo)) as gpu_workers,
     ):
-        schedule(todo, slide_workers, region_workers, commit, batch, check)
-
-
-class _Gauges:
-    """What Prometheus has been told of a run; Ray adds `ray_` to the names."""
-
-    def __init__(self) -> None:
-        self.slides = Counter("medray_slides_done_total", "Slides finished.")
-        self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
-        self.regions = Counter("medray_regions_done_total", "Regions committed.")
-        self.waiting = Gauge(
-            "medray_regions_waiting", "Regions that wait for a GPU worker."
-        )
-        self.before = (0, 0, 0)
-
-    def update(self, commit: Commit, waiting: float) -> None:
-        """Add what has been committed since the last time; say how much waits."""
-        self.waiting.set(waiting)
-        now = (commit.done, len(commit.failed), commit.regions)
-        counters = (self.slides, self.failures, self.regions)
-        for counter, value, before in zip(counters, now, self.before, strict=True):
-            if value > before:
-                counter.inc(value - before)
-        self.before = now
+        schedule(todo, slide_workers, gpu_workers, commit, batch, check)
 
 
 def schedule(
     todo: list[SlideTask],
     slide_workers: Pool,
-    region_workers: Pool,
+    gpu_workers: Pool,
     commit: Commit,
     batch: int,
     check: Callable[[], None],
@@ -176,7 +117,7 @@ def schedule(
     Args:
         todo: The slides.
         slide_workers: Plan and finish slides.
-        region_workers: Do regions.
+        gpu_workers: Do regions.
         commit: Notes what came of each task.
         batch: How many regions a worker is given at once.
         check: Raises if it may not go on.
@@ -190,7 +131,7 @@ def schedule(
     planned: deque[AnyRegion] = deque()
     planning = 0
     backlog = Backlog(len(todo))
-    gauges = _Gauges()
+    gauges = Gauges()
 
     def finish(task: FinishTask[Any, Any] | None) -> None:
         if task is not None:
@@ -198,15 +139,15 @@ def schedule(
 
     def take() -> None:
         nonlocal planning
-        for pool, task, result in poll(slide_workers, region_workers):
-            if pool is region_workers:
+        for pool, task, result in poll(slide_workers, gpu_workers):
+            if pool is gpu_workers:
                 backlog.done += 1
-                finish(commit.region(task, _outcome_of(task, result)))
+                finish(commit.region(task, outcome_of(task, result)))
             elif isinstance(task, FinishTask):
-                commit.finished(task, _failure_of(result) or result)
+                commit.finished(task, finish_of(result))
             else:
                 planning -= 1
-                plan = _plan_of(task, result)
+                plan = plan_of(task, result)
                 found = plan.todo if isinstance(plan, Plan) else ()
                 backlog.slides -= 1
                 backlog.planned += 1
@@ -216,28 +157,28 @@ def schedule(
         gauges.update(commit, backlog.waiting(len(planned)))
 
     with stopping() as asked:
-        while slides or planned or slide_workers.busy or region_workers.busy:
+        while slides or planned or slide_workers.busy or gpu_workers.busy:
             if asked.signal:
-                deadline = time.monotonic() + _GRACE_S
+                deadline = time.monotonic() + GRACE_S
                 while (
-                    slide_workers.busy or region_workers.busy
+                    slide_workers.busy or gpu_workers.busy
                 ) and time.monotonic() < deadline:
                     take()
                 raise commit.stopped(asked.signal)
             check()
             # Ahead of the region workers, but not all: gigapixel slides have many
             # regions.
-            most = 2 * batch * region_workers.size
+            most = 2 * batch * gpu_workers.size
             while slides and slide_workers.room > 0 and len(planned) < most:
                 planning += len(slides[0])
                 slide_workers.give(slides.popleft())
             if slides and slide_workers.room <= 0 and not planned:
                 slide_workers.grow()
-            if backlog.asks_for_more(len(planned), region_workers):
-                region_workers.grow()
+            if backlog.asks_for_more(len(planned), gpu_workers):
+                gpu_workers.grow()
             # Full batches; but a worker with nothing to do gets what there is.
-            enough = batch if planning and region_workers.busy else 1
-            while len(planned) >= enough and region_workers.room > 0:
+            enough = batch if planning and gpu_workers.busy else 1
+            while len(planned) >= enough and gpu_workers.room > 0:
                 tasks = [planned.popleft() for _ in range(min(batch, len(planned)))]
                 good = []
                 for task in tasks:  # no more processes for a slide that ends them
@@ -246,27 +187,7 @@ def schedule(
                     else:
                         good.append(task)
                 if good:
-                    region_workers.give(good)
-            if slide_workers.awaited or region_workers.awaited:
+                    gpu_workers.give(good)
+            if slide_workers.awaited or gpu_workers.awaited:
                 take()
     gauges.update(commit, 0)
-
-
-def _failure_of(result: Any) -> Failure | None:
-    return Failure(f"{result}") if isinstance(result, Exception) else None
-
-
-def _outcome_of(task: AnyRegion, result: Any) -> Outcome:
-    if isinstance(result, Exception):
-        why = f"{task.slide.uri}: quarantined: {task.where}: {result}"
-        return Failure(why, quarantined=True)
-    outcome: Outcome = result
-    return outcome
-
-
-def _plan_of(task: SlideTask, result: Any) -> AnyPlan:
-    if isinstance(result, Exception):
-        why = f"{task.input.uri}: quarantined: opening it: {result}"
-        return NotPlanned(Failure(why))
-    plan: AnyPlan = result
-    return plan

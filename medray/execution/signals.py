@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+GRACE_S = 15.0
+"""Seconds after a signal in which regions under way may still be completed."""
+
 
 class Stopping:
     """Whether a signal has asked to stop, and which."""

@@ -97,7 +97,6 @@ class Stage[Facts, Part, Seen, Record, Finished]:
         create: Makes a slide's empty stores.
         device: What is done on a device between reading and writing.
         timeout: Seconds that reading or writing a region may take, or planning a slide.
-        batch: How many regions a worker without a device is given at once.
     """
 
     name: str
@@ -113,7 +112,6 @@ class Stage[Facts, Part, Seen, Record, Finished]:
     create: Callable[[PlannedSlide[Facts]], None] = lambda _: None
     device: Device | None = None
     timeout: float = 300.0
-    batch: int = 4
 
 
 type AnyStage = Stage[Any, Any, Any, Any, Any]

@@ -128,7 +128,7 @@ def estimate(
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)
     plan = functools.partial(_plan, settings=settings, areas=areas)
-    plans = dict(map_rows(plan, chosen, batch=16))
+    plans = dict(map_rows(plan, chosen))
     # When nothing else needs the cores.
     ((_, measured),) = map_rows(_measure, [settings], device=True, timeout=1800)
     if isinstance(measured, Exception):

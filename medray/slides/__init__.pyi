@@ -18,6 +18,7 @@ from .fingerprint import slide_digest as slide_digest
 from .fingerprint import slide_fingerprint as slide_fingerprint
 from .image import ArraySlide as ArraySlide
 from .limits import bound_memory as bound_memory
+from .limits import bounded_memory as bounded_memory
 from .limits import too_large as too_large
 from .listing import find_files as find_files
 from .listing import strip_suffix as strip_suffix

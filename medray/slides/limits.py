@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 # A field of PNG or JPEG, read whole, needs as much; a region far less.
 _MOST_BYTES = 4 << 30
+
+
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Bound what this process may allocate, for a while; see `bound_memory`."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    bound_memory()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def bound_memory() -> None:

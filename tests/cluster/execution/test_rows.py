@@ -33,11 +33,8 @@ def die(row: int) -> int:
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_each_row_comes_back_with_its_result(
-    cluster: None, executor: Executor, batch: int
-) -> None:
-    found = dict(map_rows(work, range(9), executor=executor, batch=batch))
+def test_each_row_comes_back_with_its_result(cluster: None, executor: Executor) -> None:
+    found = dict(map_rows(work, range(9), executor=executor))
     errors = {row: found.pop(row) for row in (3, 4)}
     assert isinstance(errors[3], SlideError)
     assert isinstance(errors[4], FileNotFoundError)
@@ -82,7 +79,7 @@ def test_check_may_end_it() -> None:
 
 
 def test_a_row_that_kills_or_hangs_is_lost_alone(cluster: None) -> None:
-    found = dict(map_rows(die, range(7), timeout=3, batch=3))
+    found = dict(map_rows(die, range(7), timeout=3))
     assert isinstance(found.pop(2), LostError)
     assert isinstance(found.pop(5), LostError)
     assert found == {row: row for row in (0, 1, 3, 4, 6)}

@@ -1,0 +1,155 @@
+"""A stage that needs no device, on Ray Data: slides stream through its processes.
+
+A row of the stream is a slide to plan, a region to do, or a slide to finish. A slide of
+one region is planned, done and finished as one row.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from medray.execution.commit import Commit
+from medray.execution.gauges import Gauges
+from medray.execution.lost import finish_of, outcome_of, plan_of
+from medray.execution.signals import GRACE_S, stopping
+from medray.execution.stage import (
+    AnyPlan,
+    AnyRegion,
+    AnyStage,
+    Outcome,
+    do_region,
+    finish_slide,
+    plan_slide,
+)
+from medray.execution.stream import Stream
+from medray.execution.tasks import (
+    FinishTask,
+    Plan,
+    RegionTask,
+    SlideTask,
+)
+from medray.slides import fetch, fetch_if_copied
+
+type AnyTask = SlideTask | AnyRegion | FinishTask[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What came of a slide to plan.
+
+    Attributes:
+        plan: Of it.
+        outcome: Of its only region, which was done at once; None: it has more, or none.
+    """
+
+    plan: AnyPlan
+    outcome: Outcome | None = None
+
+
+def run_on_ray_data(
+    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
+) -> None:
+    """Run a stage without a device; see `medray.execution.run.run_stage`."""
+
+    def timeout(task: AnyTask) -> float:
+        # What is finished takes longer the more regions it has.
+        regions = len(task.records) if isinstance(task, FinishTask) else 1
+        return stage.timeout * max(1, regions)
+
+    with (
+        stopping() as asked,
+        Stream(
+            functools.partial(_do, stage),
+            num_cpus=1.0,
+            timeout=timeout,
+            bounded=True,
+            group=_slide_of,
+        ) as stream,
+    ):
+        slides, regions = deque(todo), deque[AnyRegion]()
+        gauges = Gauges()
+        while slides or regions or stream.busy:
+            check()
+            if asked.signal:
+                stream.stop()
+                deadline = time.monotonic() + GRACE_S
+                while stream.busy and time.monotonic() < deadline:
+                    _take(stream, commit)
+                raise commit.stopped(asked.signal)
+            room = stream.room
+            while regions and room > 0:
+                task = regions.popleft()
+                if failure := commit.quarantined.get(task.slide.slide):
+                    _finish(stream, commit.region(task, failure))
+                else:
+                    stream.give([task])
+                    room -= 1
+            # Planned ahead, but not all: gigapixel slides have many regions.
+            if slides and room > 0:
+                stream.give([slides.popleft() for _ in range(min(room, len(slides)))])
+            regions.extend(_take(stream, commit))
+            gauges.update(commit, len(regions))
+
+
+def _take(stream: Stream, commit: Commit) -> list[AnyRegion]:
+    """Note what has come of tasks; return the regions of slides that were planned."""
+    found: list[AnyRegion] = []
+    for task, result in stream.take():
+        match task:
+            case SlideTask():
+                planned = _planned_of(task, result)
+                _finish(stream, commit.plan(task, planned.plan))
+                if isinstance(planned.plan, Plan):
+                    if planned.outcome is None:
+                        found += planned.plan.todo
+                    else:
+                        (region,) = planned.plan.todo
+                        _finish(stream, commit.region(region, planned.outcome))
+            case RegionTask():
+                _finish(stream, commit.region(task, outcome_of(task, result)))
+            case FinishTask():
+                commit.finished(task, finish_of(result))
+    return found
+
+
+def _finish(stream: Stream, task: FinishTask[Any, Any] | None) -> None:
+    if task is not None:
+        stream.give([task])
+
+
+def _do(stage: AnyStage, task: AnyTask) -> Generator[None, None, Any]:
+    """Do a task; yield while a copy of its file is fetched, and between its steps."""
+    match task:
+        case SlideTask():
+            file = task.input.file
+            for _ in fetch_if_copied(file.uri, file.scene, file.plane):
+                yield
+            plan = plan_slide(stage, task)
+            if isinstance(plan, Plan) and plan.slide.regions == len(plan.todo) == 1:
+                yield
+                return _Planned(plan, do_region(stage, plan.todo[0]))
+            return _Planned(plan)
+        case RegionTask():
+            for _ in fetch(task.slide.uri) if task.slide.copied else ():
+                yield
+            return do_region(stage, task)
+        case FinishTask():
+            for _ in fetch(task.slide.uri) if task.slide.copied else ():
+                yield
+            return finish_slide(stage, task)
+
+
+def _slide_of(task: AnyTask) -> str:
+    return task.input.slide if isinstance(task, SlideTask) else task.slide.slide
+
+
+def _planned_of(task: SlideTask, result: Any) -> _Planned:
+    if isinstance(result, Exception):
+        return _Planned(plan_of(task, result))
+    planned: _Planned = result
+    return planned

@@ -1,0 +1,273 @@
+"""Rows through Ray Data, as they become known: one execution, some rows a block.
+
+    driver   Stream.give: rows become blocks, of about half a second's work
+    source   a read that yields a block as soon as the driver has given it
+    tasks    Ray Data's map_batches: the function is called with each row of a block
+    driver   Stream.take: rows with their results, as the blocks come
+
+Ray Data moves the blocks, looks for places on nodes that are there, asks for more, and
+repeats what was lost. What it does not know is added here and in
+`medray.execution.feed`: how often a row may end the process that works on it, what
+hangs, and how much may be under way, so that any number of rows takes the same memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import pickle
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import pyarrow as pa
+import ray
+
+from medray.errors import LostError, MedrayError
+from medray.execution import cluster
+from medray.execution.feed import Feed, Head, as_table, do_block
+
+# What a block's rows should take: longer than Ray Data takes for a block.
+_BLOCK_S, _BLOCK_ROWS = 0.5, 64
+# Blocks under way for each place: the next is there when one ends. That some wait asks
+# for more nodes where they come on request.
+_AHEAD = 3
+_LOOK_S = 5.0  # how often the places of the cluster are counted
+# Seconds in which an execution whose rows are done has ended, and one that is told to.
+_CLOSE_S, _END_S = 5.0, 20.0
+
+
+class Stream:
+    """Rows that are given as they become known, and their results as they come.
+
+    A row that ends its process, or hangs, three times has a LostError for its result; a
+    process that goes with its node speaks against no row. A MedrayError or OSError that
+    the function raises is the row's result, a MemoryError as a SlideError.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *,
+        num_cpus: float,
+        num_gpus: float = 0,
+        timeout: Callable[[Any], float],
+        bounded: bool,
+        group: Callable[[Any], str] = lambda _: "",
+    ) -> None:
+        """Start an execution that has no rows yet.
+
+        Args:
+            function: Is called with each row, in processes that stay: it may cache what
+                rows share. It may return a generator, which yields while it waits for
+                something, and returns the result.
+            num_cpus: Of a process.
+            num_gpus: Of a process.
+            timeout: Seconds that a row may take, or go on without a yield.
+            bounded: A process may allocate 4 GiB and no more, for files of strangers.
+            group: Names the group of a row: once a row is given up, so are those of its
+                group that have not begun. "": none.
+        """
+        self._group = group
+        self._place = {"CPU": num_cpus, "GPU": num_gpus}
+        self._timeout = timeout
+        self._places, self._looked_at = 1, -math.inf
+        self._waiting: deque[int] = deque()  # rows that are in no block yet
+        self._rows: dict[int, Any] = {}  # that have no result yet
+        self._numbers = 0
+        self._blocks: dict[int, list[int]] = {}  # under way: the rows of each
+        self._given = 0
+        self._row_s = _BLOCK_S  # that a row takes
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._end = cluster.End()
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._feed = ray.remote(Feed).options(num_cpus=0, label_selector=here).remote()
+        task = functools.partial(do_block, self._feed, function, bounded)
+        run = functools.partial(_run, self._feed, here, task, num_cpus, num_gpus)
+        self._thread = threading.Thread(
+            target=self._consume, args=(run,), name="ray-data", daemon=True
+        )
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        """Return the stream itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the execution; at once if not everything is done."""
+        if kind is not None or self.busy:
+            self._end.set()
+        try:
+            self._feed.close.remote()
+            self._thread.join(_CLOSE_S)
+            self._end.set()  # a task that waits for a place would be waited for
+            self._thread.join(_END_S)
+        finally:
+            ray.kill(self._feed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows are under way."""
+        return bool(self._rows)
+
+    @property
+    def places(self) -> int:
+        """How many processes there can be now."""
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self._looked_at = time.monotonic()
+            self._places = max(1, cluster.places(self._place))
+        return self._places
+
+    @property
+    def room(self) -> int:
+        """How many more rows keep the processes busy; more rows only wait."""
+        return _AHEAD * self.places * self._most - len(self._rows)
+
+    @property
+    def _most(self) -> int:
+        """How many rows a block may have."""
+        return max(1, min(_BLOCK_ROWS, int(_BLOCK_S / self._row_s)))
+
+    def give(self, rows: list[Any]) -> None:
+        """Give rows, which are begun in this order."""
+        for row in rows:
+            self._rows[self._numbers] = row
+            self._waiting.append(self._numbers)
+            self._numbers += 1
+        self._cut_blocks()
+
+    def _cut_blocks(self) -> None:
+        """Make blocks of rows that wait, as many as may be under way."""
+        most = _AHEAD * self.places
+        while self._waiting and len(self._blocks) < most:
+            # Of the last rows each process gets some.
+            share = math.ceil(len(self._waiting) / (most - len(self._blocks)))
+            count = max(1, min(self._most, share))
+            numbers = [self._waiting.popleft() for _ in range(count)]
+            tasks = [self._rows[number] for number in numbers]
+            heads = [
+                Head(number, self._group(task), self._timeout(task))
+                for number, task in zip(numbers, tasks, strict=True)
+            ]
+            packed = ray.cloudpickle.dumps((heads, tasks))
+            self._feed.give.remote(self._given, packed)
+            self._blocks[self._given] = numbers
+            self._given += 1
+
+    def stop(self) -> None:
+        """Begin no other row: `busy` ends once what is at hand is done."""
+        for number in self._waiting:
+            del self._rows[number]
+        self._waiting.clear()
+        self._feed.stop.remote()
+
+    def take(self, seconds: float = 1.0) -> list[tuple[Any, Any]]:
+        """Return rows with their results as they come; none if none comes in time.
+
+        Raises:
+            MedrayError: The processes die, whatever they are given.
+            Exception: What the function raised.
+        """
+        found: list[tuple[Any, Any]] = []
+        with contextlib.suppress(queue.Empty):
+            found += self._results(self._arrived.get(timeout=seconds))
+            while True:
+                found += self._results(self._arrived.get_nowait())
+        self._cut_blocks()
+        return found
+
+    def _results(self, arrived: Any) -> Iterator[tuple[Any, Any]]:
+        if isinstance(arrived, BaseException):
+            raise arrived
+        block, packed = arrived
+        numbers = self._blocks.pop(block, None)
+        if numbers is None:
+            return  # a block that came twice
+        self._feed.forget.remote(block, numbers)
+        for number, answer in zip(numbers, pickle.loads(packed), strict=True):
+            row = self._rows.pop(number)
+            if answer.kind == "bug":
+                raise answer.value
+            if answer.kind == "lost":
+                yield row, LostError(answer.value)
+            elif answer.kind == "done":
+                self._row_s += 0.2 * (answer.seconds - self._row_s)
+                self._row_s = max(1e-4, self._row_s)
+                yield row, answer.value
+
+    def _consume(self, run: Callable[[], Iterator[tuple[int, bytes]]]) -> None:
+        """Pass on what arrives, and last why no more does."""
+        why: BaseException = MedrayError("Ray Data ended before all rows were done")
+        try:
+            with cluster.streaming(block_bytes=1, end=self._end):
+                for arrived in run():
+                    self._arrived.put(arrived)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, MedrayError):
+                cause = cause.__cause__
+            why = cause or error
+        self._arrived.put(why)
+
+
+def _run(
+    feed: Any,
+    here: dict[str, str],
+    task: Callable[[pa.Table], pa.Table],
+    num_cpus: float,
+    num_gpus: float,
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each block that is done, and its answers, pickled."""
+    # Imported here, in a thread, while the feed starts: it takes a second and more.
+    import ray.data
+    from ray.data.block import BlockMetadata
+
+    class Source(ray.data.Datasource):  # type: ignore[misc]
+        """One read, which goes on until the feed is closed."""
+
+        def estimate_inmemory_data_size(self) -> None:
+            """Return nothing: it is not known."""
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+            """Return the read."""
+            metadata = BlockMetadata(None, None, None, None)
+            return [ray.data.ReadTask(functools.partial(_read, feed), metadata)]
+
+    # The read only waits: it takes no core, and the driver's node may have none.
+    blocks = ray.data.read_datasource(
+        Source(), num_cpus=0, label_selector=here, override_num_blocks=1
+    )
+    done = blocks.map_batches(
+        task,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+        # Also with a GPU a process stays, and what it has cached.
+        max_calls=0 if num_gpus else None,
+    )
+    # Without prefetching: it would hold each block back until the next is there.
+    for table in done.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    ):
+        yield table["block"][0].as_py(), table["content"][0].as_py()
+
+
+def _read(feed: Any) -> Iterator[pa.Table]:
+    """Yield the blocks in their order, each as soon as it is given.
+
+    A read that is repeated, for its process died, yields as many blocks as before:
+    those that are done are empty.
+    """
+    block = 0
+    while True:
+        content = ray.get(feed.block.remote(block))
+        if content is None:
+            return
+        if content is not False:
+            yield as_table(block, content)
+            block += 1
