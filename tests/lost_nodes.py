@@ -1,4 +1,4 @@
-"""A row at hand on four nodes that are lost is no row that kills; see test_nodes.py."""
+"""Deaths with a node speak against no row and end no run; see test_nodes.py."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from medray.errors import LostError
+from medray.execution import pool_state
 from medray.execution.actor_pool import Pool, poll
 
 
@@ -28,6 +29,16 @@ class Slow:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(2)
             yield [row["i"]]
+
+
+class SlowStart(Slow):
+    """Notes that it starts, and takes its time."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(log)
+        with self.log.open("a") as started:
+            started.write("start\n")
+        time.sleep(3)
 
 
 def main(log: Path) -> None:
@@ -53,6 +64,20 @@ def main(log: Path) -> None:
             found += [result for _, _, result in poll(pool)]
         assert isinstance(found[1], LostError), found
         assert log.read_text().count("\n") == 5 + 3
+    # A node is lost while an actor starts on it: no death that could end the run.
+    pool_state.DEATHS = 1
+    log.write_text("")
+    actor = ray.remote(SlowStart).options(num_cpus=1)
+    with Pool(lambda: actor.remote(str(log)), "work", 1) as pool:
+        while not log.read_text():
+            assert poll(pool) == []
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        pool.give([{"i": 9, "kills": False}])
+        while pool.busy:
+            found += [result for _, _, result in poll(pool)]
+        assert found[2:] == [9], found
+        assert log.read_text().count("start") == 2
     ray.shutdown()
     cluster.shutdown()
     print("four nodes cost nothing, three processes a row")

@@ -2,7 +2,7 @@
 
 Kubernetes calls it as the pod's preStop hook. Ray is told that this node goes, so that
 its GPU workers finish the regions in hand and give back the rest
-(`medray.execution.actor_pool`); the pod may end once they have. It is over at once
+(`medray.execution.pool_state`); the pod may end once they have. It is over at once
 where there is nothing to give back: no Ray here, or no head that could take it.
 """
 

@@ -1,6 +1,7 @@
-"""Actors that work off rows: who has what, and who has it when one dies.
+"""A pool of Ray actors that does the rows of an actor that dies again.
 
-One file, because the methods of `Pool` change one state: who works on which row.
+What is done when is decided in `medray.execution.pool_state`; here Ray's events are
+turned into its events, and its decisions are carried out.
 """
 
 from __future__ import annotations
@@ -8,9 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import ray
@@ -22,54 +21,38 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from medray.errors import LostError, MedrayError
+from medray.errors import MedrayError
 from medray.execution import cluster
-from medray.execution.tasks import HandedBack
+from medray.execution.pool_state import (
+    Answered,
+    Call,
+    Decision,
+    Dismiss,
+    Ended,
+    Event,
+    Finish,
+    Give,
+    Grow,
+    Kill,
+    Looked,
+    Lost,
+    NotStarted,
+    PoolState,
+    Start,
+    Started,
+    WarnStuck,
+)
 
 log = logging.getLogger(__name__)
-
-# A row that was at hand when this many actors died is given up: of those whose nodes
-# live on, and of all, should no node ever seem to.
-_TRIES, _MOST_TRIES = 3, 20
-# So many deaths without a result between them are no row's fault.
-_DEATHS = 10
-# Seconds without an actor after which it is said.
-_SAY_STUCK = 60.0
-
-
-@dataclass(eq=False)
-class _Actor:
-    handle: Any
-    asked_at: float
-    node: str = ""  # its id
-    calls: int = 0
-    alone: bool = False  # with one row that may have killed another
-    hung: str = ""  # how, when it was ended for it
-
-
-@dataclass
-class _Call:
-    actor: _Actor
-    rows: list[Any]  # that have no result yet
-    lost_on: tuple[str, ...]  # nodes on which an actor died that had them at hand
-    since: float  # when it last gave a result
 
 
 class Pool:
     """Actors with a method that takes rows and gives a result for each, in their order.
 
     The method is a generator of lists of results, so that results come back while later
-    rows are worked on. `HandedBack` gives a row back, which another actor then does; an
-    empty list says that the next row takes long, and not for it hangs. What a dead
-    actor held is done again row by row, each with an actor to itself: a row that kills
-    is found out and costs no other row. An actor that dies with its node speaks against
-    no row. An actor whose node is told to go gets nothing more, and another takes its
-    place.
-
-    Attributes:
-        start_s: Seconds from asking for an actor until it was there, of the slowest;
-            a machine may have had to be bought for it. 0: none is there yet.
-        there_s: Seconds that actors have been there, all together.
+    rows are worked on. `HandedBack` gives a row back, which another actor then does; an empty
+    list says that the next row takes long, and does not hang. `pool_state` has the
+    rules for actors that die, hang, or are on a node that is told to go.
     """
 
     def __init__(
@@ -91,22 +74,17 @@ class Pool:
             most: How many it may grow to, if that is more.
             calls: How many calls each has at once.
             timeout: Seconds that a row may take; then its actor is taken to hang and
-                ended. None: any time.
+                killed. None: any time.
         """
-        self._start, self._method, self._limit = start, method, calls
-        self._timeout = timeout
-        self._most = max(actors, most)
-        self._starting: dict[Any, _Actor] = {}
-        self._actors: list[_Actor] = []
-        self._leaving: list[_Actor] = []
-        self._queue: deque[list[Any]] = deque()
-        self._again: deque[tuple[Any, tuple[str, ...]]] = deque()
-        self._calls: dict[Any, _Call] = {}
-        self._deaths = 0
-        self.start_s = self.there_s = 0.0
-        self._looked_at = self._stuck_since = time.monotonic()
+        self._start, self._method = start, method
+        most = max(actors, most)
+        self._state = PoolState(method, most, calls, timeout, time.monotonic())
+        self._handles: dict[int, Any] = {}  # of actors
+        # What Ray is waited for: actors that start, and generators of results.
+        self._starting: dict[Any, int] = {}
+        self._calls: dict[Any, int] = {}
         for _ in range(actors):
-            self._start_actor()
+            self.grow()
 
     def __enter__(self) -> Self:
         """Return the pool itself."""
@@ -114,27 +92,39 @@ class Pool:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the actors: at once after an error, else once what they do is done."""
-        for actor in (*self._actors, *self._leaving, *self._starting.values()):
+        for handle in self._handles.values():
             if kind is None:
-                actor.handle.__ray_terminate__.remote()
+                handle.__ray_terminate__.remote()
             else:
-                ray.kill(actor.handle)
+                ray.kill(handle)
 
     @property
     def size(self) -> int:
         """How many actors there are, those included that Ray has yet to start."""
-        return len(self._actors) + len(self._starting)
+        return self._state.size
 
     @property
     def busy(self) -> bool:
         """Whether there is work under way."""
-        return bool(self._calls or self._queue or self._again)
+        return self._state.busy
 
     @property
     def room(self) -> int:
         """How many more calls could be under way now."""
-        there = len(self._actors) * self._limit
-        return there - len(self._calls) - len(self._queue) - len(self._again)
+        return self._state.room
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from asking for an actor until it was there, of the slowest.
+
+        A machine may have had to be bought for it. 0: none is there yet.
+        """
+        return self._state.start_s
+
+    @property
+    def there_s(self) -> float:
+        """Seconds that actors have been there, all together."""
+        return self._state.there_s
 
     @property
     def awaited(self) -> list[Any]:
@@ -143,13 +133,11 @@ class Pool:
 
     def grow(self) -> None:
         """Start one more actor, if there may be more."""
-        if self.size < self._most:
-            self._start_actor()
+        self._decide(Grow())
 
     def give(self, rows: list[Any]) -> None:
         """Give rows to the next actor that can take them."""
-        self._queue.append(rows)
-        self._start_calls()
+        self._decide(Give(tuple(rows)))
 
     def take(self, ready: Any) -> list[tuple[Any, Any]]:
         """Take what is ready of what is awaited.
@@ -161,11 +149,20 @@ class Pool:
             MedrayError: The actors die, whatever they are given.
             Exception: What the method raised.
         """
-        found: list[tuple[Any, Any]] = []
+        return self._decide(self._event(ready))
+
+    def look_after(self) -> None:
+        """Once a second, see who hangs and which nodes go; say if no actor starts."""
+        if time.monotonic() - self._state.looked_at >= 1:
+            self._decide(Looked(frozenset(cluster.leaving_nodes())))
+
+    def _event(self, ready: Any) -> Event:
+        """Return what happened to an actor that starts, or to a call."""
         try:
             if ready in self._starting:
                 ray.get(ready)
                 actor = self._starting.pop(ready)
+<<<<<<< HEAD
                 self.start_s = max(self.start_s, time.monotonic() - actor.asked_at)
                 actor.node = cluster.node_of(actor.handle)
                 self._actors.append(actor)
@@ -187,8 +184,12 @@ class Pool:
                 call.since = time.monotonic()
                 if results:
                     self._deaths = 0
+=======
+                return Started(actor, cluster.node_of(self._handles[actor]))
+            return Answered(self._calls[ready], tuple(ray.get(next(ready))))
+>>>>>>> h-pool
         except StopIteration:
-            self._end(ready)
+            return Ended(self._calls.pop(ready))
         except RayTaskError as error:
             raise error.cause from error
         except ActorUnschedulableError as error:
@@ -198,117 +199,49 @@ class Pool:
                 f"its nodes have with what is asked for"
             ) from error
         except RayError as error:
+            why = why_lost(error)
             if ready in self._starting:
-                self._replace(self._starting.pop(ready), why_lost(error))
-            else:
-                found = self._lost(self._end(ready), error)
-        self._start_calls()
+                actor = self._starting.pop(ready)
+                node = cluster.node_of(self._handles[actor])
+                return NotStarted(actor, why, bool(node) and cluster.is_gone(node))
+            call = self._calls.pop(ready)
+            gone = filter(cluster.is_gone, self._state.nodes_of(call))
+            return Lost(call, why, frozenset(gone))
+
+    def _decide(self, event: Event) -> list[tuple[Any, Any]]:
+        """Carry out what an event asks for; return the rows that are finished."""
+        return self._carry_out(self._state.decide(event, time.monotonic()))
+
+    def _carry_out(self, decisions: Iterable[Decision]) -> list[tuple[Any, Any]]:
+        found = []
+        for decision in decisions:
+            match decision:
+                case Start(actor):
+                    handle = self._handles[actor] = self._start()
+                    self._starting[handle.__ray_ready__.remote()] = actor
+                case Call(call, actor, rows):
+                    method = getattr(self._handles[actor], self._method)
+                    streaming = method.options(num_returns="streaming")
+                    self._calls[streaming.remote([*rows])] = call
+                case Kill(actor):
+                    ray.kill(self._handles.pop(actor))
+                case Dismiss(actor):
+                    self._handles.pop(actor).__ray_terminate__.remote()
+                case Finish(row, result):
+                    found.append((row, result))
+                case WarnStuck():
+                    _warn_stuck()
         return found
 
-    def look_after(self) -> None:
-        """End the actors that have had no result for too long; say if none starts."""
-        now = time.monotonic()
-        if now - self._looked_at < 1:
-            return
-        self.there_s += len(self._actors) * (now - self._looked_at)
-        self._looked_at = now
-        for call in self._calls.values():
-            if self._timeout is None or not call.rows or call.actor.hung:
-                continue
-            seconds = self._timeout(call.rows[0])
-            if now - call.since > seconds:
-                call.actor.hung = f"no answer for {seconds:.0f} s"
-                ray.kill(call.actor.handle)
-        self._leave_nodes()
-        if self._actors:
-            self._stuck_since = now
-        elif now - self._stuck_since > _SAY_STUCK:
-            self._stuck_since = now
-            # A head node that waits for others counts as one.
-            if not any(node["Alive"] for node in ray.nodes()):
-                raise MedrayError(
-                    "no node of the Ray cluster is alive any more; its logs may say "
-                    "why. Run the same command again to go on"
-                )
-            log.warning("no node has room for the processes yet; still waiting")
 
-    def _leave_nodes(self) -> None:
-        """Give nothing more to actors whose nodes are about to go."""
-        if not (nodes := cluster.leaving_nodes()):
-            return
-        for actor in [*self._actors]:
-            if actor.node in nodes:
-                log.info("a process of %s leaves its node, which goes", self._method)
-                self._actors.remove(actor)
-                self._leaving.append(actor)
-                self._dismiss(actor)
-                self._start_actor()
-
-    def _dismiss(self, actor: _Actor) -> None:
-        """End an actor that leaves, once it has nothing to do."""
-        if actor in self._leaving and not actor.calls:
-            self._leaving.remove(actor)
-            actor.handle.__ray_terminate__.remote()
-
-    def _start_actor(self) -> None:
-        handle = self._start()
-        # Only an actor that runs is given rows: where its node is gone, the next may
-        # have to wait for another node.
-        self._starting[handle.__ray_ready__.remote()] = _Actor(handle, time.monotonic())
-
-    def _start_calls(self) -> None:
-        while self._again and (idle := self._least_busy(0)):
-            row, lost_on = self._again.popleft()
-            idle.alone = True
-            self._call(idle, [row], lost_on)
-        while self._queue and (actor := self._least_busy(self._limit - 1)):
-            self._call(actor, self._queue.popleft(), ())
-
-    def _least_busy(self, most: int) -> _Actor | None:
-        can = [a for a in self._actors if a.calls <= most and not a.alone]
-        return min(can, key=lambda actor: actor.calls, default=None)
-
-    def _call(self, actor: _Actor, rows: list[Any], lost_on: tuple[str, ...]) -> None:
-        method = getattr(actor.handle, self._method)
-        call = method.options(num_returns="streaming").remote(rows)
-        self._calls[call] = _Call(actor, rows, lost_on, time.monotonic())
-        actor.calls += 1
-
-    def _end(self, call: Any) -> _Call:
-        ended = self._calls.pop(call)
-        ended.actor.calls, ended.actor.alone = ended.actor.calls - 1, False
-        self._dismiss(ended.actor)
-        return ended
-
-    def _lost(self, call: _Call, error: RayError) -> list[tuple[Any, Any]]:
-        """Replace a dead actor; do again what it held, or give it up."""
-        why = call.actor.hung or why_lost(error)
-        if call.actor in self._actors:  # the first of its calls to tell
-            self._actors.remove(call.actor)
-            self._replace(call.actor, why)
-        lost_on = (*call.lost_on, call.actor.node)
-        # That an earlier one had gone may be known by now.
-        if len(lost_on) >= _TRIES and (
-            sum(not cluster.is_gone(node) for node in lost_on) >= _TRIES
-            or len(lost_on) >= _MOST_TRIES
-        ):
-            # What is given up counts as one death: ten such rows are no row's fault.
-            self._deaths -= min(self._deaths, _TRIES - 1)
-            said = f"{why}, three times"
-            return [(row, LostError(said)) for row in call.rows]
-        self._again.extend((row, lost_on) for row in call.rows)
-        return []
-
-    def _replace(self, actor: _Actor, why: str) -> None:
-        log.info("a process of %s was lost: %s", self._method, why)
-        self._deaths += not (actor.node and cluster.is_gone(actor.node))
-        if self._deaths >= _DEATHS:
-            raise MedrayError(
-                f"{self._method}: {_DEATHS} processes died one after the other, the "
-                f"last: {why}; Ray's logs on its node may say more"
-            )
-        ray.kill(actor.handle)  # it may only be out of reach
-        self._start_actor()
+def _warn_stuck() -> None:
+    # A head node that waits for others counts as one.
+    if not any(node["Alive"] for node in ray.nodes()):
+        raise MedrayError(
+            "no node of the Ray cluster is alive any more; its logs may say "
+            "why. Run the same command again to go on"
+        )
+    log.warning("no node has room for the processes yet; still waiting")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""Pools of actors: all results come, whoever dies."""
+"""Pools of actors on Ray: all results come, whoever dies.
+
+Which row is done again, given up or blamed: tests/unit/execution/test_pool_state.py.
+"""
 
 import functools
 import os
@@ -27,13 +30,8 @@ class Worker:
         for row in rows:
             with (self.folder / f"{row['i']}").open("a") as log:
                 log.write(f"{os.getpid()}\n")
-            if row.get("kills"):
-                os.kill(os.getpid(), signal.SIGKILL)
             if row.get("raises"):
                 raise MedrayError("told to")
-            if row.get("back") and len(pids(self.folder, row["i"])) < 3:
-                yield [None]
-                continue
             for _ in range(12 if row.get("copies") else 0):
                 time.sleep(0.5)
                 yield []
@@ -48,6 +46,7 @@ def start(
     folder: Path,
     actors: int,
     *,
+    most: int = 0,
     seconds: float = 0.0,
     calls: int = 2,
     timeout: float | None = None,
@@ -55,7 +54,7 @@ def start(
     actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=calls + 1)
     begin = functools.partial(actor.remote, str(folder), seconds)
     allowed = None if timeout is None else lambda _: timeout
-    return Pool(begin, "work", actors, calls=calls, timeout=allowed)
+    return Pool(begin, "work", actors, most=most, calls=calls, timeout=allowed)
 
 
 def run(pool: Pool, batches: list) -> list:
@@ -78,39 +77,23 @@ def pids(folder: Path, i: int) -> list[str]:
 
 
 def test_each_row_has_its_result_and_every_actor_works(tmp_path: Path) -> None:
-    with start(tmp_path, 3, seconds=0.05) as pool:
+    with start(tmp_path, 2, most=3, seconds=0.05) as pool:
+        pool.grow()
+        pool.grow()
+        assert (pool.size, pool.start_s) == (3, 0)
         while pool.room < 6:
             poll(pool)
+        assert pool.start_s > 0
         found = run(pool, batches(40, 4))
     assert sorted(found) == [(i, 2 * i) for i in range(40)]
     assert len({pids(tmp_path, i)[0] for i in range(40)}) == 3
-
-
-def test_rows_that_are_handed_back_are_done_later(tmp_path: Path) -> None:
-    with start(tmp_path, 2) as pool:
-        found = run(pool, batches(20, 4, back={3, 8, 9, 19}))
-    assert sorted(found) == [(i, 2 * i) for i in range(20)]
-    assert len(pids(tmp_path, 9)) == 3
-
-
-def test_a_row_that_kills_costs_no_other_row(tmp_path: Path) -> None:
-    poison = {5, 6, 13}
-    with start(tmp_path, 2, seconds=0.02) as pool:
-        found = run(pool, batches(24, 4, kills=poison))
-    assert sorted(i for i, _ in found) == list(range(24))
-    for i, result in found:
-        if i in poison:
-            assert isinstance(result, LostError)
-            assert len(pids(tmp_path, i)) <= 3
-        else:
-            assert result == 2 * i
 
 
 def test_an_actor_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     with start(tmp_path, 2, seconds=0.1) as pool:
         while not pool.room:
             poll(pool)
-        handle = pool._actors[0].handle
+        (handle, *_) = pool._handles.values()
         victim = ray.get(handle.pid.remote())
         threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
         found = run(pool, batches(60, 6))
@@ -131,17 +114,10 @@ def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
         run(pool, batches(4, 2, raises={3}))
 
 
-def test_actors_that_always_die_end_the_run(tmp_path: Path) -> None:
-    rows = set(range(40))
-    with start(tmp_path, 1, calls=1) as pool:
-        with pytest.raises(MedrayError, match="10 processes died"):
-            run(pool, batches(40, 1, kills=rows))
-
-
 def test_a_cluster_without_a_node_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("medray.execution.actor_pool._SAY_STUCK", 1.0)
+    monkeypatch.setattr("medray.execution.pool_state.STUCK_S", 1.0)
     actor = ray.remote(Worker).options(resources={"no such thing": 1})
     begin = functools.partial(actor.remote, str(tmp_path))
     with Pool(begin, "work", 1) as pool:
@@ -160,20 +136,3 @@ def test_a_cluster_without_a_node_is_not_waited_for(
 def wait_for_ever(pool: Pool) -> None:
     while True:
         list(poll(pool))
-
-
-def test_a_pool_grows_as_far_as_it_may(tmp_path: Path) -> None:
-    actor = ray.remote(Worker).options(num_cpus=0)
-    begin = functools.partial(actor.remote, str(tmp_path))
-    with Pool(begin, "work", 1, most=2) as pool:
-        pool.grow()
-        pool.grow()
-        assert (pool.size, pool.start_s, pool.there_s) == (2, 0, 0)
-        while len(pool.awaited) and pool.room < 2:
-            poll(pool)
-        assert pool.start_s > 0
-        assert sorted(run(pool, batches(6, 1))) == [(i, 2 * i) for i in range(6)]
-        time.sleep(1.1)  # it counts by the second
-        pool.look_after()
-        assert pool.there_s > 1
-    assert len({p.read_text() for p in tmp_path.iterdir()}) == 2

@@ -59,17 +59,6 @@ def test_want_of_memory_costs_a_row(cluster: None, executor: Executor) -> None:
     assert found[2] == 4
 
 
-def test_rows_that_kill_one_after_the_other_cost_themselves(cluster: None) -> None:
-    """Five of them, with nothing between, three times each."""
-    found = dict(map_rows(_always_die, range(5)))
-    assert len(found) == 5
-    assert all(isinstance(error, LostError) for error in found.values())
-
-
-def _always_die(row: int) -> None:
-    os._exit(row)
-
-
 def test_check_may_end_it() -> None:
     def check() -> None:
         raise SlideError("enough")
