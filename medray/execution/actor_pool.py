@@ -50,9 +50,9 @@ class Pool:
     """Actors with a method that takes rows and gives a result for each, in their order.
 
     The method is a generator of lists of results, so that results come back while later
-    rows are worked on. `HandedBack` gives a row back, which another actor then does; an empty
-    list says that the next row takes long, and does not hang. `pool_state` has the
-    rules for actors that die, hang, or are on a node that is told to go.
+    rows are worked on. `HandedBack` gives a row back, which another actor then does; an
+    empty list says that the next row takes long, and does not hang. `pool_state` has
+    the rules for actors that die, hang, or are on a node that is told to go.
     """
 
     def __init__(
@@ -162,32 +162,8 @@ class Pool:
             if ready in self._starting:
                 ray.get(ready)
                 actor = self._starting.pop(ready)
-<<<<<<< HEAD
-                self.start_s = max(self.start_s, time.monotonic() - actor.asked_at)
-                actor.node = cluster.node_of(actor.handle)
-                self._actors.append(actor)
-            else:
-                results = ray.get(next(ready))
-                call = self._calls[ready]
-                pairs = list(zip(call.rows, results, strict=False))
-                found = [
-                    (row, result)
-                    for row, result in pairs
-                    if not isinstance(result, HandedBack)
-                ]
-                if back := [
-                    row for row, result in pairs if isinstance(result, HandedBack)
-                ]:
-                    self._queue.appendleft(back)
-                call.rows = call.rows[len(results) :]
-                # Also of no results: who copies a slide says so that it does not hang.
-                call.since = time.monotonic()
-                if results:
-                    self._deaths = 0
-=======
                 return Started(actor, cluster.node_of(self._handles[actor]))
             return Answered(self._calls[ready], tuple(ray.get(next(ready))))
->>>>>>> h-pool
         except StopIteration:
             return Ended(self._calls.pop(ready))
         except RayTaskError as error:
