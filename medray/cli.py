@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from medray.apps import COMMANDS, as_text
+from medray.apps import COMMANDS
 from medray.errors import ConfigError, MedrayError, StoppedError
 
 
@@ -25,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = parse(argv)
     _set_up_logging(args.verbose)
-    args.stdout = sys.stdout
+    stdout = sys.stdout
+
+    def announce(result: Any) -> None:
+        values, words = _both(args.command, result)
+        text = json.dumps(values, sort_keys=True) if args.json else words
+        print(text, file=stdout, flush=True)
+
+    args.announce = announce
     try:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
@@ -40,11 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(args, 2, {"error": f"{error}"}, f"medray {args.command}: {error}")
     except MedrayError as error:
         return _say(args, 1, {"error": f"{error}"}, f"medray {args.command}: {error}")
-    failed = getattr(result, "failed", {})
-    values = dataclasses.asdict(result)
     some_failed = 0 if getattr(args, "partial_ok", False) else 3
+    failed = getattr(result, "failed", {})
     code = getattr(result, "code", some_failed if failed else 0)
-    return _say(args, code, values, as_text(args.command, values))
+    return _say(args, code, *_both(args.command, result))
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
@@ -88,6 +94,12 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="say more")
         command.add(sub)
     return parser
+
+
+def _both(command: str, result: Any) -> tuple[dict[str, Any], str]:
+    """Return a result's values, and its text; the last line sums up for the command."""
+    *lines, last = str(result).splitlines()
+    return dataclasses.asdict(result), "\n".join([*lines, f"{command}: {last}"])
 
 
 def _say(

@@ -29,6 +29,7 @@ from medray.apps.check_page import (
     area_columns,
     draw_marks,
     render_page,
+    slide_lines,
     write_slides_table,
 )
 from medray.classes import Classes
@@ -79,6 +80,19 @@ class Checked:
     failed: dict[str, str]
     page: str
     out: str
+
+    def __str__(self) -> str:
+        lines = slide_lines(self.slides)
+        lines += [f"not used  {uri}" for uri in self.unused]
+        lines += [f"without   {slide}" for slide in self.bare]
+        if self.page:
+            lines += [f"page      {self.page}", f"out       {self.out}"]
+        lines.append(
+            f"{len(self.slides)} slides, {len(self.failed)} refused, "
+            f"{len(self.bare)} without annotation; {len(self.unused)} annotations not "
+            f"used"
+        )
+        return "\n".join(lines)
 
 
 def check(

@@ -39,6 +39,12 @@ class Explanation:
     explained: int
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"report  {self.report}", f"out     {self.out}"]
+        lines += [f"failed  {name}: {why}" for name, why in self.failed.items()]
+        lines.append(f"{self.explained} images explained, {len(self.failed)} failed")
+        return "\n".join(lines)
+
 
 def explain(
     model: str,

@@ -65,6 +65,20 @@ class Export:
     model_bytes: int
     file_bytes: int
 
+    def __str__(self) -> str:
+        before, after = self.model_bytes / 2**20, self.file_bytes / 2**20
+        lines = [
+            f"classes   the same in {self.agreement:.3%}; probabilities differ by at "
+            f"most {self.largest_difference:.4f}",
+            f"size      {after:.1f} MiB, the model's weights {before:.1f} MiB",
+            f"speed     {self.speed_up:.2f} times the model's",
+        ]
+        if self.f1 is not None and self.model_f1 is not None:
+            lines.append(f"F1        {self.f1:.4f}, the model's {self.model_f1:.4f}")
+        lines.append(f"out       {self.out}")
+        lines.append(f"compared on {self.compared} windows of {self.source}")
+        return "\n".join(lines)
+
 
 def export(
     model: str, *, format: str, out: str, data: str = "", agreement: float | None = None

@@ -60,6 +60,12 @@ class Submitted:
     lost: int
     code: int
 
+    def __str__(self) -> str:
+        text = f"{self.job} {self.status}, exit code {self.code}"
+        if self.lost:
+            text += f"; submitted again {self.lost} times, for the head was lost"
+        return text if self.status == "SUCCEEDED" else f"{text}: {self.message}"
+
 
 def submit(
     command: Sequence[str],

@@ -79,6 +79,14 @@ class Images:
     failed: dict[str, str]
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"out     {self.out}\n"
+            f"{self.images} images done, {self.skipped} done before, "
+            f"{self.copies} copies left out, {len(self.failed)} failed, "
+            f"{self.seconds:.1f} s"
+        )
+
 
 def ingest_images(
     folder: str,

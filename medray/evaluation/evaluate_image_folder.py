@@ -24,6 +24,7 @@ from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import check_folder, render
 from medray.evaluation.image_errors import confident_errors
 from medray.evaluation.image_metrics import calibrate, combine, score
+from medray.evaluation.metrics import f1_line
 from medray.evaluation.significance import (
     beside,
     read_image_predictions,
@@ -69,6 +70,28 @@ class ImageEvaluation:
     calibration: Row
     beside: Row | None
     failed: dict[str, str]
+
+    def __str__(self) -> str:
+        found, beside = self.calibration, self.beside
+        scaled = (
+            f"{found['error_scaled']:.4f} at temperature {found['temperature']:.2f}"
+            if "temperature" in found
+            else f"no temperature: {found['why']}"
+        )
+        lines = [
+            f1_line(self.f1, self.interval),
+            f"calibration error  {found['error']:.4f}; {scaled}",
+        ]
+        if beside:
+            lines.append(
+                f"beside {beside['report']}  accuracy {beside['accuracy']:.4f} and "
+                f"{beside['other_accuracy']:.4f} of {beside['images']} images; only "
+                f"this right {beside['only_this']}, only that {beside['only_other']}; "
+                f"McNemar p = {beside['p_value']:.3g}"
+            )
+        lines += [f"report  {self.report}", f"out     {self.out}"]
+        counts = f"{self.images} images evaluated, {len(self.failed)} sheets failed"
+        return "\n".join([*lines, counts])
 
 
 def evaluate_images(

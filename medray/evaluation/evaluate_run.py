@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from medray.errors import ConfigError
 from medray.evaluation.count import Counted, count_slides
 from medray.evaluation.html import check_folder
+from medray.evaluation.metrics import f1_line
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
@@ -48,6 +49,14 @@ class Evaluation:
     interval: list[float] | None
     evaluated: int
     failed: dict[str, str]
+
+    def __str__(self) -> str:
+        return (
+            f"{f1_line(self.f1, self.interval)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"{self.evaluated} slides evaluated, {len(self.failed)} failed"
+        )
 
 
 def evaluate(

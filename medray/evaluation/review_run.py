@@ -50,6 +50,16 @@ class Review:
     slides: dict[str, int]
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"cannot  {slide}: {why}" for slide, why in self.failed.items()]
+        for slide, count in self.slides.items():
+            lines.append(f"{count:6}  {self.out}/{slide}.geojson")
+        lines.append(
+            f"{self.squares} squares of {len(self.slides)} slides, {len(self.failed)} "
+            f"could not be looked at"
+        )
+        return "\n".join(lines)
+
 
 def review(run: str, *, out: str, count: int = 20) -> Review:
     """Write the most uncertain squares of a run as QuPath GeoJSON, one file per slide.

@@ -81,6 +81,41 @@ class Estimate:
     cost: tuple[float, float] | None
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        gib = 2**30
+        least, most = self.seconds
+        lines = [
+            f"work     {self.regions} regions, {self.windows} windows at "
+            f"{self.window_s * 1e3:.1f} ms on each of {self.gpu_workers} GPU workers",
+            f"time     {least:.0f} to {most:.0f} s",
+            f"memory   at most {self.host_bytes / gib:.1f} GiB a node, "
+            f"{self.store_bytes / gib:.1f} GiB of it the object store; Ray has "
+            f"{self.budget_bytes / gib:.1f} GiB",
+        ]
+        if self.device_bytes:
+            lines.append(f"device   {self.device_bytes / gib:.1f} GiB")
+        if self.copied_bytes:
+            lines.append(
+                f"copies   {self.copied_bytes / gib:.2f} GiB of slides whole from "
+                f"their store, at most {self.cache_bytes / gib:.1f} GiB of them on a "
+                f"node at once"
+            )
+        lines.append(
+            f"output   at most {self.output_bytes / gib:.2f} GiB, usually a hundredth"
+        )
+        if self.cost:
+            low, high = self.cost
+            lines.append(
+                f"cost     {low:.2f} to {high:.2f}, {low / self.slides:.4f} to "
+                f"{high / self.slides:.4f} a slide"
+            )
+        lines += [f"failed   {name}: {why}" for name, why in self.failed.items()]
+        lines.append(
+            f"{self.slides} slides, {self.sampled} of them looked at, "
+            f"{len(self.failed)} cannot be planned"
+        )
+        return "\n".join(lines)
+
 
 def estimate(
     slides: Sequence[str],

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from medray.datasets import split_slides
 from medray.errors import ConfigError
-from medray.evaluation import class_scores, confusion
+from medray.evaluation import class_scores, confusion, f1_line
 from medray.mil.config import (
     SlideModel,
     SlideRecipe,
@@ -55,6 +55,10 @@ class SlideTraining:
     epochs: int
     f1: float | None
     seconds: float
+
+    def __str__(self) -> str:
+        state = "trained" if self.trained else "was there already"
+        return f"{f1_line(self.f1)}\nout     {self.out}\n{state}, {self.epochs} epochs"
 
 
 def train_slides(

@@ -52,6 +52,16 @@ class RecipeList:
     recipes: list[RecipeFile]
     folder: str
 
+    def __str__(self) -> str:
+        width = max(len(recipe.name) for recipe in self.recipes)
+        lines: list[str] = []
+        for recipe in self.recipes:
+            if recipe.command not in lines:
+                lines += ["", recipe.command]
+            lines.append(f"  {recipe.name:{width}}  {recipe.about}")
+        lines += ["", f"folder  {self.folder}"]
+        return "\n".join([*lines[1:], f"{len(self.recipes)} recipes and sweeps"])
+
 
 def list_recipes() -> RecipeList:
     """Return all recipes and sweeps that come with medray."""

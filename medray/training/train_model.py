@@ -25,6 +25,7 @@ import numpy as np
 
 from medray.datasets import holds_images, morphology_uri
 from medray.errors import ConfigError
+from medray.evaluation import f1_line
 from medray.execution import cluster
 from medray.models import (
     ModelConfig,
@@ -72,6 +73,15 @@ class Training:
     f1: float | None
     report: str
     seconds: float
+
+    def __str__(self) -> str:
+        state = "trained" if self.trained else "was there already"
+        return (
+            f"{f1_line(self.f1)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"{state}, {self.epochs} epochs"
+        )
 
 
 def train(

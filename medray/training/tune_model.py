@@ -23,6 +23,7 @@ import torch
 from ray.tune.schedulers import ASHAScheduler
 
 from medray.errors import ConfigError, MedrayError
+from medray.evaluation import f1_line
 from medray.execution import cluster
 from medray.models import ModelConfig, choose_device
 from medray.storage import files, locked
@@ -64,6 +65,16 @@ class Tuning:
     failed: dict[str, str]
     report: str
     seconds: float
+
+    def __str__(self) -> str:
+        best = ", ".join(f"{key}={value}" for key, value in self.best.items())
+        return (
+            f"{f1_line(self.f1)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"best    {best}\n"
+            f"{self.trials} trials, {len(self.failed)} failed, {self.seconds:.1f} s"
+        )
 
 
 def tune(

@@ -119,6 +119,10 @@ class Conformance:
     checks: list[Any]
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        counts = f"{len(self.checks)} checks, {len(self.failed)} failed"
+        return "\n".join([*map(str, self.checks), counts])
+
 
 def _conformance(args: argparse.Namespace) -> Any:
     from medray.inference import check_engine, check_medray, medray_engine

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from typing import Any
 
 from medray.apps.commands.options import Command, add_executor
-from medray.apps.console import as_text
 from medray.errors import ConfigError
 
 
@@ -71,20 +68,12 @@ def _add_view(sub: argparse.ArgumentParser) -> None:
 
 def _view(args: argparse.Namespace) -> Any:
     try:
-        from medray.apps.viewer.server import Viewing, view
+        from medray.apps.viewer.server import view
     except ImportError as error:
         raise ConfigError(
             f"the viewer needs packages that are not here ({error.name}); install "
             f"`medray[view]`"
         ) from error
-
-    def announce(viewing: Viewing) -> None:
-        values = dataclasses.asdict(viewing)
-        if args.json:
-            said = json.dumps(values, sort_keys=True)
-        else:
-            said = as_text("view", values)
-        print(said, file=args.stdout, flush=True)
 
     view(
         args.run_folder,
@@ -94,7 +83,7 @@ def _view(args: argparse.Namespace) -> Any:
         host=args.host,
         port=args.port,
         token=args.token,
-        announce=announce,
+        announce=args.announce,
     )
 
 

@@ -35,3 +35,13 @@ class Diagnosis:
     def code(self) -> int:
         """The exit code: 1 if anything failed."""
         return int(any(finding.status == "FAIL" for finding in self.findings))
+
+    def __str__(self) -> str:
+        lines = []
+        for one in self.findings:
+            lines.append(f"{one.status:4}  {one.name}: {one.found}")
+            lines += [f"      {one.mend}"] if one.mend else []
+        failed = sum(one.status == "FAIL" for one in self.findings)
+        warned = sum(one.status == "WARN" for one in self.findings)
+        counts = f"{len(self.findings)} checks, {failed} failed, {warned} warnings"
+        return "\n".join([*lines, counts])

@@ -81,6 +81,21 @@ class Night:
     committed_before: bool = False
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        lines = [f"left out  {name}: {why}" for name, why in self.left_out.items()]
+        lines += [f"failed    {name}: {why}" for name, why in self.handed_on.items()]
+        lines += [f"given up  {name}: {why}" for name, why in self.given_up.items()]
+        lines += [f"drift     {words}" for words in self.flagged]
+        lines.append(f"summary   {self.summary}")
+        before = ", committed before" if self.committed_before else ""
+        lines.append(
+            f"night {self.night}{before}: {self.done} slides done, "
+            f"{len(self.handed_on)} failed and handed on, {len(self.given_up)} given "
+            f"up, {len(self.left_out)} left out, {self.copies} copies, "
+            f"{self.replaced} replaced"
+        )
+        return "\n".join(lines)
+
 
 def nightly(
     inbox: str,

@@ -61,6 +61,17 @@ class Viewing:
     truth: str
     slides: int
 
+    def __str__(self) -> str:
+        report = self.report or "none; give --report to see it"
+        truth = self.truth or "none; give --truth to see it"
+        return (
+            f"run     {self.run} ({self.slides} slides)\n"
+            f"report  {report}\n"
+            f"truth   {truth}\n"
+            f"open    {self.url}\n"
+            f"Ctrl-C ends it"
+        )
+
 
 def view(
     run: str,
