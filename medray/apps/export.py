@@ -87,11 +87,11 @@ def export(
 
     Args:
         model: Folder of `medray train`.
-        format: One of FORMATS.
+        format: Format: pt2, onnx, int8, tensorrt or wsinfer.
         out: Folder to make; it must not hold a model yet.
-        data: Dataset or slide whose windows they are compared on; "": generated ones.
-        agreement: Least share of pixels (images) with the same class; by default 0.98
-            for int8, else 0.999.
+        data: Dataset or slide to compare export and model on. "": generated windows.
+        agreement: Least share of pixels with the same class (0.999; 0.98 for int8). Of
+            classifiers: of images.
 
     Raises:
         ConfigError: The request is wrong, or a package or a GPU is missing.

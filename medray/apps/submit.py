@@ -81,12 +81,11 @@ def submit(
     followed, not submitted: one id a night makes it one job a night.
 
     Args:
-        command: Its words; the head's shell gets them quoted.
-        job: Its submission id.
-        address: http:// address of the cluster's dashboard; None:
-            RAY_API_SERVER_ADDRESS.
+        command: What the job runs, after --. The head's shell gets the words quoted.
+        job: Id of the job; one that is there already is followed.
+        address: http://HOST:8265, the cluster's dashboard (RAY_API_SERVER_ADDRESS).
         wait: Seconds that no head may answer before that is given up.
-        stage: The job's metadata `stage`, shown in Ray's dashboard.
+        stage: Metadata `stage` of the job, shown in Ray's dashboard.
 
     Raises:
         ConfigError: No address, or the head refuses the token or the job.
