@@ -20,7 +20,7 @@ import torch
 
 from medray.apps.export_agreement import FORMATS, keep
 from medray.apps.probe_windows import ProbeWindows, find_windows
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.models import (
     WEIGHTS,
     ModelConfig,
@@ -47,7 +47,11 @@ class Export:
         file: The network's file.
         compared: Windows on which export and model were compared.
         source: Where these come from.
-        agreement: And what follows: see Comparison.
+        agreement: Share of pixels (of a classifier: images) with the same class.
+        largest_difference: Of a probability.
+        speed_up: How many times as fast as the model.
+        model_f1: F1 of the model on these windows; None where nothing is annotated.
+        f1: F1 of the export on them.
         model_bytes: Size of the model's weights.
         file_bytes: Size of the file.
     """
@@ -97,6 +101,7 @@ def export(
         ConfigError: The request is wrong, or a package or a GPU is missing.
         MedrayError: The export says something else than the model; nothing is left.
     """
+    check_positive(agreement=agreement)
     model, out = files.absolute(model), files.absolute(out)
     config = read_config(model)
     _check(model, config, format, out)

@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from medray.errors import ConfigError, MedrayError, StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError, check_positive
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def submit(
         MedrayError: No head answers, or it was lost too often.
         StoppedError: SIGTERM; the job goes on.
     """
+    check_positive(wait=wait)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", job):
         raise ConfigError(
             f"job: expected an id of letters, digits, dots, - and _; found {job!r}"

@@ -58,7 +58,7 @@ class ImageEvaluation:
         calibration: `error` as it is; where a `temperature` could be fitted, it, the
             `images` that it was fitted on and `error_scaled` with it; else `why` not.
         beside: The comparison with another report, see
-        `medray.evaluation.significance`; None: unasked.
+            medray.evaluation.significance; None: unasked.
         failed: Reason of each sheet that could not be, by its name.
     """
 
@@ -115,7 +115,7 @@ def evaluate_images(
         split: Which images.
         vote: Of several classifiers take the commonest class, not the mean. Of equally
             many votes the class of higher mean probability.
-        tta: Average predictions of mirrored (flips), turned (all) images too.
+        tta: Predict mirrored (flips), turned (all) images too. Takes the mean.
         compare: Report of another classifier on the same images, to compare with.
         executor: On a Ray cluster, or in this process, one thing after the other.
 

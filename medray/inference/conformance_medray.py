@@ -99,7 +99,7 @@ class Conformance:
     """What the checks of stitching found.
 
     Attributes:
-        checks: All of them.
+        checks: All of them, each with `name`, `asked`, `passed` and `found`.
         failed: What those that failed found, by their names.
     """
 

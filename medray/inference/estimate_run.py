@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.datasets import with_overrides
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.execution import cluster, map_rows, memory
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
@@ -140,6 +140,7 @@ def estimate(
     Raises:
         ConfigError: The request is wrong, or would need more memory than there is.
     """
+    check_positive(price=price)
     options = options or Options()
     if options.coarse > 1:
         raise ConfigError("coarse: what its second pass will do is not known before")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from medray.classes import Classes
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.geometry import Windows
 from medray.inference.postprocess import Cleaning
 from medray.models import Prediction
@@ -88,8 +88,7 @@ class Options:
             )
         if self.coarse not in (1, 2, 4, 8):
             raise ConfigError(f"coarse must be 1, 2, 4 or 8, found {self.coarse}")
-        if not self.timeout > 0:
-            raise ConfigError(f"timeout lies above 0 s, found {self.timeout}")
+        check_positive(timeout=self.timeout)
         if self.coarse > 1 and self.within:
             raise ConfigError("coarse and within cannot be combined; choose one")
 

@@ -133,9 +133,9 @@ class Prediction:
 
     Attributes:
         precision: Precision of the arithmetic. Blending is always float32.
-        stitch: Keep the core of each window, or average windows that overlap.
-        tta: Average predictions of mirrored (flips) and turned (all) windows too. Takes
-            4 and 8 times as long.
+        stitch: Keep the core of each window, or average overlaps.
+        tta: Predict mirrored (flips), turned (all) windows too. Takes the mean, and 4
+            or 8 times as long.
         vote: Of several models take the commonest class, not the mean probability.
         thresholds: Least probability of each class, by label value. A pixel that
             reaches none is class 0. Empty: the likeliest class.
