@@ -1,3 +1,3 @@
 from .check_slides import check as check
-from .commands import COMMANDS as COMMANDS
-from .console import as_text as as_text
+from .commands.request import Request as Request
+from .commands.request import parse as parse

@@ -1,4 +1,4 @@
-"""The page of `medray check`: each slide small, with its annotation as it is drawn."""
+"""The page, table and lines of `medray check`, and small pictures of slides."""
 
 from __future__ import annotations
 
@@ -131,3 +131,39 @@ def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
 def area_columns(name: str) -> tuple[str, str, str]:
     """Return the columns of a class: areas, share, square millimetres."""
     return f"areas_{name}", f"share_{name}", f"mm2_{name}"
+
+
+def slide_lines(slides: Sequence[Row]) -> list[str]:
+    """Return a table of the slides for a terminal; a dash is what is not known."""
+    head = ("", "slide", "height x width", "levels", "um", "format", "annotation")
+    table = [(*head, "areas"), *map(_cells, slides)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    lines = rows[:1]
+    for line, row in zip(rows[1:], slides, strict=True):
+        remark = row["message"] or row["note"]
+        lines += [line, *([f"         {remark}"] if remark else [])]
+    return lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return the cells of a slide's line."""
+    size = f"{row['height']} x {row['width']}" if row["height"] else "-"
+    mpp = "-" if row["mpp"] is None else f"{row['mpp']:.4g} ({row['mpp_from']})"
+    areas = []
+    for key, count in row.items():
+        name = key.removeprefix("areas_")
+        if name != key and count:
+            mm2 = row[f"mm2_{name}"]
+            size_mm2 = "" if mm2 is None else f" {mm2:.3g} mm2"
+            areas.append(f"{name} {count}{size_mm2} {100 * row[f'share_{name}']:.3g} %")
+    return (
+        row["status"],
+        row["slide"],
+        size,
+        str(row["levels"] or "-"),
+        mpp,
+        row["format"] or "-",
+        row["annotation"].rpartition("/")[2] or "-",
+        ", ".join(areas) or "-",
+    )

@@ -20,7 +20,7 @@ import torch
 
 from medray.apps.export_agreement import FORMATS, keep
 from medray.apps.probe_windows import ProbeWindows, find_windows
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.models import (
     WEIGHTS,
     ModelConfig,
@@ -47,7 +47,11 @@ class Export:
         file: The network's file.
         compared: Windows on which export and model were compared.
         source: Where these come from.
-        agreement: And what follows: see Comparison.
+        agreement: Share of pixels (of a classifier: images) with the same class.
+        largest_difference: Of a probability.
+        speed_up: How many times as fast as the model.
+        model_f1: F1 of the model on these windows; None where nothing is annotated.
+        f1: F1 of the export on them.
         model_bytes: Size of the model's weights.
         file_bytes: Size of the file.
     """
@@ -65,6 +69,20 @@ class Export:
     model_bytes: int
     file_bytes: int
 
+    def __str__(self) -> str:
+        before, after = self.model_bytes / 2**20, self.file_bytes / 2**20
+        lines = [
+            f"classes   the same in {self.agreement:.3%}; probabilities differ by at "
+            f"most {self.largest_difference:.4f}",
+            f"size      {after:.1f} MiB, the model's weights {before:.1f} MiB",
+            f"speed     {self.speed_up:.2f} times the model's",
+        ]
+        if self.f1 is not None and self.model_f1 is not None:
+            lines.append(f"F1        {self.f1:.4f}, the model's {self.model_f1:.4f}")
+        lines.append(f"out       {self.out}")
+        lines.append(f"compared on {self.compared} windows of {self.source}")
+        return "\n".join(lines)
+
 
 def export(
     model: str, *, format: str, out: str, data: str = "", agreement: float | None = None
@@ -73,16 +91,17 @@ def export(
 
     Args:
         model: Folder of `medray train`.
-        format: One of FORMATS.
+        format: Format: pt2, onnx, int8, tensorrt or wsinfer.
         out: Folder to make; it must not hold a model yet.
-        data: Dataset or slide whose windows they are compared on; "": generated ones.
-        agreement: Least share of pixels (images) with the same class; by default 0.98
-            for int8, else 0.999.
+        data: Dataset or slide to compare export and model on. "": generated windows.
+        agreement: Least share of pixels with the same class (0.999; 0.98 for int8). Of
+            classifiers: of images.
 
     Raises:
         ConfigError: The request is wrong, or a package or a GPU is missing.
         MedrayError: The export says something else than the model; nothing is left.
     """
+    check_positive(agreement=agreement)
     model, out = files.absolute(model), files.absolute(out)
     config = read_config(model)
     _check(model, config, format, out)

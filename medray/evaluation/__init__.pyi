@@ -23,6 +23,7 @@ from .image_metrics import score as score
 from .metrics import bootstrap as bootstrap
 from .metrics import class_scores as class_scores
 from .metrics import confusion as confusion
+from .metrics import f1_line as f1_line
 from .metrics import of_images as of_images
 from .metrics import small_objects as small_objects
 from .metrics import small_scores as small_scores

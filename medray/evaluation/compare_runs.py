@@ -70,6 +70,26 @@ class Comparison:
     better: list[str]
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"cannot      {slide}: {why}" for slide, why in self.failed.items()]
+        if self.difference is not None:
+            span, p_value = "", ""
+            if self.interval:
+                span = f" [{self.interval[0]:+.4f}, {self.interval[1]:+.4f}]"
+                p_value = f", p = {self.p_value:.3g}"
+            lines += [
+                f"F1          {self.f1:.4f} and {self.other_f1:.4f}",
+                f"difference  {self.difference:+.4f}{span}{p_value}",
+            ]
+        lines += [f"worse       {slide}" for slide in self.worse[:10]]
+        lines += [
+            f"report      {self.report}",
+            f"{self.compared} slides compared, {self.changed} differ, {self.scored} "
+            f"have a truth: {len(self.better)} better, {len(self.worse)} worse; "
+            f"{len(self.failed)} could not be compared",
+        ]
+        return "\n".join(lines)
+
 
 def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comparison:
     """Compare the masks of two runs, and their scores where there is a truth.

@@ -39,9 +39,26 @@ class Difference:
     agreement: list[dict[str, Any]]
     not_compared: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"cannot   {slide}: {why}" for slide, why in self.not_compared.items()]
+        for slide, regions in self.changed.items():
+            for (y, x, height, width), pixels in regions:
+                where = f"y={y} x={x} {height} x {width}"
+                lines.append(f"changed  {slide} {where}: {pixels} pixels")
+        for row in self.agreement:
+            f1 = "none" if row["f1"] is None else f"{row['f1']:.5f}"
+            pixels_of_both = f"{row['px']} and {row['other_px']} pixels"
+            lines.append(f"class    {row['class']}: F1 {f1}, {pixels_of_both}")
+        lines.append(f"{self.compared} slides compared, {len(self.changed)} differ")
+        return "\n".join(lines)
+
 
 def diff(out: str, other: str) -> Difference:
     """Compare the masks of two runs, region by region of the first.
+
+    Args:
+        out: Folder of a run, from `medray infer`.
+        other: Folder of another of the same classes.
 
     Raises:
         ConfigError: One is no run, or their classes differ.

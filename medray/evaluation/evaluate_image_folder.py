@@ -24,6 +24,7 @@ from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import check_folder, render
 from medray.evaluation.image_errors import confident_errors
 from medray.evaluation.image_metrics import calibrate, combine, score
+from medray.evaluation.metrics import f1_line
 from medray.evaluation.significance import (
     beside,
     read_image_predictions,
@@ -57,7 +58,7 @@ class ImageEvaluation:
         calibration: `error` as it is; where a `temperature` could be fitted, it, the
             `images` that it was fitted on and `error_scaled` with it; else `why` not.
         beside: The comparison with another report, see
-        `medray.evaluation.significance`; None: unasked.
+            medray.evaluation.significance; None: unasked.
         failed: Reason of each sheet that could not be, by its name.
     """
 
@@ -69,6 +70,28 @@ class ImageEvaluation:
     calibration: Row
     beside: Row | None
     failed: dict[str, str]
+
+    def __str__(self) -> str:
+        found, beside = self.calibration, self.beside
+        scaled = (
+            f"{found['error_scaled']:.4f} at temperature {found['temperature']:.2f}"
+            if "temperature" in found
+            else f"no temperature: {found['why']}"
+        )
+        lines = [
+            f1_line(self.f1, self.interval),
+            f"calibration error  {found['error']:.4f}; {scaled}",
+        ]
+        if beside:
+            lines.append(
+                f"beside {beside['report']}  accuracy {beside['accuracy']:.4f} and "
+                f"{beside['other_accuracy']:.4f} of {beside['images']} images; only "
+                f"this right {beside['only_this']}, only that {beside['only_other']}; "
+                f"McNemar p = {beside['p_value']:.3g}"
+            )
+        lines += [f"report  {self.report}", f"out     {self.out}"]
+        counts = f"{self.images} images evaluated, {len(self.failed)} sheets failed"
+        return "\n".join([*lines, counts])
 
 
 def evaluate_images(
@@ -90,11 +113,10 @@ def evaluate_images(
         data: Dataset of images, as `medray ingest --side` writes it.
         out: Folder of the report; made if needed.
         split: Which images.
-        vote: Of several models the class that most of them name, of equally many votes
-            the one of higher mean probability; else that of the highest mean.
-        tta: Test-time augmentation: also classify images mirrored (`flips`), or
-            mirrored and turned (`all`), and take the mean probability.
-        compare: Report of another evaluation of the same images, to stand beside.
+        vote: Of several classifiers take the commonest class, not the mean. Of equally
+            many votes the class of higher mean probability.
+        tta: Predict mirrored (flips), turned (all) images too. Takes the mean.
+        compare: Report of another classifier on the same images, to compare with.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from medray.errors import ConfigError
 from medray.evaluation.count import Counted, count_slides
 from medray.evaluation.html import check_folder
+from medray.evaluation.metrics import f1_line
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
 from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
@@ -49,6 +50,14 @@ class Evaluation:
     evaluated: int
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        return (
+            f"{f1_line(self.f1, self.interval)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"{self.evaluated} slides evaluated, {len(self.failed)} failed"
+        )
+
 
 def evaluate(
     run: str,
@@ -69,11 +78,11 @@ def evaluate(
         run: Folder of a run, as `medray infer` writes it.
         truth: Dataset, or folder of annotations named like the slides.
         out: Folder of the report; made if needed.
-        split: With a dataset: only its slides of this split (train, val or test).
+        split: With a dataset, only its slides of this split. train, val or test.
         slides: Only these of the run, by their ids.
-        cohorts: CSV with the column `slide` and others (scanner, stain, site, ...):
-            scores for each value of each. With a column `patient` intervals are found
-            by resampling patients instead of slides.
+        cohorts: CSV (slide,scanner,site,...): also scores of each value of each column.
+            With a column `patient` intervals are found by resampling patients instead
+            of slides.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:

@@ -316,3 +316,10 @@ def difference(
         "interval": np.quantile(moved, [0.025, 0.975]).tolist(),
         "p_value": float(min(1.0, 2 * sides)),
     }
+
+
+def f1_line(f1: float | None, interval: Sequence[float] | None = None) -> str:
+    """Return an F1 score and its interval as a line of a result's text."""
+    value = "none (no foreground)" if f1 is None else f"{f1:.4f}"
+    span = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+    return f"F1      {value}{span}"

@@ -50,6 +50,16 @@ class Review:
     slides: dict[str, int]
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"cannot  {slide}: {why}" for slide, why in self.failed.items()]
+        for slide, count in self.slides.items():
+            lines.append(f"{count:6}  {self.out}/{slide}.geojson")
+        lines.append(
+            f"{self.squares} squares of {len(self.slides)} slides, {len(self.failed)} "
+            f"could not be looked at"
+        )
+        return "\n".join(lines)
+
 
 def review(run: str, *, out: str, count: int = 20) -> Review:
     """Write the most uncertain squares of a run as QuPath GeoJSON, one file per slide.
@@ -63,10 +73,10 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
 
     Args:
         run: Folder of a run made with `--quality`.
-        out: Folder to write: `SLIDE.geojson` and `squares.parquet`, which has slide,
-            y, x, height, width (level-0 pixels from the slide's corner) and
-            uncertainty (0 to 1).
-        count: Squares at most, over all slides.
+        out: Folder for SLIDE.geojson and squares.parquet. The table has slide, y, x,
+            height, width (level-0 pixels from the slide's corner) and uncertainty (0 to
+            1).
+        count: Squares of 1024 pixels at most, over all slides.
 
     Raises:
         ConfigError: There is no run, or it has no uncertainty.

@@ -63,6 +63,13 @@ class Summary:
     regions: int
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"out     {self.out}\n"
+            f"{self.done} slides done, {self.skipped} done before, "
+            f"{len(self.failed)} failed, {self.seconds:.1f} s"
+        )
+
 
 def changed_slides(
     wanted: Iterable[SlideFile],

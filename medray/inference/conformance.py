@@ -50,6 +50,11 @@ class Check:
     passed: bool
     found: str
 
+    def __str__(self) -> str:
+        state = "ok    " if self.passed else "FAILED"
+        found = "" if self.passed else f": {self.found}"
+        return f"{state} {self.name:18} {self.asked}{found}"
+
 
 class Identity(nn.Module):
     """Sees the class that the red channel names."""

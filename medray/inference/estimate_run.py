@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.datasets import with_overrides
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.execution import cluster, map_rows, memory
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
@@ -89,6 +89,41 @@ class Estimate:
     cost: tuple[float, float] | None
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        gib = 2**30
+        least, most = self.seconds
+        lines = [
+            f"work     {self.regions} regions, {self.windows} windows at "
+            f"{self.window_s * 1e3:.1f} ms on each of {self.gpu_workers} GPU workers",
+            f"time     {least:.0f} to {most:.0f} s",
+            f"memory   at most {self.host_bytes / gib:.1f} GiB a node, "
+            f"{self.store_bytes / gib:.1f} GiB of it the object store; Ray has "
+            f"{self.budget_bytes / gib:.1f} GiB",
+        ]
+        if self.device_bytes:
+            lines.append(f"device   {self.device_bytes / gib:.1f} GiB")
+        if self.copied_bytes:
+            lines.append(
+                f"copies   {self.copied_bytes / gib:.2f} GiB of slides whole from "
+                f"their store, at most {self.cache_bytes / gib:.1f} GiB of them on a "
+                f"node at once"
+            )
+        lines.append(
+            f"output   at most {self.output_bytes / gib:.2f} GiB, usually a hundredth"
+        )
+        if self.cost:
+            low, high = self.cost
+            lines.append(
+                f"cost     {low:.2f} to {high:.2f}, {low / self.slides:.4f} to "
+                f"{high / self.slides:.4f} a slide"
+            )
+        lines += [f"failed   {name}: {why}" for name, why in self.failed.items()]
+        lines.append(
+            f"{self.slides} slides, {self.sampled} of them looked at, "
+            f"{len(self.failed)} cannot be planned"
+        )
+        return "\n".join(lines)
+
 
 def estimate(
     slides: Sequence[str],
@@ -102,17 +137,18 @@ def estimate(
     """Estimate a run without starting it.
 
     Args:
-        slides: As for `medray.infer`.
-        model: As for `medray.infer`.
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        model: Model folder, as `medray train` writes it, or several: an ensemble.
         options: As for `medray.infer`.
-        sample: Of more slides than this so many are looked at, chosen by chance.
-        price: Of an hour of one GPU worker's machine.
-        out: Folder of the run: the estimate is kept there as plan.json, and
-            `medray infer` says how it compares.
+        sample: Slides that are looked at, chosen by chance where there are more.
+        price: Price of an hour of one GPU worker's machine.
+        out: Folder of the run, to keep the estimate as plan.json. `medray infer` says
+            how it compares.
 
     Raises:
         ConfigError: The request is wrong, or would need more memory than there is.
     """
+    check_positive(price=price)
     options = options or Options()
     if options.coarse > 1:
         raise ConfigError("coarse: what its second pass will do is not known before")

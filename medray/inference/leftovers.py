@@ -37,6 +37,12 @@ class Collected:
     bytes: int
     dry_run: bool
 
+    def __str__(self) -> str:
+        verb = "would remove" if self.dry_run else "removed"
+        lines = [f"{verb}  {path}" for path in self.removed]
+        size = f"{self.bytes / 2**20:.1f} MiB"
+        return "\n".join([*lines, f"{verb} {len(lines)} leftovers, {size}"])
+
 
 def collect(out: str, *, dry_run: bool = False) -> Collected:
     """Remove what crashed runs left behind, and nothing else.
@@ -46,7 +52,7 @@ def collect(out: str, *, dry_run: bool = False) -> Collected:
 
     Args:
         out: Folder of the run.
-        dry_run: Only tell.
+        dry_run: Remove nothing, only list it.
 
     Raises:
         ConfigError: There is no run, or another process works there.

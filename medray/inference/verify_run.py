@@ -49,6 +49,16 @@ class Verified:
     noted: bool
     failed: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"damaged  {slide}: {why}" for slide, why in self.failed.items()]
+        if self.failed and self.noted:
+            lines.append("run the same `medray infer` again to repair them")
+        lines.append(
+            f"{self.verified} slides are as they were committed, {len(self.failed)} "
+            f"damaged, {self.files} files read"
+        )
+        return "\n".join(lines)
+
 
 def verify(out: str) -> Verified:
     """Read every file of a run against the digests recorded when it was committed.

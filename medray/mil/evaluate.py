@@ -21,6 +21,7 @@ from medray.evaluation import (
     check_folder,
     data_uri,
     draw_image_curves,
+    f1_line,
     render,
     score,
 )
@@ -59,6 +60,15 @@ class SlideEvaluation:
     unseen: int
     seen: int
     failed: dict[str, str]
+
+    def __str__(self) -> str:
+        return (
+            f"{f1_line(self.f1, self.interval)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"{self.unseen} slides evaluated, {self.seen} left out that the model has "
+            f"seen, {len(self.failed)} failed"
+        )
 
 
 def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:

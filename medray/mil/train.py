@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from medray.datasets import split_slides
 from medray.errors import ConfigError
-from medray.evaluation import class_scores, confusion
+from medray.evaluation import class_scores, confusion, f1_line
 from medray.mil.config import (
     SlideModel,
     SlideRecipe,
@@ -56,6 +56,10 @@ class SlideTraining:
     f1: float | None
     seconds: float
 
+    def __str__(self) -> str:
+        state = "trained" if self.trained else "was there already"
+        return f"{f1_line(self.f1)}\nout     {self.out}\n{state}, {self.epochs} epochs"
+
 
 def train_slides(
     recipe: str,
@@ -70,7 +74,7 @@ def train_slides(
     Args:
         recipe: Name, see `medray recipes`, or path of a YAML file.
         data: Features, as `medray embed` writes them.
-        labels: CSV with the columns slide, label and, if known, patient.
+        labels: CSV (slide,label[,patient]): train a model of slides on features.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `lr=1e-3`.
 

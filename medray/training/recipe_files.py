@@ -45,12 +45,22 @@ class RecipeList:
     """What `medray recipes` tells.
 
     Attributes:
-        recipes: By command, then by name.
+        recipes: By command, then by name; each with `name`, `command` and `about`.
         folder: Where their files lie, to copy one.
     """
 
     recipes: list[RecipeFile]
     folder: str
+
+    def __str__(self) -> str:
+        width = max(len(recipe.name) for recipe in self.recipes)
+        lines: list[str] = []
+        for recipe in self.recipes:
+            if recipe.command not in lines:
+                lines += ["", recipe.command]
+            lines.append(f"  {recipe.name:{width}}  {recipe.about}")
+        lines += ["", f"folder  {self.folder}"]
+        return "\n".join([*lines[1:], f"{len(self.recipes)} recipes and sweeps"])
 
 
 def list_recipes() -> RecipeList:

@@ -25,6 +25,7 @@ import numpy as np
 
 from medray.datasets import holds_images, morphology_uri
 from medray.errors import ConfigError
+from medray.evaluation import f1_line
 from medray.execution import cluster
 from medray.models import (
     ModelConfig,
@@ -73,6 +74,15 @@ class Training:
     report: str
     seconds: float
 
+    def __str__(self) -> str:
+        state = "trained" if self.trained else "was there already"
+        return (
+            f"{f1_line(self.f1)}\n"
+            f"report  {self.report}\n"
+            f"out     {self.out}\n"
+            f"{state}, {self.epochs} epochs"
+        )
+
 
 def train(
     recipe: str,
@@ -92,8 +102,8 @@ def train(
         data: Dataset, as `medray ingest` writes it.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `optimizer.lr=1e-4`.
-        repeats: Trainings with seeds one apart. The recipe's own seed makes the model,
-            the others lie in OUT/repeats; the report says mean and spread.
+        repeats: Trainings with other seeds, for mean and spread of the score. The
+            recipe's own seed makes the model, the others lie in OUT/repeats.
 
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, OUT holds

@@ -27,7 +27,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found."""
+    """All that was found.
+
+    Attributes:
+        findings: One of each check, with `name`, `status` (ok, WARN or FAIL), `found`
+            and `mend` (what to do; empty when it is fine).
+    """
 
     findings: list[Finding]
 
@@ -35,3 +40,13 @@ class Diagnosis:
     def code(self) -> int:
         """The exit code: 1 if anything failed."""
         return int(any(finding.status == "FAIL" for finding in self.findings))
+
+    def __str__(self) -> str:
+        lines = []
+        for one in self.findings:
+            lines.append(f"{one.status:4}  {one.name}: {one.found}")
+            lines += [f"      {one.mend}"] if one.mend else []
+        failed = sum(one.status == "FAIL" for one in self.findings)
+        warned = sum(one.status == "WARN" for one in self.findings)
+        counts = f"{len(self.findings)} checks, {failed} failed, {warned} warnings"
+        return "\n".join([*lines, counts])

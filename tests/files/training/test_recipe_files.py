@@ -72,4 +72,4 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "medray train NAME"
     assert "medray tune NAME" in lines
     assert any(line.startswith("  unet ") and "U-Net" in line for line in lines)
-    assert lines[-1] == f"folder  {RECIPES}"
+    assert lines[-2] == f"folder  {RECIPES}"
