@@ -26,7 +26,7 @@ from medray.execution.stage import (
     finish_slide,
     plan_slide,
 )
-from medray.execution.stream import Stream
+from medray.execution.stream import CORE, Stream
 from medray.execution.tasks import (
     FinishTask,
     Plan,
@@ -65,7 +65,7 @@ def run_on_ray_data(
         stopping() as asked,
         Stream(
             functools.partial(_do, stage),
-            num_cpus=1.0,
+            num_cpus=CORE,
             timeout=timeout,
             bounded=True,
             group=_slide_of,

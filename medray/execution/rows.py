@@ -54,10 +54,10 @@ def map_rows[R](
     # Imported here: the other executor needs no Ray, which takes seconds to load.
     from medray.execution import cluster
     from medray.execution.gpu_worker import gpu_worker_resources
-    from medray.execution.stream import Stream
+    from medray.execution.stream import CORE, Stream
 
     cluster.connect()
-    resources = gpu_worker_resources() if device else {"num_cpus": 1.0}
+    resources = gpu_worker_resources() if device else {"num_cpus": CORE}
     with Stream(
         function,
         num_cpus=resources["num_cpus"],

@@ -1,6 +1,6 @@
 """Rows through Ray Data, as they become known: one execution, some rows a block.
 
-    driver   Stream.give: rows become blocks, of about half a second's work
+    driver   Stream.give: rows become blocks, of about a second's work
     source   a read that yields a block as soon as the driver has given it
     tasks    Ray Data's map_batches: the function is called with each row of a block
     driver   Stream.take: rows with their results, as the blocks come
@@ -31,8 +31,12 @@ from medray.errors import LostError, MedrayError
 from medray.execution import cluster
 from medray.execution.feed import Feed, Head, as_table, do_block
 
-# What a block's rows should take: longer than Ray Data takes for a block.
-_BLOCK_S, _BLOCK_ROWS = 0.5, 64
+# What the rows of a block should take. Ray Data looks ten times a second what has ended.
+_BLOCK_S, _BLOCK_ROWS = 1.0, 64
+# Blocks of an execution: Ray Data keeps statistics of each, some KB, until its end.
+_BLOCKS = 20_000
+CORE = 0.66
+"""The share of a core that a process asks for: of three one may wait for its block."""
 # Blocks under way for each place: the next is there when one ends. That some wait asks
 # for more nodes where they come on request.
 _AHEAD = 3
@@ -83,7 +87,7 @@ class Stream:
         self._given = 0
         self._row_s = _BLOCK_S  # that a row takes
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._end = cluster.End()
+        self._end, self._closed = cluster.End(), threading.Event()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         self._feed = ray.remote(Feed).options(num_cpus=0, label_selector=here).remote()
         task = functools.partial(do_block, self._feed, function, bounded)
@@ -101,6 +105,7 @@ class Stream:
         """End the execution; at once if not everything is done."""
         if kind is not None or self.busy:
             self._end.set()
+        self._closed.set()
         try:
             self._feed.close.remote()
             self._thread.join(_CLOSE_S)
@@ -199,13 +204,16 @@ class Stream:
                 self._row_s = max(1e-4, self._row_s)
                 yield row, answer.value
 
-    def _consume(self, run: Callable[[], Iterator[tuple[int, bytes]]]) -> None:
+    def _consume(self, run: Callable[[range], Iterator[tuple[int, bytes]]]) -> None:
         """Pass on what arrives, and last why no more does."""
         why: BaseException = MedrayError("Ray Data ended before all rows were done")
         try:
             with cluster.streaming(block_bytes=1, end=self._end):
-                for arrived in run():
-                    self._arrived.put(arrived)
+                first = 0
+                while not self._closed.is_set():
+                    for arrived in run(range(first, first + _BLOCKS)):
+                        self._arrived.put(arrived)
+                    first += _BLOCKS
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, MedrayError):
@@ -220,6 +228,7 @@ def _run(
     task: Callable[[pa.Table], pa.Table],
     num_cpus: float,
     num_gpus: float,
+    numbers: range,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each block that is done, and its answers, pickled."""
     # Imported here, in a thread, while the feed starts: it takes a second and more.
@@ -235,7 +244,9 @@ def _run(
         def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
             """Return the read."""
             metadata = BlockMetadata(None, None, None, None)
-            return [ray.data.ReadTask(functools.partial(_read, feed), metadata)]
+            return [
+                ray.data.ReadTask(functools.partial(_read, feed, numbers), metadata)
+            ]
 
     # The read only waits: it takes no core, and the driver's node may have none.
     blocks = ray.data.read_datasource(
@@ -257,17 +268,15 @@ def _run(
         yield table["block"][0].as_py(), table["content"][0].as_py()
 
 
-def _read(feed: Any) -> Iterator[pa.Table]:
+def _read(feed: Any, numbers: range) -> Iterator[pa.Table]:
     """Yield the blocks in their order, each as soon as it is given.
 
     A read that is repeated, for its process died, yields as many blocks as before:
     those that are done are empty.
     """
-    block = 0
-    while True:
-        content = ray.get(feed.block.remote(block))
+    for block in numbers:
+        while (content := ray.get(feed.block.remote(block))) is False:
+            pass  # it waited for a while
         if content is None:
             return
-        if content is not False:
-            yield as_table(block, content)
-            block += 1
+        yield as_table(block, content)
