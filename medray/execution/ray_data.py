@@ -81,17 +81,17 @@ def run_on_ray_data(
                 while stream.busy and time.monotonic() < deadline:
                     _take(stream, commit)
                 raise commit.stopped(asked.signal)
-            room = stream.room
-            while regions and room > 0:
+            room, given = stream.room, list[AnyTask]()
+            while regions and room > len(given):
                 task = regions.popleft()
                 if failure := commit.quarantined.get(task.slide.slide):
                     _finish(stream, commit.region(task, failure))
                 else:
-                    stream.give([task])
-                    room -= 1
+                    given.append(task)
             # Planned ahead, but not all: gigapixel slides have many regions.
-            if slides and room > 0:
-                stream.give([slides.popleft() for _ in range(min(room, len(slides)))])
+            while slides and room > len(given):
+                given.append(slides.popleft())
+            stream.give(given)
             regions.extend(_take(stream, commit))
             gauges.update(commit, len(regions))
 

@@ -31,8 +31,9 @@ from medray.errors import LostError, MedrayError
 from medray.execution import cluster
 from medray.execution.feed import Feed, Head, as_table, do_block
 
-# What the rows of a block should take. Ray Data looks ten times a second what has ended.
-_BLOCK_S, _BLOCK_ROWS = 1.0, 64
+# What the rows of a block should take: Ray Data looks ten times a second what has
+# ended.
+_BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 1.0, 64, 4
 # Blocks of an execution: Ray Data keeps statistics of each, some KB, until its end.
 _BLOCKS = 20_000
 CORE = 0.66
@@ -85,7 +86,7 @@ class Stream:
         self._numbers = 0
         self._blocks: dict[int, list[int]] = {}  # under way: the rows of each
         self._given = 0
-        self._row_s = _BLOCK_S  # that a row takes
+        self._row_s = _BLOCK_S / _FIRST_ROWS  # that a row takes
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._end, self._closed = cluster.End(), threading.Event()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
