@@ -21,13 +21,7 @@ from hypothesis.stateful import (
 from simulated_pool import INNOCENT, POISON, TIMEOUT, World, check, check_results
 
 from medray.errors import LostError, MedrayError
-from medray.execution.pool_state import (
-    Answered,
-    Ended,
-    Grow,
-)
-
-TIMEOUT = 100.0
+from medray.execution.pool_state import Answered, Ended, Grow
 
 
 class History(RuleBasedStateMachine):
