@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def streaming(
         block_bytes: Bytes of one row with pixels. A larger block would hold regions
             back until it is full, and keep them all in memory.
         in_order: Give rows in the order of the source.
-        end: Ends them, with a MedrayError, once it is set.
+        end: Ends them once it is set. What fails them is raised, not logged as well.
     """
     # Imported here: with it come pandas and more, which processes that read slides, and
     # start for each run, can do without (2 of their 4 s).
@@ -113,7 +113,7 @@ def streaming(
     data_logger = logging.getLogger("ray.data")
     level = data_logger.level
     if not _verbose():
-        data_logger.setLevel(logging.ERROR)
+        data_logger.setLevel(logging.ERROR if end is None else logging.CRITICAL)
     try:
         with DataContext.current(context):
             yield
@@ -154,9 +154,12 @@ class _Ending:
         self._end = end
 
     def on_execution_step(self, _: object) -> None:
-        """Fail the execution, which ends its processes, if it is to end."""
+        """Fail the execution if it is to end."""
         if self._end.is_set():
-            raise MedrayError("the work was ended before it was done")
+            from ray.data.exceptions import ExecutionTimeoutError
+
+            # Others Ray Data takes for faults of its own, and writes a page about them.
+            raise ExecutionTimeoutError("told to end")
 
     def before_execution_starts(self, _: object) -> None:
         """Do nothing."""

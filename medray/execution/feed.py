@@ -1,35 +1,17 @@
-"""What a stream has within Ray: who hands out its blocks, and who does them."""
+"""Who hands out the blocks of a stream, and counts the tries of their rows."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
-import functools
-import pickle
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import pyarrow as pa
-import ray
-
-from medray.errors import MedrayError
 from medray.execution import cluster
-from medray.execution.rows import steps_of
 from medray.execution.tries import Tries
-from medray.slides import bounded_memory
 
 _WAIT_S = 5.0  # how long the source waits for a block in one call
-_STDERR = 2  # its number: where a process that hangs says at which line
-
-
-def as_table(block: int, content: bytes) -> pa.Table:
-    """Return a block as a table of one row."""
-    large = pa.array([content], pa.large_binary())
-    return pa.table({"block": [block], "content": large})
 
 
 class Feed:
@@ -68,11 +50,16 @@ class Feed:
             return self._blocks.get(block, b"")
         return None if self._closed else False
 
-    async def begin(self, done: int | None, row: Head | None, node: str) -> Verdict:
+    async def begin(
+        self, done: int | None, row: Head | None, node: str, trace: str
+    ) -> Verdict:
         """Note that a row is done, and that the next one is begun.
 
-        Raises:
-            MedrayError: Processes die whatever they are given.
+        Args:
+            done: Number of the row that is done; None: none.
+            row: The next one; None: there is none.
+            node: Where it is begun.
+            trace: What a process that had it on this node wrote as it ended.
         """
         if done is not None:
             self._tries.end(done)
@@ -89,12 +76,14 @@ class Feed:
             node=node,
             now=time.monotonic(),
             timeout=row.timeout,
+            trace=trace,
             is_gone=lambda node: gone.get(node, False),
         )
         if self._tries.hopeless:
-            raise MedrayError(
+            return Verdict(
+                "hopeless",
                 "10 processes died one after the other; Ray's logs on their nodes may "
-                "say why"
+                "say why",
             )
         return Verdict("lost", why) if why else Verdict("go")
 
@@ -107,6 +96,10 @@ class Feed:
         self._blocks.pop(block, None)
         for row in rows:
             self._tries.forget(row)
+
+    async def forever(self) -> None:
+        """Do not return before this actor ends."""
+        await asyncio.Event().wait()
 
     async def stop(self) -> None:
         """Let no other row begin."""
@@ -139,83 +132,10 @@ class Verdict:
     """Whether a row may begin.
 
     Attributes:
-        kind: `go`; `lost`: it is given up; `stop`: the run ends.
-        why: It is given up.
+        kind: `go`; `lost`: it is given up; `stop`: the run ends; `hopeless`: processes
+            die whatever they are given.
+        why: In words.
     """
 
-    kind: Literal["go", "lost", "stop"]
+    kind: Literal["go", "lost", "stop", "hopeless"]
     why: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of a row.
-
-    Attributes:
-        kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
-            given up; `stop`: it was not begun, since the run ends.
-        value: The result, the exception, or why the row was lost.
-        seconds: That it took.
-    """
-
-    kind: Literal["done", "bug", "lost", "stop"]
-    value: Any = None
-    seconds: float = 0.0
-
-
-def do_block(
-    feed: Any, function: Callable[[Any], Any], bounded: bool, table: pa.Table
-) -> pa.Table:
-    """Call the function with each row of a block: a task of Ray Data."""
-    content = table["content"][0].as_py()
-    node = ray.get_runtime_context().get_node_id()
-    answers: list[Answer] = []
-    done: int | None = None
-    with bounded_memory() if bounded else contextlib.nullcontext():
-        heads, rows = pickle.loads(content) if content else ([], [])
-        for head, row in zip(heads, rows, strict=True):
-            # Waited for: a note that is only sent would be lost with this process.
-            verdict = ray.get(feed.begin.remote(done, head, node))
-            if verdict.kind == "go":
-                answers.append(_answer(feed, function, head, row))
-                done = head.number
-            else:
-                answers.append(Answer(verdict.kind, verdict.why))
-                done = None
-        if done is not None:
-            ray.get(feed.begin.remote(done, None, node))
-    return as_table(table["block"][0].as_py(), pickle.dumps(answers))
-
-
-def _answer(feed: Any, function: Callable[[Any], Any], head: Head, row: Any) -> Answer:
-    """Return what came of a row; end this process if it hangs."""
-    # A thread of C's: it also fires while native code holds the interpreter's lock.
-    arm = functools.partial(
-        faulthandler.dump_traceback_later, head.timeout, exit=True, file=_STDERR
-    )
-    start = time.monotonic()
-    arm()
-    try:
-        steps = steps_of(function, row)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return Answer("done", end.value, time.monotonic() - start)
-            feed.goes_on.remote(head.number)
-            arm()
-    except Exception as error:
-        return Answer("bug", _sendable(error))
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return an exception with its traceback as a note, as one that can be pickled."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        error.add_note(text)
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does
-        return RuntimeError(text)
-    return error

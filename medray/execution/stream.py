@@ -29,7 +29,8 @@ import ray
 
 from medray.errors import LostError, MedrayError
 from medray.execution import cluster
-from medray.execution.feed import Feed, Head, as_table, do_block
+from medray.execution.block import Answer, as_table, do_block
+from medray.execution.feed import Feed, Head
 
 # What the rows of a block should take: Ray Data looks ten times a second what has
 # ended.
@@ -104,16 +105,16 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the execution; at once if not everything is done."""
-        if kind is not None or self.busy:
-            self._end.set()
         self._closed.set()
-        try:
-            self._feed.close.remote()
+        self._feed.close.remote()
+        if kind is None and not self.busy:
             self._thread.join(_CLOSE_S)
-            self._end.set()  # a task that waits for a place would be waited for
-            self._thread.join(_END_S)
-        finally:
-            ray.kill(self._feed)
+        else:
+            ray.kill(self._feed)  # the processes end with it, whatever they do
+        # Also a tidy end, which would wait for a task that waits for a place.
+        self._end.set()
+        self._thread.join(_END_S)
+        ray.kill(self._feed)
 
     @property
     def busy(self) -> bool:
@@ -194,7 +195,8 @@ class Stream:
         if numbers is None:
             return  # a block that came twice
         self._feed.forget.remote(block, numbers)
-        for number, answer in zip(numbers, pickle.loads(packed), strict=True):
+        for number, one in zip(numbers, pickle.loads(packed), strict=True):
+            answer: Answer = pickle.loads(one)
             row = self._rows.pop(number)
             if answer.kind == "bug":
                 raise answer.value

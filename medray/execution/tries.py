@@ -6,6 +6,7 @@ so what each process has at hand is noted before it is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -40,6 +41,7 @@ class Tries:
         node: str,
         now: float,
         timeout: float,
+        trace: str = "",
         is_gone: Callable[[str], bool],
     ) -> str:
         """Note that a row is begun, or return why it is given up.
@@ -52,14 +54,14 @@ class Tries:
             node: Where it is begun.
             now: Seconds.
             timeout: That the row may take, seconds.
+            trace: What the process that ended wrote at its end, if it was on this node.
             is_gone: Whether a node is dead, or told to go: then it was not the row.
         """
         if why := self._given_up.get(row) or self._lost_groups.get(group):
             return why
         if before := self._at_hand.pop(row, None):
-            how = "the process died"
-            if now - before.since >= timeout:
-                how = f"no answer for {timeout:.0f} s"
+            hung = node != before.node and now - before.since >= timeout
+            how = how_it_ended(trace, timeout, hung=hung)
             self._die(row, before.node, how, is_gone)
             if why := self._given_up.get(row):
                 if group:
@@ -110,3 +112,18 @@ class Tries:
     def hopeless(self) -> bool:
         """Whether processes die whatever they are given."""
         return self._deaths >= _DEATHS
+
+
+def how_it_ended(trace: str, timeout: float, *, hung: bool = False) -> str:
+    """Return how a process ended, from what Python's `faulthandler` wrote.
+
+    Args:
+        trace: Empty where it could not write: SIGKILL, or it was on another node.
+        timeout: That its row might take, seconds.
+        hung: Whether it hung, if nothing is written.
+    """
+    if trace.startswith("Timeout (") or (hung and not trace):
+        return f"no answer for {timeout:.0f} s"
+    if found := re.match(r"Fatal Python error: ([^\n]+)", trace):
+        return f"the process died ({found[1]})"
+    return "the process died"

@@ -107,7 +107,7 @@ def test_rows_that_end_their_process_are_lost_alone(tmp_path: Path) -> None:
     assert found == {i: 2 * i for i in (0, 2, 3, 5, 7, 9)}
     assert lost == {
         1: "the process died, three times",
-        4: "the process died, three times",
+        4: "the process died (Segmentation fault), three times",
         6: "no answer for 2 s, three times",
         8: "no answer for 2 s, three times",
     }

@@ -1,0 +1,154 @@
+"""What a process does with a block of a stream: a task of Ray Data."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import os
+import pickle
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import ray
+
+from medray.errors import MedrayError
+from medray.execution.feed import Head, Verdict
+from medray.execution.rows import steps_of
+from medray.slides import bounded_memory
+
+_LOOK_S = 2.0  # how often a process looks whether its stream has ended
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a row.
+
+    Attributes:
+        kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
+            given up; `stop`: it was not begun, since the run ends.
+        value: The result, the exception, or why the row was lost.
+        seconds: That it took.
+    """
+
+    kind: Literal["done", "bug", "lost", "stop"]
+    value: Any = None
+    seconds: float = 0.0
+
+
+def as_table(block: int, content: bytes) -> pa.Table:
+    """Return a block as a table of one row."""
+    large = pa.array([content], pa.large_binary())
+    return pa.table({"block": [block], "content": large})
+
+
+def do_block(
+    feed: Any, function: Callable[[Any], Any], bounded: bool, table: pa.Table
+) -> pa.Table:
+    """Call the function with each row of a block.
+
+    Returns:
+        The number of the block, and the answers, each pickled.
+    """
+    content = table["content"][0].as_py()
+    heads, rows = pickle.loads(content) if content else ([], [])
+    node = ray.get_runtime_context().get_node_id()
+    traces = Path(tempfile.gettempdir()) / f"medray-{feed._actor_id.hex()}"
+    traces.mkdir(exist_ok=True)
+    answers: list[bytes] = []
+    done: int | None = None
+    with (
+        bounded_memory() if bounded else contextlib.nullcontext(),
+        _ending_with(feed),
+    ):
+        for head, row in zip(heads, rows, strict=True):
+            path = traces / f"{head.number}"
+            trace = path.read_text(errors="replace") if path.exists() else ""
+            # Waited for: a note that is only sent would be lost with this process.
+            verdict: Verdict = ray.get(feed.begin.remote(done, head, node, trace))
+            done = None
+            if verdict.kind == "go":
+                with _traced(path) as file:
+                    answers.append(_answer(feed, function, head, row, file))
+                done = head.number
+            elif verdict.kind == "hopeless":
+                answers.append(pickle.dumps(Answer("bug", MedrayError(verdict.why))))
+            else:
+                answers.append(pickle.dumps(Answer(verdict.kind, verdict.why)))
+        if done is not None:
+            ray.get(feed.begin.remote(done, None, node, ""))
+    return as_table(table["block"][0].as_py(), pickle.dumps(answers))
+
+
+@contextlib.contextmanager
+def _ending_with(feed: Any) -> Iterator[None]:
+    """End this process if the stream ends before its block: nobody waits for it."""
+    done = threading.Event()
+
+    def look() -> None:
+        ended = [feed.forever.remote()]
+        while not done.is_set():
+            if ray.wait(ended, timeout=_LOOK_S)[0] and not done.is_set():
+                os._exit(0)
+
+    threading.Thread(target=look, name="feed", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+@contextlib.contextmanager
+def _traced(path: Path) -> Iterator[IO[str]]:
+    """Have a file in which Python writes how this process ends, if it does now."""
+    with path.open("w") as file:
+        faulthandler.enable(file, all_threads=False)
+        try:
+            yield file
+        finally:
+            faulthandler.enable()
+    path.unlink()
+
+
+def _answer(
+    feed: Any, function: Callable[[Any], Any], head: Head, row: Any, file: IO[str]
+) -> bytes:
+    """Return what came of a row, pickled; end this process if it hangs."""
+    # A thread of C's: it also fires while native code holds the interpreter's lock.
+    arm = functools.partial(
+        faulthandler.dump_traceback_later, head.timeout, exit=True, file=file
+    )
+    start = time.monotonic()
+    arm()
+    try:
+        steps = steps_of(function, row)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                seconds = time.monotonic() - start
+                return pickle.dumps(Answer("done", end.value, seconds))
+            feed.goes_on.remote(head.number)
+            arm()
+    except Exception as error:  # also of a result that cannot be pickled
+        return pickle.dumps(Answer("bug", _sendable(error)))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an exception with its traceback as a note, as one that can be pickled."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(text)
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(text)
+    return error
