@@ -247,3 +247,16 @@ def test_nodes_that_go_speak_against_no_row(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert found.returncode == 0, found.stderr
     assert "four nodes cost nothing, three processes a row" in found.stdout
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "story", ["nodes_die", "a_node_is_told_to_go", "a_node_dies_and_none_comes"]
+)
+def test_a_stream_outlives_its_nodes(tmp_path: Path, story: str) -> None:
+    """In a process of its own: this one may be connected to another cluster."""
+    script = Path(__file__).parents[2] / "stream_nodes.py"
+    command = [sys.executable, str(script), story, str(tmp_path / "log")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stderr
+    assert "as it should be" in found.stdout
