@@ -43,3 +43,10 @@ class StoppedError(MedrayError):
             f"stopped by {name}: {kept}; run the same command again to go on"
         )
         self.signal = number
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise a ConfigError for a number that is not above 0; None is no number."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}: expected a number above 0, found {value}")

@@ -21,8 +21,8 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI, ENTRY, PARSE = "medray.cli", "main", "parse"
-COMMANDS = "medray.apps.commands"  # each of its modules has a table of this name:
-TABLE = "COMMANDS"
+COMMANDS = "medray.apps.commands"
+TABLE = f"{COMMANDS}.table", "COMMANDS"  # what each command calls, by name
 EVERY_TIME, AS_SCRIPT = "", "__main__"  # statements of a module that define nothing
 HELPERS = ("tests", "benchmarks", "jobs")
 TOGETHER = ("k8s",)  # folders whose files refer to one another
@@ -49,7 +49,9 @@ def dependencies(path: Path, name: str) -> frozenset[str]:
     if reached.cli:
         commands = _commands()
         given = commands.keys() & reached.words
-        reached.follow(one for word in given or commands for one in commands[word])
+        for word in given or commands:
+            for module, function in commands[word]:
+                reached.follow(reached.use(module, function))
     return frozenset(reached.files)
 
 
@@ -113,8 +115,13 @@ class _Reached:
             known = name in read_definitions(_path_of(CLI))
             yield _path_of(CLI), str(name) if known else ENTRY
         elif _path_of(module) in _cli_paths():
-            if name != TABLE:  # which of them, the test says
-                yield _path_of(module), str(name)
+            path = _path_of(module)
+            if module == TABLE[0]:  # which of them, the test says
+                self.files.add(_relative(path))
+            elif name in read_definitions(path):
+                yield path, str(name)
+            else:
+                yield from whole(path)
         elif module in _modules():
             self.files |= _files_below(module)
         elif (path := _helper(module)) is not None:
@@ -123,6 +130,9 @@ class _Reached:
 
     def read(self, text: str) -> Iterator[tuple[Path, str]]:
         """Note the modules and files that a string names."""
+        for module, name in re.findall(r"^(medray[\w.]*):(\w+)$", text):
+            yield from self.use(module, name)
+            return
         for module, names in re.findall(r"from (medray[\w.]*) import ([\w, ]+)", text):
             for name in names.replace(" ", "").split(","):
                 yield from self.use(module, name)
@@ -383,24 +393,25 @@ def _cli_paths() -> frozenset[Path]:
 
 
 @functools.cache
-def _commands() -> dict[str, list[tuple[Path, str]]]:
-    """Return the functions of each command: its options, and what it calls."""
-    found: dict[str, list[tuple[Path, str]]] = {}
-    for path in sorted(_cli_paths()):
-        for statement in ast.parse(path.read_text()).body:
-            if isinstance(statement, ast.Assign) and isinstance(
-                statement.value, ast.Dict
-            ):
-                table = statement.value
-                for key, command in zip(table.keys, table.values, strict=True):
-                    if ast.unparse(statement.targets[0]) == TABLE and key is not None:
-                        names = [
-                            n.id for n in ast.walk(command) if isinstance(n, ast.Name)
-                        ]
-                        found[ast.literal_eval(key)] = [(path, name) for name in names]
-    if not found:
-        raise ValueError(f"{COMMANDS}: no dictionary {TABLE}")
-    return found
+def _commands() -> dict[str, list[tuple[str, str]]]:
+    """Return the functions that each command calls, or chooses from."""
+    module, name = TABLE
+    for statement in ast.parse(_path_of(module).read_text()).body:
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and ast.unparse(statement.target) == name
+        ):
+            assert isinstance(statement.value, ast.Dict)
+            return {
+                ast.literal_eval(key): re.findall(
+                    r"'(medray[\w.]*):(\w+)'", ast.unparse(command)
+                )
+                for key, command in zip(
+                    statement.value.keys, statement.value.values, strict=True
+                )
+                if key is not None
+            }
+    raise ValueError(f"{module}: no dictionary {name}")
 
 
 @functools.cache

@@ -1,2 +1,3 @@
 from .check_slides import check as check
-from .commands import COMMANDS as COMMANDS
+from .commands.request import Request as Request
+from .commands.request import parse as parse

@@ -109,14 +109,13 @@ def check(
 
     Args:
         slides: Files, globs, folders, s3:// or gs:// addresses.
-        annotations: Folder of annotations named like their slides, as for `ingest`.
+        annotations: Folder of annotations named like the slides, as for `ingest`.
         classes: Names by label value, the background first.
-        mpp: Microns per pixel of level 0, over what the files say; or a CSV (slide,mpp)
-            with those of some.
+        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
+            The CSV has those of some slides.
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
-        out: Folder or address for `check.html` and `slides.csv`; None: nothing is
-            written.
+        out: Folder or address for check.html and slides.csv. None: nothing is written.
 
     Raises:
         ConfigError: The request is wrong: there are no slides, an annotation could be

@@ -68,12 +68,13 @@ def convert(
 
     Args:
         source: Folder of a run or of a dataset.
-        to: `ome-zarr`: version 0.5 (zarr v3); `ome-zarr-0.4` (zarr v2); `ome-tiff`:
-            levels as SubIFDs, for QuPath, Fiji and others by Bio-Formats; `tiff`: a
-            tiled pyramid of pages, for ASAP and OpenSlide. A TIFF holds label values.
+        to: Format. `ome-zarr`: version 0.5 (zarr v3); `ome-zarr-0.4` (zarr v2);
+            `ome-tiff`: levels as SubIFDs, for QuPath, Fiji and others by Bio-Formats;
+            `tiff`: a tiled pyramid of pages, for ASAP and OpenSlide. A TIFF holds label
+            values.
         out: Folder to make; TIFF needs one on a disk.
-        with_image: The slide's image, read as the model read it, with the mask in its
-            `labels`. A dataset has it in any case.
+        with_image: Write the slide's image too. As the model read it, with the mask in
+            its `labels`. A dataset has it in any case.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:

@@ -19,7 +19,7 @@ _SLIDES, _NEW_SLIDES, _EPOCHS = 12, 4, 5
 
 
 def demo(
-    out: str, *, recipe: Recipe | None = None, options: Options | None = None
+    out: str = "demo", *, recipe: Recipe | None = None, options: Options | None = None
 ) -> Evaluation:
     """Generate slides, ingest, train, infer on slides never seen, and evaluate.
 

@@ -62,10 +62,10 @@ def explain(
         model: Folder of `medray train`.
         images: Files, globs, folders or addresses of images or slides.
         out: Folder to make.
-        name: Of the class; "": the one predicted (of a segmenter the commonest after
-            the background).
-        mpp: Microns per pixel of level 0, over what the files say; or a CSV (slide,mpp)
-            with those of some.
+        name: Class to explain, instead of the predicted one. Of a segmenter that is the
+            commonest after the background.
+        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
+            The CSV has those of some slides.
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
 

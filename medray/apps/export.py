@@ -20,7 +20,7 @@ import torch
 
 from medray.apps.export_agreement import FORMATS, keep
 from medray.apps.probe_windows import ProbeWindows, find_windows
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.models import (
     WEIGHTS,
     ModelConfig,
@@ -47,7 +47,11 @@ class Export:
         file: The network's file.
         compared: Windows on which export and model were compared.
         source: Where these come from.
-        agreement: And what follows: see Comparison.
+        agreement: Share of pixels (of a classifier: images) with the same class.
+        largest_difference: Of a probability.
+        speed_up: How many times as fast as the model.
+        model_f1: F1 of the model on these windows; None where nothing is annotated.
+        f1: F1 of the export on them.
         model_bytes: Size of the model's weights.
         file_bytes: Size of the file.
     """
@@ -87,16 +91,17 @@ def export(
 
     Args:
         model: Folder of `medray train`.
-        format: One of FORMATS.
+        format: Format: pt2, onnx, int8, tensorrt or wsinfer.
         out: Folder to make; it must not hold a model yet.
-        data: Dataset or slide whose windows they are compared on; "": generated ones.
-        agreement: Least share of pixels (images) with the same class; by default 0.98
-            for int8, else 0.999.
+        data: Dataset or slide to compare export and model on. "": generated windows.
+        agreement: Least share of pixels with the same class (0.999; 0.98 for int8). Of
+            classifiers: of images.
 
     Raises:
         ConfigError: The request is wrong, or a package or a GPU is missing.
         MedrayError: The export says something else than the model; nothing is left.
     """
+    check_positive(agreement=agreement)
     model, out = files.absolute(model), files.absolute(out)
     config = read_config(model)
     _check(model, config, format, out)

@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from medray.errors import ConfigError, MedrayError, StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError, check_positive
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +81,18 @@ def submit(
     followed, not submitted: one id a night makes it one job a night.
 
     Args:
-        command: Its words; the head's shell gets them quoted.
-        job: Its submission id.
-        address: http:// address of the cluster's dashboard; None:
-            RAY_API_SERVER_ADDRESS.
+        command: What the job runs, after --. The head's shell gets the words quoted.
+        job: Id of the job; one that is there already is followed.
+        address: http://HOST:8265, the cluster's dashboard (RAY_API_SERVER_ADDRESS).
         wait: Seconds that no head may answer before that is given up.
-        stage: The job's metadata `stage`, shown in Ray's dashboard.
+        stage: Metadata `stage` of the job, shown in Ray's dashboard.
 
     Raises:
         ConfigError: No address, or the head refuses the token or the job.
         MedrayError: No head answers, or it was lost too often.
         StoppedError: SIGTERM; the job goes on.
     """
+    check_positive(wait=wait)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", job):
         raise ConfigError(
             f"job: expected an id of letters, digits, dots, - and _; found {job!r}"

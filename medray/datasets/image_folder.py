@@ -113,19 +113,20 @@ def ingest_images(
     Args:
         folder: Holds a folder a class, or folders train, val or test that hold them.
         out: Folder of the dataset; made if needed.
-        side: To which images are resized, pixels; a multiple of 32.
+        side: Of images in class folders: side to resize them to, pixels. A multiple of
+            32.
         classes: Names by label value; by default the folders' names in their order.
             Of two classes the second is the one that is looked for.
-        patients: Regular expression; what it finds in an image's name (its first
-            group, if it has one) is the patient. Without one, an image is a patient.
+        patients: Regular expression that finds the patient in an image's name. Its
+            first group, if it has one. Without it, an image is a patient.
         groups: CSV (slide,group) with patients by image instead.
         splits: CSV (slide,split) that says train, val or test of each image itself.
         fractions: Shares of train, val and test; where the folders say which images
             are test, the share of val is taken from train.
         seed: Decides the splits.
-        contours: Measure the cells by the contours beside them (see
-            medray.datasets.cells), for classifiers that take this beside the pixels
-            (see medray.annotations.morphology).
+        contours: Measure nucleus and cytoplasm by SIPaKMeD's .dat contours. For
+            classifiers that take this with the pixels, see
+            medray.annotations.morphology.
         mpp: Microns per pixel of the images, for those measures; None: in pixels.
         executor: On a Ray cluster, or in this process, one thing after the other.
 

@@ -56,6 +56,10 @@ class Difference:
 def diff(out: str, other: str) -> Difference:
     """Compare the masks of two runs, region by region of the first.
 
+    Args:
+        out: Folder of a run, from `medray infer`.
+        other: Folder of another of the same classes.
+
     Raises:
         ConfigError: One is no run, or their classes differ.
     """

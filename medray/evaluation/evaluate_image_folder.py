@@ -58,7 +58,7 @@ class ImageEvaluation:
         calibration: `error` as it is; where a `temperature` could be fitted, it, the
             `images` that it was fitted on and `error_scaled` with it; else `why` not.
         beside: The comparison with another report, see
-        `medray.evaluation.significance`; None: unasked.
+            medray.evaluation.significance; None: unasked.
         failed: Reason of each sheet that could not be, by its name.
     """
 
@@ -113,11 +113,10 @@ def evaluate_images(
         data: Dataset of images, as `medray ingest --side` writes it.
         out: Folder of the report; made if needed.
         split: Which images.
-        vote: Of several models the class that most of them name, of equally many votes
-            the one of higher mean probability; else that of the highest mean.
-        tta: Test-time augmentation: also classify images mirrored (`flips`), or
-            mirrored and turned (`all`), and take the mean probability.
-        compare: Report of another evaluation of the same images, to stand beside.
+        vote: Of several classifiers take the commonest class, not the mean. Of equally
+            many votes the class of higher mean probability.
+        tta: Predict mirrored (flips), turned (all) images too. Takes the mean.
+        compare: Report of another classifier on the same images, to compare with.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:

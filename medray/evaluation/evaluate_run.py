@@ -78,11 +78,11 @@ def evaluate(
         run: Folder of a run, as `medray infer` writes it.
         truth: Dataset, or folder of annotations named like the slides.
         out: Folder of the report; made if needed.
-        split: With a dataset: only its slides of this split (train, val or test).
+        split: With a dataset, only its slides of this split. train, val or test.
         slides: Only these of the run, by their ids.
-        cohorts: CSV with the column `slide` and others (scanner, stain, site, ...):
-            scores for each value of each. With a column `patient` intervals are found
-            by resampling patients instead of slides.
+        cohorts: CSV (slide,scanner,site,...): also scores of each value of each column.
+            With a column `patient` intervals are found by resampling patients instead
+            of slides.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:

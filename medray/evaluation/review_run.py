@@ -73,10 +73,10 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
 
     Args:
         run: Folder of a run made with `--quality`.
-        out: Folder to write: `SLIDE.geojson` and `squares.parquet`, which has slide,
-            y, x, height, width (level-0 pixels from the slide's corner) and
-            uncertainty (0 to 1).
-        count: Squares at most, over all slides.
+        out: Folder for SLIDE.geojson and squares.parquet. The table has slide, y, x,
+            height, width (level-0 pixels from the slide's corner) and uncertainty (0 to
+            1).
+        count: Squares of 1024 pixels at most, over all slides.
 
     Raises:
         ConfigError: There is no run, or it has no uncertainty.

@@ -1,8 +1,6 @@
 from .classify_images import classify as classify
 from .classify_images import load_classifier as load_classifier
-from .conformance import check_engine as check_engine
-from .conformance_medray import check_medray as check_medray
-from .conformance_medray import medray_engine as medray_engine
+from .conformance_medray import check_conformance as check_conformance
 from .estimate_run import estimate as estimate
 from .infer_run import infer as infer
 from .infer_run import region_pixels as region_pixels
@@ -11,7 +9,6 @@ from .leftovers import collect as collect
 from .outlines import as_geojson as as_geojson
 from .outlines import trace as trace
 from .plan import plan_slide as plan_slide
-from .postprocess import Cleaning as Cleaning
 from .regions import counted as counted
 from .regions import read_pixels as read_pixels
 from .run import LAYERS as LAYERS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from medray.inference.conformance import (
     Constant,
     Engine,
     Network,
+    check_engine,
     describe_wrong,
     pixels_like,
     run_check,
@@ -90,6 +92,29 @@ def _regions(
         missing = [plan.halo.height - part.shape[0], plan.halo.width - part.shape[1]]
         part = np.pad(part, [(0, missing[0]), (0, missing[1]), (0, 0)], "symmetric")
         yield RegionPixels(part, plan, height, width)
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What the checks of stitching found.
+
+    Attributes:
+        checks: All of them, each with `name`, `asked`, `passed` and `found`.
+        failed: What those that failed found, by their names.
+    """
+
+    checks: list[Check]
+    failed: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.checks)} checks, {len(self.failed)} failed"
+        return "\n".join([*map(str, self.checks), counts])
+
+
+def check_conformance() -> Conformance:
+    """Check that stitching can be trusted here; takes a minute of Ray."""
+    checks = check_engine(medray_engine("crop")) + check_medray()
+    return Conformance(checks, {c.name: c.found for c in checks if not c.passed})
 
 
 def check_medray() -> list[Check]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medray.datasets import with_overrides
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.execution import cluster, map_rows, memory
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import bounds, kept_layers
@@ -129,17 +129,18 @@ def estimate(
     """Estimate a run without starting it.
 
     Args:
-        slides: As for `medray.infer`.
-        model: As for `medray.infer`.
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset.
+        model: Model folder, as `medray train` writes it, or several: an ensemble.
         options: As for `medray.infer`.
-        sample: Of more slides than this so many are looked at, chosen by chance.
-        price: Of an hour of one GPU worker's machine.
-        out: Folder of the run: the estimate is kept there as plan.json, and
-            `medray infer` says how it compares.
+        sample: Slides that are looked at, chosen by chance where there are more.
+        price: Price of an hour of one GPU worker's machine.
+        out: Folder of the run, to keep the estimate as plan.json. `medray infer` says
+            how it compares.
 
     Raises:
         ConfigError: The request is wrong, or would need more memory than there is.
     """
+    check_positive(price=price)
     options = options or Options()
     if options.coarse > 1:
         raise ConfigError("coarse: what its second pass will do is not known before")

@@ -52,7 +52,7 @@ def collect(out: str, *, dry_run: bool = False) -> Collected:
 
     Args:
         out: Folder of the run.
-        dry_run: Only tell.
+        dry_run: Remove nothing, only list it.
 
     Raises:
         ConfigError: There is no run, or another process works there.

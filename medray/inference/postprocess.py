@@ -20,12 +20,14 @@ _MOST = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """How a mask is cleaned; lengths in pixels of the mask, 0 leaves a step out.
+    """How a mask is cleaned; a step with 0 is left out.
 
     Attributes:
-        smooth: Radius: a pixel takes the commonest class of the square around it.
-        holes: Patches of class 0 of fewer pixels take the commonest class around them.
-        smallest: Objects of fewer pixels take the commonest class around them.
+        smooth: Radius of smoothing, pixels. A pixel takes the commonest class of the
+            square around it.
+        holes: Fill holes of fewer pixels. They take the commonest class around them.
+        smallest: Remove objects of fewer pixels. They take the commonest class around
+            them.
     """
 
     smooth: int = 0

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from medray.classes import Classes
-from medray.errors import ConfigError
+from medray.errors import ConfigError, check_positive
 from medray.geometry import Windows
 from medray.inference.postprocess import Cleaning
 from medray.models import Prediction
@@ -45,25 +45,25 @@ LAYERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a person may choose about a run; see `medray infer --help`.
+    """Which pixels are predicted, and how they are read.
 
     Attributes:
         prediction: How windows become classes.
-        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
-            CSV (slide,mpp) with those of some; None: as the files say.
-        scene: Which of several slides in a file, from 0; None: by the format's rules.
-        plane: Which of several focal planes, from 0; None: the one in focus, or the
+        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
+            The CSV has those of some slides. None: as the files say.
+        scene: Which of several slides in a file, from 0. None: by the format's rules.
+        plane: Which of several focal planes, from 0. None: the one in focus, or the
             first.
-        everywhere: Predict glass as well as tissue.
-        within: Folder of annotations named like the slides: predict only inside their
-            areas, and only slides that have one. None: everywhere.
-        coarse: First predict at so many times the model's microns per pixel, and then
-            only where that found a class other than 0; 1: no first pass.
-        outlines: Write the mask's objects as GeoJSON too.
-        clean: How the mask is cleaned when its slide is complete.
-        region: Side of a region in pixels, a multiple of 512; 0: what suits the model.
-        timeout: Seconds after which a process that reads a region, or writes one, is
-            taken to hang and ended; decides nothing about masks.
+        everywhere: Predict glass too, not only tissue.
+        within: Folder of annotations: predict only inside their areas. They are named
+            like the slides; slides that have none are left out. None: everywhere.
+        coarse: Look first K times coarser, then only where that found something. That
+            is: where it found a class other than 0. 1, 2, 4 or 8; 1: no first pass.
+        outlines: Write the objects of the masks as GeoJSON for QuPath too.
+        clean: How masks are cleaned.
+        region: Side of a region, pixels, a multiple of 512 (0: fits the model).
+        timeout: Timeout of reading or writing a region, seconds. A process that takes
+            longer is taken to hang and ended; decides nothing about masks.
     """
 
     prediction: Prediction = field(default_factory=Prediction)
@@ -88,6 +88,7 @@ class Options:
             )
         if self.coarse not in (1, 2, 4, 8):
             raise ConfigError(f"coarse must be 1, 2, 4 or 8, found {self.coarse}")
+        check_positive(timeout=self.timeout)
         if self.coarse > 1 and self.within:
             raise ConfigError("coarse and within cannot be combined; choose one")
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from medray.errors import ConfigError, FormatError
+from medray.errors import ConfigError, FormatError, check_positive
 from medray.models import Precision
 from medray.storage import (
     files,
@@ -55,6 +55,10 @@ class Encoder:
     mpp: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(mpp=self.mpp)
 
     def digest(self) -> str:
         """Name it: features of equal digests may be mixed."""

@@ -74,7 +74,7 @@ def train_slides(
     Args:
         recipe: Name, see `medray recipes`, or path of a YAML file.
         data: Features, as `medray embed` writes them.
-        labels: CSV with the columns slide, label and, if known, patient.
+        labels: CSV (slide,label[,patient]): train a model of slides on features.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `lr=1e-3`.
 

@@ -132,16 +132,16 @@ class Prediction:
     """How windows become classes.
 
     Attributes:
-        precision: Of the models' arithmetic; blending is always float32.
-        stitch: Each pixel from the window in whose core it lies, or blended.
-        tta: Test-time augmentation: also predict windows mirrored (`flips`, 4 times the
-            work) or mirrored and turned (`all`, 8 times), and take the mean.
+        precision: Precision of the arithmetic. Blending is always float32.
+        stitch: Keep the core of each window, or average overlaps.
+        tta: Predict mirrored (flips), turned (all) windows too. Takes the mean, and 4
+            or 8 times as long.
         vote: Of several models take the commonest class, not the mean probability.
-        thresholds: Least probability of each class, by label value; a pixel that
+        thresholds: Least probability of each class, by label value. A pixel that
             reaches none is class 0. Empty: the likeliest class.
-        crf: Iterations of boundary refinement (see medray.models.crf); 0: none.
-        probabilities: Give them beside the labels.
-        quality: Give uncertainty and disagreement of windows too.
+        crf: Iterations of boundary refinement. 0: none; see medray.models.crf.
+        probabilities: Store the probabilities of the classes too.
+        quality: Store uncertainty, disagreement and unreadable places too.
     """
 
     precision: Precision = "auto"

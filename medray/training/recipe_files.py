@@ -45,7 +45,7 @@ class RecipeList:
     """What `medray recipes` tells.
 
     Attributes:
-        recipes: By command, then by name.
+        recipes: By command, then by name; each with `name`, `command` and `about`.
         folder: Where their files lie, to copy one.
     """
 

@@ -102,8 +102,8 @@ def train(
         data: Dataset, as `medray ingest` writes it.
         out: Model folder to make.
         overrides: Keys of the recipe to change, such as `optimizer.lr=1e-4`.
-        repeats: Trainings with seeds one apart. The recipe's own seed makes the model,
-            the others lie in OUT/repeats; the report says mean and spread.
+        repeats: Trainings with other seeds, for mean and spread of the score. The
+            recipe's own seed makes the model, the others lie in OUT/repeats.
 
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, OUT holds

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def tune(
     *,
     data: str,
     out: str,
-    grid: Grid | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
     asha: int = 0,
     overrides: Sequence[str] = (),
 ) -> Tuning:
@@ -92,13 +92,13 @@ def tune(
     its last checkpoint, and starts none anew.
 
     Args:
-        recipe: Name or path of a recipe; or, without `grid`, of a sweep.
+        recipe: Name or path of a recipe, with a grid; without, of a sweep.
         data: Dataset, as `medray ingest` writes it.
         out: Folder to make.
-        grid: Values by key of the recipe, such as {"optimizer.lr": [1e-3, 1e-4]}.
-        asha: End trials early that are behind (Li et al. 2020, ASHA): the first ones
-            after this many epochs, two thirds of what is left after each threefold.
-            0: each trains to its end.
+        grid: Values by key of the recipe; every combination is a trial. Such as
+            {"optimizer.lr": [1e-3, 1e-4]}.
+        asha: End trials that are behind after this many epochs (0: none). ASHA (Li et
+            al. 2020): two thirds of what is left after each threefold.
         overrides: Keys of the recipe to change in all trials.
 
     Raises:

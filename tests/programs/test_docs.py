@@ -28,14 +28,15 @@ from medray.training.recipe_files import (
     ],
 )
 def test_a_command_is_accepted(page: str, words: list[str]) -> None:
-    args = parse(words)  # exits where it is wrong
-    assert args.command == words[0]
-    recipe = getattr(args, "recipe", "RECIPE")
+    request = parse(words)  # exits where it is wrong
+    assert request.command == words[0]
+    given = request.given
+    recipe = given.get("recipe", "RECIPE")
     if recipe == "RECIPE" or is_path(recipe):
         return
-    if args.command == "tune" and not args.grid:
+    if request.command == "tune" and "grid" not in given:
         recipe = yaml.safe_load(Path(find_recipe(recipe, SWEEPS)).read_text())["recipe"]
-    find_recipe(recipe, SLIDE_MODELS if getattr(args, "labels", None) else RECIPES)
+    find_recipe(recipe, SLIDE_MODELS if "labels" in given else RECIPES)
 
 
 def test_there_are_commands_to_look_at() -> None:

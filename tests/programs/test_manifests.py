@@ -348,13 +348,15 @@ def test_commands_are_those_of_the_jobs(
         assert path.is_file(), one.where
         command = _command_of(path)
         # Exits if there is no such command or option, or one is missing.
-        args = parse([command, *one.arguments])
-        places = [args.out, *one.arguments]
+        given = parse([command, *one.arguments]).given
+        places = [given["out"], *one.arguments]
         for place in places:
             if "/" in place:
                 assert place.startswith(("$STORAGE/", "$(STORAGE)/")), one.where
         if command == "train":
-            read_recipe(args.recipe, args.overrides)  # of the image, by name
+            read_recipe(
+                given["recipe"], given.get("overrides", ())
+            )  # of the image, by name
     # Masks of the slides that could be done are a success.
     lenient = {one.where for one in found if "--partial-ok" in one.arguments}
     assert lenient == {"RayJob infer"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ def taken(room: str) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == f"medray.{room}":
                 found |= {name.name for name in node.names}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                # What a command calls: `medray.room:function`.
+                found |= {*re.findall(rf"^medray\.{room}:(\w+)$", node.value)}
     return found
 
 

@@ -58,7 +58,11 @@ def depends(name: str) -> frozenset[str]:
         ("medray/apps/convert.py", {CONVERTED}, {SERVED, TRAINED, README, SIGNALLED}),
         ("medray/apps/viewer/server.py", {VIEWED}, {SERVED, README, SIGNALLED}),
         ("medray/cli.py", {README, SIGNALLED, TRAINED}, {SERVED, CONVERTED}),
-        ("medray/apps/commands/training.py", {TRAINED, README}, {SERVED, CONVERTED}),
+        (
+            "medray/apps/commands/table.py",
+            {README, SIGNALLED, TRAINED},
+            {SERVED, CONVERTED},
+        ),
         (
             "medray/evaluation/templates/night.html.jinja",
             {"test_a_week"},

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from medray import cli
 from medray.classes import Classes
 from medray.datasets.splits import split_slides
 from medray.datasets.synthetic_scene import draw_scene
@@ -287,30 +286,6 @@ def test_a_report_of_thousands_of_slides_stays_small(tmp_path: Path) -> None:
     assert len(page) < 5_000_000
     assert "2500 better slides are left out" in page
     assert len(slides_to_show(slides)) == 8
-
-
-# --- command line ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["demo", "ingest", "train", "tune", "infer", "evaluate", "compare"],
-)
-def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    assert len(capsys.readouterr().out.splitlines()) <= 40
-
-
-def test_bad_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["infer", "x", "--model", str(tmp_path), "--out", str(tmp_path / "r")]
-    assert cli.main([*arguments, "--json"]) == 2
-    result = json.loads(capsys.readouterr().out)
-    assert result["exit_code"] == 2
-    assert "model.yaml" in result["error"]
-    with pytest.raises(SystemExit) as usage:
-        cli.main(["infer"])
-    assert usage.value.code == 2
 
 
 def test_classes_are_checked() -> None:

@@ -23,7 +23,7 @@ from medray.apps.doctor.machine import (
     memory_limit,
 )
 from medray.apps.doctor.ray_cluster import check_ray
-from medray.errors import MedrayError
+from medray.errors import ConfigError, MedrayError
 from medray.models import model_digest, read_config
 from medray.storage import files
 
@@ -41,17 +41,18 @@ def doctor(
     """Check packages, memory and GPUs; a model, storage and a cluster if named.
 
     Args:
-        model: Model folder.
-        out: Where a run is to be written.
-        address: Of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto, or the http://
-            address of its dashboard; None: RAY_ADDRESS, if that is set.
-        kubernetes: Look at the Kubernetes cluster of kubectl's context or, in a pod, of
-            this pod.
-        namespace: Where medray is there; None: this pod's, or `medray`.
+        model: Folder of a model to check too.
+        out: Folder or address: check whether it can be written.
+        address: Address of Ray: HOST:PORT or http://HOST:8265. Or ray://HOST:PORT,
+            auto; None: RAY_ADDRESS, if that is set.
+        kubernetes: Look at the Kubernetes cluster of kubectl's context or of this pod.
+        namespace: Namespace of medray there (this pod's, or medray).
 
     Raises:
-        ConfigError: `kubernetes` without its package.
+        ConfigError: `kubernetes` without its package, or `namespace` without it.
     """
+    if namespace and not kubernetes:
+        raise ConfigError("--namespace goes with --kubernetes")
     if kubernetes:
         from medray.apps.doctor.kubernetes import check_kubernetes
 

@@ -27,7 +27,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found."""
+    """All that was found.
+
+    Attributes:
+        findings: One of each check, with `name`, `status` (ok, WARN or FAIL), `found`
+            and `mend` (what to do; empty when it is fine).
+    """
 
     findings: list[Finding]
 

@@ -116,18 +116,18 @@ def nightly(
     next night tries them again. The same command again does nothing new.
 
     Args:
-        inbox: Folder or address; searched in depth.
+        inbox: Folder or address where slides arrive. Searched in depth.
         model: Model folder, or several: an ensemble.
         out: Where all nights are; made if needed.
         truth: Dataset, or folder of annotations named like the slides.
-        reference: Dataset that the model was trained on: the night's staining is set
-            beside that of its training slides.
-        webhook: http:// or https:// address that the summary is sent to as JSON; that
-            it cannot be sent is only a warning.
-        settle: Seconds between two looks at new files; a file that changed in between
-            is left to the next night.
-        night: Its date, YYYY-MM-DD; None: that of this night (`night_of`).
-        tries: After so many nights a slide that fails is given up.
+        reference: Dataset that the model was trained on, to watch drift from it. The
+            night's staining is compared with that of its training slides.
+        webhook: http:// or https:// address that gets the summary as JSON. That it
+            cannot be sent is only a warning.
+        settle: Seconds for which a new file must not change. One that does is left to
+            the next night.
+        night: Date of the night, YYYY-MM-DD. None: that of this night (`night_of`).
+        tries: Nights after which a slide that fails is given up.
         options: How; by default the model's way.
 
     Raises:

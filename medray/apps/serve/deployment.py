@@ -19,7 +19,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -31,6 +30,7 @@ from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import cluster, stopping
+from medray.models import Precision
 from medray.storage import files
 
 log = logging.getLogger(__name__)
@@ -42,30 +42,54 @@ _UNDER_WAY = 32  # requests that a replica holds
 _WAITING = 128  # requests that wait for one; more get 503
 
 
-def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> Any:
-    """Serve a model until a signal comes.
+def serve(
+    model: str,
+    *,
+    report: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: tuple[int, int] = (1, 1),
+    max_mpixel: float = 64.0,
+    max_mbyte: float = 256.0,
+    timeout_s: float = 120.0,
+    token_file: str = "",
+    precision: Precision = "auto",
+) -> Any:
+    """Serve a model over HTTP until a signal comes.
 
     Args:
-        settings: What and how.
-        host: Address to listen at; one that others reach needs a token.
-        port: Likewise.
+        model: Folder of a model, from `medray train` or `medray export`.
+        report: Report of a classifier, from `medray evaluate`: use its temperature.
+        host: Address to listen on. One that others reach needs a token.
+        port: Port to listen on.
+        replicas: Least and most copies of the model, as many as the requests need.
+        max_mpixel: Largest image, megapixels.
+        max_mbyte: Largest body of a request, megabytes.
+        timeout_s: Timeout of an answer, seconds.
+        token_file: File of the token that requests must carry, unless
+            MEDRAY_SERVE_TOKEN has it.
+        precision: Precision of the model's arithmetic.
 
     Raises:
         ConfigError: The request is wrong, there is no model, or the port is taken.
         FormatError: The model is damaged.
         StoppedError: SIGTERM or Ctrl-C; the requests under way were answered.
     """
+    settings = ServeSettings(
+        model=files.absolute(model),
+        report=files.absolute(report) if report else "",
+        precision=precision,
+        min_replicas=replicas[0],
+        max_replicas=replicas[1],
+        bounds=Bounds(max_mpixel=max_mpixel, max_mbyte=max_mbyte, timeout_s=timeout_s),
+        token_file=token_file,
+    )
     digest = read_token(settings.token_file)
     if not digest and not _is_loopback(host):
         raise ConfigError(
             f"--host {host}: others can reach it, so requests need a token; set "
             f"{TOKEN} to one of {LEAST_TOKEN} or more characters, or give --token-file"
         )
-    settings = replace(
-        settings,
-        model=files.absolute(settings.model),
-        report=files.absolute(settings.report) if settings.report else "",
-    )
     _check_free(host, port)
     # What is wrong with the model is said before anything starts.
     kind = check_model(settings.model, settings.report, settings.precision)

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from medray.apps.serve.images import SUFFIXES, image_format
+from medray.errors import check_positive
 
 # Content types by format; octet-stream leaves it to the bytes.
 CONTENT_TYPES = {
@@ -34,6 +35,14 @@ class Bounds:
     max_mpixel: float = 64.0
     max_mbyte: float = 256.0
     timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(
+            max_mpixel=self.max_mpixel,
+            max_mbyte=self.max_mbyte,
+            timeout_s=self.timeout_s,
+        )
 
 
 async def receive(request: Request, folder: str, bounds: Bounds) -> str:

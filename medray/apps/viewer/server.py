@@ -88,11 +88,11 @@ def view(
 
     Args:
         run: Folder of a run, as `medray infer` writes it; it may be half done.
-        report: Folder of a report on it; None: `report` beside it, if it is there.
-        truth: Dataset or folder of annotations; None: what the report was made of.
-        slides: Folder with the slides, where they were moved.
+        report: Folder of its report (`report` beside the run, if it is there).
+        truth: Dataset or folder of annotations (what the report was made of).
+        slides: Folder that the slides were moved to.
         host: Address to listen on; any but a loopback one asks for a token.
-        port: 0: any that is free.
+        port: Port to listen on (0: any that is free).
         token: Ask for a token on loopback too, where others use this machine.
         announce: Told once what is served, and where.
 

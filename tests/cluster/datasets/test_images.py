@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.apps.commands.evaluation import _evaluate
 from medray.cli import main, parse
 from medray.datasets.cells import read_resized
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
@@ -554,4 +553,4 @@ def test_what_does_not_fit_is_refused(
             evaluate_images([classifier, other], data=dataset, out=str(tmp_path / "r"))
     for asked in (["--vote"], ["--tta", "flips"]):
         with pytest.raises(ConfigError, match="is no model folder; several, --vote"):
-            _evaluate(parse(["evaluate", "run", *asked, "--truth", "t", "--out", "r"]))
+            parse(["evaluate", "run", *asked, "--truth", "t", "--out", "r"]).run(print)

@@ -15,12 +15,13 @@ def test_overrides_of_commands_are_keys_of_their_recipes() -> None:
     for _, words in of_medray():
         if words == ["COMMAND", "--help"]:
             continue
-        args = parse(words)
-        recipe = getattr(args, "recipe", "RECIPE")
-        if recipe == "RECIPE" or is_path(recipe) or getattr(args, "labels", None):
+        request = parse(words)
+        given = request.given
+        recipe = given.get("recipe", "RECIPE")
+        if recipe == "RECIPE" or is_path(recipe) or "labels" in given:
             continue
-        if args.command == "train" or getattr(args, "grid", None):
-            read_recipe(recipe, args.overrides)
+        if request.command == "train" or "grid" in given:
+            read_recipe(recipe, given.get("overrides", ()))
             read += 1
     assert read > 4
 
