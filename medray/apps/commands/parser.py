@@ -194,7 +194,8 @@ def _split(type_: Any, tokens: Sequence[Token]) -> Any:
     from cyclopts import convert
 
     (token,) = tokens
-    return convert(type_, [token.evolve(value=v) for v in token.value.split(",")])
+    parts = [part.strip() for part in token.value.split(",")]
+    return convert(type_, [token.evolve(value=part) for part in parts])
 
 
 def _whole(_: Any, tokens: Sequence[Token]) -> int:

@@ -104,6 +104,7 @@ def _build_app(name: str) -> App:
         help="Pathology slides on Ray: ingest, train, infer, evaluate.",
         version=lambda: f"medray {importlib.metadata.version('medray')}",
         default_parameter=Parameter(
+            allow_repeating=True,  # the last one counts, as scripts expect it
             negative=(),
             show_default=shown_default,
         ),

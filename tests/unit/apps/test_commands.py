@@ -119,23 +119,19 @@ def test_only_what_is_given_is_handed_on() -> None:
         "thresholds": (0.0, 0.7),
     }
     assert (request.json, request.verbose, request.partial_ok) == (True, True, True)
+    again = "infer a --model m --out r --out q --crf 1 --crf 2 --model n"
+    assert parse(again.split()).given == {
+        "slides": ["a"],
+        "model": ["m", "n"],
+        "out": "q",
+        "crf": 2,
+    }
 
 
 def test_words_are_read_as_their_types_say() -> None:
-    given = parse(
-        [
-            "ingest",
-            "s",
-            "--out",
-            "d",
-            "--classes",
-            "a,b",
-            "--mpp",
-            "x.csv",
-            "--side",
-            "64",
-        ]
-    ).given
+    words = ["--classes", "a, b", "--mpp", "x.csv", "--side", "64"]
+    given = parse(["ingest", "[s]*.tif", "--out", "d", *words]).given
+    assert given["slides"] == ["[s]*.tif"]  # not JSON
     assert given["classes"] == ("a", "b")
     assert (given["mpp"], given["side"]) == ("x.csv", 64)
     given = parse(
