@@ -41,7 +41,7 @@ class Change:
         name: Of the option, such as `--class`.
         kind: POSITIONAL, ANYWHERE (words before and after the options) or BY_NAME.
         type: Of its value.
-        parameter: What cyclopts is told besides.
+        parameter: What else cyclopts needs to know.
     """
 
     name: str | None = None
@@ -84,25 +84,27 @@ def call(place: str, given: Given) -> Any:
     rest, values = dict(given), {}
     types_ = typing.get_type_hints(function)
     for parameter in inspect.signature(function).parameters:
-        if cls := _dataclass_of(types_[parameter]):
-            values[parameter] = _build(cls, rest)
-        elif parameter in rest:
-            values[parameter] = rest.pop(parameter)
+        value = _taken(parameter, types_[parameter], rest)
+        if value is not None:
+            values[parameter] = value
     if rest:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(rest))
         raise ConfigError(f"{options}: does not go with what else is given")
     return function(**values)
 
 
-def _build(cls: type[Any], rest: Given) -> Any:
-    """Build a dataclass of the values that are given for its fields, and take them."""
-    values = {}
-    for name, annotation in typing.get_type_hints(cls).items():
-        if part := _dataclass_of(annotation):
-            values[name] = _build(part, rest)
-        elif name in rest:
-            values[name] = rest.pop(name)
-    return cls(**values)
+def _taken(name: str, hint: Any, rest: Given) -> Any:
+    """Take what is given for a parameter, or for the fields of one that is a dataclass.
+
+    None is nothing: what has a default keeps it.
+    """
+    cls = _dataclass_of(hint)
+    if cls is None:
+        return rest.pop(name, None)
+    hints = typing.get_type_hints(cls)
+    values = {key: _taken(key, hint, rest) for key, hint in hints.items()}
+    values = {key: value for key, value in values.items() if value is not None}
+    return cls(**values) if values else None
 
 
 def signature_of(command: Command, shared: Sequence[Callable[..., Any]]) -> Any:

@@ -186,7 +186,11 @@ def test_wrong_requests_say_what_to_do(
         return capsys.readouterr().err
 
     run = str(folder / "run")
-    assert "expected one of ome-zarr, ome-zarr-0.4" in asked(run, "--to", "png")
+    with pytest.raises(SystemExit):
+        asked(run, "--to", "png")
+    assert 'Choose from: "ome-zarr", "ome-zarr-0.4"' in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="expected one of ome-zarr, ome-zarr-0.4"):
+        convert(run, to="png", out=str(tmp_path / "out"))
     assert "leave --with-image away" in asked(run, "--to", "tiff", "--with-image")
     assert "add --with-image" in asked(run, "--to", "ome-zarr")
     assert "expected a dataset" in asked(str(tmp_path), "--to", "tiff")

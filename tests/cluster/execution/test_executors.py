@@ -187,4 +187,4 @@ def test_the_command_asks_for_one_that_there_is(
     with pytest.raises(SystemExit) as raised:
         main(["ingest", str(slides), "--out", str(tmp_path), "--executor", "dask"])
     assert raised.value.code == 2
-    assert "'ray', 'local'" in capsys.readouterr().err
+    assert 'Choose from: "ray", "local"' in capsys.readouterr().err

@@ -223,3 +223,23 @@ def test_what_does_not_belong_to_the_chosen_function_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="--tta: "):
         call("medray.inference:verify", {"out": "r", "tta": "all"})
+
+
+def test_a_function_keeps_the_defaults_of_what_is_not_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own, and those of the dataclasses that it takes."""
+    from medray import inference
+    from medray.inference import Options
+    from medray.models import Prediction
+
+    def infer(slides: list[str], *, out: str = "o", options: Options | None = None):
+        return slides, out, options
+
+    monkeypatch.setitem(infer.__annotations__, "options", Options | None)
+    monkeypatch.setattr(inference, "infer", infer)
+    place = "medray.inference:infer"
+    assert call(place, {"slides": ["a"]}) == (["a"], "o", None)
+    changed = Options(prediction=Prediction(stitch="blend"), coarse=2)
+    given = {"slides": ["a"], "stitch": "blend", "coarse": 2}
+    assert call(place, given) == (["a"], "o", changed)
