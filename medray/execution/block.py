@@ -60,8 +60,7 @@ def do_block(
     content = table["content"][0].as_py()
     heads, rows = pickle.loads(content) if content else ([], [])
     node = ray.get_runtime_context().get_node_id()
-    traces = Path(tempfile.gettempdir()) / f"medray-{feed._actor_id.hex()}"
-    traces.mkdir(exist_ok=True)
+    traces = f"{tempfile.gettempdir()}/medray-{feed._actor_id.hex()}"
     answers: list[bytes] = []
     done: int | None = None
     with (
@@ -69,7 +68,7 @@ def do_block(
         _ending_with(feed),
     ):
         for head, row in zip(heads, rows, strict=True):
-            path = traces / f"{head.number}"
+            path = Path(f"{traces}-{head.number}")
             trace = path.read_text(errors="replace") if path.exists() else ""
             # Waited for: a note that is only sent would be lost with this process.
             verdict: Verdict = ray.get(feed.begin.remote(done, head, node, trace))
@@ -78,7 +77,9 @@ def do_block(
                 with _traced(path) as file:
                     answers.append(_answer(feed, function, head, row, file))
                 done = head.number
-            elif verdict.kind == "hopeless":
+                continue
+            path.unlink(missing_ok=True)
+            if verdict.kind == "hopeless":
                 answers.append(pickle.dumps(Answer("bug", MedrayError(verdict.why))))
             else:
                 answers.append(pickle.dumps(Answer(verdict.kind, verdict.why)))

@@ -218,10 +218,7 @@ class Stream:
                         self._arrived.put(arrived)
                     first += _BLOCKS
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, MedrayError):
-                cause = cause.__cause__
-            why = cause or error
+            why = error
         self._arrived.put(why)
 
 
