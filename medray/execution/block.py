@@ -24,8 +24,6 @@ from medray.execution.feed import Head, Verdict
 from medray.execution.rows import steps_of
 from medray.slides import bounded_memory
 
-_LOOK_S = 2.0  # how often a process looks whether its stream has ended
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -91,19 +89,25 @@ def do_block(
 @contextlib.contextmanager
 def _ending_with(feed: Any) -> Iterator[None]:
     """End this process if the stream ends before its block: nobody waits for it."""
-    done = threading.Event()
-
-    def look() -> None:
-        ended = [feed.forever.remote()]
-        while not done.is_set():
-            if ray.wait(ended, timeout=_LOOK_S)[0] and not done.is_set():
-                os._exit(0)
-
-    threading.Thread(target=look, name="feed", daemon=True).start()
+    name = feed._actor_id.hex()
+    if name not in _watched:
+        _watched.add(name)
+        threading.Thread(target=_watch, args=(feed, name), daemon=True).start()
+    _at_hand.add(name)
     try:
         yield
     finally:
-        done.set()
+        _at_hand.discard(name)
+
+
+_watched: set[str] = set()  # streams that this process has had blocks of
+_at_hand: set[str] = set()  # of which it has one now
+
+
+def _watch(feed: Any, name: str) -> None:
+    ray.wait([feed.forever.remote()])
+    if name in _at_hand:
+        os._exit(0)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,11 @@ class Stream:
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._end, self._closed = cluster.End(), threading.Event()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self._feed = ray.remote(Feed).options(num_cpus=0, label_selector=here).remote()
+        # Each process of the stream has a call that waits for its end.
+        feed = ray.remote(Feed).options(
+            num_cpus=0, label_selector=here, max_concurrency=100_000
+        )
+        self._feed = feed.remote()
         task = functools.partial(do_block, self._feed, function, bounded)
         run = functools.partial(_run, self._feed, here, task, num_cpus, num_gpus)
         self._thread = threading.Thread(
