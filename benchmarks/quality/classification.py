@@ -128,15 +128,15 @@ def list_images(cells: Cells, limit: int | None) -> list[Image]:
     """List the images, or the first so many of each class (and split)."""
     found: list[Image] = []
     counts: dict[tuple[str, str], int] = {}
-    for row in find_images(str(cells.folder), cells.classes):
-        kind = (row["class"], row["split"])
+    for file in find_images(str(cells.folder), cells.classes):
+        kind = (file.class_name, file.split)
         counts[kind] = counts.get(kind, 0) + 1
         if limit is not None and counts[kind] > limit:
             continue
-        name = row["image"].rpartition("/")[2]
+        name = file.image.rpartition("/")[2]
         match = re.search(cells.patients, name) if cells.patients else None
-        patient = match[1] if match else row["image"]
-        found.append(Image(row["image"], row["class"], patient, row["split"]))
+        patient = match[1] if match else file.patient
+        found.append(Image(file.image, file.class_name, patient, file.split))
     return found
 
 

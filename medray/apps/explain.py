@@ -132,6 +132,6 @@ def _read(file: SlideFile, config: ModelConfig) -> UInt8:
     window at its resolution, the one with the most tissue.
     """
     if config.classifies and config.mpp is None:
-        return read_resized({"uri": file.uri}, config.window.size)
+        return read_resized(file.uri, config.window.size)
     with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
         return fullest_window(slide, config, file.mpp)

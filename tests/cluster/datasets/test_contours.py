@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_cell_costs_only_that_cell(
     # The same cell under another name, in the split that tests.
     for suffix in (".bmp", "_nuc.dat", "_cyt.dat"):
         shutil.copy(crops / f"002_01{suffix}", crops / f"900_01{suffix}")
-    names = [row["image"] for row in find_images(str(folder))]
+    names = [one.image for one in find_images(str(folder))]
     lines = [f"{n},{'test' if '/900' in n else 'train'}" for n in names]
     splits = tmp_path / "splits.csv"
     splits.write_text("\n".join(["slide,split", *lines]) + "\n")

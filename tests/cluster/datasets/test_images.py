@@ -98,7 +98,7 @@ def test_ingest_again_does_nothing_until_something_changes(
     assert again(**how) == (16, 0)
     assert again(**how) == (0, 16)
     splits = tmp_path / "splits.csv"
-    names = [row["image"] for row in find_images(str(cells))]
+    names = [one.image for one in find_images(str(cells))]
     lines = [f"{name},{'test' if n < 3 else 'train'}" for n, name in enumerate(names)]
     splits.write_text("\n".join(["slide,split", *lines]) + "\n")
     assert again(splits=str(splits)) == (16, 0)
@@ -117,7 +117,7 @@ def test_the_copy_that_tests_is_the_one_that_stays(
     """Also when a CSV says what tests."""
     cells = write_cells(tmp_path / "cells", patients=3, each=1)
     shutil.copy(cells / "sick" / "P0_cell_0.png", cells / "sick" / "P9_cell_0.png")
-    names = [row["image"] for row in find_images(str(cells))]
+    names = [one.image for one in find_images(str(cells))]
     split_of = dict.fromkeys(names, "train") | {"sick/P9_cell_0.png": "test"}
     splits = tmp_path / "splits.csv"
     lines = [f"{name},{split}" for name, split in split_of.items()]
@@ -295,7 +295,7 @@ def test_a_classifier_is_trained_and_evaluated(
     assert len(lines) == 25
     for line in lines[1:]:
         image, _, _, _, predicted, *shares = line.replace('"', "").split(",")
-        pixels = torch.from_numpy(read_resized({"uri": str(cells / image)}, 64).copy())
+        pixels = torch.from_numpy(read_resized(str(cells / image), 64).copy())
         with torch.inference_mode():
             logits = network(normalise(pixels.permute(2, 0, 1)[None]))
         wanted = logits.softmax(dim=1)[0].numpy()
@@ -309,9 +309,7 @@ def logits_of(folder: str, cells: Path, rows: list[dict]) -> np.ndarray:
     normalise = Normalise(config)
     found = []
     for row in rows:
-        pixels = torch.from_numpy(
-            read_resized({"uri": str(cells / row["image"])}, 64).copy()
-        )
+        pixels = torch.from_numpy(read_resized(str(cells / row["image"]), 64).copy())
         with torch.inference_mode():
             found.append(network(normalise(pixels.permute(2, 0, 1)[None]))[0].numpy())
     return np.array(found, np.float64)
@@ -421,7 +419,7 @@ def test_turned_images_have_a_part_in_the_mean(
     rows = read_patches(dataset, "test")
     views = [{"image": f"{n}-{k}.png"} for n in range(len(rows)) for k in range(8)]
     for n, row in enumerate(rows):
-        image = read_resized({"uri": str(cells / row["image"])}, 64)
+        image = read_resized(str(cells / row["image"]), 64)
         for k in range(8):
             way = np.rot90(image[:, ::-1] if k % 2 else image, k // 2)
             Image.fromarray(way).save(turned / f"{n}-{k}.png")
