@@ -8,6 +8,7 @@ from .infer_run import infer as infer
 from .infer_run import region_pixels as region_pixels
 from .infer_run import settings_of as settings_of
 from .leftovers import collect as collect
+from .memory import memory_limit as memory_limit
 from .outlines import as_geojson as as_geojson
 from .outlines import trace as trace
 from .plan import plan_slide as plan_slide

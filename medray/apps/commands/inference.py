@@ -104,6 +104,7 @@ def _embed(args: argparse.Namespace) -> Any:
 def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES)
     sub.add_argument("--out", default="", metavar="RUN", help="keep it there")
+    add_executor(sub)
     sub.add_argument("--sample", type=int, default=200, help="slides looked at (200)")
     sub.add_argument(
         "--price", type=positive, help="of an hour of a GPU worker's machine"
@@ -121,6 +122,7 @@ def _plan(args: argparse.Namespace) -> Any:
         sample=args.sample,
         price=args.price,
         out=args.out,
+        executor=args.executor,
     )
 
 
