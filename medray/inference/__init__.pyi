@@ -1,4 +1,7 @@
+from .classify_images import ClassifiedImage as ClassifiedImage
+from .classify_images import DatasetImage as DatasetImage
 from .classify_images import classify as classify
+from .classify_images import image_of_row as image_of_row
 from .classify_images import load_classifier as load_classifier
 from .conformance import check_engine as check_engine
 from .conformance_medray import check_medray as check_medray

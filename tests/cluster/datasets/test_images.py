@@ -30,8 +30,10 @@ from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
 from medray.evaluation.evaluate_image_folder import _for_temperature, evaluate_images
-from medray.evaluation.image_metrics import combine, score
+from medray.evaluation.image_metrics import Predicted, combine, score
 from medray.evaluation.metrics import confusion, of_images, summary
+from medray.geometry import Rectangle
+from medray.inference.classify_images import ClassifiedImage, DatasetImage
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
 from medray.storage import files, ome_zarr
@@ -226,17 +228,21 @@ def test_calibration_and_intervals_of_images() -> None:
     for index in range(400):
         sure = float(rng.uniform(0.5, 1.0))
         truth = int(rng.random() < sure)  # as sure as it is right
+        shares = np.array([1 - sure, sure])
         rows.append(
-            {
-                "truth": truth,
-                "predicted": 1,
-                "probabilities": np.array([1 - sure, sure]),
-                "patient": f"P{index % 20}",
-            }
+            Predicted(
+                name=f"{index}",
+                digest=f"{index}",
+                patient=f"P{index % 20}",
+                truth=truth,
+                predicted=1,
+                probabilities=shares,
+                log_probabilities=np.log(np.maximum(shares, 1e-12)),
+            )
         )
     found = score(rows, ["no", "yes"])
-    sure = np.array([row["probabilities"][1] for row in rows])
-    right = np.array([row["truth"] == 1 for row in rows])
+    sure = np.array([row.probabilities[1] for row in rows])
+    right = np.array([row.truth == 1 for row in rows])
     error = 0.0
     for low in np.arange(0.5, 1.0, 0.1):
         inside = (sure >= low - 1e-9) & (sure < low + 0.1 - 1e-9)
@@ -444,13 +450,23 @@ def test_turned_images_have_a_part_in_the_mean(
 
 
 def test_equal_votes_are_decided_by_the_mean() -> None:
-    logits = np.log([[0.9, 0.1], [0.4, 0.6]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 0
-    logits = np.log([[0.6, 0.4], [0.1, 0.9]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 1
-    logits = np.log([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 0
-    assert combine({"logits": logits}, vote=False)["predicted"] == 1
+    image = DatasetImage(
+        image="a.png",
+        digest="d",
+        patient="P",
+        split="test",
+        sheet="test-0000",
+        place=Rectangle(0, 0, 64, 64),
+        truth=0,
+    )
+
+    def chosen(shares: list[list[float]], *, vote: bool) -> int:
+        return combine(ClassifiedImage(image, np.log(shares)), vote=vote).predicted
+
+    assert chosen([[0.9, 0.1], [0.4, 0.6]], vote=True) == 0
+    assert chosen([[0.6, 0.4], [0.1, 0.9]], vote=True) == 1
+    assert chosen([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]], vote=True) == 0
+    assert chosen([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]], vote=False) == 1
 
 
 def test_a_report_stands_beside_another(reports: Path) -> None:
