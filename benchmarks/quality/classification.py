@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -37,7 +37,7 @@ from benchmarks.quality.folds import digest_of, number, read_record, write_recor
 from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_image_folder import evaluate_images
-from medray.evaluation.image_metrics import score
+from medray.evaluation.image_metrics import Predicted, score
 from medray.execution import cluster
 from medray.models.config import Tta
 from medray.models.folder import load_model
@@ -128,15 +128,15 @@ def list_images(cells: Cells, limit: int | None) -> list[Image]:
     """List the images, or the first so many of each class (and split)."""
     found: list[Image] = []
     counts: dict[tuple[str, str], int] = {}
-    for row in find_images(str(cells.folder), cells.classes):
-        kind = (row["class"], row["split"])
+    for file in find_images(str(cells.folder), cells.classes):
+        kind = (file.class_name, file.split)
         counts[kind] = counts.get(kind, 0) + 1
         if limit is not None and counts[kind] > limit:
             continue
-        name = row["image"].rpartition("/")[2]
+        name = file.image.rpartition("/")[2]
         match = re.search(cells.patients, name) if cells.patients else None
-        patient = match[1] if match else row["image"]
-        found.append(Image(row["image"], row["class"], patient, row["split"]))
+        patient = match[1] if match else file.patient
+        found.append(Image(file.image, file.class_name, patient, file.split))
     return found
 
 
@@ -249,6 +249,20 @@ def one_fold(
     return values
 
 
+def predicted(row: dict[str, Any]) -> Predicted:
+    """Return the prediction of a row of a fold's record."""
+    shares = np.array(row["probabilities"])
+    return Predicted(
+        name=row["image"],
+        digest="",
+        patient=row["patient"],
+        truth=row["truth"],
+        predicted=row["predicted"],
+        probabilities=shares,
+        log_probabilities=np.log(np.maximum(shares, 1e-12)),
+    )
+
+
 def folds(
     dataset: Literal["malaria", "malaria-random", "xray", "sipakmed"],
     out: Path,
@@ -300,7 +314,7 @@ def folds(
         )
         for k, split in enumerate(splits[:only])
     ]
-    rows = [row for result in results for row in result["rows"]]
+    rows = [predicted(row) for result in results for row in result["rows"]]
     line = {"title": name, "recipe": recipe, "overrides": overrides}
     line |= score(rows, cells.classes)
     line |= {

@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from medray.apps.probe_windows import fullest_window
 from medray.datasets import read_resized, with_overrides
 from medray.errors import ConfigError, SlideError
-from medray.evaluation import Explainer, as_png, data_uri, render
+from medray.evaluation import Explained, Explainer, as_png, data_uri, render
 from medray.models import ModelConfig, model_digest, read_config
 from medray.slides import SlideFile, find_slides, open_slide
 from medray.storage import files
-from medray.types import Row, UInt8
+from medray.types import Columns, UInt8
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,25 @@ class Explanation:
         lines += [f"failed  {name}: {why}" for name, why in self.failed.items()]
         lines.append(f"{self.explained} images explained, {len(self.failed)} failed")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """An image on the page.
+
+    Attributes:
+        image: Its name.
+        class_name: Class that the overlay speaks for.
+        predicted: Class that was predicted.
+        share: Of `class_name`, as in `Explained`.
+        pictures: Data URIs: `image`, `overlay`, and `attention` if there is one.
+    """
+
+    image: str
+    class_name: str
+    predicted: str
+    share: float
+    pictures: dict[str, str]
 
 
 def explain(
@@ -86,34 +105,22 @@ def explain(
             f"--scene and --plane away"
         )
     explainer = Explainer(model)
-    rows: list[Row] = []
-    shown: list[Row] = []
+    rows: list[Columns] = []
+    shown: list[_Shown] = []
+    failed: dict[str, str] = {}
     slides = with_overrides(find_slides(images), mpp=mpp, scene=scene, plane=plane)
     for slide in slides:
-        row: Row = {"image": slide.slide}
         try:
             pixels = _read(slide, config)
             label = config.classes.names.index(name) if name else None
             found = explainer.explain(pixels, label)
-            pictures = {"image": as_png(pixels), "overlay": as_png(found.overlay)}
-            row["overlay"] = files.join("overlays", f"{slide.slide}.png")
-            files.write_bytes(files.join(out, row["overlay"]), pictures["overlay"])
-            if found.attention is not None:
-                pictures["attention"] = as_png(found.attention)
-                row["attention"] = f"overlays/{slide.slide}.attention.png"
-                uri = files.join(out, row["attention"])
-                files.write_bytes(uri, pictures["attention"])
-            row |= {
-                "class": config.classes.names[found.label],
-                "predicted": config.classes.names[found.predicted],
-                "share": found.share,
-            }
-            uris = {key: data_uri(picture) for key, picture in pictures.items()}
-            shown.append(row | {"pictures": uris})
+            one, row = _written(slide.slide, pixels, found, config, out)
         except (SlideError, OSError) as error:
-            row["error"] = str(error)
+            failed[slide.slide] = str(error)
+            rows.append({"image": slide.slide, "error": str(error)})
+            continue
+        shown.append(one)
         rows.append(row)
-    failed = {row["image"]: row["error"] for row in rows if "error" in row}
     digest = model_digest(model)
     page = render(
         "explain.html.jinja",
@@ -131,6 +138,29 @@ def explain(
     return Explanation(out, report, len(shown), failed)
 
 
+def _written(
+    image: str, pixels: UInt8, found: Explained, config: ModelConfig, out: str
+) -> tuple[_Shown, Columns]:
+    """Write the overlays of an image; return what the page and the table say of it."""
+    pictures = {"image": as_png(pixels), "overlay": as_png(found.overlay)}
+    overlay, attention = f"overlays/{image}.png", f"overlays/{image}.attention.png"
+    row: Columns = {"image": image, "overlay": overlay}
+    files.write_bytes(files.join(out, overlay), pictures["overlay"])
+    if found.attention is not None:
+        pictures["attention"] = as_png(found.attention)
+        row["attention"] = attention
+        files.write_bytes(files.join(out, attention), pictures["attention"])
+    shown = _Shown(
+        image=image,
+        class_name=config.classes.names[found.label],
+        predicted=config.classes.names[found.predicted],
+        share=found.share,
+        pictures={key: data_uri(picture) for key, picture in pictures.items()},
+    )
+    row |= {"class": shown.class_name, "predicted": shown.predicted}
+    return shown, row | {"share": shown.share}
+
+
 def _read(file: SlideFile, config: ModelConfig) -> UInt8:
     """Read what the model looks at: (S, S, 3) uint8.
 
@@ -138,6 +168,6 @@ def _read(file: SlideFile, config: ModelConfig) -> UInt8:
     window at its resolution, the one with the most tissue.
     """
     if config.classifies and config.mpp is None:
-        return read_resized({"uri": file.uri}, config.window.size)
+        return read_resized(file.uri, config.window.size)
     with open_slide(file.uri, scene=file.scene, plane=file.plane) as slide:
         return fullest_window(slide, config, file.mpp)

@@ -15,12 +15,20 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from medray.annotations import CONTOUR_SUFFIX, measure, read_contour
+from medray.datasets.images import (
+    CheckedImage,
+    Contours,
+    ImageFile,
+    MissingContours,
+)
 from medray.errors import ConfigError, SlideError
+from medray.geometry import Rectangle
 from medray.slides import (
     find_files,
     fingerprint_of,
@@ -28,7 +36,7 @@ from medray.slides import (
     slide_digest,
     strip_suffix,
 )
-from medray.types import Row, UInt8
+from medray.types import UInt8
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +46,29 @@ _CONTOUR = re.compile(r"(?P<image>.+)_(?P<part>nuc|cyt)(?P<cell>\d*)")
 _PARTS = {"nuc": "nucleus", "cyt": "cytoplasm"}
 
 
-def without_clusters(images: list[Row]) -> list[Row]:
-    """Leave out the cluster images of classes that have crops of them.
-
-    Args:
-        images: With `image`, `class` and `split`.
-    """
-    cropped = {_folder(row) for row in images if _is_crop(row)}
-    return [row for row in images if _is_crop(row) or _folder(row) not in cropped]
+def without_clusters(images: Sequence[ImageFile]) -> list[ImageFile]:
+    """Return the images but the cluster images of classes that have crops of them."""
+    cropped = {_folder(image) for image in images if _is_crop(image)}
+    return [
+        image for image in images if _is_crop(image) or _folder(image) not in cropped
+    ]
 
 
-def _is_crop(row: Row) -> bool:
-    return _CROPS in row["image"].split("/")[:-1]
+def _is_crop(image: ImageFile) -> bool:
+    return _CROPS in image.image.split("/")[:-1]
 
 
-def _folder(row: Row) -> tuple[str, str]:
-    return row["split"], row["class"]
+def _folder(image: ImageFile) -> tuple[str, str]:
+    return image.split, image.class_name
 
 
-def with_contours(folder: str, cells: list[Row], images: Sequence[Row]) -> list[Row]:
-    """Return a row a cell: `nucleus` and `cytoplasm`, the addresses of its contours.
+def with_contours(
+    folder: str, cells: Sequence[ImageFile], images: Sequence[ImageFile]
+) -> list[ImageFile]:
+    """Return the cells, each with its contours, or with what is missing of them.
 
-    A cell that is to be cut out of its cluster image has `cut` too; one without both
-    contours has `failure` instead. Contours without an image are warned of.
+    Of an image of several cells each becomes one that is to be cut out. Contours
+    without an image are warned of.
 
     Args:
         folder: Where images and contours lie.
@@ -77,7 +85,7 @@ def with_contours(folder: str, cells: list[Row], images: Sequence[Row]) -> list[
             f"beside a cell's NAME.bmp, or NAME_nuc01.dat and NAME_cyt01.dat beside a "
             f"cluster's; bring them, or ingest without --contours"
         )
-    alone = sorted(contours.keys() - {_stem(row["image"]) for row in images})
+    alone = sorted(contours.keys() - {_stem(image.image) for image in images})
     if alone:
         log.warning(
             "%d images of contours are missing, such as %s.bmp; their contours are not "
@@ -85,16 +93,19 @@ def with_contours(folder: str, cells: list[Row], images: Sequence[Row]) -> list[
             len(alone),
             alone[0],
         )
-    rows: list[Row] = []
-    for row in cells:
-        found = contours.get(_stem(row["image"]), {"": {}})
-        if "" in found:
-            rows.append(row | _pair(row["image"], found[""]))
+    found = []
+    for cell in cells:
+        parts_of = contours.get(_stem(cell.image), {"": {}})
+        if "" in parts_of:
+            pair = _pair(cell.image, parts_of[""])
+            found.append(replace(cell, contours=pair))
             continue
-        for number, parts in sorted(found.items()):
-            name = f"{_stem(row['image'])}_{number}"
-            rows.append(row | {"image": name, "cut": True} | _pair(name, parts))
-    return rows
+        for number, parts in sorted(parts_of.items()):
+            name = f"{_stem(cell.image)}_{number}"
+            pair = _pair(name, parts)
+            one = replace(cell, image=name, patient=name, contours=pair, cut=True)
+            found.append(one)
+    return found
 
 
 def _stem(name: str) -> str:
@@ -112,67 +123,57 @@ def _find_contours(folder: str) -> dict[str, dict[str, dict[str, str]]]:
     return contours
 
 
-def _pair(name: str, parts: dict[str, str]) -> Row:
+def _pair(name: str, parts: dict[str, str]) -> Contours | MissingContours:
     missing = [part for part in _PARTS.values() if part not in parts]
     if missing:
-        return {
-            "failure": f"{name}: found no contour of its {' and '.join(missing)}; "
+        return MissingContours(
+            f"{name}: found no contour of its {' and '.join(missing)}; "
             f"bring it, remove the image, or ingest without --contours"
-        }
-    return parts | {
-        "contour_fingerprints": [fingerprint_of(uri) for uri in parts.values()]
-    }
+        )
+    nucleus, cytoplasm = parts["nucleus"], parts["cytoplasm"]
+    fingerprints = (fingerprint_of(cytoplasm), fingerprint_of(nucleus))
+    return Contours(nucleus, cytoplasm, fingerprints)
 
 
-def look_at_cell(row: Row) -> Row:
-    """Return the `digest` of a cell, its `features`, and its `box` if it is to be cut.
+def look_at_cell(
+    file: ImageFile, contours: Contours | MissingContours, mpp: float | None
+) -> CheckedImage:
+    """Return a cell with its digest, its features, and its box if it is to be cut.
 
     Args:
-        row: Of `with_contours`, and `mpp` (None: features are in pixels).
-
-    Returns:
-        `features` as medray.annotations.morphology.measure gives them; `box` is y, x,
-        height and width in its cluster image.
+        file: The cell.
+        contours: Its contours.
+        mpp: Microns per pixel of the image; None: features are in pixels.
 
     Raises:
-        SlideError: Image or contours are damaged, or do not belong together.
+        SlideError: Contours are missing, image or contours are damaged, or they do not
+            belong together.
     """
-    if failure := row.get("failure"):
-        raise SlideError(failure)
-    digest, pixels = _read(row["uri"], row["fingerprint"])
+    if isinstance(contours, MissingContours):
+        raise SlideError(contours.message)
+    digest, pixels = _read(file.uri, file.fingerprint)
     height, width = pixels.shape[:2]
-    shapes = {
-        part: read_contour(row[part], height=height, width=width)
-        for part in _PARTS.values()
-    }
+    nucleus = read_contour(contours.nucleus, height=height, width=width)
+    cytoplasm = read_contour(contours.cytoplasm, height=height, width=width)
     try:
-        features = measure(**shapes, mpp=row["mpp"]).tolist()
+        features = measure(nucleus=nucleus, cytoplasm=cytoplasm, mpp=mpp).tolist()
     except SlideError as error:
-        raise SlideError(f"{row['image']}: {error}") from error
-    if not row.get("cut"):
-        return {"digest": digest, "features": features}
-    x0, y0, x1, y1 = shapes["cytoplasm"].bounds
+        raise SlideError(f"{file.image}: {error}") from error
+    seen = CheckedImage(
+        file=file, split=file.split, digest=digest, features=tuple(features)
+    )
+    if not file.cut:
+        return seen
+    x0, y0, x1, y1 = cytoplasm.bounds
     top, left = max(0, int(y0) - _MARGIN_PX), max(0, int(x0) - _MARGIN_PX)
     bottom = min(height, math.ceil(y1) + _MARGIN_PX)
     right = min(width, math.ceil(x1) + _MARGIN_PX)
-    box = [top, left, bottom - top, right - left]
+    box = Rectangle(top, left, bottom - top, right - left)
     # Equal pixels are equal cells, whatever their clusters are called.
-    own = hashlib.blake2b(repr(box[2:]).encode(), digest_size=16)
-    own.update(pixels[top:bottom, left:right].tobytes())
-    digest = f"blake2b:{own.hexdigest()}"
-    return {"digest": digest, "features": features, "box": box}
-
-
-def read_cell(row: Row) -> UInt8:
-    """Read (H, W, 3) uint8 RGB of an image, or of the `box` of its cluster image.
-
-    Raises:
-        SlideError: It is no image, or damaged.
-    """
-    if not row.get("box"):
-        return read_whole(row["uri"])
-    y, x, height, width = row["box"]
-    return _read(row["uri"], row["fingerprint"])[1][y : y + height, x : x + width]
+    size = repr([box.height, box.width]).encode()
+    own = hashlib.blake2b(size, digest_size=16)
+    own.update(pixels[box.slices()].tobytes())
+    return replace(seen, digest=f"blake2b:{own.hexdigest()}", box=box)
 
 
 def read_whole(uri: str) -> UInt8:
@@ -193,17 +194,25 @@ def _read(uri: str, fingerprint: str) -> tuple[str, UInt8]:
     return slide_digest(uri), read_whole(uri)
 
 
-def read_resized(row: Row, side: int) -> UInt8:
-    """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
+def read_checked(image: CheckedImage, side: int) -> UInt8:
+    """Read an image, or a cell that is cut out of one, as `read_resized` does."""
+    if image.box is None:
+        return read_resized(image.file.uri, side)
+    _, pixels = _read(image.file.uri, image.file.fingerprint)
+    return _resized(pixels[image.box.slices()], side)
 
-    Args:
-        row: With `uri`; and `box`, if it is a cell within that image.
-        side: Pixels.
+
+def read_resized(uri: str, side: int) -> UInt8:
+    """Read an image as (side, side, 3) uint8 RGB; it may be stretched.
 
     Raises:
         SlideError: It is no image, or damaged.
     """
-    image = Image.fromarray(read_cell(row))
+    return _resized(read_whole(uri), side)
+
+
+def _resized(pixels: UInt8, side: int) -> UInt8:
+    image = Image.fromarray(pixels)
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -4,53 +4,63 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from medray.datasets.cells import look_at_cell, read_resized
+from medray.datasets.cells import look_at_cell, read_checked
+from medray.datasets.images import CheckedImage, ImageFile
 from medray.errors import MedrayError
 from medray.slides import slide_digest, too_large
-from medray.types import Row
 
 log = logging.getLogger(__name__)
 
 
 def check_images(
-    images: list[Row], side: int, map_them: Callable[..., Iterator[tuple[Row, Any]]]
-) -> None:
-    """Add `digest`, `status` and `message` to each image.
+    images: Sequence[ImageFile],
+    side: int,
+    mpp: float | None,
+    map_them: Callable[..., Iterator[tuple[ImageFile, Any]]],
+) -> list[CheckedImage]:
+    """Return the images, looked at.
 
-    It is decoded as well, though only to be decoded again when it is placed: which
-    images can be is to be known before they are dealt out and given their places.
+    They are decoded as well, though only to be decoded again when they are placed:
+    which images can be is to be known before they are dealt out and given their places.
 
     Args:
-        images: Rows of images, or of cells within them.
+        images: Images, or cells within them.
         side: To which they will be resized, pixels.
+        mpp: Microns per pixel, for what contours measure; None: in pixels.
         map_them: As `medray.execution.rows.map_rows`.
     """
-    check = functools.partial(_check_image, side=side)
-    for row, result in map_them(check, images):
+    check = functools.partial(_check_image, side=side, mpp=mpp)
+    checked = {}
+    for file, result in map_them(check, images):
         if isinstance(result, Exception):
-            result = _failed(f"{row['uri']}: quarantined: opening it: {result}")
-        row |= result
-        if row["status"] == "failed":
-            said = (row["image"], row["message"])
+            why = f"{file.uri}: quarantined: opening it: {result}"
+            result = _failed(file, why)
+        checked[file] = result
+        if result.status == "failed":
+            said = (file.image, result.message)
             log.warning("stage=ingest image=%s failed: %s", *said)
+    return [checked[file] for file in images]
 
 
-def _check_image(row: Row, side: int) -> Row:
+def _check_image(file: ImageFile, side: int, mpp: float | None) -> CheckedImage:
     try:
-        if "mpp" in row:  # its contours were asked for
-            seen = look_at_cell(row)
+        if file.contours is None:
+            digest = slide_digest(file.uri)
+            seen = CheckedImage(file=file, split=file.split, digest=digest)
         else:
-            seen = {"digest": slide_digest(row["uri"])}
-        read_resized(row | seen, side)
+            seen = look_at_cell(file, file.contours, mpp)
+        read_checked(seen, side)
     except (MedrayError, OSError) as error:
-        return _failed(f"{error}")
+        return _failed(file, f"{error}")
     except MemoryError as error:
-        return _failed(too_large(row["uri"], error))
-    return seen | {"status": "done", "message": ""}
+        return _failed(file, too_large(file.uri, error))
+    return seen
 
 
-def _failed(why: str) -> Row:
-    return {"digest": "", "status": "failed", "message": why}
+def _failed(file: ImageFile, why: str) -> CheckedImage:
+    return CheckedImage(
+        file=file, split=file.split, digest="", status="failed", message=why
+    )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from medray.datasets.cells import read_resized
+from medray.datasets.cells import read_checked
 from medray.datasets.dataset import LABELS, DatasetSettings, labels_uri, slide_uri
+from medray.datasets.images import CheckedImage, PlacedImage, Sheet
 from medray.datasets.splits import SPLITS
 from medray.geometry import Rectangle
 from medray.storage import content_digest, ome_zarr
-from medray.types import Row, UInt8
+from medray.types import Columns, UInt8
 
 
 def digest_of_values(values: Any) -> str:
@@ -23,53 +24,51 @@ def digest_of_values(values: Any) -> str:
     return content_digest(json.dumps(values).encode())
 
 
-def plan_sheets(images: list[Row], columns: int) -> Iterator[Row]:
+def plan_sheets(
+    images: Sequence[CheckedImage], columns: int, side: int
+) -> Iterator[Sheet]:
     """Return the sheets: each up to `columns` times as many images of one split.
 
     Their order does not matter: training draws its own.
     """
     for split in SPLITS:
-        some = [r for r in images if r["split"] == split and r["status"] == "done"]
+        some = [image for image in images if image.split == split and image.taken]
         for number, part in enumerate(itertools.batched(some, columns**2)):
-            yield {
-                "slide": f"{split}-{number:04d}",
-                "split": split,
-                "images": list(part),
-                "digest": digest_of_values(
-                    [(row["digest"], row["class"]) for row in part]
+            name = f"{split}-{number:04d}"
+            digests = [(image.digest, image.file.class_name) for image in part]
+            yield Sheet(
+                slide=name,
+                split=split,
+                digest=digest_of_values(digests),
+                height=math.ceil(len(part) / columns) * side,
+                width=min(len(part), columns) * side,
+                images=tuple(
+                    PlacedImage(
+                        image, name, index // columns * side, index % columns * side
+                    )
+                    for index, image in enumerate(part)
                 ),
-            }
+            )
 
 
-def _size(count: int, columns: int, side: int) -> tuple[int, int]:
-    """Return height and width of a sheet of so many images, in pixels."""
-    return math.ceil(count / columns) * side, min(count, columns) * side
-
-
-def write_sheet(
-    sheet: Row, settings: DatasetSettings, out: str
-) -> list[tuple[int, int]]:
-    """Write a sheet and its labels; return where (y, x) its images are."""
-    side, columns = settings.patch, settings.region // settings.patch
-    height, width = _size(len(sheet["images"]), columns, side)
-    pixels = np.full((height, width, 3), 255, np.uint8)
-    labels = np.zeros((height, width), np.uint8)
-    places = []
-    for index, row in enumerate(sheet["images"]):
-        y, x = index // columns * side, index % columns * side
-        pixels[y : y + side, x : x + side] = read_resized(row, side)
-        labels[y : y + side, x : x + side] = settings.classes.value(row["class"])
-        places.append((y, x))
+def write_sheet(sheet: Sheet, settings: DatasetSettings, out: str) -> None:
+    """Write a sheet and its labels."""
+    side = settings.patch
+    pixels = np.full((sheet.height, sheet.width, 3), 255, np.uint8)
+    labels = np.zeros((sheet.height, sheet.width), np.uint8)
+    for placed in sheet.images:
+        place = Rectangle(placed.y, placed.x, side, side).slices()
+        pixels[place] = read_checked(placed.image, side)
+        labels[place] = settings.classes.value(placed.image.file.class_name)
     _store(sheet, pixels, labels, settings, out)
-    return places
 
 
 def _store(
-    sheet: Row, pixels: UInt8, labels: UInt8, settings: DatasetSettings, out: str
+    sheet: Sheet, pixels: UInt8, labels: UInt8, settings: DatasetSettings, out: str
 ) -> None:
     height, width = labels.shape
-    name = sheet["slide"]
-    attributes = {"kind": "sheet", "slide": name, "digest": sheet["digest"]}
+    name = sheet.slide
+    attributes = {"kind": "sheet", "slide": name, "digest": sheet.digest}
     image, annotation = slide_uri(out, name), labels_uri(out, name)
     ome_zarr.create_image(
         image,
@@ -100,37 +99,35 @@ def _store(
         ome_zarr.build_pyramid(uri)
 
 
-def sheet_row(sheet: Row, settings: DatasetSettings, columns: int) -> Row:
+def sheet_row(sheet: Sheet) -> Columns:
     """Describe a sheet for slides.parquet."""
-    height, width = _size(len(sheet["images"]), columns, settings.patch)
     return {
-        "slide": sheet["slide"],
-        "digest": sheet["digest"],
+        "slide": sheet.slide,
+        "digest": sheet.digest,
         "status": "done",
         "annotated": True,
-        "split": sheet["split"],
-        "height": height,
-        "width": width,
-        "patches": len(sheet["images"]),
+        "split": sheet.split,
+        "height": sheet.height,
+        "width": sheet.width,
+        "patches": len(sheet.images),
     }
 
 
-def patch_rows(images: list[Row], settings: DatasetSettings) -> Iterator[Row]:
-    """Describe each image as a patch, for patches.parquet."""
+def patch_row(placed: PlacedImage, settings: DatasetSettings) -> Columns:
+    """Describe an image as a patch, for patches.parquet."""
     side, names = settings.patch, settings.classes.names
-    for row in images:
-        if "sheet" in row:
-            yield {
-                "slide": row["sheet"],
-                "split": row["split"],
-                "mpp": None,
-                "y": row["y"],
-                "x": row["x"],
-                "height": side,
-                "width": side,
-                "tissue": 1.0,
-                "class_px": [side**2 * (name == row["class"]) for name in names],
-                "image": row["image"],
-                "patient": row["patient"],
-                "digest": row["digest"],
-            }
+    image, file = placed.image, placed.image.file
+    return {
+        "slide": placed.sheet,
+        "split": image.split,
+        "mpp": None,
+        "y": placed.y,
+        "x": placed.x,
+        "height": side,
+        "width": side,
+        "tissue": 1.0,
+        "class_px": [side**2 * (name == file.class_name) for name in names],
+        "image": file.image,
+        "patient": file.patient,
+        "digest": image.digest,
+    }

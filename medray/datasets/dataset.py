@@ -14,6 +14,7 @@ morphology.parquet        a row an image: what its contours measure, if asked fo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,18 +97,18 @@ def morphology_uri(folder: str) -> str:
 
 
 def write_morphology(
-    folder: str, names: tuple[str, ...], images: list[dict[str, Any]]
+    folder: str, names: tuple[str, ...], measured: Iterable[tuple[str, Sequence[float]]]
 ) -> None:
     """Write morphology.parquet.
 
     Args:
         folder: The dataset.
         names: Of the features.
-        images: With `image` and `features`, a number a name.
+        measured: Each image's name and its features, a number a name.
     """
     rows = [
-        {"image": row["image"]} | dict(zip(names, row["features"], strict=True))
-        for row in images
+        {"image": image} | dict(zip(names, features, strict=True))
+        for image, features in measured
     ]
     files.write_table(morphology_uri(folder), pa.Table.from_pylist(rows))
 

@@ -1,33 +1,32 @@
-"""Images in class folders, as rows."""
+"""Images in class folders, as they are found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from medray.datasets.cells import with_contours, without_clusters
+from medray.datasets.images import ImageFile
 from medray.datasets.splits import SPLITS
 from medray.errors import ConfigError
 from medray.slides import find_files, fingerprint_of
 from medray.storage import files
-from medray.types import Row
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 def find_images(
     folder: str, classes: Sequence[str] = (), *, contours: bool = False
-) -> list[Row]:
-    """Return one row per image: `image` (its name), `uri`, `class`, `split` (or "").
+) -> list[ImageFile]:
+    """Return the images by their names.
 
-    With `contours` it is a row a cell, and says what
-    medray.datasets.cells.with_contours does.
+    With `contours` they are cells, as medray.datasets.cells.with_contours has them.
 
     Raises:
         ConfigError: There are no class folders, or one has no image; there are no
             contours.
     """
     root = files.absolute(folder)
-    rows = []
+    images = []
     for uri, relative in find_files([root], IMAGE_SUFFIXES):
         parts = relative.split("/")
         split = parts[0] if parts[0] in SPLITS and len(parts) > 2 else ""
@@ -37,16 +36,17 @@ def find_images(
                 f"{uri}: expected images in a folder for each class "
                 f"({folder}/CLASS/IMAGE), found one beside them"
             )
-        rows.append(
-            {
-                "image": relative,
-                "uri": uri,
-                "class": below[0],
-                "split": split,
-                "fingerprint": fingerprint_of(uri),
-            }
+        images.append(
+            ImageFile(
+                image=relative,
+                uri=uri,
+                class_name=below[0],
+                split=split,
+                fingerprint=fingerprint_of(uri),
+                patient=relative,
+            )
         )
-    found = {row["class"] for row in rows}
+    found = {image.class_name for image in images}
     empty = sorted((set(classes) or _folders(root)) - found)
     if empty:
         raise ConfigError(
@@ -63,10 +63,10 @@ def find_images(
             f"{folder}: holds the class {sorted(found - set(classes))[0]}, expected "
             f"{list(classes)}"
         )
-    cells = without_clusters(rows)
+    cells = without_clusters(images)
     if contours:
-        cells = with_contours(root, cells, rows)
-    return sorted(cells, key=lambda row: row["image"])
+        cells = with_contours(root, cells, images)
+    return sorted(cells, key=lambda cell: cell.image)
 
 
 def _folders(root: str) -> set[str]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -28,7 +29,7 @@ from medray.classes import Classes
 from medray.datasets.check_images import check_images
 from medray.datasets.contact_sheets import (
     digest_of_values,
-    patch_rows,
+    patch_row,
     plan_sheets,
     sheet_row,
     write_sheet,
@@ -42,19 +43,14 @@ from medray.datasets.dataset import (
     write_patches,
 )
 from medray.datasets.find_images import find_images
-from medray.datasets.split_images import deal_out, leave_out_copies, set_patients
+from medray.datasets.images import CheckedImage, Contours, ImageFile
+from medray.datasets.split_images import deal_out, leave_out_copies, with_patients
 from medray.datasets.splits import check_fractions, read_groups, read_splits
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import Progress, map_rows, stopping
 from medray.storage import files, locked
-from medray.types import Executor, Row
+from medray.types import Columns, Executor, Row
 
-# Names of columns when requests were first named: a data set of medray 0.1 stays.
-_FIRST_NAMES = {
-    "fingerprint": "stamp",
-    "contour_fingerprints": "contour_stamps",
-    "failure": "trouble",
-}
 _TIMEOUT_S = 300.0  # for an image, or for a sheet of them
 _SHEET_PX = 2048  # side of a sheet, at most
 
@@ -140,22 +136,20 @@ def ingest_images(
         raise ConfigError(
             f"side: expected a multiple of 32 up to {_SHEET_PX}, found {side}"
         )
-    images = find_images(folder, classes, contours=contours)
-    if contours:
-        images = [row | {"mpp": mpp} for row in images]
-    elif mpp is not None:
+    if mpp is not None and not contours:
         raise ConfigError("--mpp: of images it is only for the measures of --contours")
-    names = classes or tuple(sorted({row["class"] for row in images}))
+    images = find_images(folder, classes, contours=contours)
+    names = classes or tuple(sorted({image.class_name for image in images}))
     settings = DatasetSettings(
         classes=Classes(names), patch=side, region=side * (_SHEET_PX // side)
     )
     out = files.absolute(out)
-    set_patients(images, patients, read_groups(groups, "group") if groups else {})
+    known = read_groups(groups, "group") if groups else {}
+    images = with_patients(images, patients, known)
     if splits is not None:
         wanted = read_splits(splits)
-        for row in images:
-            row["split"] = wanted.get(row["image"], "")
-    said = {row["split"] for row in images}
+        images = [replace(one, split=wanted.get(one.image, "")) for one in images]
+    said = {image.split for image in images}
     if splits is None and "train" in said and "val" not in said and not fractions[1]:
         raise ConfigError(
             f"{folder}: has no folder val; its share of train (the second of "
@@ -163,14 +157,41 @@ def ingest_images(
         )
     given = splits is not None
     deal = functools.partial(deal_out, given=given, fractions=fractions, seed=seed)
-    rows = [{_FIRST_NAMES.get(key, key): row[key] for key in row} for row in images]
-    request = digest_of_values([rows, list(fractions), seed, given])
+    asked = [_asked_of(image, mpp) for image in images]
+    request = digest_of_values([asked, list(fractions), seed, given])
     with locked(out, "ingest") as check:
         open_dataset(out, settings)
         if (before := _ingested_before(out, request)) is not None:
             return before
         features = feature_names(mpp) if contours else ()
-        return _ingest(images, settings, out, deal, request, features, executor, check)
+        return _ingest(
+            images, settings, out, deal, request, features, mpp, executor, check
+        )
+
+
+def _asked_of(file: ImageFile, mpp: float | None) -> dict[str, Any]:
+    """Return what is asked of an image, in JSON values.
+
+    Under the names, and in the order, that medray 0.1 gave them: its datasets stay.
+    """
+    asked: dict[str, Any] = {
+        "image": file.image,
+        "uri": file.uri,
+        "class": file.class_name,
+        "split": file.split,
+        "stamp": file.fingerprint,
+    }
+    if file.cut:
+        asked["cut"] = True
+    if isinstance(file.contours, Contours):
+        asked["cytoplasm"] = file.contours.cytoplasm
+        asked["nucleus"] = file.contours.nucleus
+        asked["contour_stamps"] = list(file.contours.fingerprints)
+    elif file.contours is not None:
+        asked["trouble"] = file.contours.message
+    if file.contours is not None:
+        asked["mpp"] = mpp
+    return asked | {"patient": file.patient}
 
 
 def _ingested_before(out: str, request: str) -> Images | None:
@@ -183,19 +204,21 @@ def _ingested_before(out: str, request: str) -> Images | None:
     return Images(out, 0, done.images, done.copies, done.failed, 0.0)
 
 
-def _counted(out: str, images: list[Row], seconds: float) -> Images:
-    failed = {r["image"]: r["message"] for r in images if r["status"] == "failed"}
-    done = sum(row["status"] == "done" for row in images)
-    return Images(out, done, 0, len(images) - done - len(failed), failed, seconds)
+def _counted(out: str, rows: Sequence[Row], seconds: float) -> Images:
+    """Return what became of the images of images.parquet."""
+    failed = {r["image"]: r["message"] for r in rows if r["status"] == "failed"}
+    done = sum(row["status"] == "done" for row in rows)
+    return Images(out, done, 0, len(rows) - done - len(failed), failed, seconds)
 
 
 def _ingest(
-    images: list[Row],
+    found: Sequence[ImageFile],
     settings: DatasetSettings,
     out: str,
-    deal: Callable[[list[Row]], None],
+    deal: Callable[[Sequence[CheckedImage]], list[CheckedImage]],
     request: str,
     features: tuple[str, ...],
+    mpp: float | None,
     executor: Executor,
     check: Callable[[], None],
 ) -> Images:
@@ -207,7 +230,6 @@ def _ingest(
     ]
     for place in (*tables, *others):
         files.remove(place)  # of other images
-    columns = settings.region // settings.patch
     with stopping() as asked:
 
         def go_on() -> None:
@@ -215,32 +237,50 @@ def _ingest(
             if asked.signal:
                 raise StoppedError(asked.signal, "nothing of it is kept")
 
-        map_them = functools.partial(
-            map_rows,
-            executor=executor,
-            check=go_on,
-            timeout=_TIMEOUT_S,
-            bounded=True,
-        )
-        check_images(images, settings.patch, map_them)
-        leave_out_copies(images)
-        deal(images)
-        sheets = list(plan_sheets(images, columns))
+        def map_them[R](
+            function: Callable[[R], Any], rows: Iterable[R]
+        ) -> Iterator[tuple[R, Any]]:
+            return map_rows(
+                function,
+                rows,
+                executor=executor,
+                check=go_on,
+                timeout=_TIMEOUT_S,
+                bounded=True,
+            )
+
+        checked = check_images(found, settings.patch, mpp, map_them)
+        images = deal(leave_out_copies(checked))
+        columns = settings.region // settings.patch
+        sheets = list(plan_sheets(images, columns, settings.patch))
         with Progress("ingest", len(sheets)) as progress:
             write = functools.partial(write_sheet, settings=settings, out=out)
             for sheet, result in map_them(write, sheets):
                 if isinstance(result, Exception):
-                    raise MedrayError(f"{sheet['slide']}: {result}") from result
-                for row, (y, x) in zip(sheet["images"], result, strict=True):
-                    row |= {"sheet": sheet["slide"], "y": y, "x": x}
-                progress.slide(sheet["slide"], "done")
-    write_patches(out, list(patch_rows(images, settings)))
-    rows = [sheet_row(sheet, settings, columns) for sheet in sheets]
+                    raise MedrayError(f"{sheet.slide}: {result}") from result
+                progress.slide(sheet.slide, "done")
+    placed = [one for sheet in sheets for one in sheet.images]
+    placed.sort(key=lambda one: one.image.file.image)
+    write_patches(out, [patch_row(one, settings) for one in placed])
+    rows = [sheet_row(sheet) for sheet in sheets]
     files.write_table(files.join(out, "slides.parquet"), pa.Table.from_pylist(rows))
     if features:
-        write_morphology(out, features, [row for row in images if "sheet" in row])
-    kept = ("image", "class", "patient", "split", "digest", "status", "message")
-    table = pa.Table.from_pylist([{k: row[k] for k in kept} for row in images])
-    table = table.replace_schema_metadata({"request": request})
+        measured = [(one.image.file.image, one.image.features) for one in placed]
+        write_morphology(out, features, measured)
+    rows = [_image_row(image) for image in images]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"request": request})
     files.write_table(images_uri(out), table)
-    return _counted(out, images, time.perf_counter() - start)
+    return _counted(out, rows, time.perf_counter() - start)
+
+
+def _image_row(image: CheckedImage) -> Columns:
+    """Say for images.parquet what became of an image."""
+    return {
+        "image": image.file.image,
+        "class": image.file.class_name,
+        "patient": image.file.patient,
+        "split": image.split,
+        "digest": image.digest,
+        "status": image.status,
+        "message": image.message,
+    }

@@ -6,6 +6,7 @@ from .evaluate_run import Evaluation as Evaluation
 from .evaluate_run import evaluate as evaluate
 from .evaluate_run import evaluated_slides as evaluated_slides
 from .figures import draw_image_curves as draw_image_curves
+from .grad_cam import Explained as Explained
 from .grad_cam import Explainer as Explainer
 from .ground_truth import nearest_labels as nearest_labels
 from .ground_truth import read_known as read_known
@@ -19,6 +20,7 @@ from .html import check_folder as check_folder
 from .html import data_uri as data_uri
 from .html import finish_axes as finish_axes
 from .html import render as render
+from .image_metrics import Predicted as Predicted
 from .image_metrics import score as score
 from .metrics import bootstrap as bootstrap
 from .metrics import class_scores as class_scores

@@ -6,7 +6,7 @@ import functools
 import heapq
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from medray.errors import MedrayError
 from medray.evaluation.curves import count_levels
 from medray.evaluation.ground_truth import read_known, read_truth, truth_note
-from medray.evaluation.metrics import confusion
+from medray.evaluation.metrics import Counts, confusion
 from medray.evaluation.slide_metrics import SlideReport
 from medray.execution import Progress, map_rows
 from medray.geometry import Rectangle, plan_regions
@@ -45,7 +45,35 @@ class FieldOfView:
     x: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class CountedRegion:
+    """What was counted in a region.
+
+    Attributes:
+        counts: (C, C), see medray.evaluation.metrics.
+        levels: See `medray.evaluation.curves.count_levels`; None without probabilities.
+        note: What to know of the slide's truth; "": nothing.
+        fields: Its worst squares, by the heading that they have in the report.
+    """
+
+    counts: Counts
+    levels: npt.NDArray[np.int64] | None
+    note: str
+    fields: dict[str, list[FieldOfView]]
+
+
+@dataclass(frozen=True)
+class NotCounted:
+    """Why a region could not be counted.
+
+    Attributes:
+        message: What is wrong.
+    """
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Counted:
     """What the regions add up to.
 
@@ -55,9 +83,9 @@ class Counted:
         fields: The worst of them, by the heading that they have in the report.
     """
 
-    slides: list[SlideReport] = field(default_factory=list)
-    levels: npt.NDArray[np.int64] | None = None
-    fields: dict[str, list[FieldOfView]] = field(default_factory=dict)
+    slides: list[SlideReport]
+    levels: npt.NDArray[np.int64] | None
+    fields: dict[str, list[FieldOfView]]
 
 
 _WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
@@ -88,20 +116,18 @@ def count_slides(
         for (row, region), result in map_rows(count, parts, executor=executor):
             slide = row["slide"]
             if isinstance(result, Exception):  # its processes died
-                pixels = region.height * region.width
-                result = {"pixels": pixels, "error": f"{result}"}
-            if "error" in result:
-                errors.setdefault(slide, result["error"])
+                result = NotCounted(f"{result}")
+            if isinstance(result, NotCounted):
+                errors.setdefault(slide, result.message)
             else:
-                counts[slide] += np.asarray(result["counts"])
-                notes[slide] = result["note"]
-                found = np.asarray(result.get("levels", 0))
-                of_slides[slide] = of_slides.get(slide, 0) + found
-                for heading, squares in result["fields"].items():
+                counts[slide] += result.counts
+                notes[slide] = result.note
+                if result.levels is not None:
+                    of_slides[slide] = of_slides.get(slide, 0) + result.levels
+                for heading, squares in result.fields.items():
                     of_slide = best.setdefault(heading, {}).setdefault(slide, [])
-                    of_slide += [FieldOfView(n, slide, y, x) for n, y, x in squares]
-                    of_slide[:] = _largest(of_slide, _FIELDS_OF_ONE)
-            progress.region(result["pixels"])
+                    of_slide[:] = _largest([*of_slide, *squares], _FIELDS_OF_ONE)
+            progress.region(region.height * region.width)
             left[slide] -= 1
             if not left[slide]:
                 error = errors.get(slide)
@@ -149,11 +175,12 @@ def _largest(fields: Iterable[FieldOfView], count: int) -> list[FieldOfView]:
     )
 
 
-def _count_region(part: tuple[Row, Rectangle], run: str, settings: RunSettings) -> Row:
+def _count_region(
+    part: tuple[Row, Rectangle], run: str, settings: RunSettings
+) -> CountedRegion | NotCounted:
     """Count the pixels of one region of a slide's row."""
     row, region = part
     slide, classes = row["slide"], settings.classes
-    result: Row = {"pixels": region.height * region.width}
     try:
         predicted = ome_zarr.open_level(mask_uri(run, slide))[region.slices()]
         truth = read_truth(row, region, classes)
@@ -161,28 +188,33 @@ def _count_region(part: tuple[Row, Rectangle], run: str, settings: RunSettings) 
         if known is None:
             known = np.ones(truth.shape, bool)
         true, found = truth[known], predicted[known]
-        result["counts"] = confusion(true, found, len(classes))
+        counts, levels = confusion(true, found, len(classes)), None
         if settings.options.prediction.probabilities:
             stored = ome_zarr.open_level(probabilities_uri(run, slide))
             shares = stored[(slice(None), *region.slices())][:, known]
-            result["levels"] = count_levels(true, found, shares)
-        result["note"] = truth_note(row, classes)
+            levels = count_levels(true, found, shares)
         wrong = known & (truth != predicted)
-        result["fields"] = {_WRONG: _fields_in(wrong, region)}
+        fields = {_WRONG: _fields_in(wrong, slide, region)}
         if "uncertainty" in settings.layers:
             layer = ome_zarr.open_level(layer_uri(run, slide, "uncertainty"))
             unsure = np.where(known, layer[region.slices()], np.uint8(0))
-            result["fields"][_UNCERTAIN] = _fields_in(unsure, region)
+            fields[_UNCERTAIN] = _fields_in(unsure, slide, region)
+        return CountedRegion(counts, levels, truth_note(row, classes), fields)
     except (MedrayError, OSError, ValueError, MemoryError) as error:
-        result["error"] = f"{error}" or "out of memory"
-    return result
+        return NotCounted(f"{error}" or "out of memory")
 
 
-def _fields_in(values: npt.NDArray[Any], region: Rectangle) -> list[list[int]]:
-    """Return sum, row and column of the squares of a region that have the most."""
-    squares = [
-        [int(values[part.slices()].sum()), region.y + part.y, region.x + part.x]
+def _fields_in(
+    values: npt.NDArray[Any], slide: str, region: Rectangle
+) -> list[FieldOfView]:
+    """Return the squares of a region that have the most."""
+    squares = (
+        FieldOfView(
+            int(values[part.slices()].sum()),
+            slide,
+            region.y + part.y,
+            region.x + part.x,
+        )
         for part in plan_regions(region.height, region.width, FIELD_PX)
-    ]
-    squares.sort(key=lambda square: -square[0])
-    return [square for square in squares[:_FIELDS_OF_ONE] if square[0]]
+    )
+    return _largest((one for one in squares if one.amount), _FIELDS_OF_ONE)

@@ -30,7 +30,7 @@ from medray.evaluation.significance import (
     read_image_predictions,
     write_image_predictions,
 )
-from medray.inference import classify
+from medray.inference import DatasetImage, classify, image_of_row
 from medray.models import (
     ModelConfig,
     Tta,
@@ -137,34 +137,38 @@ def evaluate_images(
     for folder in models:
         _check_unseen(folder, rows, split)
     validation = _for_temperature(models, data, rows)
-    wanted = _with_measures([*rows, *validation], configs, data)
-    found, failed = classify(models, data, wanted, tta, executor)
-    found = [combine(row, vote=vote) for row in found]
-    rows = [row for row in found if row["split"] == split]
-    if not rows:
+    wanted = _images([*rows, *validation], configs, data)
+    classified, failed = classify(models, data, wanted, tta, executor)
+    pairs = [(one.image.split, combine(one, vote=vote)) for one in classified]
+    found = [row for of, row in pairs if of == split]
+    if not found:
         raise MedrayError(
             f"{out}: no image of split {split} could be classified: "
             f"{next(iter(failed.values()), 'nothing is said why')}"
         )
-    metrics = score(rows, classes.names)
-    calibration = calibrate(rows, [row for row in found if row["split"] != split])
+    metrics = score(found, classes.names)
+    calibration = calibrate(found, [row for of, row in pairs if of != split])
     digests = ", ".join(model_digest(folder) for folder in models)
     metrics |= {"split": split, "model_digest": digests}
     metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
     if others is not None and compare:
-        metrics["beside"] = beside(rows, others, classes.names, compare)
-    write_image_predictions(rows, classes.names, files.join(out, "images.csv"))
+        metrics["beside"] = beside(found, others, classes.names, compare)
+    write_image_predictions(found, classes.names, files.join(out, "images.csv"))
     names = ", ".join(folder.rsplit("/", 1)[-1] for folder in models)
     how = "majority vote" if vote else "mean probability"
     page = render(
         "images.html.jinja",
-        title=f"{len(rows)} images of split {split}",
+        title=f"{len(found)} images of split {split}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=classes,
         metrics=metrics,
-        figures=draw_image_curves(rows, classes.names, calibration.get("temperature")),
+        figures=draw_image_curves(found, classes.names, calibration.get("temperature")),
         errors=confident_errors(
-            rows, data, classes.names, models[0] if len(models) == 1 else None
+            found,
+            wanted,
+            data,
+            classes.names,
+            models[0] if len(models) == 1 else None,
         ),
         provenance={
             "model": names,
@@ -186,7 +190,7 @@ def evaluate_images(
         report,
         metrics["f1"],
         interval,
-        len(rows),
+        len(found),
         calibration,
         metrics["beside"],
         failed,
@@ -252,13 +256,13 @@ def _for_temperature(models: Sequence[str], data: str, rows: list[Row]) -> list[
     return [row for row in read_patches(data, "val") if row["digest"] not in taken]
 
 
-def _with_measures(
+def _images(
     rows: list[Row], configs: Sequence[ModelConfig], data: str
-) -> list[Row]:
-    """Add `measures` (F,) to images, where a model takes them beside the pixels."""
+) -> list[DatasetImage]:
+    """Return the images of rows, with measures where a model takes them."""
     asked = [config.morphology for config in configs if config.morphology]
     if not asked:
-        return rows
+        return [image_of_row(row) for row in rows]
     names, measures = read_morphology(data, rows)
     for morphology in asked:
         if names != morphology.names:
@@ -267,6 +271,4 @@ def _with_measures(
                 f"{list(morphology.names)}; ingest the images with contours and --mpp "
                 f"as those that it was trained with"
             )
-    return [
-        row | {"measures": values} for row, values in zip(rows, measures, strict=True)
-    ]
+    return [image_of_row(*both) for both in zip(rows, measures, strict=True)]

@@ -111,7 +111,7 @@ def evaluate(
         return before
     results = _failed_inference(rows, matched)
     done = [row for row in matched if row["status"] == "done"]
-    counted = Counted()
+    counted = Counted([], None, {})
     if done:
         counted = count_slides(done, run, settings, executor)
         results += counted.slides

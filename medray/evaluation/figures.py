@@ -13,7 +13,7 @@ from medray.classes import Classes
 from medray.evaluation.calibration import reliability_of_images, scaled
 from medray.evaluation.curves import Counts, precision_recall, reliability_of_pixels
 from medray.evaluation.html import ACCENT, INK, LINE, SOFT, as_svg, finish_axes
-from medray.evaluation.image_metrics import image_columns
+from medray.evaluation.image_metrics import Predicted, image_columns
 from medray.types import Row
 
 # --- slides ---------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def draw_reliability(counts: Counts) -> Markup:
 
 
 def draw_image_curves(
-    rows: list[Row], names: Sequence[str], temperature: float | None = None
+    rows: Sequence[Predicted], names: Sequence[str], temperature: float | None = None
 ) -> dict[str, Markup]:
     """Draw ROC, precision over recall, and reliability, of images, by name."""
     truth, predicted, probabilities, logs = image_columns(rows)

@@ -2,58 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from medray.datasets import slide_uri
 from medray.errors import ConfigError
 from medray.evaluation.html import as_png, data_uri
+from medray.evaluation.image_metrics import Predicted
+from medray.inference import DatasetImage
 from medray.storage import ome_zarr
-from medray.types import Row, UInt8
+from medray.types import UInt8
 
 _SHOWN = 12  # errors, the most confident ones
 
 
+@dataclass(frozen=True)
+class ConfidentError:
+    """An image that was taken for another class, as the report shows it.
+
+    Attributes:
+        image: Its name.
+        picture: Data URI.
+        overlay: Data URI of what spoke for the class that it was taken for; None: that
+            cannot be told.
+        truth: Name of its class.
+        predicted: Name of the class that it was taken for.
+        confidence: Probability of that class.
+    """
+
+    image: str
+    picture: str
+    overlay: str | None
+    truth: str
+    predicted: str
+    confidence: float
+
+
 def confident_errors(
-    rows: list[Row], data: str, names: Sequence[str], model: str | None
-) -> list[Row]:
+    rows: Sequence[Predicted],
+    images: Iterable[DatasetImage],
+    data: str,
+    names: Sequence[str],
+    model: str | None,
+) -> list[ConfidentError]:
     """Return the most confident errors, with their pictures.
 
     Args:
-        rows: Of all images, with `truth`, `predicted` and `probabilities`.
+        rows: All predictions.
+        images: That they are of, or more.
         data: Dataset of the images.
         names: Of the classes.
         model: Folder of the one classifier; None of several: what spoke for a class is
             a question to one model.
     """
-    wrong = [row for row in rows if row["truth"] != row["predicted"]]
-    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
-    shown: list[Row] = []
-    seen = []
-    for row in wrong[:_SHOWN]:
-        pixels = _pixels(row, data)
-        seen.append((pixels, row["predicted"]))
-        shown.append(
-            {
-                "image": row["image"],
-                "picture": data_uri(as_png(pixels)),
-                "truth": names[row["truth"]],
-                "predicted": names[row["predicted"]],
-                "confidence": float(row["probabilities"][row["predicted"]]),
-            }
-        )
+    wrong = [row for row in rows if row.truth != row.predicted]
+    wrong.sort(key=lambda row: -row.probabilities[row.predicted])
+    of_digest = {image.digest: image for image in images}
+    shown = wrong[:_SHOWN]
+    seen = [(_pixels(of_digest[row.digest], data), row.predicted) for row in shown]
     drawn = overlays(model, seen) if model else [None] * len(seen)
-    for error, overlay in zip(shown, drawn, strict=True):
-        error["overlay"] = overlay
-    return shown
+    return [
+        ConfidentError(
+            image=row.name,
+            picture=data_uri(as_png(pixels)),
+            overlay=overlay,
+            truth=names[row.truth],
+            predicted=names[row.predicted],
+            confidence=float(row.probabilities[row.predicted]),
+        )
+        for row, (pixels, _), overlay in zip(shown, seen, drawn, strict=True)
+    ]
 
 
-def _pixels(row: Row, data: str) -> UInt8:
+def _pixels(image: DatasetImage, data: str) -> UInt8:
     """Read an image (H, W, 3) from its sheet."""
-    sheet = ome_zarr.open_level(slide_uri(data, row["slide"]))
-    y, x, h, w = (row[name] for name in ("y", "x", "height", "width"))
-    pixels: UInt8 = np.moveaxis(sheet[:, y : y + h, x : x + w], 0, 2)
+    sheet = ome_zarr.open_level(slide_uri(data, image.sheet))
+    pixels: UInt8 = np.moveaxis(sheet[(slice(None), *image.place.slices())], 0, 2)
     return pixels
 
 

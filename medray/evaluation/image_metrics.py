@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from medray.evaluation.metrics import (
     of_images,
     summary,
 )
+from medray.inference import ClassifiedImage
 from medray.types import Row
 
 Floats = npt.NDArray[np.float64]
@@ -32,11 +34,36 @@ _AREAS = {"auc": roc_auc_score, "average_precision": average_precision_score}
 _CELLS = 2_000_000  # weights of images held at a time
 
 
-def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Predicted:
+    """An image, or a slide with one label, and what was predicted of it.
+
+    Attributes:
+        name: Of it.
+        digest: Of its bytes.
+        patient: Whose it is.
+        truth: Label value.
+        predicted: Label value.
+        probabilities: (C,), of each class.
+        log_probabilities: Their logarithms. Of one model these are its logits but for a
+            number that all have in common, so that a temperature means the same for
+            both.
+    """
+
+    name: str
+    digest: str
+    patient: str
+    truth: int
+    predicted: int
+    probabilities: Floats
+    log_probabilities: Floats
+
+
+def score(rows: Sequence[Predicted], names: Sequence[str]) -> dict[str, Any]:
     """Score predictions of whole images.
 
     Args:
-        rows: With `truth`, `predicted`, `probabilities` (C,) and `patient`.
+        rows: The images.
         names: Of the C classes.
 
     Returns:
@@ -47,11 +74,11 @@ def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         `per_class` with `auc`, `average_precision`, `support` (images) and
         `intervals`; `confusion`; `calibration_error` (10 bins); `images`, `patients`.
     """
-    truth = np.array([row["truth"] for row in rows])
-    predicted = np.array([row["predicted"] for row in rows])
-    shares = np.array([row["probabilities"] for row in rows], np.float64)
+    truth = np.array([row.truth for row in rows])
+    predicted = np.array([row.predicted for row in rows])
+    shares = np.array([row.probabilities for row in rows], np.float64)
     counts = confusion(truth, predicted, len(names))
-    who, patients = patients_of(rows)
+    who, patients = patients_of([row.patient for row in rows])
     each = np.zeros((patients, len(names), len(names)), np.int64)
     np.add.at(each, (who, truth, predicted), 1)
     intervals = bootstrap(*of_images(each, names))
@@ -86,24 +113,20 @@ def score(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
 
 
 def image_columns(
-    rows: Sequence[Row],
+    rows: Sequence[Predicted],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Floats, Floats]:
     """Return truth (N,), predicted (N,), probabilities and their logarithms (N, C)."""
-    names = ("truth", "predicted", "probabilities", "log_probabilities")
-    truth, predicted, shares, logs = (
-        np.array([row[name] for row in rows]) for name in names
+    return (
+        np.array([row.truth for row in rows]),
+        np.array([row.predicted for row in rows]),
+        np.array([row.probabilities for row in rows]),
+        np.array([row.log_probabilities for row in rows]),
     )
-    return truth, predicted, shares, logs
 
 
-def combine(row: Row, *, vote: bool) -> Row:
-    """Combine the logits (models, C) of an image into one prediction.
-
-    Adds `predicted` (label value), `probabilities` (C,) and `log_probabilities`. Of
-    one model these are its logits but for a number that all have in common, so that a
-    temperature means the same for both.
-    """
-    logs = log_softmax(row["logits"], axis=1)
+def combine(found: ClassifiedImage, *, vote: bool) -> Predicted:
+    """Combine the logits (models, C) of an image into one prediction."""
+    logs = log_softmax(found.logits, axis=1)
     mean = logsumexp(logs, axis=0) - np.log(len(logs))
     shares = np.exp(mean)
     if vote:
@@ -111,14 +134,18 @@ def combine(row: Row, *, vote: bool) -> Row:
         chosen = int(np.argmax(votes + shares / 2))
     else:
         chosen = int(shares.argmax())
-    return row | {
-        "predicted": chosen,
-        "probabilities": shares,
-        "log_probabilities": mean,
-    }
+    return Predicted(
+        name=found.image.image,
+        digest=found.image.digest,
+        patient=found.image.patient,
+        truth=found.image.truth,
+        predicted=chosen,
+        probabilities=shares,
+        log_probabilities=mean,
+    )
 
 
-def calibrate(rows: list[Row], validation: list[Row]) -> Row:
+def calibrate(rows: Sequence[Predicted], validation: Sequence[Predicted]) -> Row:
     """Fit a temperature on validation images, and tell what it does for the others."""
     truth, predicted, shares, logs = image_columns(rows)
     bins = reliability_of_images(shares, predicted, truth)
@@ -139,11 +166,10 @@ def calibrate(rows: list[Row], validation: list[Row]) -> Row:
     return found | {"error_scaled": calibration_error(bins)}
 
 
-def patients_of(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], int]:
-    """Number the patients: each row's number, and how many there are."""
-    patients = sorted({row["patient"] for row in rows})
-    number = {patient: i for i, patient in enumerate(patients)}
-    return np.array([number[row["patient"]] for row in rows], np.int64), len(patients)
+def patients_of(patients: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
+    """Number the patients of images: of each the number, and how many there are."""
+    number = {patient: i for i, patient in enumerate(sorted(set(patients)))}
+    return np.array([number[one] for one in patients], np.int64), len(number)
 
 
 def _looked_for(classes: int) -> Sequence[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,42 +14,58 @@ import pyarrow.csv
 from scipy.stats import binomtest
 
 from medray.errors import ConfigError
-from medray.evaluation.image_metrics import patients_of
+from medray.evaluation.image_metrics import Predicted, patients_of
 from medray.evaluation.metrics import draws
 from medray.storage import files
 from medray.types import Row
 
 
+@dataclass(frozen=True)
+class ReportedImage:
+    """An image of another report.
+
+    Attributes:
+        image: Its name.
+        digest: Of its bytes.
+        patient: Whose it is.
+        truth: Name of its class.
+        predicted: Name of the class that was predicted.
+    """
+
+    image: str
+    digest: str
+    patient: str
+    truth: str
+    predicted: str
+
+
 def write_image_predictions(
-    rows: Sequence[Row], names: Sequence[str], uri: str
+    rows: Sequence[Predicted], names: Sequence[str], uri: str
 ) -> None:
     """Write images.csv: one line per image, its truth, class and probabilities."""
     table = [
         {
-            "image": row["image"],
-            "digest": row["digest"],
-            "patient": row["patient"],
-            "truth": names[row["truth"]],
-            "predicted": names[row["predicted"]],
+            "image": row.name,
+            "digest": row.digest,
+            "patient": row.patient,
+            "truth": names[row.truth],
+            "predicted": names[row.predicted],
         }
         | {
             f"p_{name}": round(float(share), 4)
-            for name, share in zip(names, row["probabilities"], strict=True)
+            for name, share in zip(names, row.probabilities, strict=True)
         }
         for row in rows
     ]
     files.write_csv(uri, pa.Table.from_pylist(table))
 
 
-def read_image_predictions(report: str, names: Sequence[str]) -> list[Row]:
+def read_image_predictions(report: str, names: Sequence[str]) -> list[ReportedImage]:
     """Read the images.csv of a report of the same classes.
 
     Args:
         report: Folder of an evaluation of images.
         names: Of the classes, by label value.
-
-    Returns:
-        Rows with `image`, `digest`, `patient`, `truth`, `predicted` (names).
 
     Raises:
         ConfigError: There is none, or it is of other classes.
@@ -58,7 +76,7 @@ def read_image_predictions(report: str, names: Sequence[str]) -> list[Row]:
             f"{report}: expected the report of a classifier with an images.csv; "
             f"`medray evaluate MODEL` writes one"
         )
-    needed = ("image", "digest", "patient", "truth", "predicted")
+    needed = [one.name for one in dataclasses.fields(ReportedImage)]
     try:
         strings = pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(needed, pa.string())
@@ -80,18 +98,21 @@ def read_image_predictions(report: str, names: Sequence[str]) -> list[Row]:
         raise ConfigError(
             f"{uri}: its classes {classes} are not those of this model, {list(names)}"
         )
-    rows: list[Row] = table.select(needed).to_pylist()
-    strange = [r for r in rows if not {r["truth"], r["predicted"]} <= set(classes)]
+    rows = [ReportedImage(**row) for row in table.select(needed).to_pylist()]
+    strange = [r for r in rows if not {r.truth, r.predicted} <= set(classes)]
     if strange:
         raise ConfigError(
-            f"{uri}: image {strange[0]['image']}: expected classes of {classes}, found "
-            f"{strange[0]['truth']} and {strange[0]['predicted']}"
+            f"{uri}: image {strange[0].image}: expected classes of {classes}, found "
+            f"{strange[0].truth} and {strange[0].predicted}"
         )
     return rows
 
 
 def beside(
-    rows: Sequence[Row], others: Sequence[Row], names: Sequence[str], report: str
+    rows: Sequence[Predicted],
+    others: Sequence[ReportedImage],
+    names: Sequence[str],
+    report: str,
 ) -> Row:
     """Compare two classifiers on the images that both have seen.
 
@@ -100,7 +121,7 @@ def beside(
     (McNemar 1947; binomial, two sided).
 
     Args:
-        rows: `digest`, `patient`, `truth` and `predicted` (label values) of this one.
+        rows: Of this one.
         others: Of the other, as `read_image_predictions` gives them.
         names: Of the classes.
         report: Folder of the other's report.
@@ -114,23 +135,23 @@ def beside(
     Raises:
         ConfigError: They have no image in common, or differ in an image's class.
     """
-    by_digest = {row["digest"]: row for row in others}
-    common = [row for row in rows if row["digest"] in by_digest]
+    by_digest = {row.digest: row for row in others}
+    common = [row for row in rows if row.digest in by_digest]
     if not common:
         raise ConfigError(
             f"{report}: has no image in common with this evaluation ({len(others)} "
             f"images there, {len(rows)} here); evaluate both models on one split"
         )
-    pairs = [(row, by_digest[row["digest"]]) for row in common]
+    pairs = [(row, by_digest[row.digest]) for row in common]
     for row, other in pairs:
-        if names[row["truth"]] != other["truth"]:
+        if names[row.truth] != other.truth:
             raise ConfigError(
-                f"{report}: image {other['image']} is {other['truth']} there and "
-                f"{names[row['truth']]} here; evaluate both models on one dataset"
+                f"{report}: image {other.image} is {other.truth} there and "
+                f"{names[row.truth]} here; evaluate both models on one dataset"
             )
     right = np.array(
         [
-            (row["predicted"] == row["truth"], other["predicted"] == other["truth"])
+            (row.predicted == row.truth, other.predicted == other.truth)
             for row, other in pairs
         ]
     )
@@ -151,8 +172,8 @@ def beside(
     }
 
 
-def _interval(rows: Sequence[Row], right: Any) -> list[float] | None:
-    who, patients = patients_of(rows)
+def _interval(rows: Sequence[Predicted], right: Any) -> list[float] | None:
+    who, patients = patients_of([row.patient for row in rows])
     if patients < 2:
         return None
     images = np.bincount(who, minlength=patients)

@@ -1,4 +1,7 @@
+from .classify_images import ClassifiedImage as ClassifiedImage
+from .classify_images import DatasetImage as DatasetImage
 from .classify_images import classify as classify
+from .classify_images import image_of_row as image_of_row
 from .classify_images import load_classifier as load_classifier
 from .conformance_medray import check_conformance as check_conformance
 from .estimate_run import estimate as estimate
@@ -6,6 +9,7 @@ from .infer_run import infer as infer
 from .infer_run import region_pixels as region_pixels
 from .infer_run import settings_of as settings_of
 from .leftovers import collect as collect
+from .memory import memory_limit as memory_limit
 from .outlines import as_geojson as as_geojson
 from .outlines import trace as trace
 from .plan import plan_slide as plan_slide

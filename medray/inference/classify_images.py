@@ -20,6 +20,7 @@ import numpy.typing as npt
 from medray.datasets import slide_uri
 from medray.errors import StoreError
 from medray.execution import map_rows
+from medray.geometry import Rectangle
 from medray.models import TURNS, Tta, model_digest
 from medray.storage import files, ome_zarr
 from medray.types import Executor, Row, UInt8
@@ -31,32 +32,84 @@ _BATCH = 25  # images; what an exported model takes at most
 _TIMEOUT_S = 1200.0  # for a sheet of 4096 images on a slow core
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DatasetImage:
+    """An image of a dataset.
+
+    Attributes:
+        image: Its name.
+        digest: Of its bytes.
+        patient: Whose it is.
+        split: In which it is.
+        sheet: Id of the sheet that it is on.
+        place: Where on it.
+        truth: Label value.
+        measures: (F,) that a model takes beside the pixels; None: none does.
+    """
+
+    image: str
+    digest: str
+    patient: str
+    split: str
+    sheet: str
+    place: Rectangle
+    truth: int
+    measures: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifiedImage:
+    """An image and what models make of it.
+
+    Attributes:
+        image: The image.
+        logits: (models, classes) float64.
+    """
+
+    image: DatasetImage
+    logits: Floats
+
+
+def image_of_row(row: Row, measures: Floats | None = None) -> DatasetImage:
+    """Return the image of a row of patches.parquet."""
+    return DatasetImage(
+        image=row["image"],
+        digest=row["digest"],
+        patient=row["patient"],
+        split=row["split"],
+        sheet=row["slide"],
+        place=Rectangle(row["y"], row["x"], row["height"], row["width"]),
+        truth=int(np.argmax(row["class_px"])),
+        measures=measures,
+    )
+
+
 def classify(
     models: Sequence[str],
     data: str,
-    rows: Sequence[Row],
+    images: Sequence[DatasetImage],
     tta: Tta = "none",
     executor: Executor = "ray",
-) -> tuple[list[Row], dict[str, str]]:
+) -> tuple[list[ClassifiedImage], dict[str, str]]:
     """Run classifiers over images.
 
     Args:
         models: Model folders of classifiers, whose windows are as large as the images.
-        data: Dataset of images.
-        rows: Of its patches.parquet; with `measures` (F,) if a model takes them.
+        data: Dataset of the images.
+        images: With their measures, if a model takes them.
         tta: Test-time augmentation, as `load_classifier` has it.
         executor: On a Ray cluster, or in this process.
 
     Returns:
-        The rows, with `logits` (models, classes) float64 and `truth` (label value)
-        added, those of sheets that cannot be read left out; and why, by sheet.
+        The images by their sheets, those of sheets that cannot be read left out; and
+        why, by sheet.
 
     Raises:
         MedrayError: A model cannot be loaded, or the store does not answer.
     """
-    by_sheet: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_sheet[row["slide"]].append(row)
+    by_sheet: dict[str, list[DatasetImage]] = defaultdict(list)
+    for image in images:
+        by_sheet[image.sheet].append(image)
     folders = tuple(files.absolute(model) for model in models)
     threads = 0
     if executor == "ray":
@@ -66,9 +119,9 @@ def classify(
         threads = cluster.cpus_per_node()
     digests = tuple(model_digest(folder) for folder in folders)
     models_of = _Models(folders, digests, threads)
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[ClassifiedImage]] = {}
     failed: dict[str, str] = {}
-    for (name, images), result in map_rows(
+    for (name, some), result in map_rows(
         functools.partial(_logits, models_of, files.absolute(data), tta),
         sorted(by_sheet.items()),
         executor=executor,
@@ -82,10 +135,10 @@ def classify(
             log.warning("stage=evaluate sheet=%s failed: %s", name, result)
             continue
         found[name] = [
-            row | {"logits": logits, "truth": int(np.argmax(row["class_px"]))}
-            for row, logits in zip(images, result, strict=True)
+            ClassifiedImage(image, logits)
+            for image, logits in zip(some, result, strict=True)
         ]
-    return [row for name in sorted(found) for row in found[name]], failed
+    return [image for name in sorted(found) for image in found[name]], failed
 
 
 def load_classifier(
@@ -156,7 +209,7 @@ def _classifiers(models: _Models, tta: Tta) -> tuple[Any, ...]:
 
 
 def _logits(
-    models_of: _Models, data: str, tta: Tta, sheet: tuple[str, list[Row]]
+    models_of: _Models, data: str, tta: Tta, sheet: tuple[str, list[DatasetImage]]
 ) -> Floats:
     """Return the logits (images, models, classes) of the images of a sheet."""
     name, images = sheet
@@ -165,15 +218,12 @@ def _logits(
     parts = []
     for some in itertools.batched(images, _BATCH):
         pixels = np.stack([_cut(pixels_of_all, image) for image in some])
-        measures = None
-        if "measures" in some[0]:
-            measures = np.stack([image["measures"] for image in some])
+        beside = [image.measures for image in some if image.measures is not None]
+        measures = np.stack(beside) if beside else None
         parts.append(np.stack([m(pixels, measures) for m in models], 1))
     return np.concatenate(parts)
 
 
-def _cut(sheet: UInt8, image: Row) -> UInt8:
+def _cut(sheet: UInt8, image: DatasetImage) -> UInt8:
     """Take an image out of (3, H, W): (h, w, 3)."""
-    y, x = image["y"], image["x"]
-    part = sheet[:, y : y + image["height"], x : x + image["width"]]
-    return np.moveaxis(part, 0, 2)
+    return np.moveaxis(sheet[(slice(None), *image.place.slices())], 0, 2)

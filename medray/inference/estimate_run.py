@@ -2,9 +2,9 @@
 
 Regions and windows come from headers and tissue thumbnails, the way `medray infer`
 plans them; of many slides a sample is looked at. How long a window takes and what the
-model needs is measured on one of the cluster's own GPU workers. Bounds on memory are
-sums of what may be held at once; the budget is what Ray has, which follows the limits
-of the container rather than of the machine.
+model needs is measured on one of the cluster's own GPU workers, or in this process.
+Bounds on memory are sums of what may be held at once; the budget is what Ray has, which
+follows the limits of the container rather than of the machine, or that limit itself.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import logging
 import math
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from medray.datasets import with_overrides
 from medray.errors import ConfigError, check_positive
-from medray.execution import cluster, map_rows, memory
+from medray.execution import map_rows
 from medray.inference.infer_run import settings_of, slides_within
-from medray.inference.memory import bounds, kept_layers
+from medray.inference.memory import kept_layers
+from medray.inference.place import check_budget, measure_place
 from medray.inference.plan import plan_slide
 from medray.inference.regions import Within, wanted_windows
 from medray.inference.run import Options, RunSettings
@@ -37,13 +36,9 @@ from medray.slides import (
     open_slide,
 )
 from medray.storage import files
+from medray.types import Executor
 
 log = logging.getLogger(__name__)
-
-# Of the GPU worker's time the forward alone; the rest is in benchmarks/RESULTS.md.
-_EFFICIENCY = (0.75, 0.95)
-# Seconds from the command to the first region, and from the last to the end.
-_START_S = 25.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +55,15 @@ class Estimate:
         window_s: Seconds of one GPU worker for a window, median of a short measurement.
         seconds: Least and most time of the stage.
         output_bytes: At most, if nothing could be compressed.
-        host_bytes: Bound on the memory of all processes of a node together.
+        host_bytes: Bound on the memory of all processes of a node together, or of this
+            one.
         device_bytes: Peak of a GPU's memory; 0 without.
-        store_bytes: Bound on what a node's object store holds at once.
+        store_bytes: Bound on what a node's object store holds at once; 0 without Ray.
         copied_bytes: Of all slides that are copied whole from an object store, to the
             nodes that read them; see medray.slides.cache.
         cache_bytes: Bound on these copies on a node at once.
-        budget_bytes: Memory that Ray has on the smallest node, its store included.
+        budget_bytes: Memory that Ray has on the smallest node, its store included; or
+            that this machine or its container has.
         cost: Least and most, in the price's currency; None without a price.
         failed: Reason of each slide that cannot be planned, by slide.
     """
@@ -133,6 +130,7 @@ def estimate(
     sample: int = 200,
     price: float | None = None,
     out: str = "",
+    executor: Executor = "ray",
 ) -> Estimate:
     """Estimate a run without starting it.
 
@@ -144,6 +142,7 @@ def estimate(
         price: Price of an hour of one GPU worker's machine.
         out: Folder of the run, to keep the estimate as plan.json. `medray infer` says
             how it compares.
+        executor: Where the run would be: on a Ray cluster, or in this process.
 
     Raises:
         ConfigError: The request is wrong, or would need more memory than there is.
@@ -164,60 +163,68 @@ def estimate(
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)
     plan = functools.partial(_plan, settings=settings, areas=areas)
-    plans = dict(map_rows(plan, chosen))
-    # When nothing else needs the cores.
-    ((_, measured),) = map_rows(_measure, [settings], device=True, timeout=1800)
-    if isinstance(measured, Exception):
-        raise measured
+    plans = dict(map_rows(plan, chosen, executor=executor))
     failed = {f.slide: f"{plans[f]}" for f in chosen if isinstance(plans[f], Exception)}
     counts = [plans[f] for f in chosen if not isinstance(plans[f], Exception)]
     if not counts:
         first = next(iter(failed.values()), "no slides")
         raise ConfigError(f"none of the slides can be planned; the first: {first}")
+    place = measure_place(settings, executor)
     share = len(wanted) / len(chosen)
-    windows = [found["windows"] for found in counts]
+    windows = [found.windows for found in counts]
     total = sum(windows) * share
     # Twice the standard error of a total that is scaled up from a sample.
     unsure = 0.0
     if share > 1 and len(windows) > 1:
         unsure = 2 * statistics.stdev(windows) * math.sqrt(len(windows)) * share / total
-    gpu_workers = cluster.gpu_workers()
-    fastest = min(measured["window_s"]) / gpu_workers
-    slowest = max(measured["window_s"]) / gpu_workers
-    least = total * (1 - unsure) * fastest / _EFFICIENCY[1]
-    most = total * (1 + unsure) * slowest / _EFFICIENCY[0]
-    span = (least + _START_S / 2, most + 2 * _START_S)
-    hours = [seconds * gpu_workers / 3600 for seconds in span]
-    host, store = bounds(settings, measured["host_bytes"])
+    fastest = min(place.window_s) / place.gpu_workers
+    slowest = max(place.window_s) / place.gpu_workers
+    least = total * (1 - unsure) * fastest / place.efficiency[1]
+    most = total * (1 + unsure) * slowest / place.efficiency[0]
+    span = (least + place.start_s / 2, most + 2 * place.start_s)
+    hours = [seconds * place.gpu_workers / 3600 for seconds in span]
     result = Estimate(
         out=files.absolute(out) if out else "",
         slides=len(wanted),
         sampled=len(chosen),
-        regions=round(sum(found["regions"] for found in counts) * share),
+        regions=round(sum(found.regions for found in counts) * share),
         windows=round(total),
-        gpu_workers=gpu_workers,
-        window_s=statistics.median(measured["window_s"]),
+        gpu_workers=place.gpu_workers,
+        window_s=statistics.median(place.window_s),
         seconds=span,
-        output_bytes=round(sum(found["bytes"] for found in counts) * share),
-        host_bytes=host,
-        device_bytes=measured["device_bytes"],
-        store_bytes=store,
+        output_bytes=round(sum(found.output_bytes for found in counts) * share),
+        host_bytes=place.host_bytes,
+        device_bytes=place.device_bytes,
+        store_bytes=place.store_bytes,
         copied_bytes=copied_bytes(file.uri for file in wanted)[1],
         cache_bytes=cache_bytes(),
-        budget_bytes=cluster.memory_per_node(),
+        budget_bytes=place.budget_bytes,
         cost=None if price is None else (hours[0] * price, hours[1] * price),
         failed=failed,
     )
-    memory.check_budget(result.host_bytes, result.budget_bytes)
+    check_budget(place, executor)
     if out:
         files.write_json(files.join(out, "plan.json"), dataclasses.asdict(result))
     return result
 
 
-def _plan(
-    file: SlideFile, settings: RunSettings, areas: dict[str, str]
-) -> dict[str, int]:
-    """Return how many regions and windows a slide has, and the bytes of its mask."""
+@dataclass(frozen=True)
+class _Planned:
+    """What a slide takes.
+
+    Attributes:
+        regions: With something to predict.
+        windows: To predict.
+        output_bytes: That are stored, uncompressed.
+    """
+
+    regions: int
+    windows: int
+    output_bytes: int
+
+
+def _plan(file: SlideFile, settings: RunSettings, areas: dict[str, str]) -> _Planned:
+    """Return what a slide takes."""
     within = None
     if area := areas.get(file.slide):
         within = Within(area, file.uri, fingerprint_of(file.uri, area))
@@ -228,36 +235,8 @@ def _plan(
         for one in planned
     ]
     pixels = sum(one.region.height * one.region.width for one in planned)
-    return {
-        "regions": len(planned),
-        "windows": int(sum(windows)),
-        "bytes": pixels * kept_layers(settings) * 4 // 3,
-    }
-
-
-def _measure(settings: RunSettings) -> dict[str, Any]:
-    """Load the models as a GPU worker does, and time their windows for some seconds."""
-    import resource
-
-    import torch
-
-    from medray.models import Predictor
-
-    predictor = Predictor.from_folders(
-        settings.models,
-        settings.options.prediction,
-        threads=cluster.cpus_per_node(),
+    return _Planned(
+        regions=len(planned),
+        windows=int(sum(windows)),
+        output_bytes=pixels * kept_layers(settings) * 4 // 3,
     )
-    predictor.warm_up()
-    each = []
-    for _ in range(5):
-        start, windows = time.perf_counter(), 0
-        while time.perf_counter() - start < 1.0:
-            windows += predictor.time_batches()
-        each.append((time.perf_counter() - start) / windows)
-    gpu = predictor.device.type == "cuda"
-    return {
-        "window_s": each,
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
-        "device_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
-    }

@@ -1,10 +1,15 @@
-"""How much memory a run may need on a node."""
+"""How much memory a run may need on a node, or in one process without Ray.
+
+Ray is imported by what is about nodes alone.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
-from medray.execution import cluster, memory
 from medray.inference.run import RunSettings
 
 log = logging.getLogger(__name__)
@@ -16,25 +21,73 @@ def kept_layers(settings: RunSettings) -> int:
     return 1 + channels + len(settings.layers)
 
 
-def bounds(
-    settings: RunSettings, worker_bytes: int = memory.GPU_WORKER_BYTES
-) -> tuple[int, int]:
-    """Bound a node's memory.
+@dataclass(frozen=True)
+class RegionBytes:
+    """Memory of a region.
 
-    Args:
-        settings: Of the run.
-        worker_bytes: Memory of a GPU worker's process with its models loaded and warm.
-
-    Returns:
-        Bytes of all processes with the object store, and of the object store alone.
+    Attributes:
+        halo: Of what is read of it.
+        written: Of what is stored of it.
+        canvas: Of what there is of it while it is predicted.
     """
+
+    halo: int
+    written: int
+    canvas: int
+
+
+def _region_bytes(settings: RunSettings) -> RegionBytes:
     pixels = settings.options.region**2
     how = settings.options.prediction
     # Scores are float32 on the device; on a CPU that is the host.
     scored = how.probabilities or how.quality or how.stitch == "blend"
-    canvas = pixels * (3 + 1 + 4 * len(settings.classes) * scored)
-    halo = 3 * (settings.options.region + 2 * settings.windows.size) ** 2
-    return memory.bounds_of(halo, kept_layers(settings) * pixels, canvas, worker_bytes)
+    return RegionBytes(
+        halo=3 * (settings.options.region + 2 * settings.windows.size) ** 2,
+        written=kept_layers(settings) * pixels,
+        canvas=pixels * (3 + 1 + 4 * len(settings.classes) * scored),
+    )
+
+
+def bounds(settings: RunSettings, worker_bytes: int | None = None) -> tuple[int, int]:
+    """Bound a node's memory.
+
+    Args:
+        settings: Of the run.
+        worker_bytes: Memory of a GPU worker's process with its models loaded and warm;
+            None: it was not measured.
+
+    Returns:
+        Bytes of all processes with the object store, and of the object store alone.
+    """
+    from medray.execution import memory
+
+    one = _region_bytes(settings)
+    worker_bytes = worker_bytes or memory.GPU_WORKER_BYTES
+    return memory.bounds_of(one.halo, one.written, one.canvas, worker_bytes)
+
+
+def bound_here(settings: RunSettings, process_bytes: int) -> int:
+    """Bound the memory of a run in this process, which has one region at a time.
+
+    Args:
+        settings: Of the run.
+        process_bytes: Memory of the process with its models loaded and warm.
+    """
+    one = _region_bytes(settings)
+    return process_bytes + 3 * (one.halo + one.written + one.canvas)
+
+
+def memory_limit() -> int:
+    """Return the bytes that processes here may use: the container's limit, or all."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = Path("/sys/fs/cgroup", path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(total, int(text))
+    return total
 
 
 def check_memory(settings: RunSettings) -> None:
@@ -43,6 +96,8 @@ def check_memory(settings: RunSettings) -> None:
     Raises:
         ConfigError: A node of the cluster has less.
     """
+    from medray.execution import cluster, memory
+
     most, there = bounds(settings)[0], cluster.memory_per_node()
     memory.check_budget(most, there)
     log.info(

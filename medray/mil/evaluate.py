@@ -16,6 +16,7 @@ import pyarrow as pa
 from medray.classes import Classes
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation import (
+    Predicted,
     as_png,
     bootstrap,
     check_folder,
@@ -95,7 +96,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
         raise ConfigError(
             f"{truth}: the model knows the classes {list(what.classes)}, not {strange}"
         )
-    rows, failed, seen = _rows(slides, labels, what, run)
+    rows, failed, seen = _predicted(slides, labels, what, run)
     if not rows:
         raise ConfigError(
             f"{truth}: the model has seen all of its {seen} slides, or "
@@ -112,7 +113,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
         classes=Classes(what.classes),
         metrics=metrics,
         figures=draw_image_curves(rows, what.classes),
-        errors=_errors(rows, what, run),
+        errors=_errors(rows, slides, what, run),
         provenance={
             "model": what.model.rsplit("/", 1)[-1],
             "model digest": what.model_digest,
@@ -130,9 +131,9 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
     )
 
 
-def _rows(
+def _predicted(
     slides: dict[str, Row], labels: dict[str, SlideLabel], what: Predictions, run: str
-) -> tuple[list[Row], dict[str, str], int]:
+) -> tuple[list[Predicted], dict[str, str], int]:
     """Return the slides that count, why others failed, and how many were seen."""
     seen = [
         row
@@ -151,15 +152,20 @@ def _rows(
         else:
             shares = np.array([row[f"p_{name}"] for name in what.classes])
             rows.append(
-                row
-                | {"truth": what.classes.index(known.label), "patient": known.patient}
-                | {"predicted": int(shares.argmax()), "probabilities": shares}
-                | {"log_probabilities": np.log(np.maximum(shares, 1e-12))}
+                Predicted(
+                    name=slide,
+                    digest=row["digest"],
+                    patient=known.patient,
+                    truth=what.classes.index(known.label),
+                    predicted=int(shares.argmax()),
+                    probabilities=shares,
+                    log_probabilities=np.log(np.maximum(shares, 1e-12)),
+                )
             )
     return rows, failed, left_out
 
 
-def _score(rows: Sequence[Row], names: Sequence[str]) -> Row:
+def _score(rows: Sequence[Predicted], names: Sequence[str]) -> Row:
     """Score as for images; and the mean F1 and area under ROC of all classes."""
     found = score(rows, names)
     found["slides"] = found.pop("images")
@@ -168,49 +174,74 @@ def _score(rows: Sequence[Row], names: Sequence[str]) -> Row:
         found[f"macro_{name}"] = float(np.mean(values)) if values else None
     if found["intervals"] is not None:
         # A class before the others makes their mean, of two classes as well.
-        patients = sorted({row["patient"] for row in rows})
+        patients = sorted({row.patient for row in rows})
         shape = (len(patients), len(names) + 1, len(names) + 1)
         counts = np.zeros(shape, np.int64)
         for row in rows:
-            place = patients.index(row["patient"])
-            counts[place, row["truth"] + 1, row["predicted"] + 1] += 1
+            place = patients.index(row.patient)
+            counts[place, row.truth + 1, row.predicted + 1] += 1
         drawn = bootstrap(counts, ["", *names])
         found["intervals"]["macro_f1"] = drawn["f1"] if drawn else None
     return found
 
 
-def _write_table(rows: list[Row], names: Sequence[str], uri: str) -> None:
+def _write_table(rows: Sequence[Predicted], names: Sequence[str], uri: str) -> None:
     table = [
         {
-            "slide": row["slide"],
-            "patient": row["patient"],
-            "truth": names[row["truth"]],
-            "predicted": names[row["predicted"]],
+            "slide": row.name,
+            "patient": row.patient,
+            "truth": names[row.truth],
+            "predicted": names[row.predicted],
         }
-        | {f"p_{name}": round(row[f"p_{name}"], 4) for name in names}
+        | {
+            f"p_{name}": round(float(share), 4)
+            for name, share in zip(names, row.probabilities, strict=True)
+        }
         for row in rows
     ]
     files.write_csv(uri, pa.Table.from_pylist(table))
 
 
-def _errors(rows: list[Row], what: Predictions, run: str) -> list[Row]:
+@dataclass(frozen=True)
+class ConfidentError:
+    """A slide that was taken for another class, as the report shows it.
+
+    Attributes:
+        slide: Its id.
+        heatmap: Data URI of where the model looked; "": it does not tell.
+        tiles: Data URIs of the most attended tiles.
+        truth: Its label.
+        predicted: The label that was predicted.
+        confidence: Probability of that label.
+    """
+
+    slide: str
+    heatmap: str
+    tiles: list[str]
+    truth: str
+    predicted: str
+    confidence: float
+
+
+def _errors(
+    rows: Sequence[Predicted], slides: dict[str, Row], what: Predictions, run: str
+) -> list[ConfidentError]:
     """Return the most confident errors: where the model looked, and at what."""
-    wrong = [row for row in rows if row["truth"] != row["predicted"]]
-    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
+    wrong = [row for row in rows if row.truth != row.predicted]
+    wrong.sort(key=lambda row: -row.probabilities[row.predicted])
     shown = []
     for row in wrong[:_SHOWN]:
-        heatmap = heatmap_uri(run, row["slide"])
+        heatmap = heatmap_uri(run, row.name)
         attends = files.exists(heatmap)
-        picture = data_uri(files.read_bytes(heatmap)) if attends else ""
         shown.append(
-            {
-                "slide": row["slide"],
-                "heatmap": picture,
-                "tiles": _most_attended(row, what, run) if attends else [],
-                "truth": what.classes[row["truth"]],
-                "predicted": what.classes[row["predicted"]],
-                "confidence": float(row["probabilities"][row["predicted"]]),
-            }
+            ConfidentError(
+                slide=row.name,
+                heatmap=data_uri(files.read_bytes(heatmap)) if attends else "",
+                tiles=_most_attended(slides[row.name], what, run) if attends else [],
+                truth=what.classes[row.truth],
+                predicted=what.classes[row.predicted],
+                confidence=float(row.probabilities[row.predicted]),
+            )
         )
     return shown
 

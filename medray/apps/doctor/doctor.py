@@ -20,10 +20,10 @@ from medray.apps.doctor.machine import (
     check_gpus,
     check_memory,
     check_packages,
-    memory_limit,
 )
 from medray.apps.doctor.ray_cluster import check_ray
 from medray.errors import ConfigError, MedrayError
+from medray.inference import memory_limit
 from medray.models import model_digest, read_config
 from medray.storage import files
 

@@ -65,19 +65,6 @@ def check_bytecode() -> Finding:
     return Finding("bytecode", "WARN", said, mend)
 
 
-def memory_limit() -> int:
-    """Return the bytes that processes here may use: the container's limit, or all."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = Path("/sys/fs/cgroup", path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return min(total, int(text))
-    return total
-
-
 def check_memory(limit: int, shared: int) -> list[Finding]:
     """Judge the memory here.
 

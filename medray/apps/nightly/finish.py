@@ -111,8 +111,9 @@ def _outcomes(
     that is added to `found`.
     """
     done = [s for s in plan["slides"] if rows[s["slide"]]["status"] == "done"]
+    new = [s for s in done if not _is_noted(catalog, s, plan["night"])]
     measured = measure_slides(
-        [s for s in done if not _is_noted(catalog, s, plan["night"])],
+        {s["slide"]: s["uri"] for s in new},
         settings.options.scene,
         settings.options.plane,
     )
@@ -127,7 +128,7 @@ def _outcomes(
         if digest != slide["digest"]:
             found.append(Found(slide["file"], "changed", digest))
         if name in measured:
-            scanner, values = measured[name]
+            scanner, values = measured[name].scanner, measured[name].values
         else:
             before = catalog[slide["digest"]]
             scanner, values = before["scanner"], values_of(before)

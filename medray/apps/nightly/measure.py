@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-
-import ray
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from medray.apps.nightly.catalog import Catalog, Outcome, values_of
 from medray.apps.nightly.drift import (
@@ -17,45 +18,47 @@ from medray.apps.nightly.drift import (
 from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
 from medray.datasets import slide_uri
-from medray.errors import MedrayError
-from medray.execution import cluster
+from medray.execution import map_rows
 from medray.slides import UNKNOWN, scanner_of, slide_digest
 from medray.storage import files
-from medray.types import Row
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 300.0  # for reading a thumbnail
 
 
+@dataclass(frozen=True)
+class Staining:
+    """What a slide looks like.
+
+    Attributes:
+        scanner: That made it.
+        values: Of its staining, by their names; none: they could not be measured.
+    """
+
+    scanner: str
+    values: dict[str, float]
+
+
 def measure_slides(
-    slides: list[Row], scene: int | None = None, plane: int | None = None
-) -> dict[str, tuple[str, dict[str, float]]]:
-    """Return scanner and staining of slides, read in Ray tasks."""
-    if not slides:
-        return {}
-    cluster.connect()
-    measure = ray.remote(num_cpus=1, max_retries=1)(_measure_slide)
-    pending = {s["slide"]: measure.remote(s["uri"], scene, plane) for s in slides}
+    uris: Mapping[str, str], scene: int | None = None, plane: int | None = None
+) -> dict[str, Staining]:
+    """Return scanner and staining of slides, whose addresses are given, by slide."""
+    measure = functools.partial(_measure_slide, scene=scene, plane=plane)
     measured = {}
-    for slide, reference in pending.items():
-        try:
-            measured[slide] = ray.get(reference, timeout=_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            log.warning("%s: its staining cannot be measured (%s)", slide, error)
-            ray.cancel(reference, force=True)
-            measured[slide] = (UNKNOWN, {})
-    return measured
+    for (slide, uri), result in map_rows(measure, uris.items(), timeout=_TIMEOUT_S):
+        if isinstance(result, Exception):
+            log.warning("%s: its staining cannot be measured (%s)", uri, result)
+            result = Staining(UNKNOWN, {})
+        measured[slide] = result
+    return {slide: measured[slide] for slide in uris}
 
 
 def _measure_slide(
-    uri: str, scene: int | None, plane: int | None
-) -> tuple[str, dict[str, float]]:
-    try:
-        return scanner_of(uri), stain_values(uri, scene, plane)
-    except (MedrayError, OSError) as error:
-        log.warning("%s: its staining cannot be measured (%s)", uri, error)
-        return UNKNOWN, {}
+    slide: tuple[str, str], scene: int | None, plane: int | None
+) -> Staining:
+    _, uri = slide
+    return Staining(scanner_of(uri), stain_values(uri, scene, plane))
 
 
 def training_values(watch: Watch) -> list[dict[str, float]]:
@@ -73,15 +76,15 @@ def training_values(watch: Watch) -> list[dict[str, float]]:
         before = files.read_json(kept)
         if before["slides"] == digest:
             return list(before["values"].values())
-    slides = [
-        {"slide": row["slide"], "uri": slide_uri(watch.reference, row["slide"])}
+    slides = {
+        row["slide"]: slide_uri(watch.reference, row["slide"])
         for row in files.read_table(table).to_pylist()
         if row["status"] == "done" and row["split"] == "train"
-    ]
+    }
     shares = class_shares(watch.reference)
     values = {
-        slide: values | shares.get(slide, {})
-        for slide, (_, values) in measure_slides(slides).items()
+        slide: staining.values | shares.get(slide, {})
+        for slide, staining in measure_slides(slides).items()
     }
     files.write_json(kept, {"slides": digest, "values": values})
     return list(values.values())

@@ -227,7 +227,7 @@ class Served:
             level, found = slide.levels[0], slide.mpp
         check_pixels(level.height, level.width, self._max)
         side = self._config.window.size
-        pixels = read_resized({"uri": path}, side)
+        pixels = read_resized(path, side)
         note = ""
         if (level.height, level.width) != (side, side):
             note = f"resized from {level.height} x {level.width} to {side} x {side}"

@@ -357,7 +357,7 @@ def test_workers_take_exports(
 
 
 def test_inference_and_evaluation_take_exports(
-    cluster: None, classifier: Path, tmp_path: Path
+    classifier: Path, tmp_path: Path
 ) -> None:
     """Images through the model, and through int8 and pt2 exports of it."""
     from medray.datasets.dataset import read_patches, slide_uri
@@ -366,17 +366,23 @@ def test_inference_and_evaluation_take_exports(
 
     cells = write_cells(tmp_path / "cells", patients=20, each=6)
     data = str(tmp_path / "data")
-    ingest_images(str(cells), out=data, side=64, fractions=(0.4, 0.1, 0.5))
+    ingest_images(
+        str(cells), out=data, side=64, fractions=(0.4, 0.1, 0.5), executor="local"
+    )
     found = {}
     for name in ("int8", "pt2"):
         out = str(tmp_path / name)
         done = export(str(classifier), format=name, out=out, data=data, agreement=0.5)
-        found[name] = evaluate_images(out, data=data, out=str(tmp_path / f"r-{name}"))
+        found[name] = evaluate_images(
+            out, data=data, out=str(tmp_path / f"r-{name}"), executor="local"
+        )
         rows = read_patches(data, "test")
         assert done.source == "split test of dataset data"
         assert done.compared == (len(rows) if name == "pt2" else len(rows) * 2 // 3)
     assert done.file_bytes > 0
-    before = evaluate_images(str(classifier), data=data, out=str(tmp_path / "before"))
+    before = evaluate_images(
+        str(classifier), data=data, out=str(tmp_path / "before"), executor="local"
+    )
     assert found["pt2"].f1 == pytest.approx(before.f1, abs=0.02)
     assert found["pt2"].images == found["int8"].images == before.images
     # The same images by hand, against what the export said of the model.

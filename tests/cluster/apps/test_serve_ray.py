@@ -90,8 +90,8 @@ def truth(
 ) -> Truth:
     folder = tmp_path_factory.mktemp("truth")
     cells, data, report = (folder / name for name in ("cells", "data", "report"))
-    ingest_images(str(write_cells(cells)), out=str(data), side=SIDE)
-    evaluate_images(classifier, data=str(data), out=str(report))
+    ingest_images(str(write_cells(cells)), out=str(data), side=SIDE, executor="local")
+    evaluate_images(classifier, data=str(data), out=str(report), executor="local")
     with (report / "images.csv").open() as file:
         said = list(csv.DictReader(file))
     # A plain loop's run: what every run on Ray equals.

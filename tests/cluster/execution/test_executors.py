@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from medray.datasets.image_folder import ingest_images
 from medray.datasets.synthetic_cells import generate_cells
 from medray.errors import ConfigError
 from medray.execution.run import run_stage
+from medray.inference.estimate_run import estimate
 from medray.inference.postprocess import Cleaning
 from medray.inference.run import Options
 from medray.mil.embed_slides import embed
@@ -130,6 +132,21 @@ def test_infer_evaluate_and_convert(
     assert table(here / name) == table(there / name)
 
 
+def test_plan(cluster: None, inbox: Path, model: Path, tmp_path: Path) -> None:
+    """What does not depend on the machine; the rest is `test_estimate`'s."""
+    options = Options(prediction=Prediction(quality=True), region=512)
+    here, there = (
+        dataclasses.asdict(
+            estimate([str(inbox)], model=str(model), options=options, executor=executor)
+        )
+        for executor in EXECUTORS
+    )
+    assert set(here["failed"]) == {"wreck"}
+    assert (here["gpu_workers"], here["store_bytes"]) == (1, 0)
+    for name in ("slides", "sampled", "regions", "windows", "output_bytes", "failed"):
+        assert here[name] == there[name]
+
+
 def test_embed(cluster: None, inbox: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     network = timm.create_model("test_resnet", num_classes=0)
@@ -169,15 +186,21 @@ def test_it_stops_between_slides_that_cannot_be_read(tmp_path: Path) -> None:
     assert len(ledger.slides) == 2
 
 
-def test_without_ray_ray_is_not_imported(slides: Path, tmp_path: Path) -> None:
+def test_without_ray_ray_is_not_imported(
+    slides: Path, model: Path, tmp_path: Path
+) -> None:
     code = (
         "import sys\nfrom medray.cli import main\ncode = main(sys.argv[1:])\n"
         "assert 'ray' not in sys.modules\nsys.exit(code)"
     )
-    command = [sys.executable, "-c", code, "ingest", str(slides / "slides")]
-    command += ["--out", str(tmp_path), "--executor", "local"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    inputs = str(slides / "slides")
+    for command in (
+        ("ingest", inputs, "--out", str(tmp_path)),
+        ("plan", inputs, "--model", str(model)),
+    ):
+        words = [sys.executable, "-c", code, *command, "--executor", "local"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_command_asks_for_one_that_there_is(

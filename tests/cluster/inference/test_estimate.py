@@ -18,12 +18,14 @@ from medray.inference.memory import bounds
 from medray.inference.run import Options, against_plan
 from medray.models.config import Prediction
 from medray.storage.files import read_table
+from medray.types import Executor
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
+@pytest.mark.parametrize("executor", ["ray", "local"])
 def test_a_plan_says_what_the_run_takes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    executor: Executor, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slides = tmp_path / "slides"
     for seed in range(3):
@@ -33,7 +35,12 @@ def test_a_plan_says_what_the_run_takes(
     options = Options(prediction=Prediction(probabilities=True), region=512)
     run = str(tmp_path / "run")
     plan = estimate(
-        [str(slides)], model=str(model), options=options, price=2.0, out=run
+        [str(slides)],
+        model=str(model),
+        options=options,
+        price=2.0,
+        out=run,
+        executor=executor,
     )
     assert (plan.slides, plan.sampled) == (4, 4)
     assert set(plan.failed) == {"bad"}
@@ -45,8 +52,9 @@ def test_a_plan_says_what_the_run_takes(
     monkeypatch.setenv(MARK, "plan")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")  # as a user's
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
-    command += ["--model", str(model), "--out", run, "--region", "512"]
-    summary, peak = run_watched([*command, "--probabilities"])
+    command += ["--model", str(model), "--out", run, "--executor", executor]
+    command += ["--region", "512", "--probabilities"]
+    summary, peak = run_watched(command)
     assert (summary["done"], summary["failed"]) == (3, {})
     rows = [r for r in read_table(f"{run}/slides.parquet").to_pylist() if r["regions"]]
     assert sum(row["windows"] for row in rows) == plan.windows

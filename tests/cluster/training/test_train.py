@@ -53,6 +53,7 @@ def dataset(
         groups=str(slides / "groups.csv"),
         fractions=(0.5, 0.5, 0.0),
         out=str(out),
+        executor="local",
     )
     return out
 
@@ -116,6 +117,7 @@ def test_datasets_that_cannot_teach_are_refused(
         classes=("background", "tumour", "stroma"),
         fractions=(0.5, 0.5, 0.0),
         out=str(tmp_path / "stroma"),
+        executor="local",
     )
     with pytest.raises(ConfigError, match=r"no pixel of \['stroma'\]; annotate"):
         train(recipe, data=str(tmp_path / "stroma"), out=out)

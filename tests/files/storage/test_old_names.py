@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import yaml
 
 from medray.apps.nightly.catalog import Found, read_catalog, read_found
 from medray.classes import Classes
+from medray.datasets.image_folder import _asked_of
+from medray.datasets.images import Contours, ImageFile, MissingContours
 from medray.errors import ConfigError
 from medray.geometry import Windows
 from medray.inference.run import Options, RunSettings
@@ -94,6 +98,39 @@ def test_the_catalog_of_an_inbox(tmp_path: Path) -> None:
     row = {"digest": "d", "names": ["a.tif"], "stamps": ["12 3.5"]}
     files.write_table(str(tmp_path / "catalog.parquet"), pa.Table.from_pylist([row]))
     assert read_catalog(str(tmp_path))["d"]["fingerprints"] == ["12 3.5"]
+
+
+def test_the_request_for_a_dataset_of_images() -> None:
+    """As medray 0.1 wrote it down: what it made of the same images is not made again."""
+    image = ImageFile(
+        image="sick/1.png",
+        uri="/in/sick/1.png",
+        class_name="sick",
+        split="",
+        fingerprint="12 3.5",
+        patient="P1",
+    )
+    contours = Contours("/in/1_nuc.dat", "/in/1_cyt.dat", ("cyt", "nuc"))
+    start = '{"image": "sick/1.png", "uri": "/in/sick/1.png", "class": "sick", '
+    start += '"split": "", "stamp": "12 3.5", '
+    pair = '"cytoplasm": "/in/1_cyt.dat", "nucleus": "/in/1_nuc.dat", '
+    pair += '"contour_stamps": ["cyt", "nuc"], '
+    end = '"patient": "P1"}'
+    for file, mpp, wanted in (
+        (image, None, ""),
+        (replace(image, contours=contours), None, f'{pair}"mpp": null, '),
+        (
+            replace(image, contours=contours, cut=True),
+            0.25,
+            f'"cut": true, {pair}"mpp": 0.25, ',
+        ),
+        (
+            replace(image, contours=MissingContours("none"), cut=True),
+            None,
+            '"cut": true, "trouble": "none", "mpp": null, ',
+        ),
+    ):
+        assert json.dumps(_asked_of(file, mpp)) == start + wanted + end
 
 
 def test_a_model_and_its_digest(tmp_path: Path) -> None:

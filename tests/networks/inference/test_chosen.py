@@ -3,6 +3,7 @@
 The images of a file are of one size, so that only their pixels tell which was read.
 """
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -29,6 +30,7 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation import pictures
 from medray.evaluation.count import FieldOfView
 from medray.evaluation.truth_files import match_ground_truth
+from medray.execution.rows import map_rows
 from medray.geometry import Rectangle
 from medray.inference.run import Options, mask_uri
 from medray.models.config import Prediction
@@ -252,15 +254,11 @@ def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert alone[0] != alone[1]
     assert alone[2] == {}
     assert [stain_values(uri, **{kind: n}) for n in range(3)] == alone
-    # As a night measures it of its slides: Ray's tasks, done here.
+    # As a night measures it of its slides, but in this process.
     measure = importlib.import_module("medray.apps.nightly.measure")
     finish = importlib.import_module("medray.apps.nightly.finish")
-    here: Any = SimpleNamespace(
-        remote=lambda **_: lambda work: SimpleNamespace(remote=work),
-        get=lambda value, timeout: value,
-    )
-    monkeypatch.setattr(measure, "ray", here)
-    monkeypatch.setattr(measure.cluster, "connect", lambda: None)
+    here = functools.partial(map_rows, executor="local")
+    monkeypatch.setattr(measure, "map_rows", here)
     plan = {"night": "n", "slides": [{"slide": "x", "file": "f", "uri": uri}]}
     plan["slides"][0]["digest"] = "d"
     row = {"status": "done", "digest": "d"}
@@ -293,7 +291,7 @@ def test_an_estimate(
         options = Options(region=512, **{kind: number})
         with pytest.raises(PlannedError):
             stage.estimate([str(folder / kind)], model=str(model), options=options)
-    windows = [found["windows"] for found in planned]
+    windows = [found.windows for found in planned]
     assert windows[0] > 0
     assert windows[1] > 0
     assert windows[2] == 0

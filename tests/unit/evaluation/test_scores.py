@@ -1,5 +1,6 @@
 """Scores of classifiers: calibration, areas, two models on the same images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from medray.evaluation.calibration import (
     reliability_of_images,
     scaled,
 )
-from medray.evaluation.image_metrics import score, weighted_auc
+from medray.evaluation.image_metrics import Predicted, score, weighted_auc
 from medray.evaluation.metrics import draws
 from medray.evaluation.significance import (
+    ReportedImage,
     beside,
     read_image_predictions,
     write_image_predictions,
@@ -108,21 +110,22 @@ def test_areas_are_those_of_scikit_learn_under_every_weighting() -> None:
         assert area == pytest.approx(wanted)
 
 
-def drawn(classes: int, images: int = 240) -> list[dict]:
+def drawn(classes: int, images: int = 240) -> list[Predicted]:
     rng = np.random.default_rng(classes)
     truth = rng.integers(classes, size=images)
     logits = rng.normal(0, 1, (images, classes))
     logits[np.arange(images), truth] += 1.0
     shares = softmax(logits, axis=1)
     return [
-        {
-            "image": f"{k}.png",
-            "digest": f"blake2b:{k}",
-            "patient": f"P{k % 12:02d}",
-            "truth": int(truth[k]),
-            "predicted": int(shares[k].argmax()),
-            "probabilities": shares[k],
-        }
+        Predicted(
+            name=f"{k}.png",
+            digest=f"blake2b:{k}",
+            patient=f"P{k % 12:02d}",
+            truth=int(truth[k]),
+            predicted=int(shares[k].argmax()),
+            probabilities=shares[k],
+            log_probabilities=np.log(shares[k]),
+        )
         for k in range(images)
     ]
 
@@ -131,8 +134,8 @@ def drawn(classes: int, images: int = 240) -> list[dict]:
 def test_the_area_and_its_interval_over_patients(classes: int) -> None:
     rows = drawn(classes)
     found = score(rows, [str(k) for k in range(classes)])
-    truth = np.array([row["truth"] for row in rows])
-    shares = np.array([row["probabilities"] for row in rows])
+    truth = np.array([row.truth for row in rows])
+    shares = np.array([row.probabilities for row in rows])
 
     if classes == 2:
         wanted = roc_auc_score(truth, shares[:, 1])
@@ -161,9 +164,9 @@ def test_the_area_and_its_interval_over_patients(classes: int) -> None:
 
 
 def test_one_patient_or_one_class_has_no_interval_or_area() -> None:
-    rows = [row | {"patient": "P"} for row in drawn(2)]
+    rows = [replace(row, patient="P") for row in drawn(2)]
     assert score(rows, NAMES)["intervals"] is None
-    healthy = [row for row in drawn(2) if row["truth"] == 0]
+    healthy = [row for row in drawn(2) if row.truth == 0]
     found = score(healthy, NAMES)
     assert found["auc"] is None
     assert found["intervals"]["auc"] is None
@@ -172,26 +175,33 @@ def test_one_patient_or_one_class_has_no_interval_or_area() -> None:
 # --- two models -----------------------------------------------------------------------
 
 
-def table(*cells: tuple[int, int, int]) -> tuple[list[dict], list[dict]]:
+def table(*cells: tuple[int, int, int]) -> tuple[list[Predicted], list[Predicted]]:
     """Make so many images of which this one and the other are right (1) or wrong."""
     ours, theirs = [], []
     for count, this, other in cells:
         for _ in range(count):
             number = len(ours)
-            row = {
-                "image": f"{number}.png",
-                "digest": f"blake2b:{number}",
-                "patient": f"P{number % 12:02d}",
-                "truth": 1,
-                "probabilities": np.array([0.5, 0.5]),
-            }
-            ours.append(row | {"predicted": this})
-            theirs.append(row | {"predicted": other})
+            row = Predicted(
+                name=f"{number}.png",
+                digest=f"blake2b:{number}",
+                patient=f"P{number % 12:02d}",
+                truth=1,
+                predicted=this,
+                probabilities=np.array([0.5, 0.5]),
+                log_probabilities=np.log([0.5, 0.5]),
+            )
+            ours.append(row)
+            theirs.append(replace(row, predicted=other))
     return ours, theirs
 
 
-def named(rows: list[dict]) -> list[dict]:
-    return [row | {k: NAMES[row[k]] for k in ("truth", "predicted")} for row in rows]
+def named(rows: list[Predicted]) -> list[ReportedImage]:
+    return [
+        ReportedImage(
+            row.name, row.digest, row.patient, NAMES[row.truth], NAMES[row.predicted]
+        )
+        for row in rows
+    ]
 
 
 def test_mcnemar_is_the_binomial_of_the_discordant_images() -> None:
@@ -215,9 +225,8 @@ def test_mcnemar_is_the_binomial_of_the_discordant_images() -> None:
 def test_the_interval_of_the_difference_is_over_patients() -> None:
     """A model that is better for whole patients gains less certainty than by image."""
     ours, theirs = table((120, 1, 1))
-    for row in theirs:
-        if row["patient"] in ("P00", "P03", "P07", "P10"):
-            row["predicted"] = 0
+    worse = ("P00", "P03", "P07", "P10")
+    theirs = [replace(row, predicted=int(row.patient not in worse)) for row in theirs]
     low, high = beside(ours, named(theirs), NAMES, "other")["interval"]
     shares = np.linspace(0, 1, 13)  # of four patients of twelve: k of twelve draws
     wanted = [shares[int(binom.ppf(q, 12, 1 / 3))] for q in (0.025, 0.975)]
@@ -234,16 +243,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ours, theirs = table((4, 1, 1))
     write_image_predictions(theirs, NAMES, str(tmp_path / "images.csv"))
     back = read_image_predictions(str(tmp_path), NAMES)
-    keys = ("image", "digest", "patient", "truth", "predicted")
-    assert back == [{k: row[k] for k in keys} for row in named(theirs)]
+    assert back == named(theirs)
     with pytest.raises(ConfigError, match=r"its classes \['healthy', 'sick'\] are not"):
         read_image_predictions(str(tmp_path), ("healthy", "sick", "odd"))
     with pytest.raises(ConfigError, match=r"expected the report of a classifier"):
         read_image_predictions(str(tmp_path / "nowhere"), NAMES)
-    others = [row | {"digest": "blake2b:x"} for row in back]
+    others = [replace(row, digest="blake2b:x") for row in back]
     with pytest.raises(ConfigError, match="no image in common"):
         beside(ours, others, NAMES, "other")
-    others = [row | {"truth": "healthy"} for row in back]
+    others = [replace(row, truth="healthy") for row in back]
     with pytest.raises(ConfigError, match=r"0\.png is healthy there and sick here"):
         beside(ours, others, NAMES, "other")
     lines = (tmp_path / "images.csv").read_text().splitlines()

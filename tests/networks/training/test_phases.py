@@ -280,7 +280,7 @@ def test_the_most_important_learn() -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """32 images of two classes: bright and dark discs on black."""
     folder = tmp_path_factory.mktemp("discs")
     rng = np.random.default_rng(0)
@@ -295,7 +295,13 @@ def dataset(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     out = str(folder / "dataset")
-    ingest_images(str(folder / "images"), out=out, side=64, fractions=(0.5, 0.5, 0))
+    ingest_images(
+        str(folder / "images"),
+        out=out,
+        side=64,
+        fractions=(0.5, 0.5, 0),
+        executor="local",
+    )
     return out
 
 
@@ -387,7 +393,7 @@ def test_what_was_killed_in_an_adaptive_phase_goes_on_bit_for_bit(
 
 @pytest.mark.usefixtures("trained_here")
 def test_real_x_ray_images_go_through_the_phases_of_their_recipe(
-    cluster: None, shared_data: Path, tmp_path: Path
+    shared_data: Path, tmp_path: Path
 ) -> None:
     """With a random encoder in place of ImageNet's."""
     with zipfile.ZipFile(shared_data / "chest_xray.zip") as archive:
@@ -405,6 +411,7 @@ def test_real_x_ray_images_go_through_the_phases_of_their_recipe(
         side=64,
         classes=("NORMAL", "PNEUMONIA"),
         patients=r"^(person\d+|(?:NORMAL2-)?IM-\d+)",
+        executor="local",
     )
     assert found.failed == {}
     torch.manual_seed(3)
@@ -436,7 +443,10 @@ def test_real_x_ray_images_go_through_the_phases_of_their_recipe(
     assert list(weighed) == names
     assert entries[2]["learning"] == [max(names, key=weighed.__getitem__)]
     report = evaluate_images(
-        str(tmp_path / "model"), data=data, out=str(tmp_path / "report")
+        str(tmp_path / "model"),
+        data=data,
+        out=str(tmp_path / "report"),
+        executor="local",
     )
     assert report.images == sum(
         1 for _ in (tmp_path / "chest_xray" / "test").rglob("*.jpeg")

@@ -20,7 +20,7 @@ from medray.storage import files, ome_zarr
 
 
 def ingested(cells: Path, out: Path, **how: object) -> Images:
-    return ingest_images(str(cells), out=str(out), side=64, **how)
+    return ingest_images(str(cells), out=str(out), side=64, executor="local", **how)
 
 
 def measures(out: Path) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def measures(out: Path) -> dict[str, np.ndarray]:
 
 
 def test_crops_are_taken_with_their_contours(
-    cluster: None, contoured_cells: Path, tmp_path: Path
+    contoured_cells: Path, tmp_path: Path
 ) -> None:
     summary = ingested(contoured_cells, tmp_path / "data", contours=True)
     assert (summary.images, summary.copies, summary.failed) == (40, 0, {})
@@ -60,7 +60,7 @@ def test_crops_are_taken_with_their_contours(
 
 
 def test_cells_are_cut_out_of_clusters_where_there_are_no_crops(
-    cluster: None, contoured_cells: Path, tmp_path: Path
+    contoured_cells: Path, tmp_path: Path
 ) -> None:
     generate_cells(tmp_path / "cells", clusters=2, each=4, crops=False)
     summary = ingested(tmp_path / "cells", tmp_path / "data", contours=True)
@@ -86,7 +86,6 @@ def test_cells_are_cut_out_of_clusters_where_there_are_no_crops(
 
 
 def test_what_is_wrong_with_a_cell_costs_only_that_cell(
-    cluster: None,
     contoured_cells: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -102,7 +101,7 @@ def test_what_is_wrong_with_a_cell_costs_only_that_cell(
     # The same cell under another name, in the split that tests.
     for suffix in (".bmp", "_nuc.dat", "_cyt.dat"):
         shutil.copy(crops / f"002_01{suffix}", crops / f"900_01{suffix}")
-    names = [row["image"] for row in find_images(str(folder))]
+    names = [one.image for one in find_images(str(folder))]
     lines = [f"{n},{'test' if '/900' in n else 'train'}" for n in names]
     splits = tmp_path / "splits.csv"
     splits.write_text("\n".join(["slide,split", *lines]) + "\n")

@@ -49,7 +49,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("cells")
     generate_cells(folder / "cells", clusters=3, each=4)
     done = ingest_images(
@@ -58,6 +58,7 @@ def dataset(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
         side=64,
         fractions=(0.6, 0.2, 0.2),
         contours=True,
+        executor="local",
     )
     assert (done.images, done.failed) == (60, {})
     return str(folder / "data")
@@ -124,7 +125,9 @@ def test_evaluation_feeds_a_model_as_training_did(
     assert np.abs(swapped - trained).max() > 0.02
 
     # The report's numbers, by hand.
-    found = evaluate_images(classifier, data=dataset, out=str(tmp_path / "report"))
+    found = evaluate_images(
+        classifier, data=dataset, out=str(tmp_path / "report"), executor="local"
+    )
     assert found.images == len(read_patches(dataset, "test"))
     lines = pd.read_csv(tmp_path / "report" / "images.csv").set_index("image")
     how = config.morphology

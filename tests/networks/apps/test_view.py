@@ -41,9 +41,7 @@ HERE = {"base_url": "http://127.0.0.1:8000"}
 
 
 @pytest.fixture(scope="module")
-def viewed(
-    cluster: None, model: Path, slides: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def viewed(model: Path, slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with slides (one of them no slide), their truth, a run and a report."""
     from medray.evaluation.evaluate_run import evaluate
     from medray.inference.infer_run import infer
@@ -56,8 +54,19 @@ def viewed(
     (folder / "slides" / "broken.tif").write_bytes(b"II*\0nothing")
     options = Options(prediction=Prediction(probabilities=True, quality=True))
     run = str(folder / "run")
-    infer([str(folder / "slides")], model=str(model), out=run, options=options)
-    evaluate(run, truth=str(folder / "annotations"), out=str(folder / "report"))
+    infer(
+        [str(folder / "slides")],
+        model=str(model),
+        out=run,
+        options=options,
+        executor="local",
+    )
+    evaluate(
+        run,
+        truth=str(folder / "annotations"),
+        out=str(folder / "report"),
+        executor="local",
+    )
     return folder
 
 

@@ -4,17 +4,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import serial
-import tifffile
 import torch
 from image_cells import COLOURS, write_cells
 from PIL import Image
@@ -29,8 +25,10 @@ from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.errors import ConfigError
 from medray.evaluation.evaluate_image_folder import _for_temperature, evaluate_images
-from medray.evaluation.image_metrics import combine, score
+from medray.evaluation.image_metrics import Predicted, combine, score
 from medray.evaluation.metrics import confusion, of_images, summary
+from medray.geometry import Rectangle
+from medray.inference.classify_images import ClassifiedImage, DatasetImage
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
 from medray.storage import files, ome_zarr
@@ -44,7 +42,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: None, cells: Path) -> str:
+def dataset(cells: Path) -> str:
     out = cells.parent / "dataset"
     summary = ingest_images(
         str(cells),
@@ -52,6 +50,7 @@ def dataset(cluster: None, cells: Path) -> str:
         side=64,
         patients=r"^(P\d+)_",
         fractions=(0.5, 0.25, 0.25),
+        executor="local",
     )
     assert (summary.images, summary.failed) == (96, {})
     return str(out)
@@ -80,14 +79,12 @@ def test_each_image_is_in_its_place_with_its_class(cells: Path, dataset: str) ->
     assert {len(read_patches(dataset, s)) for s in ("train", "val", "test")} == {48, 24}
 
 
-def test_ingest_again_does_nothing_until_something_changes(
-    cluster: None, tmp_path: Path
-) -> None:
+def test_ingest_again_does_nothing_until_something_changes(tmp_path: Path) -> None:
     cells = write_cells(tmp_path / "cells", patients=4, each=2)
     out = str(tmp_path / "dataset")
 
     def again(**changed: object) -> tuple[int, int]:
-        done = ingest_images(str(cells), out=out, side=32, **changed)
+        done = ingest_images(str(cells), out=out, side=32, executor="local", **changed)
         return done.images, done.skipped
 
     assert again() == (16, 0)
@@ -97,7 +94,7 @@ def test_ingest_again_does_nothing_until_something_changes(
     assert again(**how) == (16, 0)
     assert again(**how) == (0, 16)
     splits = tmp_path / "splits.csv"
-    names = [row["image"] for row in find_images(str(cells))]
+    names = [one.image for one in find_images(str(cells))]
     lines = [f"{name},{'test' if n < 3 else 'train'}" for n, name in enumerate(names)]
     splits.write_text("\n".join(["slide,split", *lines]) + "\n")
     assert again(splits=str(splits)) == (16, 0)
@@ -110,48 +107,27 @@ def test_ingest_again_does_nothing_until_something_changes(
     assert again(splits=str(splits)) == (15, 0)
 
 
-def test_the_copy_that_tests_is_the_one_that_stays(
-    cluster: None, tmp_path: Path
-) -> None:
+def test_the_copy_that_tests_is_the_one_that_stays(tmp_path: Path) -> None:
     """Also when a CSV says what tests."""
     cells = write_cells(tmp_path / "cells", patients=3, each=1)
     shutil.copy(cells / "sick" / "P0_cell_0.png", cells / "sick" / "P9_cell_0.png")
-    names = [row["image"] for row in find_images(str(cells))]
+    names = [one.image for one in find_images(str(cells))]
     split_of = dict.fromkeys(names, "train") | {"sick/P9_cell_0.png": "test"}
     splits = tmp_path / "splits.csv"
     lines = [f"{name},{split}" for name, split in split_of.items()]
     splits.write_text("\n".join(["slide,split", *lines]) + "\n")
     out = str(tmp_path / "dataset")
-    done = ingest_images(str(cells), out=out, side=32, splits=str(splits))
+    done = ingest_images(
+        str(cells), out=out, side=32, splits=str(splits), executor="local"
+    )
     assert (done.images, done.copies) == (6, 1)
     assert [row["image"] for row in read_patches(out, "test")] == ["sick/P9_cell_0.png"]
     trained = {row["image"] for row in read_patches(out, "train")}
     assert trained == set(names) - {"sick/P0_cell_0.png", "sick/P9_cell_0.png"}
 
 
-def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> None:
-    """With the bugs of tests/faulty in the decoder."""
-    cells = write_cells(tmp_path / "cells", patients=4, each=3)
-    pixels = np.full((64, 64, 3), 200, np.uint8)
-    pixels[20, 20:23] = np.frombuffer(b"<CRASH>..", np.uint8).reshape(3, 3)
-    tifffile.imwrite(
-        cells / "sick" / "crashes.tif", pixels, tile=(64, 64), photometric="rgb"
-    )
-    command = [sys.executable, "-m", "medray.cli", "ingest", str(cells), "--json"]
-    command += ["--side", "32", "--out", str(tmp_path / "dataset")]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2] / "faulty")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found["failed"]) == ["sick/crashes.tif"]
-    assert "quarantined" in found["failed"]["sick/crashes.tif"]
-    assert found["images"] == 24
-
-
 def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
-    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "xray"
     for split, patients in (("train", 6), ("test", 2)):
@@ -163,7 +139,9 @@ def test_no_image_is_in_two_splits_and_what_is_damaged_is_named(
     damaged = folder / "train" / "sick" / "P5_cell_1.bmp"
     damaged.write_bytes(damaged.read_bytes()[:40])
     out = str(tmp_path / "dataset")
-    summary = ingest_images(str(folder), out=out, side=32, patients=r"^(P\d+)_")
+    summary = ingest_images(
+        str(folder), out=out, side=32, patients=r"^(P\d+)_", executor="local"
+    )
     assert list(summary.failed) == ["train/sick/P5_cell_1.bmp"]
     assert "P5_cell_1.bmp" in summary.failed["train/sick/P5_cell_1.bmp"]
     digests = {
@@ -225,17 +203,21 @@ def test_calibration_and_intervals_of_images() -> None:
     for index in range(400):
         sure = float(rng.uniform(0.5, 1.0))
         truth = int(rng.random() < sure)  # as sure as it is right
+        shares = np.array([1 - sure, sure])
         rows.append(
-            {
-                "truth": truth,
-                "predicted": 1,
-                "probabilities": np.array([1 - sure, sure]),
-                "patient": f"P{index % 20}",
-            }
+            Predicted(
+                name=f"{index}",
+                digest=f"{index}",
+                patient=f"P{index % 20}",
+                truth=truth,
+                predicted=1,
+                probabilities=shares,
+                log_probabilities=np.log(np.maximum(shares, 1e-12)),
+            )
         )
     found = score(rows, ["no", "yes"])
-    sure = np.array([row["probabilities"][1] for row in rows])
-    right = np.array([row["truth"] == 1 for row in rows])
+    sure = np.array([row.probabilities[1] for row in rows])
+    right = np.array([row.truth == 1 for row in rows])
     error = 0.0
     for low in np.arange(0.5, 1.0, 0.1):
         inside = (sure >= low - 1e-9) & (sure < low + 0.1 - 1e-9)
@@ -294,7 +276,7 @@ def test_a_classifier_is_trained_and_evaluated(
     assert len(lines) == 25
     for line in lines[1:]:
         image, _, _, _, predicted, *shares = line.replace('"', "").split(",")
-        pixels = torch.from_numpy(read_resized({"uri": str(cells / image)}, 64).copy())
+        pixels = torch.from_numpy(read_resized(str(cells / image), 64).copy())
         with torch.inference_mode():
             logits = network(normalise(pixels.permute(2, 0, 1)[None]))
         wanted = logits.softmax(dim=1)[0].numpy()
@@ -308,9 +290,7 @@ def logits_of(folder: str, cells: Path, rows: list[dict]) -> np.ndarray:
     normalise = Normalise(config)
     found = []
     for row in rows:
-        pixels = torch.from_numpy(
-            read_resized({"uri": str(cells / row["image"])}, 64).copy()
-        )
+        pixels = torch.from_numpy(read_resized(str(cells / row["image"]), 64).copy())
         with torch.inference_mode():
             found.append(network(normalise(pixels.permute(2, 0, 1)[None]))[0].numpy())
     return np.array(found, np.float64)
@@ -351,8 +331,9 @@ def reports(dataset: str, models: list[str]) -> Path:
     """Reports `first` of the classifier and `second` of a bold one, beside it."""
     folder = Path(dataset).parent
     first, second = str(folder / "first"), str(folder / "second")
-    assert main(["evaluate", models[0], "--truth", dataset, "--out", first]) == 0
-    command = ["evaluate", models[1], "--truth", dataset, "--out", second]
+    here = ["--truth", dataset, "--executor", "local"]
+    assert main(["evaluate", models[0], *here, "--out", first]) == 0
+    command = ["evaluate", models[1], *here, "--out", second]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main([*command, "--beside", first]) == 0
@@ -397,7 +378,7 @@ def test_an_ensemble_votes_and_has_the_mean_probability(
     cells: Path, dataset: str, models: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
-    evaluate_images(models, data=dataset, out=str(out), vote=True)
+    evaluate_images(models, data=dataset, out=str(out), vote=True, executor="local")
     rows = read_patches(dataset, "test")
     by_name = {row["image"]: k for k, row in enumerate(rows)}
     each = np.array([softmax(logits_of(m, cells, rows), axis=1) for m in models])
@@ -420,7 +401,7 @@ def test_turned_images_have_a_part_in_the_mean(
     rows = read_patches(dataset, "test")
     views = [{"image": f"{n}-{k}.png"} for n in range(len(rows)) for k in range(8)]
     for n, row in enumerate(rows):
-        image = read_resized({"uri": str(cells / row["image"])}, 64)
+        image = read_resized(str(cells / row["image"]), 64)
         for k in range(8):
             way = np.rot90(image[:, ::-1] if k % 2 else image, k // 2)
             Image.fromarray(way).save(turned / f"{n}-{k}.png")
@@ -434,7 +415,7 @@ def test_turned_images_have_a_part_in_the_mean(
     model = altered(classifier, tmp_path / "wavers", scale, shift)
 
     command = ["evaluate", model, "--truth", dataset, "--out", str(out)]
-    assert main([*command, "--tta", "all"]) == 0
+    assert main([*command, "--tta", "all", "--executor", "local"]) == 0
     lines = list(csv.DictReader((out / "images.csv").read_text().splitlines()))
     found = {line["image"]: float(line[f"p_{list(COLOURS)[1]}"]) for line in lines}
     shares = softmax(logits_of(model, turned, views), axis=1)[:, 1].reshape(-1, 8)
@@ -445,13 +426,23 @@ def test_turned_images_have_a_part_in_the_mean(
 
 
 def test_equal_votes_are_decided_by_the_mean() -> None:
-    logits = np.log([[0.9, 0.1], [0.4, 0.6]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 0
-    logits = np.log([[0.6, 0.4], [0.1, 0.9]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 1
-    logits = np.log([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
-    assert combine({"logits": logits}, vote=True)["predicted"] == 0
-    assert combine({"logits": logits}, vote=False)["predicted"] == 1
+    image = DatasetImage(
+        image="a.png",
+        digest="d",
+        patient="P",
+        split="test",
+        sheet="test-0000",
+        place=Rectangle(0, 0, 64, 64),
+        truth=0,
+    )
+
+    def chosen(shares: list[list[float]], *, vote: bool) -> int:
+        return combine(ClassifiedImage(image, np.log(shares)), vote=vote).predicted
+
+    assert chosen([[0.9, 0.1], [0.4, 0.6]], vote=True) == 0
+    assert chosen([[0.6, 0.4], [0.1, 0.9]], vote=True) == 1
+    assert chosen([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]], vote=True) == 0
+    assert chosen([[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]], vote=False) == 1
 
 
 def test_a_report_stands_beside_another(reports: Path) -> None:
@@ -507,7 +498,9 @@ def test_images_that_trained_the_model_are_no_test(
         evaluate_images(classifier, data=dataset, out=str(tmp_path / "r"), split="val")
     # Another dataset of the same images, dealt out otherwise, is seen through too.
     other = str(tmp_path / "other")
-    ingest_images(str(cells), out=other, side=64, patients=r"^(P\d+)_", seed=5)
+    ingest_images(
+        str(cells), out=other, side=64, patients=r"^(P\d+)_", seed=5, executor="local"
+    )
     with pytest.raises(ConfigError, match="was trained or chosen with"):
         evaluate_images(classifier, data=other, out=str(tmp_path / "r"))
 

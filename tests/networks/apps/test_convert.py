@@ -57,9 +57,10 @@ def test_a_mask_tells_the_area_of_its_classes(folder: Path) -> None:
 
 @pytest.mark.parametrize("to", ["ome-zarr", "ome-zarr-0.4"])
 def test_image_and_masks_lie_in_one_group(
-    cluster: None, folder: Path, tmp_path: Path, to: str
+    folder: Path, tmp_path: Path, to: str
 ) -> None:
     command = ["convert", str(folder / "run"), "--to", to, "--with-image"]
+    command += ["--executor", "local"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     for slide in SIZES:
         group: Any = zarr.open_group(tmp_path / f"{slide}.ome.zarr", mode="r")
@@ -87,11 +88,11 @@ def test_image_and_masks_lie_in_one_group(
                 assert found.shape == image[level].shape[1:]
 
 
-def test_tiffs_open_as_pyramids_of_the_mask(
-    cluster: None, folder: Path, tmp_path: Path
-) -> None:
+def test_tiffs_open_as_pyramids_of_the_mask(folder: Path, tmp_path: Path) -> None:
     for to in ("ome-tiff", "tiff"):
-        summary = convert(str(folder / "run"), to=to, out=str(tmp_path / to))  # type: ignore[arg-type]
+        summary = convert(
+            str(folder / "run"), to=to, out=str(tmp_path / to), executor="local"
+        )  # type: ignore[arg-type]
         assert (summary.done, summary.failed) == (3, {})
     for slide, size in SIZES.items():
         uri = str(folder / f"run/masks/{slide}.ome.zarr")
@@ -112,9 +113,7 @@ def test_tiffs_open_as_pyramids_of_the_mask(
             np.testing.assert_array_equal(read[..., 0], open_mask(uri, number))
 
 
-def test_a_dataset_in_the_older_version(
-    cluster: None, folder: Path, tmp_path: Path
-) -> None:
+def test_a_dataset_in_the_older_version(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     annotations = tmp_path / "annotations"
     annotations.mkdir()
@@ -122,9 +121,9 @@ def test_a_dataset_in_the_older_version(
     truth[100:300, 50:200] = 1
     Image.fromarray(truth).save(annotations / "s1.png")
     slide = str(folder / "slides" / "s1.tif")
-    ingest([slide], annotations=str(annotations), out=str(data))
+    ingest([slide], annotations=str(annotations), out=str(data), executor="local")
     out = str(tmp_path / "out")
-    assert convert(str(data), to="ome-zarr-0.4", out=out).done == 1
+    assert convert(str(data), to="ome-zarr-0.4", out=out, executor="local").done == 1
     group: Any = zarr.open_group(f"{out}/s1.ome.zarr", mode="r")
     assert type(ome_zarr_models.open_ome_zarr(group)).__name__ == "Image"
     stored = open_mask(str(data / "slides/s1.ome.zarr"))
@@ -133,25 +132,23 @@ def test_a_dataset_in_the_older_version(
 
 
 def test_only_what_is_missing_or_has_changed_is_made(
-    cluster: None, folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(folder / "run", run)
-    assert convert(str(run), to="tiff", out=str(out)).done == 3
+    assert convert(str(run), to="tiff", out=str(out), executor="local").done == 3
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tif")}
-    again = convert(str(run), to="tiff", out=str(out))
+    again = convert(str(run), to="tiff", out=str(out), executor="local")
     assert (again.done, again.skipped) == (0, 3)
     (out / "s1.tif").unlink()
-    again = convert(str(run), to="tiff", out=str(out))
+    again = convert(str(run), to="tiff", out=str(out), executor="local")
     assert (again.done, again.skipped) == (1, 2)
     assert (out / "s0.tif").stat().st_mtime_ns == before[out / "s0.tif"]
     with pytest.raises(ConfigError, match="to: tiff -> ome-tiff"):
-        convert(str(run), to="ome-tiff", out=str(out))
+        convert(str(run), to="ome-tiff", out=str(out), executor="local")
 
 
-def test_what_is_wrong_costs_one_slide(
-    cluster: None, folder: Path, tmp_path: Path
-) -> None:
+def test_what_is_wrong_costs_one_slide(folder: Path, tmp_path: Path) -> None:
     run, slides = tmp_path / "run", tmp_path / "slides"
     shutil.copytree(folder / "run", run)
     shutil.copytree(folder / "slides", slides)
@@ -161,17 +158,21 @@ def test_what_is_wrong_costs_one_slide(
     ome_zarr.files.write_table(str(run / "slides.parquet"), pa.Table.from_pylist(table))
     write_slide(slides, "s0", draw_scene(9, height=1500, width=2200))
     out = tmp_path / "out"
-    found = convert(str(run), to="ome-zarr", out=str(out), with_image=True)
+    found = convert(
+        str(run), to="ome-zarr", out=str(out), with_image=True, executor="local"
+    )
     assert found.done == 2
     assert "is not the file that the mask was made of" in found.failed["s0"]
     assert not (out / "s0.ome.zarr").exists()
     shutil.copy(folder / "slides" / "s0.tif", slides / "s0.tif")
     shard = next((run / "masks" / "s1.ome.zarr" / "0").rglob("c/*/*"))
     shard.write_bytes(shard.read_bytes()[:100])
-    found = convert(str(run), to="tiff", out=str(tmp_path / "tiff"))
+    found = convert(str(run), to="tiff", out=str(tmp_path / "tiff"), executor="local")
     assert (found.done, [*found.failed]) == (2, ["s1"])
     assert "damaged" in found.failed["s1"]
-    found = convert(str(run), to="ome-zarr-0.4", out=str(tmp_path / "old"))
+    found = convert(
+        str(run), to="ome-zarr-0.4", out=str(tmp_path / "old"), executor="local"
+    )
     assert [*found.failed] == ["s1"]
     assert not (tmp_path / "old" / "s1.ome.zarr").exists()
     left = sorted(path.name for path in (tmp_path / "tiff").iterdir())

@@ -34,9 +34,9 @@ def folder(layered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def metrics(cluster: None, folder: Path) -> Any:
+def metrics(folder: Path) -> Any:
     command = ["evaluate", str(folder / "run"), "--truth", str(folder / "truth")]
-    command += ["--cohorts", str(folder / "cohorts.csv")]
+    command += ["--cohorts", str(folder / "cohorts.csv"), "--executor", "local"]
     assert cli.main([*command, "--out", str(folder / "report")]) == 0
     return json.loads((folder / "report" / "metrics.json").read_text())
 

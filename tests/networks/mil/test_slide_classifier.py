@@ -40,6 +40,7 @@ def test_a_classifier_goes_from_annotated_slides_to_heat_maps_and_labels(
         model=str(model),
         out=str(run),
         options=Options(everywhere=True, prediction=how),
+        executor="local",
     )
     assert (done.done, done.failed) == (4, {})
     for row in pq.read_table(run / "slides.parquet").to_pylist():
@@ -53,6 +54,6 @@ def test_a_classifier_goes_from_annotated_slides_to_heat_maps_and_labels(
         patch = heat[:, 64:128, 128:192]
         assert (patch == patch[:, :1, :1]).all()
     report = tmp_path / "report"
-    evaluate(str(run), truth=training_data, out=str(report))
+    evaluate(str(run), truth=training_data, out=str(report), executor="local")
     metrics = json.loads((report / "metrics.json").read_text())
     assert [row["class"] for row in metrics["per_class"]] == ["background", "tumour"]

@@ -94,7 +94,7 @@ def test_the_most_uncertain_squares_come_with_their_outlines(
 
 
 def test_what_was_corrected_is_learned_from_and_nothing_else(
-    cluster: None, folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
     review(str(folder / "run"), out=str(tmp_path / "review"), count=7)  # of 8
     squares = pd.read_parquet(tmp_path / "review" / "squares.parquet")
@@ -104,6 +104,7 @@ def test_what_was_corrected_is_learned_from_and_nothing_else(
         annotations=str(tmp_path / "review"),
         fractions=(0.5, 0.5, 0.0),
         out=str(data),
+        executor="local",
     )
     assert summary.failed == {}
     patches = pd.read_parquet(data / "patches.parquet")
@@ -130,13 +131,14 @@ def test_what_was_corrected_is_learned_from_and_nothing_else(
         evaluate(str(folder / "run"), truth=str(data), out=str(tmp_path / "report"))
 
 
-def test_only_what_is_annotated_counts(
-    cluster: None, folder: Path, tmp_path: Path
-) -> None:
+def test_only_what_is_annotated_counts(folder: Path, tmp_path: Path) -> None:
     """A mask's own outlines in some squares: right there, and nothing else counts."""
     review(str(folder / "run"), out=str(tmp_path / "review"), count=2)
     found = evaluate(
-        str(folder / "run"), truth=str(tmp_path / "review"), out=str(tmp_path / "out")
+        str(folder / "run"),
+        truth=str(tmp_path / "review"),
+        out=str(tmp_path / "out"),
+        executor="local",
     )
     assert found.f1 == 1.0
     squares = pd.read_parquet(tmp_path / "review" / "squares.parquet")
@@ -146,7 +148,7 @@ def test_only_what_is_annotated_counts(
 
 
 def test_a_runs_own_outlines_are_right_on_a_slide_with_bounds(
-    cluster: None, model: Path, tmp_path: Path
+    model: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("openslide")
     pixels = draw_scene(3, height=1536, width=2048).pixels
@@ -158,12 +160,18 @@ def test_a_runs_own_outlines_are_right_on_a_slide_with_bounds(
     run = tmp_path / "run"
     serial.infer(tmp_path / "slides", predictor, model, run, options)
     found = evaluate(
-        str(run), truth=str(run / "outlines"), out=str(tmp_path / "report")
+        str(run),
+        truth=str(run / "outlines"),
+        out=str(tmp_path / "report"),
+        executor="local",
     )
     assert (found.f1, found.failed) == (1.0, {})
     review(str(run), out=str(tmp_path / "review"), count=2)
     found = evaluate(
-        str(run), truth=str(tmp_path / "review"), out=str(tmp_path / "squares")
+        str(run),
+        truth=str(tmp_path / "review"),
+        out=str(tmp_path / "squares"),
+        executor="local",
     )
     assert (found.f1, found.failed) == (1.0, {})
 
