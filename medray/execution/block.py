@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import ray
 
-from medray.errors import MedrayError
+from medray.errors import MedrayError, SlideError
 from medray.execution.feed import Head, Verdict
 from medray.execution.rows import steps_of
 from medray.slides import bounded_memory
@@ -31,12 +31,13 @@ class Answer:
 
     Attributes:
         kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
-            given up; `stop`: it was not begun, since the run ends.
+            given up; `stop`: it was not begun, since the run ends; `again`: it was not
+            begun, since the block has taken long.
         value: The result, the exception, or why the row was lost.
         seconds: That it took.
     """
 
-    kind: Literal["done", "bug", "lost", "stop"]
+    kind: Literal["done", "bug", "lost", "stop", "again"]
     value: Any = None
     seconds: float = 0.0
 
@@ -45,6 +46,11 @@ def as_table(block: int, content: bytes) -> pa.Table:
     """Return a block as a table of one row."""
     large = pa.array([content], pa.large_binary())
     return pa.table({"block": [block], "content": large})
+
+
+# After so many seconds the rest of a block waits for another: what is done is not kept
+# back by a row that takes long, nor done again if one ends the process.
+_LONG_S = 2.0
 
 
 def do_block(
@@ -58,20 +64,26 @@ def do_block(
     content = table["content"][0].as_py()
     heads, rows = pickle.loads(content) if content else ([], [])
     node = ray.get_runtime_context().get_node_id()
-    traces = f"{tempfile.gettempdir()}/medray-{feed._actor_id.hex()}"
+    name = feed._actor_id.hex()
+    traces = f"{tempfile.gettempdir()}/medray-{name}"
     answers: list[bytes] = []
     done: int | None = None
+    end = time.monotonic() + _LONG_S
     with (
         bounded_memory() if bounded else contextlib.nullcontext(),
         _ending_with(feed),
     ):
         for head, row in zip(heads, rows, strict=True):
+            if answers and time.monotonic() > end:
+                answers.append(pickle.dumps(Answer("again")))
+                continue
             path = Path(f"{traces}-{head.number}")
-            trace = path.read_text(errors="replace") if path.exists() else ""
+            trace = path.read_text(errors="replace") if path.exists() else None
             # Waited for: a note that is only sent would be lost with this process.
             verdict: Verdict = ray.get(feed.begin.remote(done, head, node, trace))
             done = None
             if verdict.kind == "go":
+                _at_hand[name] = path
                 with _traced(path) as file:
                     answers.append(_answer(feed, function, head, row, file))
                 done = head.number
@@ -82,7 +94,7 @@ def do_block(
             else:
                 answers.append(pickle.dumps(Answer(verdict.kind, verdict.why)))
         if done is not None:
-            ray.get(feed.begin.remote(done, None, node, ""))
+            ray.get(feed.begin.remote(done, None, node, None))
     return as_table(table["block"][0].as_py(), pickle.dumps(answers))
 
 
@@ -93,33 +105,40 @@ def _ending_with(feed: Any) -> Iterator[None]:
     if name not in _watched:
         _watched.add(name)
         threading.Thread(target=_watch, args=(feed, name), daemon=True).start()
-    _at_hand.add(name)
     try:
         yield
     finally:
-        _at_hand.discard(name)
+        _at_hand.pop(name, None)
 
 
 _watched: set[str] = set()  # streams that this process has had blocks of
-_at_hand: set[str] = set()  # of which it has one now
+_at_hand: dict[str, Path] = {}  # of which it has one now, and the trace of its row
 
 
 def _watch(feed: Any, name: str) -> None:
     ray.wait([feed.forever.remote()])
-    if name in _at_hand:
+    if path := _at_hand.get(name):
+        path.unlink(missing_ok=True)
         os._exit(0)
 
 
 @contextlib.contextmanager
 def _traced(path: Path) -> Iterator[IO[str]]:
     """Have a file in which Python writes how this process ends, if it does now."""
-    with path.open("w") as file:
+    with _opened(path) as file:
         faulthandler.enable(file, all_threads=False)
         try:
             yield file
         finally:
             faulthandler.enable()
-    path.unlink()
+    path.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except OSError:  # the temporary folder is full, or cannot be written
+        return open(os.devnull, "w")
 
 
 def _answer(
@@ -138,22 +157,26 @@ def _answer(
             try:
                 next(steps)
             except StopIteration as end:
+                value = end.value
+                if isinstance(value, Exception):  # stands for a result
+                    value = _sendable(value, SlideError)
                 seconds = time.monotonic() - start
-                return pickle.dumps(Answer("done", end.value, seconds))
+                return pickle.dumps(Answer("done", value, seconds))
             feed.goes_on.remote(head.number)
             arm()
     except Exception as error:  # also of a result that cannot be pickled
-        return pickle.dumps(Answer("bug", _sendable(error)))
+        return pickle.dumps(Answer("bug", _sendable(error, RuntimeError)))
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _sendable(error: Exception) -> Exception:
-    """Return an exception with its traceback as a note, as one that can be pickled."""
+def _sendable(error: Exception, otherwise: type[Exception]) -> Exception:
+    """Return an exception that can be pickled; of a bug its traceback is a note."""
     text = "".join(traceback.format_exception(error))
     try:
-        error.add_note(text)
+        if otherwise is RuntimeError:
+            error.add_note(text)
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does
-        return RuntimeError(text)
+        return otherwise(text if otherwise is RuntimeError else f"{error}")
     return error

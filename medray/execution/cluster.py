@@ -298,8 +298,3 @@ def node_of(actor: Any) -> str:
     """Return the id of the node on which an actor runs."""
     told = ray._private.state.actors(actor._actor_id.hex())
     return str(told.get("Address", {}).get("NodeID", ""))
-
-
-def is_alive(actor: str) -> bool:
-    """Tell whether the actor of an id has a process, as far as Ray knows."""
-    return bool(ray._private.state.actors(actor).get("State") == "ALIVE")

@@ -51,7 +51,7 @@ class Feed:
         return None if self._closed else False
 
     async def begin(
-        self, done: int | None, row: Head | None, node: str, trace: str
+        self, done: int | None, row: Head | None, node: str, trace: str | None
     ) -> Verdict:
         """Note that a row is done, and that the next one is begun.
 
@@ -59,7 +59,8 @@ class Feed:
             done: Number of the row that is done; None: none.
             row: The next one; None: there is none.
             node: Where it is begun.
-            trace: What a process that had it on this node wrote as it ended.
+            trace: What a process that had it on this node wrote as it ended; None: it
+                is not known.
         """
         if done is not None:
             self._tries.end(done)
@@ -80,11 +81,8 @@ class Feed:
             is_gone=lambda node: gone.get(node, False),
         )
         if self._tries.hopeless:
-            return Verdict(
-                "hopeless",
-                "10 processes died one after the other; Ray's logs on their nodes may "
-                "say why",
-            )
+            how = f"processes died one after the other, the last: {self._tries.how}"
+            return Verdict("hopeless", f"{how}; Ray's logs on its node may say more")
         return Verdict("lost", why) if why else Verdict("go")
 
     async def goes_on(self, row: int) -> None:

@@ -15,7 +15,7 @@ class Gauges:
         self.failures = Counter("medray_slides_failed_total", "Slides that failed.")
         self.regions = Counter("medray_regions_done_total", "Regions committed.")
         self.waiting = Gauge(
-            "medray_regions_waiting", "Regions that wait for a GPU worker."
+            "medray_regions_waiting", "Regions that wait for a process."
         )
         self.before = (0, 0, 0)
 

@@ -8,10 +8,10 @@ from medray.execution.stage import AnyPlan, AnyRegion, Outcome
 from medray.execution.tasks import Failure, Finish, NotPlanned, SlideTask
 
 
-def plan_of(task: SlideTask, result: Any) -> AnyPlan:
+def plan_of(task: SlideTask, result: Any, doing: str = "opening") -> AnyPlan:
     """Return a slide's plan, or that it cost its processes."""
     if isinstance(result, Exception):
-        why = f"{task.input.uri}: quarantined: opening it: {result}"
+        why = f"{task.input.uri}: quarantined: {doing} it: {result}"
         return NotPlanned(Failure(why))
     plan: AnyPlan = result
     return plan

@@ -73,6 +73,8 @@ def run_on_ray_data(
     ):
         slides, regions = deque(todo), deque[AnyRegion]()
         gauges = Gauges()
+        planning = 0  # slides
+        regions_each = 2.0  # that are left to do of a slide, once it is planned
         while slides or regions or stream.busy:
             check()
             if asked.signal:
@@ -80,6 +82,7 @@ def run_on_ray_data(
                 deadline = time.monotonic() + GRACE_S
                 while stream.busy and time.monotonic() < deadline:
                     _take(stream, commit)
+                commit.ledger.flush()  # before the processes are ended
                 raise commit.stopped(asked.signal)
             room, given = stream.room, list[AnyTask]()
             while regions and room > len(given):
@@ -89,20 +92,28 @@ def run_on_ray_data(
                 else:
                     given.append(task)
             # Planned ahead, but not all: gigapixel slides have many regions.
-            while slides and room > len(given):
+            most = room if regions_each <= 1 else 2 * stream.places - planning
+            while slides and room > len(given) and most > 0:
                 given.append(slides.popleft())
+                planning, most = planning + 1, most - 1
             stream.give(given)
-            regions.extend(_take(stream, commit))
+            planned, found = _take(stream, commit)
+            regions.extend(found)
+            planning -= planned
+            if planned:
+                regions_each = max(len(found) / planned, regions_each / 2)
             gauges.update(commit, len(regions))
 
 
-def _take(stream: Stream, commit: Commit) -> list[AnyRegion]:
-    """Note what has come of tasks; return the regions of slides that were planned."""
+def _take(stream: Stream, commit: Commit) -> tuple[int, list[AnyRegion]]:
+    """Note what has come of tasks; return how many slides were planned, and regions."""
     found: list[AnyRegion] = []
+    planned_slides = 0
     for task, result in stream.take():
         match task:
             case SlideTask():
                 planned = _planned_of(task, result)
+                planned_slides += 1
                 _finish(stream, commit.plan(task, planned.plan))
                 if isinstance(planned.plan, Plan):
                     if planned.outcome is None:
@@ -114,7 +125,7 @@ def _take(stream: Stream, commit: Commit) -> list[AnyRegion]:
                 _finish(stream, commit.region(task, outcome_of(task, result)))
             case FinishTask():
                 commit.finished(task, finish_of(result))
-    return found
+    return planned_slides, found
 
 
 def _finish(stream: Stream, task: FinishTask[Any, Any] | None) -> None:
@@ -150,6 +161,6 @@ def _slide_of(task: AnyTask) -> str:
 
 def _planned_of(task: SlideTask, result: Any) -> _Planned:
     if isinstance(result, Exception):
-        return _Planned(plan_of(task, result))
+        return _Planned(plan_of(task, result, "opening or reading"))
     planned: _Planned = result
     return planned

@@ -35,7 +35,7 @@ def map_rows[R](
         rows: What it is called with, one by one.
         executor: Where it runs.
         device: A process has a GPU, or where there is none most of a node's cores; else
-            there is one a core.
+            there are two per core, so that one works while another waits.
         bounded: A process may allocate 4 GiB and no more, for files of strangers.
         timeout: Seconds that one row may take.
         check: Is called again and again; raises if it may not go on.

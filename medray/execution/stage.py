@@ -193,11 +193,12 @@ def write_region(
     """Write a region; the only region of a slide finishes it at once."""
     try:
         record = stage.write(task, seen, layers, timing)
-        if task.slide.regions > 1:
-            return Stored(record)
-        return Stored(record, Finish(stage.finish(task.slide, {task.index: record})))
     except (MedrayError, OSError) as error:
         return _failure(error, "out")
+    if task.slide.regions > 1:
+        return Stored(record)
+    finish = finish_slide(stage, FinishTask(task.slide, {task.index: record}))
+    return finish if isinstance(finish, Failure) else Stored(record, finish)
 
 
 def do_region(stage: AnyStage, task: AnyRegion) -> Outcome:

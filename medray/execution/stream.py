@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 
 from medray.errors import LostError, MedrayError
 from medray.execution import cluster
@@ -37,14 +38,14 @@ from medray.execution.feed import Feed, Head
 _BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 1.0, 64, 4
 # Blocks of an execution: Ray Data keeps statistics of each, some KB, until its end.
 _BLOCKS = 20_000
-CORE = 0.66
-"""The share of a core that a process asks for: of three one may wait for its block."""
+CORE = 0.5
+"""The share of a core that a process asks for: one works while another waits."""
 # Blocks under way for each place: the next is there when one ends. That some wait asks
 # for more nodes where they come on request.
 _AHEAD = 3
 _LOOK_S = 5.0  # how often the places of the cluster are counted
 # Seconds in which an execution whose rows are done has ended, and one that is told to.
-_CLOSE_S, _END_S = 5.0, 20.0
+_CLOSE_S, _END_S = 5.0, 8.0
 
 
 class Stream:
@@ -89,6 +90,7 @@ class Stream:
         self._given = 0
         self._row_s = _BLOCK_S / _FIRST_ROWS  # that a row takes
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._error: Exception | None = None
         self._end, self._closed = cluster.End(), threading.Event()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         # Each process of the stream has a call that waits for its end.
@@ -122,8 +124,8 @@ class Stream:
 
     @property
     def busy(self) -> bool:
-        """Whether rows are under way."""
-        return bool(self._rows)
+        """Whether rows are under way, or an error is to be raised by `take`."""
+        return bool(self._rows) or self._error is not None
 
     @property
     def places(self) -> int:
@@ -185,15 +187,21 @@ class Stream:
         """
         found: list[tuple[Any, Any]] = []
         with contextlib.suppress(queue.Empty):
-            found += self._results(self._arrived.get(timeout=seconds))
+            wait = seconds if self._error is None else 0.0
+            found += self._results(self._arrived.get(timeout=wait))
             while True:
                 found += self._results(self._arrived.get_nowait())
+        if self._error is not None:
+            if not found:
+                raise self._error
+            return found
         self._cut_blocks()
         return found
 
     def _results(self, arrived: Any) -> Iterator[tuple[Any, Any]]:
-        if isinstance(arrived, BaseException):
-            raise arrived
+        if isinstance(arrived, Exception):
+            self._error = self._error or arrived  # raised once all results are taken
+            return
         block, packed = arrived
         numbers = self._blocks.pop(block, None)
         if numbers is None:
@@ -201,10 +209,13 @@ class Stream:
         self._feed.forget.remote(block, numbers)
         for number, one in zip(numbers, pickle.loads(packed), strict=True):
             answer: Answer = pickle.loads(one)
+            if answer.kind == "again":
+                self._waiting.appendleft(number)
+                continue
             row = self._rows.pop(number)
             if answer.kind == "bug":
-                raise answer.value
-            if answer.kind == "lost":
+                self._error = self._error or answer.value
+            elif answer.kind == "lost":
                 yield row, LostError(answer.value)
             elif answer.kind == "done":
                 self._row_s += 0.2 * (answer.seconds - self._row_s)
@@ -213,7 +224,7 @@ class Stream:
 
     def _consume(self, run: Callable[[range], Iterator[tuple[int, bytes]]]) -> None:
         """Pass on what arrives, and last why no more does."""
-        why: BaseException = MedrayError("Ray Data ended before all rows were done")
+        why: Exception = MedrayError("Ray Data ended before all rows were done")
         try:
             with cluster.streaming(block_bytes=1, end=self._end):
                 first = 0
@@ -221,6 +232,11 @@ class Stream:
                     for arrived in run(range(first, first + _BLOCKS)):
                         self._arrived.put(arrived)
                     first += _BLOCKS
+        except RayError as error:
+            why = MedrayError(
+                f"Ray Data ended: {' '.join(f'{error}'.split())[:300]}; what is "
+                f"finished is kept, run the same command again to go on"
+            )
         except Exception as error:
             why = error
         self._arrived.put(why)

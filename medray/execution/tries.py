@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 # A row at which this many processes died is given up: of those whose nodes live on, and
 # of all, should no node ever seem to.
 _TRIES, _MOST_TRIES = 3, 20
-# So many deaths without a result between them are no row's fault.
-_DEATHS = 10
+# So many deaths without a result between them are no row's fault: first deaths of rows,
+# and all deaths.
+_DEATHS, _MOST_DEATHS = 10, 100
 
 
 @dataclass
@@ -31,7 +32,10 @@ class Tries:
     _lost_on: dict[int, list[str]] = field(default_factory=dict)
     _given_up: dict[int, str] = field(default_factory=dict)
     _lost_groups: dict[str, str] = field(default_factory=dict)
-    _deaths: int = 0
+    _deaths: int = 0  # first ones of rows, on nodes that live on
+    _repeats: int = 0  # later ones
+    how: str = ""
+    """How the last process ended."""
 
     def begin(
         self,
@@ -41,7 +45,7 @@ class Tries:
         node: str,
         now: float,
         timeout: float,
-        trace: str = "",
+        trace: str | None = None,
         is_gone: Callable[[str], bool],
     ) -> str:
         """Note that a row is begun, or return why it is given up.
@@ -54,15 +58,16 @@ class Tries:
             node: Where it is begun.
             now: Seconds.
             timeout: That the row may take, seconds.
-            trace: What the process that ended wrote at its end, if it was on this node.
+            trace: What the process that ended wrote at its end; None: it is not known,
+                as on another node.
             is_gone: Whether a node is dead, or told to go: then it was not the row.
         """
         if why := self._given_up.get(row) or self._lost_groups.get(group):
             return why
         if before := self._at_hand.pop(row, None):
             hung = node != before.node and now - before.since >= timeout
-            how = how_it_ended(trace, timeout, hung=hung)
-            self._die(row, before.node, how, is_gone)
+            self.how = how_it_ended(trace, timeout, hung=hung)
+            self._die(row, before.node, self.how, is_gone)
             if why := self._given_up.get(row):
                 if group:
                     self._lost_groups[group] = why
@@ -81,15 +86,17 @@ class Tries:
         lost_on = self._lost_on.setdefault(row, [])
         lost_on.append(node)
         gone = {node: is_gone(node) for node in set(lost_on)}
-        self._deaths += not gone[node]
+        if not gone[node]:
+            first = sum(not gone[one] for one in lost_on) == 1
+            self._deaths += first
+            self._repeats += not first
         # That an earlier one had gone may be known by now.
         if (
             sum(not gone[node] for node in lost_on) >= _TRIES
             or len(lost_on) >= _MOST_TRIES
         ):
-            # What is given up counts as one death: ten such rows are no row's fault.
-            self._deaths -= min(self._deaths, _TRIES - 1)
-            self._given_up[row] = f"{how}, three times"
+            times = "three" if len(lost_on) == _TRIES else f"{len(lost_on)}"
+            self._given_up[row] = f"{how}, {times} times"
 
     def goes_on(self, row: int, now: float) -> None:
         """Note that a row at hand waits for something, and does not hang."""
@@ -100,7 +107,7 @@ class Tries:
         """Note that a row at hand is done."""
         if self._at_hand.pop(row, None):
             self._lost_on.pop(row, None)
-            self._deaths = 0
+            self._deaths = self._repeats = 0
 
     def forget(self, row: int) -> None:
         """Forget a row whose result has arrived."""
@@ -111,19 +118,21 @@ class Tries:
     @property
     def hopeless(self) -> bool:
         """Whether processes die whatever they are given."""
-        return self._deaths >= _DEATHS
+        return self._deaths >= _DEATHS or self._repeats >= _MOST_DEATHS
 
 
-def how_it_ended(trace: str, timeout: float, *, hung: bool = False) -> str:
+def how_it_ended(trace: str | None, timeout: float, *, hung: bool = False) -> str:
     """Return how a process ended, from what Python's `faulthandler` wrote.
 
     Args:
-        trace: Empty where it could not write: SIGKILL, or it was on another node.
+        trace: Empty where it could not write; None where that is not known.
         timeout: That its row might take, seconds.
         hung: Whether it hung, if nothing is written.
     """
-    if trace.startswith("Timeout (") or (hung and not trace):
+    if (trace or "").startswith("Timeout (") or (hung and trace is None):
         return f"no answer for {timeout:.0f} s"
-    if found := re.match(r"Fatal Python error: ([^\n]+)", trace):
+    if found := re.match(r"Fatal Python error: ([^\n]+)", trace or ""):
         return f"the process died ({found[1]})"
+    if trace == "":
+        return "the process died (it was killed, as when a node's memory runs short)"
     return "the process died"

@@ -29,7 +29,6 @@ from .readable import MOST_UNREADABLE as MOST_UNREADABLE
 from .readable import check_readable as check_readable
 from .readable import read_readable as read_readable
 from .resolution import MOST_ENLARGED as MOST_ENLARGED
-from .resolution import MPP_COLUMNS as MPP_COLUMNS
 from .resolution import Working as Working
 from .resolution import choose_level as choose_level
 from .resolution import mpp_columns as mpp_columns

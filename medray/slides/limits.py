@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -29,12 +31,18 @@ def bound_memory() -> None:
     Beyond it a decoder fails with MemoryError or dies: alone, not with whatever the
     system or Ray would end to save the node.
     """
-    status = Path("/proc/self/status").read_text()
-    held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = held + _MOST_BYTES
+    limit = _limit(os.getpid())
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+@functools.cache
+def _limit(_: int) -> int:
+    """Return the limit of a process: what it held when it was first asked, and more."""
+    status = Path("/proc/self/status").read_text()
+    held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
+    return held + _MOST_BYTES
 
 
 def too_large(uri: str, error: MemoryError) -> str:

@@ -18,6 +18,7 @@ from medray.apps.nightly.drift import (
 from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
 from medray.datasets import slide_uri
+from medray.errors import SlideError
 from medray.execution import map_rows
 from medray.slides import UNKNOWN, scanner_of, slide_digest
 from medray.storage import files
@@ -46,7 +47,9 @@ def measure_slides(
     """Return scanner and staining of slides, whose addresses are given, by slide."""
     measure = functools.partial(_measure_slide, scene=scene, plane=plane)
     measured = {}
-    for (slide, uri), result in map_rows(measure, uris.items(), timeout=_TIMEOUT_S):
+    for (slide, uri), result in map_rows(
+        measure, uris.items(), timeout=_TIMEOUT_S, bounded=True
+    ):
         if isinstance(result, Exception):
             log.warning("%s: its staining cannot be measured (%s)", uri, result)
             result = Staining(UNKNOWN, {})
@@ -58,7 +61,10 @@ def _measure_slide(
     slide: tuple[str, str], scene: int | None, plane: int | None
 ) -> Staining:
     _, uri = slide
-    return Staining(scanner_of(uri), stain_values(uri, scene, plane))
+    try:
+        return Staining(scanner_of(uri), stain_values(uri, scene, plane))
+    except Exception as error:  # a night is not lost for it
+        raise SlideError(f"{error}") from error
 
 
 def training_values(watch: Watch) -> list[dict[str, float]]:

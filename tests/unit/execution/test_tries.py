@@ -88,6 +88,17 @@ def test_rows_that_are_given_up_count_as_one_death() -> None:
         assert not tries.hopeless
 
 
+def test_rows_that_kill_at_the_same_time_cost_themselves() -> None:
+    """On however many processes: of each only its first death counts."""
+    tries = Tries()
+    rows = range(9)
+    for _ in range(3):
+        assert [begin(tries, row) for row in rows] == [""] * 9
+        assert not tries.hopeless
+    assert all(begin(tries, row) for row in rows)
+    assert not tries.hopeless
+
+
 def test_what_has_arrived_is_forgotten() -> None:
     tries = Tries()
     for row in range(100):
@@ -105,7 +116,8 @@ def test_how_it_ended_is_read_from_the_trace_or_from_the_clock() -> None:
     assert how_it_ended(hang, 30.0) == "no answer for 30 s"
     fault = "Fatal Python error: Segmentation fault\n\nCurrent thread 0x7f\n"
     assert how_it_ended(fault, 30.0) == "the process died (Segmentation fault)"
-    assert how_it_ended("", 30.0) == "the process died"
+    assert how_it_ended(None, 30.0) == "the process died"
+    assert "it was killed" in how_it_ended("", 30.0)
     # On another node there is no trace of it.
     for node, how in (("n2", "no answer for 5 s"), ("n1", "the process died")):
         tries = Tries()
