@@ -26,6 +26,7 @@ from medray.models.network import choose_precision
 from medray.models.predict import Predictor
 from medray.models.segmenters import build_segmenter
 from medray.slides.image import ArraySlide
+from medray.slides.resolution import Working
 
 torch.manual_seed(3)
 NETWORK = build_segmenter(Architecture("unet", "mobilenet_v2"), 3).eval()
@@ -54,18 +55,10 @@ def regions_of(
         model_mpp=None,
         options=Options(prediction=Prediction(stitch=stitch)),
     )
+    working = Working(0, 1.0, height, width, 1.0, None)
     for rectangle in plan_regions(height, width, region):
-        row = {
-            "height": height,
-            "width": width,
-            "level": 0,
-            "scale": 1.0,
-            "downsample": 1.0,
-            "mpp": None,
-            "region": [rectangle.y, rectangle.x, rectangle.height, rectangle.width],
-        }
         plan = region_windows(rectangle, height, width, windows, stitch)
-        halo, _, _ = _read_halo(ArraySlide(pixels), row, settings)
+        halo, _, _ = _read_halo(ArraySlide(pixels), working, rectangle, settings)
         yield RegionPixels(halo, plan, height, width)
 
 
