@@ -9,6 +9,8 @@ Ray Data moves the blocks, looks for places on nodes that are there, asks for mo
 repeats what was lost. What it does not know is added here and in
 `medray.execution.feed`: how often a row may end the process that works on it, what
 hangs, and how much may be under way, so that any number of rows takes the same memory.
+
+One file, because what is under way is one state, of which all methods take and add.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ What runs in planners, readers and writers; neither torch nor Ray is imported.
 Tiles lie side by side from the slide's first pixel at the working level; what is left
 over at its lower and right end is less than a tile and is left out. A tile belongs to
 one region, a rectangle of whole tiles, so regions share nothing.
+
+One file, because one process reads and writes a region, and imports only this.
 """
 
 from __future__ import annotations
