@@ -10,7 +10,7 @@ In one run, interleaved, over the same slides:
 `busy` is the time from the first region to the last commit; `whole` that of the
 command. Without `other` only the first two are compared.
 
-Run: python -m benchmarks.throughput.ingest flat --slides 48 --rounds 3 --other ../old
+Run: python -m benchmarks.throughput.ingest flat --slides 48 --rounds 3
      python -m benchmarks.throughput.ingest pyramid --side 20480 --rounds 3
 """
 
