@@ -21,7 +21,7 @@ from medray.storage import files
 from medray.types import Row
 
 if TYPE_CHECKING:
-    from medray.apps.check_slides import Checked
+    from medray.apps.checked import Checked
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""
@@ -101,10 +101,44 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         checked=checked,
         classes=classes,
+        columns=table_columns(checked.slides),
+        balance=_draw_balance(checked.balance, classes),
         noted=sum(bool(row["note"]) for row in checked.slides),
         shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
         left_out=max(0, len(seen) - _MAX_PICTURES),
     )
+
+
+def _draw_balance(balance: Sequence[Row], classes: Classes) -> str:
+    """Draw slides, patients and the area of each class by split, as SVG."""
+    from matplotlib.figure import Figure
+
+    from medray.evaluation import ACCENT, SOFT, as_svg, finish_axes
+
+    if not balance:
+        return ""
+    figure = Figure(figsize=(7.2, 0.9 + 0.6 * len(balance)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    places = np.arange(len(balance), dtype=float)[::-1]
+    splits = [row["split"] or "no split" for row in balance]
+    counts = (("slides", ACCENT), ("patients", SOFT))
+    areas = zip(classes.names[1:], classes.colors[1:], strict=True)
+    sides = (
+        (left, "slides and patients", counts),
+        (right, "mm² annotated", [(f"mm2_{name}", color) for name, color in areas]),
+    )
+    for axes, title, columns in sides:
+        height = 0.8 / max(1, len(columns))
+        for number, (column, color) in enumerate(columns):
+            values = [row[column] for row in balance]
+            label = column.removeprefix("mm2_")
+            at = places + 0.4 - height * (number + 0.5)
+            axes.barh(at, values, 0.9 * height, color=color, label=label)
+        axes.set_yticks(places, splits)
+        finish_axes(axes, title, "")
+        if columns:
+            axes.legend(fontsize=8, frameon=False)
+    return as_svg(figure)
 
 
 def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
@@ -124,8 +158,14 @@ def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
             for column in area_columns(name)
         ]
         + [("note", pa.string())]
+        + [(name, pa.string()) for name in table_columns(rows)]
     )
     files.write_csv(uri, pa.Table.from_pylist([*rows], schema))
+
+
+def table_columns(rows: Sequence[Row]) -> list[str]:
+    """Return the columns that come of tables: those after `note`."""
+    return [*rows[0]][[*rows[0]].index("note") + 1 :] if rows else []
 
 
 def area_columns(name: str) -> tuple[str, str, str]:

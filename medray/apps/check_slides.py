@@ -29,9 +29,9 @@ from medray.apps.check_page import (
     area_columns,
     draw_marks,
     render_page,
-    slide_lines,
     write_slides_table,
 )
+from medray.apps.checked import Checked, balance_of, match_tables
 from medray.classes import Classes
 from medray.datasets import with_overrides
 from medray.errors import LostError, MedrayError
@@ -55,46 +55,6 @@ _LIMIT_S = 300.0  # for a slide; a flat one is read whole
 _MAX_PROCESSES = 8
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What slides and annotations are to medray.
-
-    Attributes:
-        slides: A row a slide, in order of their addresses, with `slide`, `status` (`ok`
-            or `refused`), `message` (why), `uri`, `format`, `height` and `width`
-            (pixels of level 0), `levels` (how many), `mpp` (microns per pixel of level
-            0) and `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
-            `partly`, `areas`, of each class but the background `areas_NAME`,
-            `share_NAME` (of the slide's pixels) and `mm2_NAME`, and `note`. None where
-            a refused slide does not tell, or there is no annotation.
-        unused: Annotations that belong to no slide, or are second ones of a slide.
-        bare: Slides without annotation, if annotations were given.
-        failed: Why slides or their annotations are refused, by slide.
-        page: The HTML page; empty without `out`.
-        out: Where it is, with `slides.csv`.
-    """
-
-    slides: list[Row]
-    unused: list[str]
-    bare: list[str]
-    failed: dict[str, str]
-    page: str
-    out: str
-
-    def __str__(self) -> str:
-        lines = slide_lines(self.slides)
-        lines += [f"not used  {uri}" for uri in self.unused]
-        lines += [f"without   {slide}" for slide in self.bare]
-        if self.page:
-            lines += [f"page      {self.page}", f"out       {self.out}"]
-        lines.append(
-            f"{len(self.slides)} slides, {len(self.failed)} refused, "
-            f"{len(self.bare)} without annotation; {len(self.unused)} annotations not "
-            f"used"
-        )
-        return "\n".join(lines)
-
-
 def check(
     slides: Sequence[str],
     *,
@@ -103,6 +63,10 @@ def check(
     mpp: float | str | None = None,
     scene: int | None = None,
     plane: int | None = None,
+    groups: str | None = None,
+    splits: str | None = None,
+    cohorts: str | None = None,
+    labels: str | None = None,
     out: str | None = None,
 ) -> Checked:
     """Open slides and annotations, and tell what medray takes them for.
@@ -115,11 +79,16 @@ def check(
             The CSV has those of some slides.
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
+        groups: CSV (slide,group), as for `ingest`.
+        splits: CSV (slide,split), as for `ingest`.
+        cohorts: CSV (slide,scanner,site,...), as for `evaluate`.
+        labels: CSV (slide,label[,patient]), as for `train`.
         out: Folder or address for check.html and slides.csv. None: nothing is written.
 
     Raises:
-        ConfigError: The request is wrong: there are no slides, an annotation could be
-            that of several, or OUT holds a report of another kind.
+        ConfigError: The request is wrong: there are no slides, an annotation or a row
+            of a table could be that of several, a table cannot be read, or OUT holds a
+            report of another kind.
     """
     # Not in the processes that open slides: matplotlib takes its time to be imported.
     from medray.evaluation import check_folder
@@ -128,6 +97,9 @@ def check(
     wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
     names = list_annotations(annotations) if annotations is not None else {}
     matched = match_names(wanted, names)
+    tables, columns = match_tables(
+        wanted, groups=groups, splits=splits, cohorts=cohorts, labels=labels
+    )
     if out is not None:
         out = files.absolute(out)
         check_folder(out, "slides.csv")
@@ -138,14 +110,16 @@ def check(
     log_copies(file.uri for file in wanted)
     looks = _look_at_all(tasks)
     rows = [
-        {key: storable(value) for key, value in look.row.items()}
-        for look in (looks[file.slide] for file in wanted)
+        {k: storable(v) for k, v in (looks[name].row | columns[name]).items()}
+        for name in (file.slide for file in wanted)
     ]
     checked = Checked(
         slides=rows,
         unused=[*map(storable, unused_annotations(wanted, names, matched))],
         bare=[f.slide for f in wanted if f.slide not in matched] if names else [],
         failed={row["slide"]: row["message"] for row in rows if row["message"]},
+        tables=tables,
+        balance=balance_of(rows, known),
         page=files.join(out, "check.html") if out is not None else "",
         out=out or "",
     )

@@ -44,8 +44,10 @@ from medray.datasets.dataset import (
 )
 from medray.datasets.find_images import find_images
 from medray.datasets.images import CheckedImage, Contours, ImageFile
+from medray.datasets.join_tables import join_divisions
+from medray.datasets.names import names_of_images
 from medray.datasets.split_images import deal_out, leave_out_copies, with_patients
-from medray.datasets.splits import check_fractions, read_groups, read_splits
+from medray.datasets.splits import check_fractions
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import Progress, map_rows, stopping
 from medray.storage import files, locked
@@ -93,6 +95,7 @@ def ingest_images(
     patients: str = "",
     groups: str | None = None,
     splits: str | None = None,
+    ignore_unknown: bool = False,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     contours: bool = False,
@@ -117,6 +120,9 @@ def ingest_images(
             first group, if it has one. Without it, an image is a patient.
         groups: CSV (slide,group) with patients by image instead.
         splits: CSV (slide,split) that says train, val or test of each image itself.
+            Images that it does not name are left out.
+        ignore_unknown: Leave out rows of the tables that name no image. Without it they
+            are refused.
         fractions: Shares of train, val and test; where the folders say which images
             are test, the share of val is taken from train.
         seed: Decides the splits.
@@ -144,11 +150,16 @@ def ingest_images(
         classes=Classes(names), patch=side, region=side * (_SHEET_PX // side)
     )
     out = files.absolute(out)
-    known = read_groups(groups, "group") if groups else {}
-    images = with_patients(images, patients, known)
-    if splits is not None:
-        wanted = read_splits(splits)
-        images = [replace(one, split=wanted.get(one.image, "")) for one in images]
+    group_of, split_of = join_divisions(
+        groups,
+        splits,
+        names_of_images(images),
+        unknown="ignore" if ignore_unknown else "refuse",
+        what="image",
+    )
+    images = with_patients(images, patients, group_of)
+    if split_of is not None:
+        images = [replace(one, split=split_of[one.image]) for one in images]
     said = {image.split for image in images}
     if splits is None and "train" in said and "val" not in said and not fractions[1]:
         raise ConfigError(

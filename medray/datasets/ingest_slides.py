@@ -24,6 +24,8 @@ from medray.datasets.dataset import (
     open_dataset,
     write_patches,
 )
+from medray.datasets.join_tables import Unknown, join_divisions
+from medray.datasets.names import names_of_slides
 from medray.datasets.overrides import with_overrides
 from medray.datasets.patches import (
     IngestFacts,
@@ -37,12 +39,7 @@ from medray.datasets.patches import (
     slide_row,
     write_region,
 )
-from medray.datasets.splits import (
-    check_fractions,
-    read_groups,
-    read_splits,
-    split_slides,
-)
+from medray.datasets.splits import check_fractions, split_slides
 from medray.execution import (
     Stage,
     Summary,
@@ -72,6 +69,7 @@ def ingest(
     plane: int | None = None,
     groups: str | None = None,
     splits: str | None = None,
+    ignore_unknown: bool = False,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     executor: Executor = "ray",
@@ -92,7 +90,11 @@ def ingest(
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
         groups: CSV (slide,group): slides of one group (patient) stay in one split.
-        splits: CSV (slide,split) that says train, val or test itself.
+            Where the group is blank a slide is one by itself.
+        splits: CSV (slide,split) that says train, val or test itself. Slides that it
+            does not name are in none.
+        ignore_unknown: Leave out rows of the tables that name no slide. Without it they
+            are refused.
         fractions: Shares of slides in train, val and test.
         seed: Decides the splits.
         executor: On a Ray cluster, or in this process, one thing after the other.
@@ -105,10 +107,20 @@ def ingest(
     settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
     out = files.absolute(out)
     check_fractions(fractions)
-    wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+    found = find_slides(slides)
+    before = _ingested_before(out, found)
+    unknown: Unknown = "ignore" if ignore_unknown else "refuse"
+    wanted = with_overrides(
+        found, mpp=mpp, scene=scene, plane=plane, unknown=unknown, known=before
+    )
     matched = match_annotations(wanted, annotations)
-    group_of = read_groups(groups, "group") if groups else {}
-    split_of = read_splits(splits) if splits else None
+    group_of, split_of = join_divisions(
+        groups,
+        splits,
+        names_of_slides(wanted),
+        unknown=unknown,
+        known=names_of_slides(before),
+    )
     with locked(out, "ingest") as check:
         open_dataset(out, settings)
         assign = functools.partial(
@@ -167,6 +179,20 @@ def stage_of(settings: DatasetSettings, out: str) -> IngestStage:
 # --- split ----------------------------------------------------------------------------
 
 
+def _ingested_before(out: str, wanted: Sequence[SlideFile]) -> list[SlideFile]:
+    """Return the slides of an earlier request, which tables may name too."""
+    uri = files.join(out, "slides.parquet")
+    if not files.exists(uri):
+        return []
+    asked = {file.slide for file in wanted}
+    rows = files.read_table(uri).to_pylist()
+    return [
+        SlideFile(row["slide"], row.get("uri") or row["slide"])
+        for row in rows
+        if row["slide"] not in asked
+    ]
+
+
 def _assign_splits(
     ledger: Ledger,
     group_of: dict[str, str],
@@ -174,10 +200,14 @@ def _assign_splits(
     fractions: tuple[float, float, float],
     seed: int,
 ) -> None:
-    """Assign splits to finished, annotated slides; those that have one keep it."""
+    """Assign splits to finished, annotated slides; those that have one keep it.
+
+    With `split_of` that are the slides of earlier requests which it does not have.
+    """
     rows = [row for row in ledger.slides.values() if row["status"] == "done"]
     for row in rows:
-        row["group"] = group_of.get(row["slide"], row.get("group") or row["slide"])
+        group = group_of.get(row["slide"], row.get("group"))
+        row["group"] = group or row["slide"]
         present = (key for key in sorted(row) if key.startswith("px_") and row[key])
         row["stratum"] = "+".join(key.removeprefix("px_") for key in present)
     usable = [row for row in rows if row["annotated"]]
@@ -185,7 +215,8 @@ def _assign_splits(
         keep = {row["group"]: row["split"] for row in usable if row.get("split")}
         split_of = split_slides(usable, fractions=fractions, seed=seed, keep=keep)
     for row in rows:
-        row["split"] = split_of.get(row["slide"], "") if row["annotated"] else ""
+        split = split_of.get(row["slide"], row.get("split") or "")
+        row["split"] = split if row["annotated"] else ""
         ledger.commit_slide(row)
 
 

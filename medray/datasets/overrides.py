@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from medray.annotations import match_names, slide_names
-from medray.datasets.splits import read_groups
+from medray.datasets.join_tables import Unknown, join_table
+from medray.datasets.names import names_of_slides
+from medray.datasets.slide_tables import read_mpp
 from medray.errors import ConfigError
 from medray.slides import SANE_MPP, SlideFile
-
-log = logging.getLogger(__name__)
 
 
 def with_overrides(
@@ -21,6 +18,8 @@ def with_overrides(
     mpp: float | str | None,
     scene: int | None,
     plane: int | None,
+    unknown: Unknown = "warn",
+    known: Sequence[SlideFile] = (),
 ) -> list[SlideFile]:
     """Return the slides with what the user says of each.
 
@@ -30,14 +29,23 @@ def with_overrides(
             of some, each named by its id, its path or its file name.
         scene: Which of several slides in a file is meant, from 0.
         plane: Which of several focal planes, from 0.
+        unknown: What to do with rows of the CSV that name no slide.
+        known: Others that the CSV may name, such as those of an earlier request.
 
     Raises:
-        ConfigError: A value is no number of microns, or the CSV is missing or names a
-            slide twice.
+        ConfigError: A value is no number of microns; or the CSV is missing, says two
+            things of a slide, or names what is not there and must not.
     """
     given: dict[str, float] = {}
     if isinstance(mpp, str):
-        given = _by_slide(slides, mpp)
+        joined = join_table(
+            read_mpp(mpp),
+            names_of_slides(slides),
+            unknown=unknown,
+            known=names_of_slides(known),
+            every=False,
+        )
+        given = {slide: float(text) for slide, text in joined.column("mpp").items()}
     elif mpp is not None:
         _check(mpp, "--mpp")
         given = {file.slide: mpp for file in slides}
@@ -48,42 +56,6 @@ def with_overrides(
         replace(file, mpp=given.get(file.slide), scene=scene, plane=plane)
         for file in slides
     ]
-
-
-def _by_slide(slides: Sequence[SlideFile], uri: str) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for said, text in read_groups(uri, "mpp").items():
-        name = unicodedata.normalize("NFC", said.strip())
-        try:
-            values[name] = float(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"{uri}: expected microns per pixel of slide {name}, such as 0.25, "
-                f"found {text!r}"
-            ) from error
-        _check(values[name], f"{uri}: slide {name}")
-    names = {f"{uri}: {name}": [name] for name in values}
-    matched = {
-        slide: found.removeprefix(f"{uri}: ")
-        for slide, found in match_names(slides, names).items()
-    }
-    taken, named = set(matched.values()), set()
-    for file in slides:
-        own = slide_names(file)
-        named.update(own)
-        first = matched.get(file.slide)
-        for name in own:
-            free = name in values and name not in taken
-            if first is not None and free and values[name] != values[first]:
-                raise ConfigError(
-                    f"{uri}: says of {file.uri} both {first},{values[first]:g} and "
-                    f"{name},{values[name]:g}; expected one row a slide"
-                )
-    idle = sorted(name for name in values if name not in named)
-    if idle:
-        shown = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
-        log.warning("%s: %d rows belong to no slide: %s", uri, len(idle), shown)
-    return {slide: values[name] for slide, name in matched.items()}
 
 
 def _check(mpp: float, where: str) -> None:

@@ -76,7 +76,8 @@ def with_patients(
                 f"find the patient of every image"
             )
         patient = match[1 if pattern.groups else 0] if match else image.patient
-        found.append(replace(image, patient=known.get(image.image, patient)))
+        # A blank of the table is no patient.
+        found.append(replace(image, patient=known.get(image.image) or patient))
     return found
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from medray.errors import ConfigError
-from medray.storage import files
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Split by what people call it, in lower case."""
 
 
 def split_slides(
@@ -71,55 +78,6 @@ def split_slides(
         total[best] += size
         result |= dict.fromkeys(groups[group], SPLITS[best])
     return result
-
-
-def read_groups(uri: str, column: str) -> dict[str, str]:
-    """Read a CSV with the columns `slide` and `column` into a dictionary.
-
-    Raises:
-        ConfigError: The file or a column is missing, or a slide has two values.
-    """
-    try:
-        text = files.read_bytes(uri).decode("utf-8-sig")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
-    # newline="": line ends of all systems are the reader's business.
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        names, rows = reader.fieldnames or [], list(reader)
-    except csv.Error as error:
-        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
-    if "slide" not in names or column not in names:
-        raise ConfigError(
-            f"{uri}: expected the columns slide and {column}, found {list(names)}"
-        )
-    values: dict[str, str] = {}
-    for number, row in enumerate(rows, 2):
-        slide, value = row["slide"], row[column]
-        if slide is None or value is None:
-            raise ConfigError(
-                f"{uri}: row {number} has fewer columns than the {len(names)} of the "
-                f"first; expected slide and {column} in each"
-            )
-        if values.setdefault(slide, value) != value:
-            raise ConfigError(
-                f"{uri}: slide {slide} has two values of {column}: "
-                f"{values[slide]} and {value}"
-            )
-    return values
-
-
-def read_splits(uri: str) -> dict[str, str]:
-    """Read a CSV (slide,split).
-
-    Raises:
-        ConfigError: The file or a column is missing, or a split is none.
-    """
-    splits = read_groups(uri, "split")
-    wrong = sorted(set(splits.values()).difference(SPLITS))
-    if wrong:
-        raise ConfigError(f"{uri}: expected the splits {SPLITS}, found {wrong}")
-    return splits
 
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:

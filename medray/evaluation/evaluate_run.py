@@ -16,16 +16,23 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from medray.datasets import (
+    Joined,
+    Unknown,
+    join_table,
+    names_of_slides,
+    read_cohorts,
+)
 from medray.errors import ConfigError
 from medray.evaluation.count import Counted, count_slides
 from medray.evaluation.html import check_folder
 from medray.evaluation.metrics import f1_line
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
-from medray.evaluation.slide_metrics import SlideReport, cohorts_of, read_cohorts
+from medray.evaluation.slide_metrics import SlideReport
 from medray.evaluation.truth_files import match_ground_truth
 from medray.inference import against_plan, read_run
-from medray.slides import slide_fingerprint
+from medray.slides import SlideFile, slide_fingerprint
 from medray.storage import files, named_digest
 from medray.types import Executor, Row
 
@@ -67,6 +74,7 @@ def evaluate(
     split: str | None = None,
     slides: Collection[str] | None = None,
     cohorts: str | None = None,
+    ignore_unknown: bool = False,
     executor: Executor = "ray",
 ) -> Evaluation:
     """Compare the masks of a run with the truth, and write a report.
@@ -82,7 +90,9 @@ def evaluate(
         slides: Only these of the run, by their ids.
         cohorts: CSV (slide,scanner,site,...): also scores of each value of each column.
             With a column `patient` intervals are found by resampling patients instead
-            of slides.
+            of slides. A blank cell is a value that is not known.
+        ignore_unknown: Leave out rows of a table that name no slide. Without it they
+            are refused.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
@@ -96,6 +106,7 @@ def evaluate(
     if not files.exists(table):
         raise ConfigError(f"{table} is missing; run `medray infer` to its end")
     rows: list[Row] = files.read_table(table).to_pylist()
+    known = _join_cohorts(cohorts, rows, ignore_unknown) if cohorts else None
     matched = match_ground_truth(rows, truth, settings.classes, split)
     if slides is not None:
         rows = [row for row in rows if row["slide"] in slides]
@@ -104,8 +115,7 @@ def evaluate(
             raise ConfigError(
                 f"{truth}: none of the {len(slides)} slides asked for has a truth there"
             )
-    groups = read_cohorts(cohorts) if cohorts else {}
-    inputs = _digest(matched, settings.digest(), groups)
+    inputs = _digest(matched, settings.digest(), known)
     report = files.join(out, "report.html")
     if (before := _reported_before(out, inputs)) is not None:
         return before
@@ -132,7 +142,8 @@ def evaluate(
         slides=sorted(results, key=lambda result: result.slide),
         levels=counted.levels,
         fields=fields,
-        cohorts=cohorts_of([row["slide"] for row in matched], groups),
+        cohorts=known.values_of(row["slide"] for row in matched) if known else {},
+        notes=[str(known)] if known else [],
         provenance={
             "run": run.rsplit("/", 1)[-1],
             "run digest": settings.digest(),
@@ -164,10 +175,18 @@ def evaluated_slides(out: str) -> set[str]:
     return set(files.read_table(uri)["slide"].to_pylist())
 
 
-def _digest(
-    matched: list[Row], run_digest: str, groups: dict[str, dict[str, str]]
-) -> str:
+def _join_cohorts(uri: str, rows: list[Row], ignore_unknown: bool) -> Joined:
+    """Join a table of cohorts to all slides of a run, before anything is counted."""
+    slides = [SlideFile(row["slide"], row["uri"]) for row in rows]
+    unknown: Unknown = "ignore" if ignore_unknown else "refuse"
+    return join_table(read_cohorts(uri), names_of_slides(slides), unknown=unknown)
+
+
+def _digest(matched: list[Row], run_digest: str, cohorts: Joined | None) -> str:
     """Name what an evaluation depends on."""
+    groups = {}
+    if cohorts:
+        groups = {name: cohorts.column(name) for name in cohorts.table.columns}
     parts = [run_digest, *([json.dumps(groups, sort_keys=True)] if groups else [])]
     for row in matched:
         parts += [row["slide"], str(row["digest"]), row["status"], row["truth"]]

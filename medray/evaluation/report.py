@@ -125,6 +125,7 @@ def write_report(
     levels: Counts | None = None,
     fields: Mapping[str, Sequence[tuple[str, bytes]]] | None = None,
     cohorts: Mapping[str, Mapping[str, str]] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write metrics.json, per_slide.parquet, per_slide.csv and report.html.
 
@@ -140,6 +141,7 @@ def write_report(
         `medray.evaluation.curves.count_levels`.
         fields: Captions and pictures of fields of view, under their headings.
         cohorts: The value of each slide ("": not known), by what it is a value of.
+        notes: What else to know of it, such as what a table did not say.
 
     Returns:
         What metrics.json holds: what `score_slides` finds, and `provenance`, `date`,
@@ -147,6 +149,8 @@ def write_report(
     """
     names = classes.names
     metrics = score_slides(slides, names, levels=levels, cohorts=cohorts)
+    if found := [*notes, *metrics.get("notes", [])]:
+        metrics["notes"] = found
     metrics |= {"provenance": dict(provenance), "date": date, "truth": truth}
     rows = [_slide_row(slide, names) for slide in slides]
     page = _page(title, classes, slides, rows, metrics, levels, fields or {})

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from medray.datasets import read_groups
-from medray.errors import ConfigError
+from medray.datasets import PATIENT
 from medray.evaluation.curves import curve_scores
 from medray.evaluation.metrics import Counts, bootstrap, class_scores, summary
-from medray.evaluation.truth_files import name_in
-from medray.storage import files
-
-PATIENT = "patient"
-"""Column of cohorts whose values are resampled for intervals."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +34,6 @@ class SlideReport:
     reading: str = ""
 
 
-def read_cohorts(uri: str) -> dict[str, dict[str, str]]:
-    """Read a CSV (slide, and other columns): each column's values by slide.
-
-    Raises:
-        ConfigError: It cannot be read, has no other column, or says two things of one
-            slide.
-    """
-    try:
-        text = files.read_bytes(uri).decode("utf-8-sig")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
-    names = next(csv.reader(io.StringIO(text)), [])
-    columns = [name for name in names if name and name != "slide"]
-    if not columns:
-        raise ConfigError(
-            f"{uri}: expected the column slide and at least one other, such as "
-            f"scanner, found {names}"
-        )
-    return {column: read_groups(uri, column) for column in columns}
-
-
-def cohorts_of(
-    slides: Collection[str], groups: Mapping[str, Mapping[str, str]]
-) -> dict[str, dict[str, str]]:
-    """Return each column's values by the ids of slides; "" where nothing is said."""
-    found: dict[str, dict[str, str]] = {}
-    for column, values in groups.items():
-        names = {slide: name_in(slide, values) for slide in slides}
-        found[column] = {
-            slide: "" if name is None else values[name] for slide, name in names.items()
-        }
-    return found
-
-
 def score_slides(
     slides: Sequence[SlideReport],
     names: Sequence[str],
@@ -91,20 +49,31 @@ def score_slides(
         levels: Pixels by their probability, see
             `medray.evaluation.curves.count_levels`.
         cohorts: The value of each slide ("": not known), by what it is a value of.
+            With `patient` intervals are found by resampling patients.
 
     Returns:
-        The pooled scores (f1 first of all), `interval` and `interval_over` (slides or
-        patients), `per_class`, `confusion`, `classes`, `curves` (None without
-        `levels`), `cohorts`, `slides`.
+        The pooled scores (f1 first of all), `interval` and `interval_over` (patients if
+        that of any slide is known, else slides), `per_class`, `confusion`, `classes`,
+        `curves` (None without `levels`), `cohorts`, `slides`; with cohorts also `notes`
+        on intervals.
     """
     cohorts = cohorts or {}
     done = [slide for slide in slides if slide.counts is not None]
     each = _stacked(done, len(names))
     pooled = each.sum(axis=0)
     patients = cohorts.get(PATIENT, {})
-    return summary(pooled, names) | {
+    alone = sum(not patients.get(slide.slide) for slide in done)
+    notes = []
+    if PATIENT in cohorts and alone == len(done):
+        notes = ["of no slide the patient is known: intervals are over slides"]
+    elif PATIENT in cohorts and alone:
+        notes = [
+            f"intervals are over patients; {alone} slides without one count as their "
+            f"own"
+        ]
+    found = summary(pooled, names) | {
         "interval": bootstrap(_by_patient(done, each, patients), names),
-        "interval_over": "patients" if patients else "slides",
+        "interval_over": "patients" if alone < len(done) else "slides",
         "per_class": class_scores(pooled, names),
         "confusion": pooled.tolist(),
         "classes": list(names),
@@ -116,6 +85,7 @@ def score_slides(
         },
         "slides": {"evaluated": len(done), "failed": len(slides) - len(done)},
     }
+    return found | ({"notes": notes} if cohorts else {})
 
 
 def _stacked(slides: Sequence[SlideReport], classes: int) -> Counts:

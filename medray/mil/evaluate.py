@@ -29,7 +29,7 @@ from medray.evaluation import (
 from medray.mil.config import read_seen_slides
 from medray.mil.features import read_features, read_slide
 from medray.mil.infer import Predictions, attention_uri, heatmap_uri, read_predictions
-from medray.mil.labels import SlideLabel, check_known, read_labels
+from medray.mil.labels import SlideLabel, join_labels
 from medray.slides import choose_level, open_row, read_working
 from medray.storage import files
 from medray.types import Row
@@ -72,13 +72,17 @@ class SlideEvaluation:
         )
 
 
-def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
+def evaluate_slides(
+    run: str, *, truth: str, out: str, ignore_unknown: bool = False
+) -> SlideEvaluation:
     """Compare predictions of slides with their labels.
 
     Args:
         run: Folder that `medray infer FEATURES --model SLIDEMODEL` wrote.
         truth: CSV with the columns slide, label and, if known, patient.
         out: Folder of the report; made if needed.
+        ignore_unknown: Leave out labels of slides that are not in the run. Without it
+            they are refused.
 
     Raises:
         ConfigError: The labels do not suit the run, or none of its slides is new to
@@ -87,10 +91,9 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
     run, truth, out = (files.absolute(place) for place in (run, truth, out))
     check_folder(out, "slides.csv")
     what = read_predictions(run)
-    labels = read_labels(truth)
     table = files.read_table(files.join(run, "slides.parquet")).to_pylist()
     slides = {row["slide"]: row for row in table}
-    check_known(truth, slides, list(labels), run)
+    labels, matched = join_labels(truth, slides, ignore_unknown=ignore_unknown)
     strange = sorted({known.label for known in labels.values()} - {*what.classes})
     if strange:
         raise ConfigError(
@@ -104,7 +107,7 @@ def evaluate_slides(run: str, *, truth: str, out: str) -> SlideEvaluation:
             f"that are new to it, or leave some to split test in training"
         )
     metrics = _score(rows, what.classes)
-    metrics |= {"seen": seen, "model_digest": what.model_digest}
+    metrics |= {"seen": seen, "model_digest": what.model_digest, "notes": [matched]}
     _write_table(rows, what.classes, files.join(out, "slides.csv"))
     page = render(
         "slide_labels.html.jinja",

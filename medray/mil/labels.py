@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from medray.datasets import (
+    PATIENT,
+    Unknown,
+    join_table,
+    names_of_slides,
+    read_labels,
+)
 from medray.errors import ConfigError
-from medray.slides import strip_suffix
-from medray.storage import files
+from medray.slides import SlideFile
+from medray.types import Row
 
 
 @dataclass(frozen=True)
@@ -26,68 +30,31 @@ class SlideLabel:
     patient: str
 
 
-def read_labels(uri: str) -> dict[str, SlideLabel]:
-    """Read the labels of slides; slides may be named with the suffix of their files.
-
-    Raises:
-        ConfigError: There is no such file, a column or a value is missing, or a slide
-            is named twice with different values.
-    """
-    uri = files.absolute(uri)
-    try:
-        text = files.read_bytes(uri).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: expected a CSV file ({error})") from error
-    reader = csv.DictReader(io.StringIO(text))
-    names = reader.fieldnames or []
-    if "slide" not in names or "label" not in names:
-        raise ConfigError(
-            f"{uri}: expected the columns slide and label, and patient if it is known, "
-            f"found {list(names)}"
-        )
-    labels: dict[str, SlideLabel] = {}
-    for row in reader:
-        values = {key: (row.get(key) or "").strip() for key in (*names, "patient")}
-        slide = strip_suffix(values["slide"]) or values["slide"]
-        if not slide or not values["label"]:
-            raise ConfigError(
-                f"{uri}: line {reader.line_num} has no slide or no label; complete or "
-                f"remove it"
-            )
-        found = SlideLabel(values["label"], values["patient"] or slide)
-        if labels.setdefault(slide, found) != found:
-            raise ConfigError(
-                f"{uri}: slide {slide} is there twice, as {labels[slide]} and {found}"
-            )
-    if not labels:
-        raise ConfigError(f"{uri}: holds no slide")
-    return labels
-
-
-def check_known(
-    uri: str, labels: Container[str], slides: Sequence[str], where: str
-) -> None:
-    """Refuse labels of slides that are not there.
+def join_labels(
+    uri: str, rows: Mapping[str, Row], *, ignore_unknown: bool
+) -> tuple[dict[str, SlideLabel], str]:
+    """Return the label of each slide that has one by its id, and how many matched.
 
     Args:
-        uri: The file of the labels.
-        labels: Slides that are there.
-        slides: Slides that have a label.
-        where: What they were looked for in.
+        uri: CSV (slide,label[,patient]); slides are named as in any table.
+        rows: Of the slides that have features, by id.
+        ignore_unknown: Leave out lines of the CSV that name no slide.
 
     Raises:
-        ConfigError: There are such.
+        ConfigError: The CSV cannot be read, a label is missing, slides are named that
+            are not there, or a slide has two labels.
     """
-    unknown = [slide for slide in slides if slide not in labels]
-    if not unknown:
-        return
-    known = list(labels) if isinstance(labels, dict) else []
-    close = difflib.get_close_matches(unknown[0], known, n=1)
-    hint = f" (is it {close[0]}?)" if close else ""
-    raise ConfigError(
-        f"{uri}: names {len(unknown)} slides that {where} does not have, such as "
-        f"{unknown[0]}{hint}; embed them too, or remove their lines"
+    slides = [SlideFile(slide, row.get("uri") or slide) for slide, row in rows.items()]
+    unknown: Unknown = "ignore" if ignore_unknown else "refuse"
+    joined = join_table(
+        read_labels(uri), names_of_slides(slides), unknown=unknown, every=False
     )
+    patients = joined.column(PATIENT) if PATIENT in joined.table.columns else {}
+    labels = {
+        slide: SlideLabel(label, patients.get(slide) or slide)
+        for slide, label in joined.column("label").items()
+    }
+    return labels, str(joined)
 
 
 def classes_of(

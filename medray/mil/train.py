@@ -27,7 +27,7 @@ from medray.mil.config import (
     write_seen_slides,
 )
 from medray.mil.features import read_features, read_slide
-from medray.mil.labels import SlideLabel, check_known, classes_of, read_labels
+from medray.mil.labels import SlideLabel, classes_of, join_labels
 from medray.storage import files, locked, named_digest, read_settings, to_dict
 from medray.training import find_slide_recipe
 from medray.types import Row
@@ -67,6 +67,7 @@ def train_slides(
     data: str,
     labels: str,
     out: str,
+    ignore_unknown: bool = False,
     overrides: Sequence[str] = (),
 ) -> SlideTraining:
     """Train a model of slides as a recipe says.
@@ -76,6 +77,8 @@ def train_slides(
         data: Features, as `medray embed` writes them.
         labels: CSV (slide,label[,patient]): train a model of slides on features.
         out: Model folder to make.
+        ignore_unknown: Leave out labels of slides without features. Without it they are
+            refused.
         overrides: Keys of the recipe to change, such as `lr=1e-3`.
 
     Raises:
@@ -87,13 +90,16 @@ def train_slides(
     settings = read_settings(SlideRecipe, recipe, overrides)
     data, labels, out = (files.absolute(place) for place in (data, labels, out))
     with locked(out, "train"):
-        return _train(settings, data, labels, out)
+        return _train(settings, data, labels, out, ignore_unknown)
 
 
-def _train(settings: SlideRecipe, data: str, labels: str, out: str) -> SlideTraining:
+def _train(
+    settings: SlideRecipe, data: str, labels: str, out: str, ignore_unknown: bool
+) -> SlideTraining:
     start = time.perf_counter()
     features, rows = read_features(data)
-    slides, left_out = _slides(rows, read_labels(labels), labels, data)
+    label_of, _ = join_labels(labels, rows, ignore_unknown=ignore_unknown)
+    slides, left_out = _slides(rows, label_of, labels, data)
     classes = classes_of(labels, [row["label"] for row in slides], settings.classes)
     provenance = _provenance(settings, features.encoder.digest(), slides, data)
     if files.exists(files.join(out, "model.yaml")):
@@ -157,7 +163,6 @@ def _slides(
     rows: dict[str, Row], labels: dict[str, SlideLabel], uri: str, data: str
 ) -> tuple[list[Row], dict[str, str]]:
     """Return the slides that have features and a label, and why others are left out."""
-    check_known(uri, rows, list(labels), data)
     found, left_out = [], {}
     for slide, row in sorted(rows.items()):
         if slide not in labels:

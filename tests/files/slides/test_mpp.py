@@ -173,18 +173,18 @@ def test_a_csv_names_slides_as_annotations_do(
     ("text", "message"),
     [
         ("slide,um\na,0.5\n", "expected the columns slide and mpp"),
-        ("slide,mpp\na__one,fine\n", "of slide a__one, such as 0.25, found 'fine'"),
+        ("slide,mpp\na__one,fine\n", "line 2: slide a__one: .* such as 0.25, found 'fine'"),
         ("slide,mpp\na__one,\n", "found ''"),
-        ("slide,mpp\na__one\n", "row 2 has fewer columns than the 2"),
-        ("mpp,slide\n0.5\n", "row 2 has fewer columns"),
+        ("slide,mpp\na__one\n", "line 2: expected 2 cells"),
+        ("mpp,slide\n0.5\n", "line 2: expected 2 cells"),
         (
             "slide,mpp\na/one.tif,0.5\na/one,0.25\n",
-            r"both a/one.tif,0.5 and a/one,0.25",
+            r"lines 2 and 3: .*both a/one.tif,0.5 and a/one,0.25",
         ),
         ("slide,mpp\na__one,250\n", r"a__one: expected 0.01 to 100 um.*found 250"),
         ("slide,mpp\na__one,nan\n", "expected 0.01 to 100"),
-        ("slide,mpp\na__one,0.5\na__one,0.25\n", "has two values"),
-        ("slide,mpp\none.tif,0.5\n", "could belong to"),
+        ("slide,mpp\na__one,0.5\na__one,0.25\n", "lines 2 and 3: say of"),
+        ("slide,mpp\none.tif,0.5\n", "line 2: one.tif could be"),
     ],
 )
 def test_a_csv_that_is_wrong_is_refused(

@@ -104,6 +104,10 @@ def test_ingest_again_does_nothing_until_something_changes(tmp_path: Path) -> No
         "train-0000.ome.zarr",
     ]
     (cells / "sick" / "P0_cell_0.png").unlink()
+    with pytest.raises(ConfigError, match="names sick/P0_cell_0.png, which is no"):
+        again(splits=str(splits))
+    lines = [line for line in lines if not line.startswith("sick/P0_cell_0.png")]
+    splits.write_text("\n".join(["slide,split", *lines]) + "\n")
     assert again(splits=str(splits)) == (15, 0)
 
 

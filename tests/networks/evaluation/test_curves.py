@@ -124,8 +124,10 @@ def test_the_page_shows_them_and_the_worst_places(folder: Path, metrics: Any) ->
     ("text", "said"),
     [
         ("slide\ns0\n", "at least one other"),
-        ("name,scanner\ns0,a\n", "expected the columns slide and"),
-        ("slide,scanner\ns0,a\ns0,b\n", "two values of scanner"),
+        ("name,scanner\ns0,a\n", "expected the columns slide"),
+        ("slide,scanner\ns0,a\ns0,b\n", "lines 2 and 3: say of slide"),
+        ("slide,scanner\ns0,a\ns1\n", "line 3: expected 2 cells"),
+        ("slide,scanner\ns0,a\ns9,b\n", "line 3: names s9"),
     ],
 )
 def test_a_wrong_csv_of_cohorts_says_what_is_wrong(

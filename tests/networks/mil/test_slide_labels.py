@@ -230,14 +230,16 @@ def test_wrong_labels_are_answered(data: Path, labels: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"expected the columns slide and label"):
         train(text.replace("label", "class"))
     with pytest.raises(
-        ConfigError, match=r"names 1 slides .* such as s04x .*is it s04"
+        ConfigError, match=r"line 42: names s04x, .* nearest: s04.svs.*1 of 41 rows"
     ):
         train(text + "s04x,normal,p9\n")
+    with pytest.raises(ConfigError, match=r"lines 2 and 3: label 'Normal' and 'norm"):
+        train("slide,label\ns00,Normal\ns02,normal\ns01,tumour\n")
     with pytest.raises(ConfigError, match="two classes or more.*'normal'"):
         train(text.replace("tumour", "normal"))
-    with pytest.raises(ConfigError, match="line 42 has no slide or no label"):
+    with pytest.raises(ConfigError, match="line 42: slide s03: has no label"):
         train(text + "s03,,p1\n")
-    with pytest.raises(ConfigError, match="slide s03 is there twice"):
+    with pytest.raises(ConfigError, match="lines 5 and 42: say of slide"):
         train(text + "s03,tumour,p1\n")
     with pytest.raises(ConfigError, match=r"classes: the recipe has \['a', 'b'\]"):
         train(text, "classes=[a,b]")
@@ -366,8 +368,12 @@ def test_the_commands(
     data: Path, labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, run, report = (str(tmp_path / name) for name in ("model", "run", "report"))
-    train = ["train", LINEAR, "epochs=5", "--data", str(data), "--labels", labels]
-    assert main([*train, "--out", model]) == 0
+    more = tmp_path / "more.csv"
+    more.write_text(Path(labels).read_text() + "elsewhere,normal,p77\n")
+    train = ["train", LINEAR, "epochs=5", "--data", str(data), "--labels", str(more)]
+    assert main([*train, "--out", model]) == 2
+    assert "line 42: names elsewhere" in capsys.readouterr().err
+    assert main([*train, "--out", model, "--ignore-unknown"]) == 0
     assert main(["evaluate", model, "--truth", labels, "--out", report]) == 2
     assert "give `medray evaluate` the RUN" in capsys.readouterr().err
     assert main(["infer", str(data), "--model", model, "--out", run]) == 3
