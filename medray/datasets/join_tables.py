@@ -20,6 +20,7 @@ from medray.datasets.names import NameIndex, Names
 from medray.datasets.slide_tables import read_groups, read_splits
 from medray.datasets.tables import SlideTable, TableRow
 from medray.errors import ConfigError
+from medray.slides import strip_suffix
 
 log = logging.getLogger(__name__)
 
@@ -194,11 +195,16 @@ def _unknown_message(joined: Joined, names: Mapping[str, Names]) -> str:
 def nearest(name: str, names: Mapping[str, Names]) -> str:
     """Return which names are nearest to one that is not there, in words."""
     uris = (own.uri for own in itertools.islice(names.values(), _COMPARED))
-    there = list(dict.fromkeys(uri.rpartition("/")[2] for uri in uris))
-    close = difflib.get_close_matches(name.rpartition("/")[2], there)
+    there = {_stem(uri): uri.rpartition("/")[2] for uri in uris}
+    close = difflib.get_close_matches(_stem(name), there)
     if close:
-        return f"the nearest: {', '.join(close)}"
-    return f"there are {shown(there)}"
+        return f"the nearest: {', '.join(there[stem] for stem in close)}"
+    return f"there are {shown(there.values())}"
+
+
+def _stem(name: str) -> str:
+    name = name.rpartition("/")[2].casefold()
+    return strip_suffix(name) or name
 
 
 # --- splits ---------------------------------------------------------------------------

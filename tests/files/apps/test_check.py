@@ -34,7 +34,7 @@ from medray.annotations import area_measures
 from medray.annotations.area_measures import class_areas
 from medray.annotations.polygons import Area
 from medray.annotations.rasterize import rasterise
-from medray.apps.check_slides import Checked
+from medray.apps.checked import Checked
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.errors import ConfigError, LostError, SlideError
@@ -372,6 +372,68 @@ def test_the_command(
     assert set(told["failed"]) == {"text", "cut", "wrong_class", "outside"}
     assert (tmp_path / "out" / "check.html").exists()
     assert cli.main(["check", str(tmp_path / "nothing")]) == 2
+
+
+def test_tables_are_shown_as_ingest_would_join_them(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def table(name: str, *lines: str) -> str:
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return str(tmp_path / name)
+
+    tables = {
+        "groups": table("g.csv", "Slide;Group", "a/one.tif;A", "b/one;A", "HOLES;B"),
+        "splits": table(
+            "s.csv", "slide,split", "a__one,train", "b__one,valid", "holes.tif,train"
+        ),
+        "cohorts": table("c.csv", "slide,Scanner", "holes,X", "whole,Y", "part,"),
+        "labels": table("l.csv", "slide\tlabel\tpatient", "holes\tcancer\tB"),
+    }
+    checked = medray.check(
+        [str(mixed / "slides")],
+        annotations=str(mixed / "notes"),
+        classes=CLASSES,
+        out=str(tmp_path / "out"),
+        **tables,
+    )
+    rows = rows_of(checked)
+    names = ("group", "split", "label", "patient", "cohort_Scanner")
+    assert [rows["holes"][name] for name in names] == ["B", "train", "cancer", "B", "X"]
+    assert [rows["b__one"][name] for name in names] == ["A", "val", "", "", ""]
+    assert [rows["bare"][name] for name in names] == [""] * 5
+    groups, splits, labels, cohorts = checked.tables
+    assert groups.matched == f"g.csv: 3 of 3 rows matched 3 of {len(rows)} slides"
+    assert set(groups.without) == set(rows) - {"a__one", "b__one", "holes"}
+    assert groups.unknown == labels.unknown == []
+    assert cohorts.unknown == ["line 3: whole (the nearest: holes.tif)"]
+    (apart,) = splits.apart
+    assert "group A of" in apart
+    assert "in train (a__one: line 2" in apart
+    train, val, none = checked.balance
+    assert (train["split"], train["slides"], train["patients"]) == ("train", 2, 2)
+    areas = rows["a__one"]["mm2_tumour"] + rows["holes"]["mm2_tumour"]
+    assert train["mm2_tumour"] == pytest.approx(areas, abs=1e-6)
+    assert train["labels"] == "cancer 1, no label 1"
+    assert (val["slides"], val["slides_stroma"], val["slides_tumour"]) == (1, 1, 0)
+    assert none["slides"] == len(rows) - 3
+    page = Path(checked.page).read_text()
+    for text in (groups.matched, *cohorts.unknown, "no split", "<svg"):
+        assert text in page
+    with open(tmp_path / "out" / "slides.csv", newline="") as file:
+        written = {row["slide"]: row for row in csv.DictReader(file)}
+    assert [written["holes"][name] for name in names] == [
+        rows["holes"][name] for name in names
+    ]
+    # A row that names nothing is no success.
+    good = [str(mixed / "slides" / name) for name in ("bare.tif", "part.tif")]
+    assert cli.main(["check", *good, "--cohorts", tables["cohorts"]]) == 3
+    said = capsys.readouterr().out
+    assert "c.csv: 1 of 3 rows matched 1 of 2 slides" in said
+    assert "names no slide: line 2: holes" in said
+    assert "has no row of bare" in said
+    fine = table("c.csv", "slide,site", "bare,X", "part,")
+    assert cli.main(["check", *good, "--cohorts", fine]) == 0
+    assert cli.main(["check", *good, "--groups", fine]) == 2
 
 
 def test_neither_ray_nor_torch_is_imported(mixed: Path) -> None:

@@ -174,7 +174,9 @@ def test_a_patient_of_images_in_two_given_splits_is_refused(tmp_path: Path) -> N
     groups = table(tmp_path / "g", "slide,group", *[f"{one},same" for one in names])
     split_of = [f"{one},{'test' if n else 'train'}" for n, one in enumerate(names)]
     splits = table(tmp_path / "s", "slide,split", *split_of)
-    with pytest.raises(ConfigError, match=r"group same of .* is in train .*and in test"):
+    with pytest.raises(
+        ConfigError, match=r"group same of .* is in train .*and in test"
+    ):
         ingest_images(
             str(cells),
             out=str(tmp_path / "d"),

@@ -173,7 +173,10 @@ def test_a_csv_names_slides_as_annotations_do(
     ("text", "message"),
     [
         ("slide,um\na,0.5\n", "expected the columns slide and mpp"),
-        ("slide,mpp\na__one,fine\n", "line 2: slide a__one: .* such as 0.25, found 'fine'"),
+        (
+            "slide,mpp\na__one,fine\n",
+            "line 2: slide a__one: .* such as 0.25, found 'fine'",
+        ),
         ("slide,mpp\na__one,\n", "found ''"),
         ("slide,mpp\na__one\n", "line 2: expected 2 cells"),
         ("mpp,slide\n0.5\n", "line 2: expected 2 cells"),
