@@ -137,7 +137,13 @@ def _draw_balance(balance: Sequence[Row], classes: Classes) -> str:
         axes.set_yticks(places, splits)
         finish_axes(axes, title, "")
         if columns:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(
+                fontsize=8,
+                frameon=False,
+                ncols=3,
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+            )
     return as_svg(figure)
 
 
