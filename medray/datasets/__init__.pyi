@@ -12,6 +12,7 @@ from .ingest_slides import ingest as ingest
 from .overrides import with_overrides as with_overrides
 from .splits import SPLITS as SPLITS
 from .splits import check_fractions as check_fractions
+from .splits import copies_apart as copies_apart
 from .splits import read_groups as read_groups
 from .splits import split_slides as split_slides
 from .synthetic import generate as generate

@@ -4,6 +4,7 @@ DATASET/
 dataset.yaml              classes and how the slides were cut (DatasetSettings)
 slides.parquet            a row a slide: size, mpp, digest, status, split
 patches.parquet           a row a patch: where, tissue, classes, split
+splits.json               what the splits were dealt by
 slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
 
 A dataset of images in class folders (medray.datasets.image_folder) has sheets of them
