@@ -171,6 +171,12 @@ def read_patches(folder: str, split: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["split"] == split]
 
 
+def read_slides(folder: str) -> list[dict[str, Any]]:
+    """Return the rows of slides.parquet of the slides that are done."""
+    rows = files.read_table(files.join(folder, "slides.parquet")).to_pylist()
+    return [row for row in rows if row["status"] == "done"]
+
+
 def write_patches(folder: str, patches: list[dict[str, Any]]) -> None:
     """Write patches.parquet."""
     table = pa.Table.from_pylist(patches) if patches else pa.table({"slide": []})

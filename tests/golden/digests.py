@@ -35,6 +35,8 @@ BOOKKEEPING = frozenset(
         *("uri", "truth", "run", "data", "out", "report"),
         # of what: medray's own settings, digests of files that hold them
         *("provenance", "made_from", "merkle_root", "fingerprint", "stamp", "inputs"),
+        # which of the slides the model had seen, and the scores without them
+        *("seen_slides", "unseen"),
     }
 )
 """Keys and columns that say how a thing came about, not what it is."""

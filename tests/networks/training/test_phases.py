@@ -78,7 +78,8 @@ def trainer_of(recipe: Recipe) -> Trainer:
 
 
 def end_epoch(trainer: Trainer) -> None:
-    trainer.progress.end_epoch(1, 8, 1.0, {"f1": 0.5} | trainer.phases.entry())
+    scores = {"f1": 0.5} | trainer.phases.entry()
+    trainer.progress.end_epoch(1, 8, 1.0, scores, "f1")
 
 
 def some_crops() -> Batch:
