@@ -152,7 +152,8 @@ def _ingest(
 ) -> Summary:
     # The regions of all slides become patches.parquet at the end.
     ledger = Ledger(out, keep_finished=True)
-    splits = _splits_before(out)
+    splits = {slide: row.get("split") for slide, row in ledger.slides.items()}
+    splits |= _splits_before(out)  # the ledger forgets a slide that changes
     summary = run_stage(
         stage_of(settings, out),
         wanted,

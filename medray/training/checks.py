@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -121,7 +122,8 @@ def check_comparable(recipes: Sequence[Recipe], data: str) -> None:
         ConfigError: Validation has no foreground, so that losses decide, and they
             differ between trials.
     """
-    if len({recipe.loss for recipe in recipes}) == 1:
+    # Validation does not count the weights, of which l2 is.
+    if len({replace(recipe.loss, l2=0.0) for recipe in recipes}) == 1:
         return
     first = recipes[0]
     val = usable_patches(data, "val", first.data)

@@ -76,7 +76,8 @@ def check_checkpoints(out: str, provenance: Row) -> None:
     if others and f"{name}-last.pt" not in others:
         raise ConfigError(
             f"{out}: holds an interrupted training of another recipe or dataset; "
-            f"choose another --out, or remove this one's checkpoints"
+            f"choose another --out, or remove its folder checkpoints, and the training "
+            f"starts from the beginning"
         )
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from medray.datasets.dataset import write_patches
+from medray.errors import ConfigError
+from medray.training.checks import check_comparable
+from medray.training.losses import Loss
 from medray.training.progress import start_progress
+from medray.training.recipe import Recipe
 from medray.training.scale import (
     WORST,
     Scale,
@@ -100,3 +106,19 @@ def test_validation_patches_decide_at_the_start(
     assert ["least validation loss" in said for said in warned] == [
         scale == "val_loss"
     ] * len(warned)
+
+
+@pytest.mark.parametrize("tumour", [0, 9])
+def test_trials_of_other_losses_are_not_compared_by_them(
+    tumour: int, tmp_path: Path
+) -> None:
+    place = {"slide": "s", "split": "val", "tissue": 1.0, "y": 0, "x": 0}
+    write_patches(str(tmp_path), [place | {"class_px": [99, tumour]}])
+    one, other = Recipe(loss=Loss()), Recipe(loss=Loss(dice=2.0))
+    # The sum of weights is no part of the validation loss.
+    check_comparable([one, Recipe(loss=Loss(l2=1.0))], str(tmp_path))
+    if tumour:
+        check_comparable([one, other], str(tmp_path))
+    else:
+        with pytest.raises(ConfigError, match="cannot be compared"):
+            check_comparable([one, other], str(tmp_path))
