@@ -36,17 +36,22 @@ part; the value is where on the canvas that is ("x y", level-0 pixels)."""
 
 
 def parse_geojson(
-    uri: str, data: bytes, note: Note, bounds: Rectangle | None = None
+    uri: str,
+    data: bytes,
+    note: Note,
+    flat: Counter[str],
+    bounds: Rectangle | None = None,
 ) -> list[Area]:
     """Read the polygons of a feature, a list of features or a FeatureCollection.
 
-    The children of a feature, as QuPath's hierarchy has them, follow it. Points and
-    lines are left out with a note. The class is `classification`, see `_class_of`.
+    The children of a feature, as QuPath's hierarchy has them, follow it. The class is
+    `classification`, see `_class_of`.
 
     Args:
         uri: Named in errors.
         data: The file.
-        note: Called with what was left out.
+        note: Called with what the user should know.
+        flat: Counts the shapes that enclose nothing, such as points and lines.
         bounds: The scanned part of the slide, if it is not all of it. QuPath's
             coordinates, and those of features that state an origin, count from its
             corner.
@@ -57,7 +62,6 @@ def parse_geojson(
     """
     document = json.loads(data)
     areas = []
-    flat: Counter[str] = Counter()
     planes = set()
     from_qupath = stated_origin = False
     for feature in _all_features(_features(uri, document)):
@@ -69,13 +73,13 @@ def parse_geojson(
         geometry = feature.get("geometry") or {}
         if stated := geometry.get("plane"):
             planes.add((stated.get("z", 0), stated.get("t", 0)))
-        parts = [_polygon(rings) for rings in _polygons(geometry, flat)]
+        rings_of = [rings for rings in _polygons(geometry, flat) if rings]
+        parts = [_polygon(rings) for rings in rings_of]
         polygon = parts[0] if len(parts) == 1 else areal(shapely.union_all(parts))
         if not polygon.is_empty:
             areas.append(Area(polygon, class_name))
-    if flat:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
-        note(f"has shapes without an area ({kinds}); left out")
+        elif parts:
+            flat[geometry["type"]] += 1
     if len(planes) > 1:
         note(f"has outlines on {len(planes)} planes (z, t); drawn onto one")
     if bounds is not None and areas:
@@ -221,8 +225,6 @@ def _polygons(geometry: Any, flat: Counter[str]) -> Iterator[Any]:
 
 
 def _polygon(rings: Any) -> Any:
-    if not rings:
-        return shapely.Polygon()
     outer, *holes = (fill([_ring(ring)]) for ring in rings)
     return areal(outer.difference(shapely.union_all(holes))) if holes else outer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+from collections import Counter
 from dataclasses import dataclass
 
 from defusedxml import ElementTree
@@ -102,9 +103,11 @@ def read_marks(
         slide: Address of the slide, for its scanned bounds; empty: it has none.
 
     Raises:
-        SlideError: The file is damaged, of another slide, or names an unknown class.
+        SlideError: The file is damaged, of another slide, names an unknown class, or
+            has points and lines only, which mark something and enclose nothing.
     """
     notes: dict[str, None] = {}
+    flat: Counter[str] = Counter()
 
     def note(said: str) -> None:
         notes.setdefault(f"annotation: {said}")
@@ -114,9 +117,10 @@ def read_marks(
         if data[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(_MAX_BYTES + 1)
-        found = _parse(uri, data, height, width, classes, note, slide)
+        found = _parse(uri, data, height, width, classes, note, flat, slide)
         extent = [area for area in found if _is_extent(area)]
         areas = [area for area in found if not _is_extent(area)]
+        _leave_out_flat(+flat, areas, note)
         areas = leave_out_unclassed(areas, classes, height, width, note)
         for area in areas:
             classes.value(area.class_name)
@@ -142,6 +146,24 @@ def read_marks(
     return Annotation(areas, extent, tuple(notes))
 
 
+def _leave_out_flat(flat: Counter[str], areas: list[Area], note: Note) -> None:
+    """Note shapes that enclose nothing, where there are areas beside them.
+
+    Raises:
+        SlideError: There are none. What somebody marked is there, so the slide is no
+            example of one where nothing is.
+    """
+    if not flat:
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
+    if not areas:
+        raise SlideError(
+            f"encloses no area, has only shapes without one ({kinds}); draw outlines "
+            f"around what they mark, or remove them to say that nothing is there"
+        )
+    note(f"has shapes without an area ({kinds}); left out")
+
+
 def _parse(
     uri: str,
     data: bytes,
@@ -149,6 +171,7 @@ def _parse(
     width: int,
     classes: Classes,
     note: Note,
+    flat: Counter[str],
     slide: str,
 ) -> list[Area]:
     """Tell the formats apart by their content: suffixes are often wrong."""
@@ -162,7 +185,7 @@ def _parse(
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] in (b"{", b"["):
         bounds = scanned_bounds(slide, height=height, width=width)
-        return parse_geojson(uri, data, note, bounds)
+        return parse_geojson(uri, data, note, flat, bounds)
     if start[:1] != b"<":
         found = f"a file that starts with {start[:16]!r}" if data else "an empty file"
         raise SlideError(f"{uri}: expected {_EXPECTED}, found {found}; {_REMEDY}")
@@ -177,9 +200,9 @@ def _parse(
     tag = str(root.tag).rpartition("}")[2]
     if tag == "svg":
         size = (height, width)
-        return parse_svg(uri, root, size, classes, note)
+        return parse_svg(uri, root, size, classes, note, flat)
     if tag == "ASAP_Annotations":
-        return parse_asap(root, note)
+        return parse_asap(root, flat)
     if tag == "Annotations":
-        return parse_imagescope(root, classes, note)
+        return parse_imagescope(root, classes, flat)
     raise SlideError(f"{uri}: expected {_EXPECTED}, found <{tag}>; {_REMEDY}")

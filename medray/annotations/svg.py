@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -39,7 +40,12 @@ _HOLE = "hole"
 
 
 def parse_svg(
-    uri: str, root: Any, size: tuple[int, int], classes: Classes, note: Note
+    uri: str,
+    root: Any,
+    size: tuple[int, int],
+    classes: Classes,
+    note: Note,
+    flat: Counter[str],
 ) -> list[Area]:
     """Read the areas of a drawing that covers the whole slide.
 
@@ -56,6 +62,7 @@ def parse_svg(
         size: Height and width of the slide in level-0 pixels.
         classes: Names by label value.
         note: Called with what was left out.
+        flat: Counts the lines, which enclose nothing.
 
     Raises:
         SlideError: The drawing has another shape than the slide, an unknown class, or
@@ -89,7 +96,7 @@ def parse_svg(
     scale = np.array([scale_x, scale_y])
     tolerance = _FLATNESS / max(scale_x, scale_y)
     outlines, backgrounds = [], []
-    hidden = lines = 0
+    hidden = 0
     for shape, ancestors in shapes_below(drawing, (drawing,)):
         filled = _is_painted(shape, "fill")
         if _is_hidden(shape) or not (filled or _is_painted(shape, "stroke")):
@@ -99,12 +106,13 @@ def parse_svg(
         rings = [(ring - (left, top)) * scale for ring in rings_of(shape, tolerance)]
         if not filled:
             closed = [ring for ring in rings if not _is_line(ring)]
-            lines += len(rings) - len(closed)
+            flat["open line"] += len(rings) - len(closed)
             rings = closed
         polygon = fill(rings, fill_rule_of(shape))
         # An unknown class is an error, whatever carries it.
         class_name, hole = _class_of([shape, *reversed(ancestors)], classes)
         if polygon.is_empty:
+            flat["line"] += any(len(np.unique(ring, axis=0)) > 1 for ring in rings)
             continue
         outline = Outline(polygon, class_name, hole)
         unnamed = not hole and _class_of([shape], classes)[0] is None
@@ -126,8 +134,6 @@ def parse_svg(
         )
     if hidden:
         note(f"{hidden} outlines of the drawing cannot be seen; left out")
-    if lines:
-        note(f"{lines} open lines of the drawing enclose nothing; left out")
     return combine(outlines, note)
 
 

@@ -23,7 +23,6 @@ _NOT_DRAWN = {
     "filter",
     "foreignObject",
     "image",
-    "line",
     "marker",
     "mask",
     "pattern",

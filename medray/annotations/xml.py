@@ -11,24 +11,23 @@ import shapely
 from shapely import affinity
 from shapely.geometry import Point, box
 
-from medray.annotations.polygons import Area, Note, Ring, areal, fill, match_class
+from medray.annotations.polygons import Area, Ring, areal, fill, match_class
 from medray.classes import Classes
 from medray.errors import SlideError
 
 _FLAT = {"3": "arrow", "4": "ruler"}
 
 
-def parse_asap(root: Any, note: Note) -> list[Area]:
+def parse_asap(root: Any, flat: Counter[str]) -> list[Area]:
     """Read ASAP's annotations; the class is the group that an annotation is part of.
 
     Splines are taken by their points, rectangles by their corners or two opposite
-    ones. Dots, point sets and measurements are left out with a note.
+    ones. What encloses nothing is counted in `flat`: dots, point sets, measurements.
 
     Raises:
         SlideError: A coordinate is missing or not a finite number.
     """
     areas = []
-    flat: Counter[str] = Counter()
     for annotation in root.iter("Annotation"):
         kind = annotation.get("Type", "Polygon").strip()
         if kind in ("Dot", "PointSet", "Measurement", "None"):
@@ -51,14 +50,15 @@ def parse_asap(root: Any, note: Note) -> list[Area]:
         group = annotation.get("PartOfGroup", "").strip()
         if not polygon.is_empty:
             areas.append(Area(polygon, None if group in ("", "None") else group))
-    _note_flat(flat, note)
+        elif len(ring):
+            flat[kind] += 1
     return areas
 
 
-def parse_imagescope(root: Any, classes: Classes, note: Note) -> list[Area]:
+def parse_imagescope(root: Any, classes: Classes, flat: Counter[str]) -> list[Area]:
     """Read ImageScope's layers; regions with NegativeROA are cut out of their layer.
 
-    Arrows, rulers and what else has no area is left out with a note.
+    What encloses nothing is counted in `flat`: arrows, rulers and the like.
 
     The class is the first known one of a layer's name, its attributes' names and
     values, a region's text and its attributes'; else the layer's name, though unknown.
@@ -67,7 +67,6 @@ def parse_imagescope(root: Any, classes: Classes, note: Note) -> list[Area]:
         SlideError: A coordinate is missing or not a finite number.
     """
     areas = []
-    flat: Counter[str] = Counter()
     for layer in root.iter("Annotation"):
         positive: list[Area] = []
         negative = []
@@ -78,6 +77,7 @@ def parse_imagescope(root: Any, classes: Classes, note: Note) -> list[Area]:
                 continue
             polygon = _region(region, kind)
             if polygon.is_empty:
+                flat["region"] += region.find(".//Vertex") is not None
                 continue
             if region.get("NegativeROA", "0").strip().casefold() in ("1", "true"):
                 negative.append(polygon)
@@ -89,14 +89,7 @@ def parse_imagescope(root: Any, classes: Classes, note: Note) -> list[Area]:
             polygon = areal(area.polygon.difference(shapely.union_all(near)))
             if not polygon.is_empty:
                 areas.append(Area(polygon, area.class_name))
-    _note_flat(flat, note)
     return areas
-
-
-def _note_flat(flat: Counter[str], note: Note) -> None:
-    if flat:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(flat.items()))
-        note(f"has shapes without an area ({kinds}); left out")
 
 
 def _region(region: Any, kind: str) -> Any:

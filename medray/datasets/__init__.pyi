@@ -6,6 +6,7 @@ from .dataset import morphology_uri as morphology_uri
 from .dataset import read_dataset as read_dataset
 from .dataset import read_morphology as read_morphology
 from .dataset import read_patches as read_patches
+from .dataset import read_slides as read_slides
 from .dataset import slide_uri as slide_uri
 from .image_folder import ingest_images as ingest_images
 from .ingest_slides import ingest as ingest
@@ -25,6 +26,8 @@ from .slide_tables import read_labels as read_labels
 from .slide_tables import read_splits as read_splits
 from .splits import SPLITS as SPLITS
 from .splits import check_fractions as check_fractions
+from .splits import copies_apart as copies_apart
+from .splits import joined_groups as joined_groups
 from .splits import split_slides as split_slides
 from .synthetic import generate as generate
 from .synthetic_scene import draw_scene as draw_scene

@@ -4,6 +4,7 @@ DATASET/
 dataset.yaml              classes and how the slides were cut (DatasetSettings)
 slides.parquet            a row a slide: size, mpp, digest, status, split
 patches.parquet           a row a patch: where, tissue, classes, split
+splits.json               what the splits were dealt by
 slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
 
 A dataset of images in class folders (medray.datasets.image_folder) has sheets of them
@@ -168,6 +169,12 @@ def read_patches(folder: str, split: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{uri} is missing; run `medray ingest` to its end")
     rows: list[dict[str, Any]] = files.read_table(uri).to_pylist()
     return [row for row in rows if row["split"] == split]
+
+
+def read_slides(folder: str) -> list[dict[str, Any]]:
+    """Return the rows of slides.parquet of the slides that are done."""
+    rows = files.read_table(files.join(folder, "slides.parquet")).to_pylist()
+    return [row for row in rows if row["status"] == "done"]
 
 
 def write_patches(folder: str, patches: list[dict[str, Any]]) -> None:

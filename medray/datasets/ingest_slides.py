@@ -7,7 +7,8 @@ The way of a slide, top to bottom:
              of a slide annotated in part only patches that lie within are listed
     commit   the driver notes the region and its patches; with the last one the
              pyramids are built and the slide is done
-    split    slides go to train, val and test, never two of one patient apart
+    split    slides go to train, val and test, never two of one patient apart, nor
+             two of the same scan
 
 Plan, cut and commit are in `medray.datasets.patches`.
 """
@@ -15,7 +16,9 @@ Plan, cut and commit are in `medray.datasets.patches`.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from medray.annotations import match_annotations
 from medray.classes import Classes
@@ -24,6 +27,7 @@ from medray.datasets.dataset import (
     open_dataset,
     write_patches,
 )
+from medray.datasets.earlier_request import names_of, note_request, take_stock
 from medray.datasets.join_tables import Unknown, join_divisions
 from medray.datasets.names import names_of_slides
 from medray.datasets.overrides import with_overrides
@@ -39,7 +43,13 @@ from medray.datasets.patches import (
     slide_row,
     write_region,
 )
-from medray.datasets.splits import check_fractions, split_slides
+from medray.datasets.splits import (
+    check_fractions,
+    copies_apart,
+    joined_groups,
+    kept_splits,
+    split_slides,
+)
 from medray.execution import (
     Stage,
     Summary,
@@ -57,6 +67,8 @@ from medray.storage import (
 )
 from medray.types import Executor, Row
 
+log = logging.getLogger(__name__)
+
 
 def ingest(
     slides: Sequence[str],
@@ -72,12 +84,14 @@ def ingest(
     ignore_unknown: bool = False,
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
+    remove_missing: bool = False,
     executor: Executor = "ray",
 ) -> Summary:
     """Turn slides and their annotations into a dataset of zarr-tiled patches.
 
     Running the same command again finishes what is missing; slides that are done and
-    have not changed are skipped.
+    have not changed are skipped. Slides of the dataset that the request does not name
+    stay, and so do the splits of all that had one; both is warned of.
 
     Args:
         slides: Files, globs, folders, s3:// or gs:// addresses.
@@ -97,6 +111,7 @@ def ingest(
             are refused.
         fractions: Shares of slides in train, val and test.
         seed: Decides the splits.
+        remove_missing: Take slides that are not named out of OUT, with their pixels.
         executor: On a Ray cluster, or in this process, one thing after the other.
 
     Raises:
@@ -130,7 +145,15 @@ def ingest(
             fractions=fractions,
             seed=seed,
         )
-        return _ingest(wanted, matched, settings, out, assign, executor, check)
+        shares = ",".join(f"{share:g}" for share in fractions)
+        dealt = f"fractions {shares} and seed {seed}"
+        kept = note_request(out, "--splits" if splits is not None else dealt)
+        gone = take_stock(wanted, out, remove=remove_missing)
+        done = _ingest(wanted, matched, settings, out, assign, executor, check)
+    done = replace(done, warnings=(*kept, *gone, *done.warnings))
+    for said in done.warnings:
+        log.warning("%s", said)
+    return done
 
 
 def _ingest(
@@ -138,12 +161,14 @@ def _ingest(
     matched: dict[str, str],
     settings: DatasetSettings,
     out: str,
-    assign_splits: Callable[[Ledger], None],
+    assign_splits: Callable[[Ledger], list[str]],
     executor: Executor,
     check: Callable[[], None],
 ) -> Summary:
     # The regions of all slides become patches.parquet at the end.
     ledger = Ledger(out, keep_finished=True)
+    splits = {slide: row.get("split") for slide, row in ledger.slides.items()}
+    splits |= _splits_before(out)  # the ledger forgets a slide that changes
     summary = run_stage(
         stage_of(settings, out),
         wanted,
@@ -152,10 +177,12 @@ def _ingest(
         executor=executor,
         check=check,
     )
-    assign_splits(ledger)
+    for slide, row in ledger.slides.items():
+        row.setdefault("split", splits.get(slide))  # of a slide that was replaced
+    warnings = assign_splits(ledger)
     _write_patches(out, ledger)
     ledger.close()
-    return summary
+    return replace(summary, warnings=tuple(warnings))
 
 
 type IngestStage = Stage[IngestFacts, Share | None, SeenPatches, PatchesRecord, None]
@@ -199,10 +226,13 @@ def _assign_splits(
     split_of: dict[str, str] | None,
     fractions: tuple[float, float, float],
     seed: int,
-) -> None:
+) -> list[str]:
     """Assign splits to finished, annotated slides; those that have one keep it.
 
     With `split_of` that are the slides of earlier requests which it does not have.
+
+    Returns:
+        Warnings.
     """
     rows = [row for row in ledger.slides.values() if row["status"] == "done"]
     for row in rows:
@@ -211,13 +241,36 @@ def _assign_splits(
         present = (key for key in sorted(row) if key.startswith("px_") and row[key])
         row["stratum"] = "+".join(key.removeprefix("px_") for key in present)
     usable = [row for row in rows if row["annotated"]]
+    moved = []
     if split_of is None:
-        keep = {row["group"]: row["split"] for row in usable if row.get("split")}
-        split_of = split_slides(usable, fractions=fractions, seed=seed, keep=keep)
+        dealt = joined_groups(usable)
+        keep = kept_splits(dealt)
+        split_of = split_slides(dealt, fractions=fractions, seed=seed, keep=keep)
+        moved = [
+            f"{row['slide']} from {row['split']} to {split_of[row['slide']]}"
+            for row in usable
+            if row.get("split") not in (None, "", split_of[row["slide"]])
+        ]
     for row in rows:
         split = split_of.get(row["slide"], row.get("split") or "")
         row["split"] = split if row["annotated"] else ""
         ledger.commit_slide(row)
+    if not moved:
+        return copies_apart(rows)
+    return [
+        f"{len(moved)} slides change their split, to be with others of their patient "
+        f"or with the same scan: {names_of(moved)}"
+    ]
+
+
+def _splits_before(out: str) -> dict[str, str]:
+    """Return the split of each slide that has patches from an earlier command."""
+    uri = files.join(out, "patches.parquet")
+    table = files.read_table(uri) if files.exists(uri) else None
+    if table is None or "split" not in table.column_names:
+        return {}
+    pairs = table.group_by(["slide", "split"]).aggregate([]).to_pylist()
+    return {pair["slide"]: pair["split"] for pair in pairs}
 
 
 def _write_patches(out: str, ledger: Ledger) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medray.errors import ConfigError
+from medray.slides import scan_digest
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -78,6 +79,65 @@ def split_slides(
         total[best] += size
         result |= dict.fromkeys(groups[group], SPLITS[best])
     return result
+
+
+def joined_groups(slides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return slides with one group for all groups that share a scan.
+
+    Args:
+        slides: Rows with `group` and `digest`.
+
+    Returns:
+        The rows; the `group` of those that are joined is the first one by its name.
+    """
+    joined: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while joined.get(group, group) != group:
+            group = joined[group]
+        return group
+
+    first: dict[str, str] = {}
+    for row in slides:
+        known = first.setdefault(scan_digest(row["digest"]), row["group"])
+        low, high = sorted((root(known), root(row["group"])))
+        joined[high] = low
+    return [{**row, "group": root(row["group"])} for row in slides]
+
+
+def kept_splits(slides: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the split that each group had before.
+
+    Of a group with slides in several splits it is the first of train, val and test:
+    what was learned from once never becomes a test.
+
+    Args:
+        slides: Rows with `group` and `split`; "" or None: it had none.
+    """
+    known = [row for row in slides if row.get("split")]
+    known.sort(key=lambda row: -SPLITS.index(row["split"]))
+    return {row["group"]: row["split"] for row in known}
+
+
+def copies_apart(slides: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a warning if the same scan is in two splits; else nothing.
+
+    Args:
+        slides: Rows with `slide`, `digest` and `split`; "" or None: it has none.
+    """
+    scans: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in slides:
+        if row.get("split"):
+            scans[scan_digest(row["digest"])].append(row)
+    apart = [rows for rows in scans.values() if len({r["split"] for r in rows}) > 1]
+    if not apart:
+        return []
+    named = " and ".join(f"{row['slide']} ({row['split']})" for row in apart[0])
+    return [
+        f"{len(apart)} scans are in more than one split, the same bytes under several "
+        f"names, such as {named}: scores would be of what was learned from; put them "
+        f"in one split, or remove all but one"
+    ]
 
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from medray.datasets import (
+    PATIENT,
     Joined,
     Unknown,
     join_table,
@@ -29,12 +31,20 @@ from medray.evaluation.html import check_folder
 from medray.evaluation.metrics import f1_line
 from medray.evaluation.pictures import draw_fields, draw_slides
 from medray.evaluation.report import slides_to_show, write_report
+from medray.evaluation.seen import (
+    SeenSlides,
+    describe_slides,
+    find_seen,
+    rows_of_truth,
+)
 from medray.evaluation.slide_metrics import SlideReport
 from medray.evaluation.truth_files import match_ground_truth
 from medray.inference import against_plan, read_run
 from medray.slides import SlideFile, slide_fingerprint
 from medray.storage import files, named_digest
 from medray.types import Executor, Row
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,13 @@ class Evaluation:
         out: Folder of the report.
         report: The page to open.
         f1: Pooled F1, macro over the foreground classes; None: there was none.
-        interval: Its 95 % bootstrap interval over slides.
+        interval: Its 95 % bootstrap interval, over patients where they are said, else
+            over slides.
         evaluated: Slides that were counted.
         failed: Reason of each slide that could not be, by slide.
+        seen: Slides that the model has seen: `train`, those that it was trained on,
+            and `val`, those that chose its epoch; None: it does not tell.
+        unseen_f1: F1 of the other slides; None if there are no others, or none is seen.
     """
 
     out: str
@@ -56,10 +70,17 @@ class Evaluation:
     interval: list[float] | None
     evaluated: int
     failed: dict[str, str]
+    seen: SeenSlides | None = None
+    unseen_f1: float | None = None
 
     def __str__(self) -> str:
+        seen = ""
+        if self.seen is not None and str(self.seen):
+            others = "none" if self.unseen_f1 is None else f"{self.unseen_f1:.4f}"
+            seen = f"seen    {self.seen}; F1 of the others {others}\n"
         return (
             f"{f1_line(self.f1, self.interval)}\n"
+            f"{seen}"
             f"report  {self.report}\n"
             f"out     {self.out}\n"
             f"{self.evaluated} slides evaluated, {len(self.failed)} failed"
@@ -115,8 +136,11 @@ def evaluate(
             raise ConfigError(
                 f"{truth}: none of the {len(slides)} slides asked for has a truth there"
             )
-    inputs = _digest(matched, settings.digest(), known)
-    report = files.join(out, "report.html")
+    dataset = rows_of_truth(matched, truth)
+    seen = find_seen(matched, run, dataset)
+    if seen is not None and str(seen):
+        log.warning("%s; scores of them say little of new slides", seen)
+    inputs = _digest(matched, settings.digest(), known, seen)
     if (before := _reported_before(out, inputs)) is not None:
         return before
     results = _failed_inference(rows, matched)
@@ -134,6 +158,9 @@ def evaluate(
         heading: draw_fields(worst, done, run, settings.classes, executor)
         for heading, worst in counted.fields.items()
     }
+    values = known.values_of(row["slide"] for row in matched) if known else {}
+    ids = [result.slide for result in results if result.status == "done"]
+    about = describe_slides(ids, dataset, values.get(PATIENT, {}))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     metrics = write_report(
         out,
@@ -142,14 +169,17 @@ def evaluate(
         slides=sorted(results, key=lambda result: result.slide),
         levels=counted.levels,
         fields=fields,
-        cohorts=known.values_of(row["slide"] for row in matched) if known else {},
+        cohorts=values,
         notes=[str(known)] if known else [],
+        about=about,
+        seen=seen,
         provenance={
             "run": run.rsplit("/", 1)[-1],
             "run digest": settings.digest(),
             "model": settings.names,
             "model digest": settings.model_digest,
             "truth": truth.rsplit("/", 1)[-1],
+            "slides": about,
             "inputs": inputs,
             "precision": settings.options.prediction.precision,
             "window": f"{settings.windows.size} px, every {settings.windows.stride}",
@@ -162,9 +192,22 @@ def evaluate(
         truth=truth,
     )
     failed = {r.slide: r.message for r in results if r.status != "done"}
-    evaluated = sum(r.status == "done" for r in results)
-    interval = metrics["interval"]["f1"] if metrics["interval"] else None
-    return Evaluation(out, report, metrics["f1"], interval, evaluated, failed)
+    return _evaluation(out, metrics, failed)
+
+
+def _evaluation(out: str, metrics: Row, failed: dict[str, str]) -> Evaluation:
+    """Return what metrics.json says."""
+    seen, unseen = metrics["seen_slides"], metrics["unseen"]
+    return Evaluation(
+        out=out,
+        report=files.join(out, "report.html"),
+        f1=metrics["f1"],
+        interval=metrics["interval"]["f1"] if metrics["interval"] else None,
+        evaluated=metrics["slides"]["evaluated"],
+        failed=failed,
+        seen=SeenSlides(**seen) if seen is not None else None,
+        unseen_f1=unseen["f1"] if unseen is not None else None,
+    )
 
 
 def evaluated_slides(out: str) -> set[str]:
@@ -182,12 +225,18 @@ def _join_cohorts(uri: str, rows: list[Row], ignore_unknown: bool) -> Joined:
     return join_table(read_cohorts(uri), names_of_slides(slides), unknown=unknown)
 
 
-def _digest(matched: list[Row], run_digest: str, cohorts: Joined | None) -> str:
+def _digest(
+    matched: list[Row],
+    run_digest: str,
+    cohorts: Joined | None,
+    seen: SeenSlides | None,
+) -> str:
     """Name what an evaluation depends on."""
     groups = {}
     if cohorts:
         groups = {name: cohorts.column(name) for name in cohorts.table.columns}
     parts = [run_digest, *([json.dumps(groups, sort_keys=True)] if groups else [])]
+    parts.append(f"seen {seen}" if seen is None else json.dumps(asdict(seen)))
     for row in matched:
         parts += [row["slide"], str(row["digest"]), row["status"], row["truth"]]
         labels = row["kind"] == "labels"
@@ -205,10 +254,7 @@ def _reported_before(out: str, inputs: str) -> Evaluation | None:
         return None
     table = files.read_table(files.join(out, "per_slide.parquet")).to_pylist()
     failed = {r["slide"]: r["message"] for r in table if r["status"] != "done"}
-    interval = metrics["interval"]["f1"] if metrics["interval"] else None
-    report = files.join(out, "report.html")
-    evaluated = metrics["slides"]["evaluated"]
-    return Evaluation(out, report, metrics["f1"], interval, evaluated, failed)
+    return _evaluation(out, metrics, failed)
 
 
 def _failed_inference(rows: list[Row], matched: list[Row]) -> list[SlideReport]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from medray.evaluation.figures import (
 from medray.evaluation.html import ACCENT, INK, data_uri, render
 from medray.evaluation.metrics import SCORES, Counts, class_scores, summary
 from medray.evaluation.overlay import AGREEMENT
+from medray.evaluation.seen import SeenSlides
 from medray.evaluation.slide_metrics import SlideReport, score_slides
 from medray.storage import files
 
@@ -126,6 +128,8 @@ def write_report(
     fields: Mapping[str, Sequence[tuple[str, bytes]]] | None = None,
     cohorts: Mapping[str, Mapping[str, str]] | None = None,
     notes: Sequence[str] = (),
+    about: str = "",
+    seen: SeenSlides | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, per_slide.parquet, per_slide.csv and report.html.
 
@@ -142,18 +146,26 @@ def write_report(
         fields: Captions and pictures of fields of view, under their headings.
         cohorts: The value of each slide ("": not known), by what it is a value of.
         notes: What else to know of it, such as what a table did not say.
+        about: Which slides these are, for the page.
+        seen: Which of them the model has seen; None: that is not known.
 
     Returns:
         What metrics.json holds: what `score_slides` finds, and `provenance`, `date`,
-        `truth`.
+        `truth`, `seen_slides` (None: not known; `train` and `val`, the slides that
+        trained and chose the model) and `unseen`: `slides`, the pooled scores and
+        `interval` of the others, if both kinds are there.
     """
     names = classes.names
     metrics = score_slides(slides, names, levels=levels, cohorts=cohorts)
     if found := [*notes, *metrics.get("notes", [])]:
         metrics["notes"] = found
     metrics |= {"provenance": dict(provenance), "date": date, "truth": truth}
+    metrics |= {"seen_slides": asdict(seen) if seen is not None else None}
+    metrics |= {"unseen": _score_unseen(slides, names, cohorts, seen)}
     rows = [_slide_row(slide, names) for slide in slides]
-    page = _page(title, classes, slides, rows, metrics, levels, fields or {})
+    page = _page(
+        title, classes, slides, rows, metrics, levels, fields or {}, about, seen
+    )
     table = pa.Table.from_pylist(rows, _schema(names))
     files.write_table(files.join(out, "per_slide.parquet"), table)
     files.write_csv(files.join(out, "per_slide.csv"), table.drop_columns("confusion"))
@@ -161,6 +173,22 @@ def write_report(
     # Last: a folder with metrics.json is a whole report.
     files.write_json(files.join(out, "metrics.json"), metrics)
     return metrics
+
+
+def _score_unseen(
+    slides: Sequence[SlideReport],
+    names: Sequence[str],
+    cohorts: Mapping[str, Mapping[str, str]] | None,
+    seen: SeenSlides | None,
+) -> dict[str, Any] | None:
+    """Score the slides that are new to the model; None if all are, or none is."""
+    known = {*seen.train, *seen.val} if seen is not None else set()
+    new = [slide for slide in slides if slide.slide not in known]
+    if not known or not any(slide.counts is not None for slide in new):
+        return None
+    found = score_slides(new, names, cohorts=cohorts)
+    kept = {name: found[name] for name in (*SCORES, "accuracy", "interval")}
+    return {"slides": found["slides"]["evaluated"]} | kept
 
 
 # --- page -----------------------------------------------------------------------------
@@ -174,6 +202,8 @@ def _page(
     metrics: Mapping[str, Any],
     levels: Counts | None,
     fields: Mapping[str, Sequence[tuple[str, bytes]]],
+    about: str,
+    seen: SeenSlides | None,
 ) -> str:
     done = [row for row in rows if row["status"] == "done"]
     failed = [row for row in rows if row["status"] != "done"]
@@ -185,6 +215,8 @@ def _page(
     return render(
         "report.html.jinja",
         title=title,
+        about=about,
+        seen="" if seen is None else str(seen),
         classes=classes,
         metrics=metrics,
         scores=(*SCORES, "accuracy"),

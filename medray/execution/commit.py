@@ -54,6 +54,7 @@ class Summary:
         failed: Reason of each slide that failed, by slide.
         regions: Regions computed now.
         seconds: Wall time of the stage, Ray's start apart.
+        warnings: What the user should know of the slides together.
     """
 
     out: str
@@ -62,10 +63,13 @@ class Summary:
     failed: dict[str, str]
     regions: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        warned = "".join(f"warning {said}\n" for said in self.warnings)
         return (
             f"out     {self.out}\n"
+            f"{warned}"
             f"{self.done} slides done, {self.skipped} done before, "
             f"{len(self.failed)} failed, {self.seconds:.1f} s"
         )

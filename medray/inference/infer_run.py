@@ -61,7 +61,14 @@ from medray.inference.run import (
     raw_uri,
 )
 from medray.inference.slide_rows import slide_row
-from medray.models import check_runtime, model_digest, read_config, weights_uri
+from medray.models import (
+    check_runtime,
+    model_digest,
+    read_config,
+    seen_by,
+    weights_uri,
+    write_seen,
+)
 from medray.slides import Slide, SlideFile, Working, find_slides
 from medray.storage import Ledger, files, locked, named_digest, ome_zarr
 from medray.types import Executor, Layers, UInt8
@@ -100,6 +107,9 @@ def infer(
     out = files.absolute(out)
     with locked(out, "infer") as check:
         open_run(out, settings)
+        # Kept with the run: its models may be gone when it is evaluated.
+        if (seen := seen_by(settings.models)) is not None:
+            write_seen(out, seen)
         return _infer(_wanted(slides, options), settings, out, executor, check)
 
 

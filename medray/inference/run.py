@@ -3,6 +3,7 @@
 RUN/
 run.yaml                    what decides the bytes of its masks (RunSettings)
 slides.parquet              a row a slide: status, digests, timings
+seen.txt                    slides that had a part in the models, by their digests
 masks/SLIDE.ome.zarr        class of every pixel
     labels/LAYER            on request: uncertainty, disagreement, unreadable
 masks/SLIDE.probabilities.ome.zarr   on request

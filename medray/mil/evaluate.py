@@ -30,7 +30,7 @@ from medray.mil.config import read_seen_slides
 from medray.mil.features import read_features, read_slide
 from medray.mil.infer import Predictions, attention_uri, heatmap_uri, read_predictions
 from medray.mil.labels import SlideLabel, join_labels
-from medray.slides import choose_level, open_row, read_working
+from medray.slides import choose_level, open_row, read_working, scan_digest
 from medray.storage import files
 from medray.types import Row
 
@@ -143,12 +143,12 @@ def _predicted(
         for row in read_seen_slides(files.join(run, "seen.csv"))
         if row["split"] != "test"
     ]
-    digests = {row["digest"] for row in seen}
+    digests = {scan_digest(row["digest"]) for row in seen}
     patients = {row["patient"] for row in seen}
     rows, failed, left_out = [], {}, 0
     for slide, known in sorted(labels.items()):
         row = slides[slide]
-        if row["digest"] in digests or known.patient in patients:
+        if scan_digest(row["digest"] or "") in digests or known.patient in patients:
             left_out += 1
         elif row["status"] != "done":
             failed[slide] = row["message"]

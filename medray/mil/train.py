@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets import split_slides
+from medray.datasets import joined_groups, split_slides
 from medray.errors import ConfigError
 from medray.evaluation import class_scores, confusion, f1_line
 from medray.mil.config import (
@@ -105,10 +105,9 @@ def _train(
     if files.exists(files.join(out, "model.yaml")):
         return _trained_before(out, provenance)
     splits = split_slides(
-        [
-            {"slide": r["slide"], "group": r["patient"], "stratum": r["label"]}
-            for r in slides
-        ],
+        joined_groups(
+            [row | {"group": row["patient"], "stratum": row["label"]} for row in slides]
+        ),
         fractions=settings.fractions,
         seed=settings.seed,
     )

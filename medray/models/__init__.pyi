@@ -21,6 +21,8 @@ from .config import weights_uri as weights_uri
 from .folder import load_model as load_model
 from .folder import read_seen as read_seen
 from .folder import save_model as save_model
+from .folder import seen_by as seen_by
+from .folder import with_seen as with_seen
 from .folder import write_seen as write_seen
 from .network import Network as Network
 from .network import Normalise as Normalise

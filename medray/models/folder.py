@@ -8,7 +8,7 @@ weights, and export.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors
@@ -41,10 +41,10 @@ def save_model(
 
 
 def write_seen(folder: str, seen: Mapping[str, str]) -> None:
-    """Note the images that have a part in a model.
+    """Note the images or slides that have a part in a model.
 
     Args:
-        folder: Of the model.
+        folder: Of the model, or of a run of it.
         seen: By digest "train", if the weights have learned from it (also those that
             the training started with), or "val", if it only chose the epoch.
     """
@@ -53,7 +53,7 @@ def write_seen(folder: str, seen: Mapping[str, str]) -> None:
 
 
 def read_seen(folder: str) -> dict[str, str]:
-    """Read what `write_seen` wrote; nothing of a model that was trained on slides.
+    """Read what `write_seen` wrote; nothing if nobody did.
 
     Where an older medray wrote no more than the digests, they count as "train".
     """
@@ -63,6 +63,31 @@ def read_seen(folder: str) -> dict[str, str]:
     lines = files.read_bytes(uri).decode().splitlines()
     parts = (line.partition(" ") for line in lines if line)
     return {digest: how or "train" for digest, _, how in parts}
+
+
+def with_seen(seen: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """Return what two have seen; what one has learned from counts as that."""
+    learned = {digest for digest, how in [*seen.items(), *more.items()] if how != "val"}
+    return dict.fromkeys((*seen, *more), "val") | dict.fromkeys(
+        sorted(learned), "train"
+    )
+
+
+def seen_by(folders: Sequence[str]) -> dict[str, str] | None:
+    """Return what all of some models together have seen.
+
+    Args:
+        folders: Of models, or of runs.
+
+    Returns:
+        As `write_seen` takes it; None if one of them does not tell.
+    """
+    seen: dict[str, str] = {}
+    for folder in folders:
+        if not files.exists(files.join(folder, "seen.txt")):
+            return None
+        seen = with_seen(seen, read_seen(folder))
+    return seen
 
 
 def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:

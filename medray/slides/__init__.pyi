@@ -14,6 +14,7 @@ from .discovery import find_slides as find_slides
 from .discovery import slide_id as slide_id
 from .fingerprint import check_unchanged as check_unchanged
 from .fingerprint import fingerprint_of as fingerprint_of
+from .fingerprint import scan_digest as scan_digest
 from .fingerprint import slide_digest as slide_digest
 from .fingerprint import slide_fingerprint as slide_fingerprint
 from .image import ArraySlide as ArraySlide

@@ -47,6 +47,14 @@ def slide_digest(uri: str) -> str:
     return f"blake2b:{digest.hexdigest()}"
 
 
+def scan_digest(digest: str) -> str:
+    """Return what of a slide's digest names its bytes.
+
+    A stage adds what the user says of the slide, and the digest of its annotation.
+    """
+    return digest.partition("+")[0]
+
+
 def _parts(size: int, whole: int) -> list[tuple[int, int]]:
     """Return (start, length) of what counts of a file, `whole` bytes of it at most."""
     if size <= whole:

@@ -123,6 +123,12 @@ class Ledger:
         self._forgotten[slide] = self.slides.pop(slide)
         self._table_dirty = True
 
+    def drop_slide(self, slide: str) -> None:
+        """Keep nothing of a slide; durable with the next flush."""
+        self.slides.pop(slide, None)
+        self.regions.pop(self._key_of.pop(slide, ""), None)
+        self._table_dirty = self._rewrite = True
+
     def restore_slide(self, slide: str, changed: Mapping[str, Any]) -> None:
         """Count a slide as done again that `forget_slide` dropped.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from medray.models import ModelConfig, is_exported, read_config
 from medray.storage import files
 from medray.training.recipe import Recipe
 from medray.training.sampler import usable_patches
+from medray.training.scale import choose_scale
 from medray.types import Row
 
 _MPP_APART = 0.15  # relative difference of resolutions that is taken for none
@@ -111,3 +113,23 @@ def check_inputs(settings: Recipe, model_config: ModelConfig, data: str) -> None
                 f"teacher.model: {settings.teacher.model} looks at {teacher.mpp} um "
                 f"per pixel, the dataset has {model_config.mpp}; they must be the same"
             )
+
+
+def check_comparable(recipes: Sequence[Recipe], data: str) -> None:
+    """Refuse to compare trials by losses that are not the same.
+
+    Raises:
+        ConfigError: Validation has no foreground, so that losses decide, and they
+            differ between trials.
+    """
+    # Validation does not count the weights, of which l2 is.
+    if len({replace(recipe.loss, l2=0.0) for recipe in recipes}) == 1:
+        return
+    first = recipes[0]
+    val = usable_patches(data, "val", first.data)
+    if val and choose_scale(val, of_images=first.classifies) == "val_loss":
+        raise ConfigError(
+            f"{data}: split val holds no foreground, so the validation loss decides "
+            f"between trials, and those of different `loss` cannot be compared by it; "
+            f"give split val a slide with foreground, or take `loss` out of the grid"
+        )

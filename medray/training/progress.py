@@ -11,6 +11,7 @@ import torch
 
 from medray.errors import FormatError
 from medray.training.crops import Batch
+from medray.training.scale import Scale, score_of
 from medray.training.schedule import Schedule
 from medray.training.world import World
 from medray.types import Row
@@ -96,15 +97,17 @@ class Progress:
             new = (now != self.order_losses) & ~now.isnan()
             self.losses[new] = now[new]
 
-    def end_epoch(self, steps: int, crops: int, seconds: float, scores: Row) -> Row:
+    def end_epoch(
+        self, steps: int, crops: int, seconds: float, scores: Row, scale: Scale
+    ) -> Row:
         """Note the end of an epoch, and return its entry.
 
         Args:
             steps: Of an epoch.
             crops: Of an epoch.
             seconds: That validation took.
-            scores: Of the validation patches, and more to note; `f1` decides which
-                epoch is the best, or else the loss.
+            scores: Of the validation patches, and more to note.
+            scale: Which of them decides which epoch is the best.
         """
         entry: Row = {
             "epoch": self.epoch,
@@ -116,7 +119,7 @@ class Progress:
             "damaged": len(self.damaged),
         }
         entry |= scores
-        entry["score"] = scores["f1"] if scores["f1"] is not None else -entry["loss"]
+        entry["score"] = score_of(scores, scale)
         self.history.append(entry)
         if entry["score"] > self.best["score"]:
             self.best = {"epoch": self.epoch, "score": entry["score"]}

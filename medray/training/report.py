@@ -52,6 +52,7 @@ def write_training_report(
         metrics=metrics,
         of_images=kind.name == "classifier",
         seconds=sum(entry["seconds"] for entry in history),
+        said=metrics.get("warnings", []),
         warnings=_warnings(history),
         curves={
             "Loss": _curves(

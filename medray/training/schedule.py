@@ -25,7 +25,8 @@ class Schedule:
         warmup: Share of the steps in which the learning rate rises.
         decay: Factor of staircase and plateau.
         every: Epochs between two drops of staircase and plateau.
-        patience: Epochs without a better validation F1 before it stops early.
+        patience: Epochs without a better validation F1 before it stops early. Where
+            validation has no foreground, without a smaller loss.
         save_minutes: Longest work that a crash can cost, beside an epoch.
         phases: What learns when, one after the other; none: all learn all the time.
             A plateau is waited for in each of them anew.

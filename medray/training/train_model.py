@@ -13,9 +13,6 @@ The way of a patch, top to bottom:
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,20 +20,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from medray.datasets import holds_images, morphology_uri
+from medray.datasets import (
+    copies_apart,
+    holds_images,
+    read_slides,
+)
 from medray.errors import ConfigError
 from medray.evaluation import f1_line
 from medray.execution import cluster
 from medray.models import (
     ModelConfig,
     is_file,
-    model_digest,
     read_config,
-    read_seen,
     save_model,
     write_seen,
 )
-from medray.storage import files, locked, to_dict
+from medray.storage import files, locked
 from medray.training.checkpoint import (
     example_uri,
     read_best,
@@ -44,11 +43,13 @@ from medray.training.checkpoint import (
     teacher_uri,
 )
 from medray.training.checks import check_inputs, check_patches
+from medray.training.identity import check_checkpoints, provenance_of, seen_of
 from medray.training.launch import run_workers
 from medray.training.network import build_model_config, build_network
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.report import write_training_report
 from medray.training.sampler import usable_patches
+from medray.training.scale import warn_of_validation
 from medray.types import Row
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def train_with(
         TrainingError: The training cannot go on.
     """
     settings = _with_absolute_paths(settings)
-    provenance = _provenance(settings, data)
+    provenance = provenance_of(settings, data)
     if (before := _trained_before(out, provenance)) is not None:
         return before
     patches = {
@@ -195,6 +196,13 @@ def train_with(
     model_config = build_model_config(settings, patches["train"], data)
     check_inputs(settings, model_config, data)
     network = build_network(settings, len(model_config.classes))
+    names = model_config.classes.names
+    warnings = warn_of_validation(patches["val"], names, of_images=settings.classifies)
+    if not holds_images(data):
+        warnings += copies_apart(read_slides(data))
+    for said in warnings:
+        log.warning("%s: %s", data, said)
+    check_checkpoints(out, provenance)
     cluster.connect()
     log.info(
         "training on %d patches, validating on %d, into %s",
@@ -209,6 +217,8 @@ def train_with(
     best = read_best(out, name)
     history = read_history(out)
     metrics = best["metrics"] | {"history": history}
+    if warnings:
+        metrics["warnings"] = warnings
     model_config = replace(
         model_config, provenance=provenance | {"epochs": len(history)}
     )
@@ -217,25 +227,11 @@ def train_with(
         metrics["teacher"] = files.read_json(teacher_uri(out))
     metrics["parameters"] = sum(p.numel() for p in network.parameters())
     _write_report(out, model_config, metrics)
-    if holds_images(data):
-        write_seen(out, _seen(settings, patches))
+    write_seen(out, seen_of(settings, patches, data))
     save_model(out, model_config, network, metrics)
     seconds = time.perf_counter() - start
     page = files.join(out, "training.html")
     return Training(out, True, len(history), metrics["f1"], page, seconds)
-
-
-def _seen(settings: Recipe, patches: dict[str, list[Row]]) -> dict[str, str]:
-    """Tell which images have a part in a classifier: "train" or "val" by digest.
-
-    What another model has learned from comes along with its weights.
-    """
-    seen = {row["digest"]: split for split in patches for row in patches[split]}
-    if settings.weights and is_file(settings.weights):
-        for digest, how in read_seen(settings.weights.rpartition("/")[0]).items():
-            if how == "train" or digest not in seen:
-                seen[digest] = how
-    return seen
 
 
 def _write_report(out: str, model_config: ModelConfig, metrics: Row) -> None:
@@ -246,36 +242,6 @@ def _write_report(out: str, model_config: ModelConfig, metrics: Row) -> None:
             break
         pictures.append(files.read_bytes(uri))
     write_training_report(out, model_config, metrics, pictures)
-
-
-def _provenance(recipe: Recipe, data: str) -> Row:
-    """Name a training: equal digests mean equal recipe and data."""
-    digest = hashlib.blake2b(digest_size=16)
-    plain = to_dict(recipe)
-    # By its name when digests began: a training of medray 0.1 goes on.
-    plain["at_once"] = plain.pop("micro_batch_size")
-    digest.update(json.dumps(plain, sort_keys=True).encode())
-    for other in (recipe.teacher, recipe.prune):
-        if other is not None:
-            digest.update(model_digest(other.model).encode())
-    names = ["dataset.yaml", "patches.parquet"]
-    if recipe.model.morphology and files.exists(morphology_uri(data)):
-        names.append("morphology.parquet")
-    for name in names:
-        uri = files.join(data, name)
-        if not files.exists(uri):
-            raise ConfigError(
-                f"{uri} is missing; `medray ingest IMAGES --annotations MASKS --out "
-                f"DATASET` makes a dataset of images and their masks or outlines"
-            )
-        digest.update(files.read_bytes(uri))
-    packages = ("medray", "torch", "torchvision", "segmentation-models-pytorch")
-    return {
-        "digest": f"blake2b:{digest.hexdigest()}",
-        "data": data.rsplit("/", 1)[-1],
-        "recipe": to_dict(recipe),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 def _trained_before(out: str, provenance: Row) -> Training | None:

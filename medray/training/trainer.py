@@ -37,6 +37,7 @@ from medray.training.optim import build_optimizer, set_learning_rate
 from medray.training.phases import Phases
 from medray.training.progress import start_progress
 from medray.training.recipe import Recipe
+from medray.training.scale import scale_of
 from medray.training.schedule import learning_rate
 from medray.training.validation import (
     Validation,
@@ -109,6 +110,7 @@ class Trainer:
         """
         now, recipe, kept = self.progress, self.recipe, self.model.kept
         feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
+        scale = scale_of(data, recipe.data, of_images=recipe.classifies)
         for epoch, batches in read_epochs(*feed):
             if self.phases.must_weigh():
                 self._weigh_stages(data)
@@ -119,7 +121,7 @@ class Trainer:
             show_pictures(tracker, step, found.pictures, self.model)
             scores = found.scores() | self.phases.entry()
             crops = self.steps * recipe.batch
-            entry = now.end_epoch(self.steps, crops, found.seconds, scores)
+            entry = now.end_epoch(self.steps, crops, found.seconds, scores, scale)
             if now.best["epoch"] == epoch:
                 weights = {k: v.cpu() for k, v in kept.state_dict().items()}
                 shown = [picture.shown for picture in found.pictures]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,15 @@ import ray.tune
 import torch
 from ray.tune.schedulers import ASHAScheduler
 
+from medray.datasets import holds_images
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation import f1_line
 from medray.execution import cluster
 from medray.models import ModelConfig, choose_device
-from medray.storage import files, locked
+from medray.storage import files, locked, named_digest
 from medray.training.checkpoint import read_history
+from medray.training.checks import check_comparable
+from medray.training.identity import data_parts
 from medray.training.recipe import Recipe
 from medray.training.recipe_files import find_recipe
 from medray.training.report import write_tune_report
@@ -41,7 +45,10 @@ log = logging.getLogger(__name__)
 
 _LIVES = 3  # times that a trial whose process died goes on
 _OVER = ("model.yaml", "stopped.json", "failed.json")  # what a trial that is over has
-_FOLDER = ("model.yaml", "weights.safetensors", "metrics.json", "training.html")
+_FOLDER = (
+    *("seen.txt", "weights.safetensors", "metrics.json", "training.html"),
+    "model.yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ def tune(
     cluster.connect()
     start = time.perf_counter()
     with locked(out, "tune"):
-        _check_same(out, recipe, grid, asha, overrides)
+        _check_same(out, recipe, grid, asha, overrides, data)
+        check_comparable([trial.recipe for trial in trials], data)
         log.info("%d trials into %s", len(trials), out)
         todo = [trial for trial in trials if not _is_over(out, trial)]
         if todo:
@@ -122,7 +130,9 @@ def tune(
             _run(trials if asha else todo, data, out, asha)
         rows = [_row(out, trial) for trial in trials]
         # Without foreground in validation there is no F1, but a loss.
-        rows.sort(key=lambda row: -row["score"] if row["score"] is not None else 1e9)
+        rows.sort(
+            key=lambda row: -row["score"] if row["score"] is not None else math.inf
+        )
         best = next((row for row in rows if row["status"] == "trained"), None)
         failed = {row["trial"]: row["why"] for row in rows if row["status"] == "failed"}
         if best is None:
@@ -144,17 +154,26 @@ def tune(
 
 
 def _check_same(
-    out: str, recipe: str, grid: Grid, asha: int, overrides: Sequence[str]
+    out: str,
+    recipe: str,
+    grid: Grid,
+    asha: int,
+    overrides: Sequence[str],
+    data: str,
 ) -> None:
-    """Refuse a folder of another sweep; what differs in data each trial refuses."""
+    """Refuse a folder of another sweep."""
     uri = files.join(out, "sweep.json")
     asked = {
         "recipe": recipe.rpartition("/")[2],
         "grid": {key: list(values) for key, values in grid.items()},
         "asha": asha,
         "overrides": list(overrides),
+        "data": named_digest(b"".join(data_parts(data, morphology=True))),
     }
-    if files.exists(uri) and (before := files.read_json(uri)) != asked:
+    before = files.read_json(uri) if files.exists(uri) else asked
+    if holds_images(data):  # of which an older medray did not note the digest
+        before.setdefault("data", asked["data"])
+    if before != asked:
         differing = [key for key in asked if before.get(key) != asked[key]]
         raise ConfigError(
             f"{out}: holds another sweep (other {', '.join(differing)}); choose "

@@ -37,6 +37,8 @@ BOOKKEEPING = frozenset(
         *("provenance", "made_from", "merkle_root", "fingerprint", "stamp", "inputs"),
         # in words: what tables of the request matched
         "notes",
+        # which of the slides the model had seen, and the scores without them
+        *("seen_slides", "unseen"),
     }
 )
 """Keys and columns that say how a thing came about, not what it is."""

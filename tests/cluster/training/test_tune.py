@@ -1,6 +1,7 @@
 """Sweeps: every combination once, the best kept, nothing trained twice."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from medray import cli
 from medray.errors import ConfigError
 from medray.models.config import Architecture
-from medray.models.folder import load_model
+from medray.models.folder import load_model, read_seen
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Recipe
 from medray.training.recipe_files import SWEEPS
@@ -141,3 +142,11 @@ def test_a_sweep_keeps_the_best_and_trains_nothing_twice(
     assert before == {p: p.stat().st_mtime_ns for p in (out / "trials").rglob("*")}
     with pytest.raises(ConfigError, match=r"another sweep \(other grid\)"):
         tune(recipe, **(asked | {"grid": {"batch": [2, 4]}}))  # type: ignore[arg-type]
+    # The best model tells what it has seen, and other pixels make another sweep.
+    assert set(read_seen(str(out / "best")).values()) == {"train", "val"}
+    data = tmp_path / "data"
+    shutil.copytree(training_data, data)
+    rows = pd.read_parquet(data / "slides.parquet")
+    rows.assign(digest="blake2b:0").to_parquet(data / "slides.parquet")
+    with pytest.raises(ConfigError, match=r"another sweep \(other data\)"):
+        tune(recipe, **(asked | {"data": str(data)}))  # type: ignore[arg-type]

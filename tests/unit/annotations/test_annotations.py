@@ -330,13 +330,70 @@ def test_shapes_without_an_area_are_left_out_with_a_note(tmp_path: Path) -> None
         f'<Annotation Type="Dot">{dot}</Annotation>'
         "</Annotations></ASAP_Annotations>"
     )
-    assert marks(str(path)).areas == []
-    dots, nothing = marks(str(path)).notes
-    assert "1 Dot" in dots
-    assert "marks no area" in nothing
+    with pytest.raises(SlideError, match=r"b\.xml: encloses no area.*\(1 Dot\)"):
+        marks(str(path))
     path.write_text(path.read_text().replace("Dot", "Blob"))
     with pytest.raises(SlideError, match=r"b\.xml: .*'Blob'"):
         marks(str(path))
+
+
+LINE = [[20, 30], [400, 300]]
+FLAT = {
+    "a line": {"type": "LineString", "coordinates": LINE},
+    "counted points": {"type": "MultiPoint", "coordinates": LINE},
+    "a polygon along a line": {"type": "Polygon", "coordinates": [[*LINE, LINE[0]]]},
+    "a collection": {
+        "type": "GeometryCollection",
+        "geometries": [{"type": "Point", "coordinates": LINE[0]}],
+    },
+}
+
+
+def xml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "a.xml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", FLAT)
+@pytest.mark.parametrize("region", [False, True])
+def test_geojson_that_marks_and_encloses_nothing_is_no_empty_one(
+    kind: str, region: bool, tmp_path: Path
+) -> None:
+    """Where it says which part was looked at, too."""
+    beside = [feature((0, 0, 500, 500), "Region*")] if region else []
+    uri = geojson(tmp_path, *beside, {"type": "Feature", "geometry": FLAT[kind]})
+    with pytest.raises(SlideError, match=r"a\.geojson: encloses no area.*\(1 \w+\)"):
+        marks(uri)
+    # Without the shape it is an empty one: nothing is there.
+    assert marks(geojson(tmp_path, *beside)).areas == []
+    nothing = {"type": "Polygon", "coordinates": []}
+    assert marks(geojson(tmp_path, {"type": "Feature", "geometry": nothing})).notes
+
+
+def test_xml_and_svg_that_mark_and_enclose_nothing_are_refused(tmp_path: Path) -> None:
+    corners = '<Coordinate X="10" Y="40"/><Coordinate X="30" Y="10"/>'
+    asap = "<ASAP_Annotations><Annotations>{}</Annotations></ASAP_Annotations>"
+    scope = "<Annotations><Annotation><Regions>{}</Regions></Annotation></Annotations>"
+    ends = '<Vertices><Vertex X="1" Y="2"/><Vertex X="90" Y="95"/></Vertices>'
+    for text in (
+        asap.format(f'<Annotation Type="PointSet">{corners}</Annotation>'),
+        asap.format(f'<Annotation Type="Polygon">{corners}</Annotation>'),
+        scope.format(f'<Region Type="4">{ends}</Region>'),
+        scope.format(f'<Region Type="0">{ends}</Region>'),
+    ):
+        with pytest.raises(SlideError, match=r"a\.xml: encloses no area"):
+            marks(xml(tmp_path, text))
+    for text in (asap.format(""), scope.format(""), scope.format("<Region/>")):
+        assert marks(xml(tmp_path, text)).areas == []
+    for line in (
+        '<line x1="9" y1="9" x2="300" y2="400" stroke="red"/>',
+        '<polyline points="9,9 300,400 500,20" fill="none" stroke="red"/>',
+    ):
+        with pytest.raises(SlideError, match=r"a\.svg: encloses no area"):
+            marks(svg(tmp_path, line))
+    assert marks(svg(tmp_path, '<path d="" stroke="red"/>')).areas == []
+    assert marks(svg(tmp_path, "")).areas == []
 
 
 def test_asap_rectangles_may_have_two_corners(tmp_path: Path) -> None:

@@ -410,7 +410,7 @@ def test_open_strokes_are_lines_unless_nearly_closed(tmp_path: Path) -> None:
     for line in ("M300 300 L600 300 L600 600", "M300 300 C 300 600 600 600 600 300"):
         area, notes = marked(tmp_path, _SQUARE + stroked.format(line))
         assert area == 10000
-        assert "1 open lines of the drawing enclose nothing; left out" in notes
+        assert "has shapes without an area (1 open line); left out" in notes
     nearly = "M300 300 H600 V600 H300 V310"
     assert marked(tmp_path, _SQUARE + stroked.format(nearly))[0] == 100_000
     filled = '<path d="M300 300 L600 300 L600 600" stroke="black" fill="red"/>'
