@@ -13,6 +13,16 @@ from medray.errors import ConfigError
 from medray.storage import files
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""The split that a name stands for, in lower case: in tables and of folders."""
 
 
 def split_slides(
