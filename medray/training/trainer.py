@@ -9,6 +9,8 @@
 A step's micro batches are numbered (`Recipe.micro_batches`), and so are the places of
 their crops in the order: how many workers share them changes nothing but the order of a
 sum.
+
+One file, because the loop, its step and its state are read together.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from medray.training.encoder_stages import weigh_stages
 from medray.training.failures import explain_error, explain_loss
 from medray.training.loggers import Tracker
 from medray.training.model import TrainingModel
+from medray.training.notices import AskedToStopError, Notices
 from medray.training.optim import build_optimizer, set_learning_rate
 from medray.training.phases import Phases
 from medray.training.progress import start_progress
@@ -138,16 +141,20 @@ class Trainer:
         self, batches: Iterator[Batch], checkpoints: Checkpoints, tracker: Tracker
     ) -> None:
         now, start = self.progress, time.perf_counter()
+        notices = Notices(checkpoints.out)
         save_seconds = 60 * self.recipe.schedule.save_minutes
         for step in range(now.step, self.steps):
             loss = self._next_step(batches, checkpoints.out)
             scalars = {"train/loss": loss, "train/learning_rate": now.rate}
             tracker.scalars(now.epoch * self.steps + step, scalars)
             seconds = time.perf_counter() - start
-            if seconds >= save_seconds and step + 1 < self.steps:
+            notice = notices.hear(self.world)
+            if notice or (seconds >= save_seconds and step + 1 < self.steps):
                 now.seconds += seconds
                 checkpoints.write_last(self.state_dict())
                 start = time.perf_counter()
+            if notice == "stop":
+                raise AskedToStopError
         now.seconds += time.perf_counter() - start
 
     def _next_step(self, batches: Iterator[Batch], out: str) -> float:
