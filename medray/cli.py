@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
             result = request.run(announce)
+        values, words = _both(request.command, result)
     except StoppedError as error:
         return _say(
             request, 128 + error.signal, {"error": f"{error}"}, f"{name}: {error}"
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     some_failed = 0 if request.partial_ok else 3
     failed = getattr(result, "failed", {})
     code = getattr(result, "code", some_failed if failed else 0)
-    return _say(request, code, *_both(request.command, result))
+    return _say(request, code, values, words)
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
@@ -80,10 +81,15 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
         code = _not_printed(error, sys.stdout)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):  # Python would end with 120
+        try:
+            stream.flush()
+        except OSError as error:
+            code = code or _not_printed(error, stream)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
+    for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
+        signal.signal(number, signal.SIG_DFL)
     raise SystemExit(code)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from medray.errors import StoppedError, TerminatedError
+from medray.errors import MedrayError, StoppedError, TerminatedError
 
 GRACE_S = 15.0
 """Seconds after a signal in which regions under way may still be completed."""
@@ -81,7 +81,8 @@ def call_stoppable(
             thread.join(0.2)
         if asked.signal:
             if ask is not None:
-                ask()
+                with contextlib.suppress(MedrayError):  # where it cannot hear
+                    ask()
                 deadline = time.monotonic() + GRACE_S
                 while thread.is_alive() and time.monotonic() < deadline:
                     thread.join(0.2)

@@ -74,6 +74,8 @@ def run_workers(
             f"{problem}; if it was memory, micro_batch_size={half} needs half; run the "
             f"same command again to go on"
         ) from error
+    finally:
+        forget(out)
     if failure:
         raise TrainingError(failure)
 

@@ -54,10 +54,12 @@ class Notices:
         if time.monotonic() < self._looked + _REST_S:
             return ""
         self._looked = time.monotonic()
-        with contextlib.suppress(MedrayError):  # a store that does not answer now
+        # A store or a head that does not answer now is asked again.
+        with contextlib.suppress(MedrayError, ray.exceptions.RayError):
             if files.exists(_stop_uri(self._out)):
                 return "stop"
-        # Ray Train's own notice is a barrier of all workers in each step.
-        leaving = cluster.leaving_nodes() if ray.is_initialized() else set()
-        new, self._leaving = leaving - self._leaving, leaving
-        return "save" if new else ""
+            # Ray Train's own notice is a barrier of all workers in each step.
+            leaving = cluster.leaving_nodes() if ray.is_initialized() else set()
+            new, self._leaving = leaving - self._leaving, leaving
+            return "save" if new else ""
+        return ""

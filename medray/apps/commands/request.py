@@ -87,7 +87,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     except CycloptsError as error:
         error.verbose = False
         place = f"medray {name}" if name in COMMANDS else "medray"
-        print(f"{place}: {error}\nHelp: {place} --help", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"{place}: {error}\nHelp: {place} --help", file=sys.stderr)
         raise SystemExit(2) from None
     # rich ends a process whose reader has gone; that is no failure.
     with contextlib.suppress(SystemExit):
