@@ -78,7 +78,7 @@ def open_image(uri: str) -> ArraySlide:
         slide = ArraySlide(_to_rgb(uri, upright), uri)
         slide.format = str(picture.format).lower()
         notes = [f"turned as its EXIF Orientation {turned} says"] if turned != 1 else []
-        if _is_wide(upright) and np.max(upright) < _DARKEST_FULL:
+        if _is_wide(upright) and np.asarray(upright).max() < _DARKEST_FULL:
             notes.append(
                 "its samples of 16 bits use a 16th of their range: nearly black; "
                 "scale them to 65535"
