@@ -111,12 +111,13 @@ class Trainer:
             TrainingError: It cannot go on; all of the world raise it.
         """
         now, recipe, kept = self.progress, self.recipe, self.model.kept
+        notices = Notices(checkpoints.out)
         feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
         for epoch, batches in read_epochs(*feed):
             if self.phases.must_weigh():
                 self._weigh_stages(data)
                 checkpoints.write_last(self.state_dict())
-            self._train_epoch(batches, checkpoints, tracker)
+            self._train_epoch(batches, checkpoints, tracker, notices)
             found = self.validate(batches, data)
             step = (epoch + 1) * self.steps
             show_pictures(tracker, step, found.pictures, self.model)
@@ -138,10 +139,13 @@ class Trainer:
             files.write_json(teacher_uri(checkpoints.out), compared)
 
     def _train_epoch(
-        self, batches: Iterator[Batch], checkpoints: Checkpoints, tracker: Tracker
+        self,
+        batches: Iterator[Batch],
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        notices: Notices,
     ) -> None:
         now, start = self.progress, time.perf_counter()
-        notices = Notices(checkpoints.out)
         save_seconds = 60 * self.recipe.schedule.save_minutes
         for step in range(now.step, self.steps):
             loss = self._next_step(batches, checkpoints.out)
