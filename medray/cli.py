@@ -12,56 +12,103 @@ import dataclasses
 import io
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
-from medray.apps import Request
+from medray.apps import Request, explain_failure
 from medray.apps import parse as parse
-from medray.errors import ConfigError, MedrayError, StoppedError
+from medray.errors import ConfigError, MedrayError, StoppedError, TerminatedError
+
+log = logging.getLogger("medray.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     request = parse(argv)
     _set_up_logging(request.verbose)
+    if sys.getfilesystemencoding() == "ascii":
+        log.warning(
+            "this system's locale knows ASCII only, so names with other letters are "
+            "taken as bytes; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
     stdout = sys.stdout
 
     def announce(result: Any) -> None:
         values, words = _both(request.command, result)
         text = json.dumps(values, sort_keys=True) if request.json else words
-        print(text, file=stdout, flush=True)
+        _print(text, stdout)
 
     name = f"medray {request.command}"
     try:
         # Ray prints what happens to its nodes; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
             result = request.run(announce)
+        values, words = _both(request.command, result)
     except StoppedError as error:
         return _say(
             request, 128 + error.signal, {"error": f"{error}"}, f"{name}: {error}"
         )
-    except KeyboardInterrupt:
-        said = "stopped by SIGINT; run the same command again to go on"
-        return _say(request, 130, {"error": said}, f"{name}: {said}")
+    except KeyboardInterrupt as error:
+        number = _signal_of(error)
+        said = f"stopped by {number.name}; run the same command again to go on"
+        return _say(request, 128 + number, {"error": said}, f"{name}: {said}")
     except ConfigError as error:
         return _say(request, 2, {"error": f"{error}"}, f"{name}: {error}")
     except MedrayError as error:
         return _say(request, 1, {"error": f"{error}"}, f"{name}: {error}")
+    except Exception as error:
+        said = explain_failure(error, request.command, verbose=request.verbose)
+        return _say(request, 1, {"error": said}, f"{name}: {said}")
     some_failed = 0 if request.partial_ok else 3
     failed = getattr(result, "failed", {})
     code = getattr(result, "code", some_failed if failed else 0)
-    return _say(request, code, *_both(request.command, result))
+    return _say(request, code, values, words)
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command as a process of its own."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no Unicode
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code = main(argv)
+    _prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main(argv)
+    except KeyboardInterrupt as error:  # before there was a command
+        code = 128 + _signal_of(error)
+    except OSError as error:  # help that nobody reads, or that has no room
+        code = _not_printed(error, sys.stdout)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    for stream in (sys.stdout, sys.stderr):  # Python would end with 120
+        try:
+            stream.flush()
+        except OSError as error:
+            code = code or _not_printed(error, stream)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
+    for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
+        signal.signal(number, signal.SIG_DFL)
     raise SystemExit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError
+
+
+def _signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    is_sigterm = isinstance(error, TerminatedError)
+    return signal.SIGTERM if is_sigterm else signal.SIGINT
+
+
+def _prepare_streams() -> None:
+    """See to it that there are streams to print to, and that each name can be."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called: `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _both(command: str, result: Any) -> tuple[dict[str, Any], str]:
@@ -71,12 +118,40 @@ def _both(command: str, result: Any) -> tuple[dict[str, Any], str]:
 
 
 def _say(request: Request, code: int, values: dict[str, Any], words: str) -> int:
-    """Print the result: JSON on stdout if asked, else words (errors on stderr)."""
+    """Print the result: JSON on stdout if asked, else words (errors on stderr).
+
+    Returns:
+        The exit code; 1 if a result of 0 cannot be printed for other reasons than that
+        nobody reads it any more.
+    """
     if request.json:
-        print(json.dumps(values | {"exit_code": code}, sort_keys=True))
-    else:
-        print(words, file=sys.stderr if "error" in values else sys.stdout)
-    return code
+        words = json.dumps(values | {"exit_code": code}, sort_keys=True)
+    to_stderr = "error" in values and not request.json
+    printed = _print(words, sys.stderr if to_stderr else sys.stdout)
+    return code or printed
+
+
+def _print(text: str, stream: TextIO) -> int:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        return _not_printed(error, stream)
+    return 0
+
+
+def _not_printed(error: OSError, stream: TextIO) -> int:
+    """Say why something is not printed, and return the exit code that this makes.
+
+    What is still in the stream goes nowhere, or Python would try once more at its end.
+    """
+    with contextlib.suppress(OSError, ValueError):  # in a test it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 0
+    with contextlib.suppress(OSError):
+        said = error.strerror or error
+        print(f"medray: what it has to say cannot be written ({said})", file=sys.stderr)
+    return 1
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -45,6 +45,10 @@ class StoppedError(MedrayError):
         self.signal = number
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM where nothing keeps an eye on signals: as Ctrl-C, Python's own."""
+
+
 def check_positive(**values: float | None) -> None:
     """Raise a ConfigError for a number that is not above 0; None is no number."""
     for name, value in values.items():

@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+import urllib.parse
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,10 @@ log = logging.getLogger(__name__)
 
 # Seconds for an answer, between two tries, and between two signs of life.
 _ANSWER_S, _REST_S, _BEAT_S = 30.0, 5.0, 20.0
+_CONNECT_S = 10.0
 # How often the head may be lost with the job: a job may be what ends it.
 _LOSSES = 5
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-
-TOKEN_ADVICE = (
-    "give it the token of the head: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
-    "RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
-)
 
 
 @dataclass(frozen=True)
@@ -97,18 +94,34 @@ def submit(
         raise ConfigError(
             f"job: expected an id of letters, digits, dots, - and _; found {job!r}"
         )
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"address: expected the http:// address of a Ray dashboard (port 8265), "
-            f"found {address!r}; give --address or RAY_API_SERVER_ADDRESS"
-        )
+    if address is None:
+        address = os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    check_dashboard_address(address)
     body = {
         "entrypoint": shlex.join(command),
         "submission_id": job,
         "metadata": {"stage": stage} if stage else {},
     }
     return asyncio.run(_until_told(_see_through(address.rstrip("/"), body, wait)))
+
+
+def check_dashboard_address(address: str) -> None:
+    """Check that this is the address of a dashboard: http:// or https://, a host.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        parts = urllib.parse.urlsplit(address)
+        usable = parts.port != 0 and bool(parts.hostname)
+    except ValueError:  # a port that is no number, a bracket that is never closed
+        usable = False
+    known = address.startswith(("http://", "https://"))
+    if not (known and usable) or re.search(r"[\s\x00-\x1f?#]", address):
+        raise ConfigError(
+            f"address: expected the http:// address of a Ray dashboard (port 8265), "
+            f"found {address!r:.200}; give --address or RAY_API_SERVER_ADDRESS"
+        )
 
 
 async def _until_told(following: Coroutine[Any, Any, Submitted]) -> Submitted:
@@ -142,7 +155,7 @@ async def _see_through(address: str, body: dict[str, Any], wait: float) -> Submi
     token, job = auth_token(), str(body["submission_id"])
     session = aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {token}"} if token else {},
-        timeout=aiohttp.ClientTimeout(total=_ANSWER_S),
+        timeout=aiohttp.ClientTimeout(total=_ANSWER_S, connect=_CONNECT_S),
     )
     there, lost, shown = False, 0, 0
     silent_since: float | None = None
@@ -231,7 +244,10 @@ class _Head:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _NoAnswerError(f"{error}" or type(error).__name__) from error
         if status in (401, 403):
-            raise ConfigError(f"{uri}: refuses the token; {TOKEN_ADVICE}")
+            # Imported here: with it comes Ray, which a submission does without.
+            from medray.execution import cluster
+
+            raise ConfigError(f"{uri}: refuses the token; {cluster.TOKEN_ADVICE}")
         if status >= 500:  # the head is there, its agent that starts jobs not yet
             last = text.strip().splitlines()[-1:] or [""]
             raise _NoAnswerError(f"{method}: {status} {last[0][:300]}")

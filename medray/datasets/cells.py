@@ -182,9 +182,15 @@ def read_whole(uri: str) -> UInt8:
     Raises:
         SlideError: It is no image, or damaged.
     """
+    return read_noted(uri)[0]
+
+
+def read_noted(uri: str) -> tuple[UInt8, str]:
+    """Read an image as `read_whole` does, and what its reader remarks."""
     with open_slide(uri) as slide:
         level = slide.levels[0]
-        return slide.read(y=0, x=0, height=level.height, width=level.width)
+        pixels = slide.read(y=0, x=0, height=level.height, width=level.width)
+        return pixels, slide.note
 
 
 # The cells of a cluster come one after the other.

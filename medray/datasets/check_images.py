@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from medray.datasets.cells import look_at_cell, read_checked
+from medray.datasets.cells import look_at_cell, read_checked, read_noted
 from medray.datasets.images import CheckedImage, ImageFile
 from medray.errors import MedrayError
 from medray.slides import slide_digest, too_large
@@ -42,6 +43,10 @@ def check_images(
         if result.status == "failed":
             said = (file.image, result.message)
             log.warning("stage=ingest image=%s failed: %s", *said)
+    noted = Counter(result.note for result in checked.values() if result.note)
+    for note, count in noted.items():
+        one = next(file.image for file, its in checked.items() if its.note == note)
+        log.warning("%d images, such as %s: %s", count, one, note)
     return [checked[file] for file in images]
 
 
@@ -49,9 +54,9 @@ def _check_image(file: ImageFile, side: int, mpp: float | None) -> CheckedImage:
     try:
         if file.contours is None:
             digest = slide_digest(file.uri)
-            seen = CheckedImage(file=file, split=file.split, digest=digest)
-        else:
-            seen = look_at_cell(file, file.contours, mpp)
+            _, note = read_noted(file.uri)
+            return CheckedImage(file=file, split=file.split, digest=digest, note=note)
+        seen = look_at_cell(file, file.contours, mpp)
         read_checked(seen, side)
     except (MedrayError, OSError) as error:
         return _failed(file, f"{error}")

@@ -234,6 +234,11 @@ def _ingest(
     check: Callable[[], None],
 ) -> Images:
     """Check the images, split them and write the sheets; the tables come last."""
+    if executor == "ray":
+        # Imported here: with it comes Ray. A cluster that is not there costs nothing.
+        from medray.execution import cluster
+
+        cluster.connect()
     start = time.perf_counter()
     tables = (images_uri(out), morphology_uri(out))
     others = [

@@ -78,6 +78,7 @@ class CheckedImage:
         message: Why it is not taken; "": it is.
         features: What its contours measure; none: that was not asked for.
         box: Where it is cut out of the file; None: it is all of it.
+        note: What its reader remarks, such as that it was turned.
     """
 
     file: ImageFile
@@ -87,6 +88,7 @@ class CheckedImage:
     message: str = ""
     features: tuple[float, ...] = ()
     box: Rectangle | None = None
+    note: str = ""
 
     @property
     def taken(self) -> bool:

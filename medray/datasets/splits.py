@@ -20,7 +20,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-"""Split by what people call it, in lower case."""
+"""The split that a name stands for, in lower case: in tables and of folders."""
 
 
 def split_slides(

@@ -1,10 +1,9 @@
-"""How the stages use Ray: connecting, and running a chain of Ray Data."""
+"""How the stages use Ray: running a chain of Ray Data, and what a cluster has."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 import socket
 import threading
 import time
@@ -15,59 +14,19 @@ from typing import Any
 import ray
 
 from medray.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from medray.execution.joining import TOKEN_ADVICE as TOKEN_ADVICE
+from medray.execution.joining import check_head as check_head
+from medray.execution.joining import connect as connect
+from medray.execution.joining import parse_address as parse_address
+from medray.execution.joining import says_more
+from medray.execution.signals import call_stoppable as call_stoppable
 
 GPUS_LABEL = "medray/gpus"
 
 # How long a node may take to answer.
 _KNOCK_S = 5.0
-# How often a local cluster is started before that is given up.
-_STARTS = 3
 # Least time of a step of Ray Data's loop.
 _STEP_S = 0.02
-
-
-def connect() -> None:
-    """Connect to Ray: the cluster of RAY_ADDRESS or of this job, else a local one.
-
-    A local cluster that is started here asks for a token, Ray's default. One that may
-    be running here is only taken if RAY_ADDRESS says so (`auto`): Ray would look for it
-    by a file that outlives clusters that were killed, and wait minutes for those.
-
-    Raises:
-        ConfigError: If a local one does not start.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    if os.environ.get("RAY_ADDRESS"):
-        _init()
-        return
-    for trial in range(_STARTS):
-        try:
-            # Nobody is told of its dashboard; without it the start is 2 s shorter.
-            _init(address="local", include_dashboard=False)
-            return
-        except Exception as error:
-            # Ray gives its processes 30 s, which cannot be changed; those that were too
-            # slow it ends with this process.
-            if type(error) is not Exception or "timed out" not in f"{error}":
-                raise
-            log.warning("Ray has not started in 30 s (%d of %d)", trial + 1, _STARTS)
-    raise ConfigError(
-        f"Ray did not start on this machine: its processes took more than 30 s, "
-        f"{_STARTS} times. Is the machine overloaded, or short of memory? "
-        "/tmp/ray/session_latest/logs has what they say"
-    )
-
-
-def _init(**options: Any) -> None:
-    ray.init(logging_level=logging.ERROR, log_to_driver=_verbose(), **options)
-
-
-def _verbose() -> bool:
-    return logging.getLogger("medray").isEnabledFor(logging.DEBUG)
 
 
 class End(threading.Event):
@@ -112,7 +71,7 @@ def streaming(
     context.execution_no_progress_timeout_s = -1
     data_logger = logging.getLogger("ray.data")
     level = data_logger.level
-    if not _verbose():
+    if not says_more():
         data_logger.setLevel(logging.ERROR if end is None else logging.CRITICAL)
     try:
         with DataContext.current(context):

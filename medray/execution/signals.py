@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
+
+from medray.errors import MedrayError, StoppedError, TerminatedError
 
 GRACE_S = 15.0
 """Seconds after a signal in which regions under way may still be completed."""
@@ -28,7 +32,7 @@ def stopping() -> Iterator[Stopping]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if asked.signal:
-            raise KeyboardInterrupt
+            raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
         asked.signal = number
 
     if threading.current_thread() is not threading.main_thread():
@@ -41,3 +45,48 @@ def stopping() -> Iterator[Stopping]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def call_stoppable(
+    function: Callable[[], Any],
+    ask: Callable[[], None] | None,
+    kept: Callable[[], str],
+) -> Any:
+    """Return what a function of Ray gives, called in a thread; a signal ends it.
+
+    Ray Train and Ray Tune wait where no signal reaches Python, and take Ctrl-C for
+    themselves in the main thread.
+
+    Args:
+        function: What to call.
+        ask: Asks what it has started to stop; None: there is nothing to wait for.
+        kept: Says what is kept.
+
+    Raises:
+        StoppedError: A signal came.
+    """
+    found: list[Any] = []
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            found.append(function())
+        except BaseException as error:  # raised below, where it is waited for
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    with stopping() as asked:
+        thread.start()
+        while thread.is_alive() and not asked.signal:
+            thread.join(0.2)
+        if asked.signal:
+            if ask is not None:
+                with contextlib.suppress(MedrayError):  # where it cannot hear
+                    ask()
+                deadline = time.monotonic() + GRACE_S
+                while thread.is_alive() and time.monotonic() < deadline:
+                    thread.join(0.2)
+            raise StoppedError(asked.signal, kept())
+    if failed:
+        raise failed[0]
+    return found[0]

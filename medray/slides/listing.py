@@ -34,6 +34,8 @@ SLIDE_SUFFIXES = (
     ".jpeg",
     ".jpg",
     ".bmp",
+    ".webp",
+    ".gif",
 )
 
 

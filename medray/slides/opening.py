@@ -11,7 +11,7 @@ from medray.errors import SlideError
 from medray.slides import dicom, dicom_header
 from medray.slides.base import NeedsOpenSlideError, Slide
 from medray.slides.discovery import SlideFile
-from medray.slides.image import open_image
+from medray.slides.image import PICTURE_SUFFIXES, open_image
 from medray.slides.listing import SLIDE_SUFFIXES
 from medray.slides.members import SEVERAL_FILES, slide_members
 from medray.slides.ome_zarr import ZarrSlide
@@ -62,7 +62,7 @@ def _open(uri: str, scene: int | None, plane: int | None, reader: str) -> Slide:
     lower = uri.lower()
     if lower.rstrip("/").endswith(".zarr"):
         return ZarrSlide(uri.rstrip("/"))
-    if lower.endswith((".png", ".jpg", ".jpeg", ".bmp")):
+    if lower.endswith(PICTURE_SUFFIXES):
         return open_image(uri)
     if reader == "openslide":
         return _openslide(uri)

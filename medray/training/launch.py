@@ -15,6 +15,7 @@ from medray.execution import cluster
 from medray.models import ModelConfig
 from medray.storage import files, to_dict
 from medray.training.checkpoint import read_history
+from medray.training.notices import ask_to_stop, forget
 from medray.training.recipe import Recipe
 from medray.training.worker import run_worker
 from medray.training.world import TrainingError
@@ -32,8 +33,10 @@ def run_workers(
     Raises:
         ConfigError: The cluster never has as many.
         TrainingError: The training cannot go on.
+        StoppedError: SIGTERM or Ctrl-C; its state was written if a step ended in time.
     """
     _check_workers(settings)
+    forget(out)
     gpu = bool(cluster.gpus())
     config = {
         "recipe": to_dict(settings),
@@ -60,7 +63,9 @@ def run_workers(
     )
     try:
         with _logging_epochs(out):
-            failure = trainer.fit().return_value
+            failure = cluster.call_stoppable(
+                trainer.fit, lambda: ask_to_stop(out), lambda: _kept(out)
+            ).return_value
     except ray.train.TrainingFailedError as error:
         problem = str(error).strip().splitlines()[-1][:300]
         half = max(1, settings.crops_per_micro_batch // 2)
@@ -69,8 +74,14 @@ def run_workers(
             f"{problem}; if it was memory, micro_batch_size={half} needs half; run the "
             f"same command again to go on"
         ) from error
+    finally:
+        forget(out)
     if failure:
         raise TrainingError(failure)
+
+
+def _kept(out: str) -> str:
+    return f"{len(read_history(out))} epochs and the last checkpoint are kept"
 
 
 def _check_workers(settings: Recipe) -> None:

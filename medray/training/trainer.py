@@ -9,6 +9,8 @@
 A step's micro batches are numbered (`Recipe.micro_batches`), and so are the places of
 their crops in the order: how many workers share them changes nothing but the order of a
 sum.
+
+One file, because the loop, its step and its state are read together.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from medray.training.encoder_stages import weigh_stages
 from medray.training.failures import explain_error, explain_loss
 from medray.training.loggers import Tracker
 from medray.training.model import TrainingModel
+from medray.training.notices import AskedToStopError, Notices
 from medray.training.optim import build_optimizer, set_learning_rate
 from medray.training.phases import Phases
 from medray.training.progress import start_progress
@@ -109,13 +112,14 @@ class Trainer:
             TrainingError: It cannot go on; all of the world raise it.
         """
         now, recipe, kept = self.progress, self.recipe, self.model.kept
+        notices = Notices(checkpoints.out)
         feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
         scale = scale_of(data, recipe.data, of_images=recipe.classifies)
         for epoch, batches in read_epochs(*feed):
             if self.phases.must_weigh():
                 self._weigh_stages(data)
                 checkpoints.write_last(self.state_dict())
-            self._train_epoch(batches, checkpoints, tracker)
+            self._train_epoch(batches, checkpoints, tracker, notices)
             found = self.validate(batches, data)
             step = (epoch + 1) * self.steps
             show_pictures(tracker, step, found.pictures, self.model)
@@ -137,7 +141,11 @@ class Trainer:
             files.write_json(teacher_uri(checkpoints.out), compared)
 
     def _train_epoch(
-        self, batches: Iterator[Batch], checkpoints: Checkpoints, tracker: Tracker
+        self,
+        batches: Iterator[Batch],
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        notices: Notices,
     ) -> None:
         now, start = self.progress, time.perf_counter()
         save_seconds = 60 * self.recipe.schedule.save_minutes
@@ -146,10 +154,13 @@ class Trainer:
             scalars = {"train/loss": loss, "train/learning_rate": now.rate}
             tracker.scalars(now.epoch * self.steps + step, scalars)
             seconds = time.perf_counter() - start
-            if seconds >= save_seconds and step + 1 < self.steps:
+            notice = notices.hear(self.world)
+            if notice or (seconds >= save_seconds and step + 1 < self.steps):
                 now.seconds += seconds
                 checkpoints.write_last(self.state_dict())
                 start = time.perf_counter()
+            if notice == "stop":
+                raise AskedToStopError
         now.seconds += time.perf_counter() - start
 
     def _next_step(self, batches: Iterator[Batch], out: str) -> float:

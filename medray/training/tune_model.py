@@ -112,6 +112,7 @@ def tune(
         ConfigError: A key, a value or the dataset is wrong, or another process works
             in OUT.
         MedrayError: No trial has a result.
+        StoppedError: SIGTERM or Ctrl-C.
     """
     if grid is None:
         recipe, grid, asha = read_sweep(recipe)
@@ -224,7 +225,10 @@ def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
             failure_config=ray.tune.FailureConfig(max_failures=_LIVES),
         ),
     )
-    for result in tuner.fit():
+    fitted = cluster.call_stoppable(
+        tuner.fit, None, lambda: "trials that are over and checkpoints are kept"
+    )
+    for result in fitted:
         trial = by_name[result.config["trial"]]
         if result.error is not None:
             log.warning("%s: %s", trial.name, f"{result.error}".splitlines()[-1])

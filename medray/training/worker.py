@@ -15,6 +15,7 @@ from medray.models import ModelConfig, choose_device
 from medray.storage import from_dict, to_dict
 from medray.training.checkpoint import Checkpoints
 from medray.training.loggers import Tracker
+from medray.training.notices import AskedToStopError
 from medray.training.recipe import Recipe
 from medray.training.sampler import steps_per_epoch, usable_patches
 from medray.training.trainer import Trainer
@@ -43,6 +44,8 @@ def run_worker(config: Row) -> str | None:
         )
     except MedrayError as error:
         return f"{error}"
+    except AskedToStopError:
+        return None  # who asked knows
     return None
 
 
@@ -69,6 +72,7 @@ def train_as(
 
     Raises:
         TrainingError: It cannot go on; all of the world raise it.
+        AskedToStopError: It was asked to stop.
     """
     patches = {
         split: usable_patches(data, split, recipe.data) for split in ("train", "val")

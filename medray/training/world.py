@@ -43,6 +43,12 @@ class World:
             torch.distributed.all_reduce(values)
         return values
 
+    def any(self, asked: bool) -> bool:
+        """Return whether any of the world asks for it."""
+        if self.size == 1:
+            return asked
+        return bool(self.add(torch.tensor(float(asked), device=self.device)))
+
     def gather(self, value: Any) -> list[Any]:
         """Return what each of the world has."""
         values = [value]

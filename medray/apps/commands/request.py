@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import sys
@@ -86,14 +87,15 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     except CycloptsError as error:
         error.verbose = False
         place = f"medray {name}" if name in COMMANDS else "medray"
-        print(f"{place}: {error}\nHelp: {place} --help", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"{place}: {error}\nHelp: {place} --help", file=sys.stderr)
         raise SystemExit(2) from None
-    if getattr(function, "__func__", None) is App.help_print:
-        function(*bound.args, console=page())
-        raise SystemExit(0 if words else 2)
-    found = function(*bound.args, **bound.kwargs)
-    if isinstance(found, Request):
-        return found
+    # rich ends a process whose reader has gone; that is no failure.
+    with contextlib.suppress(SystemExit):
+        if getattr(function, "__func__", None) is App.help_print:
+            function(*bound.args, console=page())
+        elif isinstance(found := function(*bound.args, **bound.kwargs), Request):
+            return found
     raise SystemExit(0 if words else 2)
 
 

@@ -21,7 +21,7 @@ from medray.apps.doctor.machine import (
     check_memory,
     check_packages,
 )
-from medray.apps.doctor.ray_cluster import check_ray
+from medray.apps.doctor.ray_cluster import check_form, check_ray
 from medray.errors import ConfigError, MedrayError
 from medray.inference import memory_limit
 from medray.models import model_digest, read_config
@@ -43,13 +43,14 @@ def doctor(
     Args:
         model: Folder of a model to check too.
         out: Folder or address: check whether it can be written.
-        address: Address of Ray: HOST:PORT or http://HOST:8265. Or ray://HOST:PORT,
-            auto; None: RAY_ADDRESS, if that is set.
+        address: Address of Ray: HOST:PORT, auto, or http://HOST:8265, a dashboard
+            (RAY_ADDRESS, if that is set).
         kubernetes: Look at the Kubernetes cluster of kubectl's context or of this pod.
         namespace: Namespace of medray there (this pod's, or medray).
 
     Raises:
-        ConfigError: `kubernetes` without its package, or `namespace` without it.
+        ConfigError: `kubernetes` without its package, or `namespace` without it; the
+            address is none.
     """
     if namespace and not kubernetes:
         raise ConfigError("--namespace goes with --kubernetes")
@@ -57,11 +58,14 @@ def doctor(
         from medray.apps.doctor.kubernetes import check_kubernetes
 
         return Diagnosis(check_kubernetes(namespace))
+    if address is None:
+        address = os.environ.get("RAY_ADDRESS") or "local"
+    check_form(address)
     findings = [check_packages(importlib.metadata.requires("medray") or ())]
     findings.append(check_bytecode())
     findings += check_memory(memory_limit(), shutil.disk_usage(SHARED_MEMORY).total)
     findings.append(check_gpus())
-    findings += check_ray(address or os.environ.get("RAY_ADDRESS", ""))
+    findings += check_ray(address)
     if model:
         findings.append(check_model(model))
     if out:

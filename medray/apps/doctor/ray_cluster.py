@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -20,10 +19,12 @@ from typing import Any
 import ray
 
 from medray.apps.doctor.findings import Finding
-from medray.apps.submit import TOKEN_ADVICE, auth_token
+from medray.apps.submit import auth_token, check_dashboard_address
+from medray.errors import MedrayError
+from medray.execution import cluster
 
-# Seconds for a port, for a page, and for a cluster to answer.
-_PORT_S, _PAGE_S, _CLUSTER_S = 5.0, 10.0, 60.0
+# Seconds for a page, and for a cluster to answer.
+_PAGE_S, _CLUSTER_S = 10.0, 60.0
 
 
 def check_ray(address: str) -> list[Finding]:
@@ -35,23 +36,30 @@ def check_ray(address: str) -> list[Finding]:
     if not address or address == "local":
         said = "no cluster named; commands start a local Ray, with a token of its own"
         return [Finding("Ray", "ok", said)]
-    if address.startswith(("http://", "https://")):
+    if _is_dashboard(address):
         return [_check_dashboard(address)]
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), _PORT_S).close()
-        except OSError as error:
-            return [
-                Finding(
-                    "Ray",
-                    "FAIL",
-                    f"{address}: nobody answers there ({error})",
-                    "see that the head runs, that the address is right (port 6379, of "
-                    "ray:// 10001), and that no firewall or NetworkPolicy lies between",
-                )
-            ]
+    try:
+        cluster.check_head(address)
+    except MedrayError as error:
+        said, _, mend = f"{error}".partition("; ")
+        return [Finding("Ray", "FAIL", said, mend)]
     return _ask_cluster(address)
+
+
+def check_form(address: str) -> None:
+    """Check the form of an address of `doctor`.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if _is_dashboard(address):
+        check_dashboard_address(address)
+    elif address not in ("auto", "local"):
+        cluster.parse_address(address)
+
+
+def _is_dashboard(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
 
 
 def _check_dashboard(address: str) -> Finding:
@@ -68,7 +76,9 @@ def _check_dashboard(address: str) -> Finding:
             there = json.loads(response.read())["ray_version"]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            return Finding("Ray", "FAIL", f"{address}: refuses the token", TOKEN_ADVICE)
+            return Finding(
+                "Ray", "FAIL", f"{address}: refuses the token", cluster.TOKEN_ADVICE
+            )
         return Finding("Ray", "FAIL", f"{address}: {error}", "is this a dashboard?")
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = getattr(error, "reason", None) or error
@@ -101,7 +111,9 @@ def _ask_cluster(address: str) -> list[Finding]:
         )
     except subprocess.TimeoutExpired:
         said = f"{address}: takes connections but gave no answer in {_CLUSTER_S:.0f} s"
-        mend = f"{TOKEN_ADVICE}; if that is right look at the head's logs and load"
+        mend = (
+            f"{cluster.TOKEN_ADVICE}; if that is right look at the head's logs and load"
+        )
         return [Finding("Ray", "FAIL", said, mend)]
     if asked.returncode:
         return [_refusal(address, asked.stderr)]
@@ -129,7 +141,7 @@ def _refusal(address: str, said: str) -> Finding:
     last = lines[-1][:300] if lines else "it said nothing"
     token = any(w in said for w in ("AuthenticationError", "Unauthenticated", "token"))
     other = "see that the head runs, and that versions are equal"
-    mend = TOKEN_ADVICE if token else other
+    mend = cluster.TOKEN_ADVICE if token else other
     return Finding("Ray", "FAIL", f"{address}: {last}", mend)
 
 

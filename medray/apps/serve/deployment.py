@@ -196,9 +196,9 @@ def _check_free(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot listen at {host} port {port} ({error.strerror}); give another "
+                f"cannot listen at {host} port {port} ({error}); give another "
                 f"--port or --host"
             ) from error
 

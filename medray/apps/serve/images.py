@@ -9,7 +9,14 @@ from PIL import Image
 from medray.errors import SlideError
 from medray.types import UInt8
 
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif"}
+SUFFIXES = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "WebP": ".webp",
+    "GIF": ".gif",
+}
 """How a file of each format is named, so that the right reader takes it."""
 
 _MAGIC = {
@@ -20,7 +27,10 @@ _MAGIC = {
     b"MM\0*": "TIFF",
     b"II+\0": "TIFF",
     b"MM\0+": "TIFF",
+    b"GIF8": "GIF",
 }
+START = 12
+"""Bytes of a file that tell its format."""
 
 
 class TooLargeError(SlideError):
@@ -28,7 +38,9 @@ class TooLargeError(SlideError):
 
 
 def image_format(start: bytes) -> str | None:
-    """Recognise PNG, JPEG, BMP and TIFF by their first bytes (8 are enough)."""
+    """Recognise PNG, JPEG, BMP, TIFF, WebP and GIF by their first bytes (`START`)."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WebP"
     return next(
         (name for magic, name in _MAGIC.items() if start.startswith(magic)), None
     )
@@ -45,7 +57,7 @@ def as_png(labels: UInt8, height: int, width: int) -> bytes:
 
 
 def check_header(path: str, most: int) -> None:
-    """Check the size of a PNG, JPEG or BMP; readers decode these when they open them.
+    """Check the size of all but TIFF; readers decode these when they open them.
 
     Raises:
         TooLargeError: It has more pixels than are taken.

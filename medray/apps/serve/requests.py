@@ -9,7 +9,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from medray.apps.serve.images import SUFFIXES, image_format
+from medray.apps.serve.images import START, SUFFIXES, image_format
 from medray.errors import check_positive
 
 # Content types by format; octet-stream leaves it to the bytes.
@@ -18,6 +18,8 @@ CONTENT_TYPES = {
     "image/jpeg": "JPEG",
     "image/bmp": "BMP",
     "image/tiff": "TIFF",
+    "image/webp": "WebP",
+    "image/gif": "GIF",
     "application/octet-stream": "",
 }
 
@@ -71,7 +73,7 @@ async def receive(request: Request, folder: str, bounds: Bounds) -> str:
                 received += len(chunk)
                 if received > most:
                     raise _too_long(f"more than {most}", most)
-                start = (start + chunk)[:8] if len(start) < 8 else start
+                start = (start + chunk)[:START] if len(start) < START else start
                 file.write(chunk)
     except ClientDisconnect:
         raise HTTPException(
@@ -85,8 +87,8 @@ async def receive(request: Request, folder: str, bounds: Bounds) -> str:
     if found is None:
         raise HTTPException(
             422,
-            f"the body ({received} bytes) is no PNG, JPEG, BMP or TIFF image; send the "
-            f"image file itself, for example with curl --data-binary @FILE",
+            f"the body ({received} bytes) is no PNG, JPEG, BMP, TIFF, WebP or GIF; "
+            f"send the image file itself, for example with curl --data-binary @FILE",
         )
     if CONTENT_TYPES[stated] not in ("", found):
         raise HTTPException(

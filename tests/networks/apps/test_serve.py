@@ -118,7 +118,7 @@ def tiff_bomb() -> bytes:
 
 TIFF = tiff_of(picture(300, 300), tile=(64, 64), compression="zlib")
 BAD = [
-    ("text", b"no image at all", "image/png", 422, "no PNG, JPEG, BMP or TIFF"),
+    ("text", b"no image at all", "image/png", 422, "no PNG, JPEG, BMP, TIFF"),
     ("nothing", b"", "image/png", 422, "(0 bytes)"),
     ("cut off", PNG[: len(PNG) // 2], "image/png", 422, "expected a PNG"),
     ("cut off TIFF", TIFF[:4000], "image/tiff", 422, "is cut off, copy it again"),
