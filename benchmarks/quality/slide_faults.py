@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from benchmarks import harness
+from medray.apps.nightly.drift import stain_distance, staining_of
 from medray.datasets.synthetic_faults import FAULTS
 from medray.datasets.synthetic_scene import draw_scene
 from medray.slides import ArraySlide, open_slide
@@ -33,7 +35,10 @@ KINDS = {  # values by the kind of fault that they look for
     "fold": ("fold_share",),
     "bubble": ("bubble_share",),
     "tissue": ("tissue_share", "tissue_mm2"),
+    "stain": ("stain_distance",),
 }
+_TRAINING = 24
+WHOLE = ("blur 1 um", "blur 1.5 um", "blur 3 um")
 
 
 def main(
@@ -51,23 +56,42 @@ def main(
         real: Slides and fields to draw faults on, too, each three times.
     """
     names = [*(faults or FAULTS)]
-    found = list(_generated(slides, first, names))
-    yield {"slides": "generated", **_scores(found)}
-    if real:
-        found = list(_real(real, first, names))
-        yield {"slides": "real", **_scores(found)}
+    generated = list(_generated(slides, first, names))
+    yield {"slides": "generated", **_scores(generated)}
+    fields = list(_real(real, first, names))
+    if fields:
+        yield {"slides": "real", **_scores(fields)}
+    yield {
+        "what": "ROC AUC of blur of the whole slide against slides without blur",
+        **{
+            name: _auc(
+                [row for row in generated + fields if row[1][name] is not None], name
+            )
+            for name in ("focus", "laplacian")
+        },
+    }
 
 
 Measured = tuple[str, dict[str, float | None], float]
 """Name of the fault ("" if none), values, seconds."""
 
 
+def _auc(found: list[Measured], name: str) -> float:
+    """Return how often a blurred slide has the lower value of two."""
+    blurred = [v[name] for f, v, _ in found if f in WHOLE]
+    sharp = [v[name] for f, v, _ in found if f in ("", "stain")]
+    pairs = np.subtract.outer(np.array(sharp, float), np.array(blurred, float))
+    return float(np.mean((pairs > 0) + (pairs == 0) / 2))
+
+
 def _generated(slides: int, first: int, faults: list[str]) -> Iterator[Measured]:
+    scenes = (draw_scene(first + 500 + i, artefacts=False) for i in range(_TRAINING))
+    training = [staining_of(ArraySlide(scene.pixels)) for scene in scenes]
     for seed in range(first, first + slides):
         quarter = draw_scene(seed, artefacts=False, tumour=seed % 3 > 0).pixels
         half = np.concatenate([quarter, quarter[:, ::-1]], axis=1)
         pixels = np.concatenate([half, half[::-1]])
-        yield from _with_faults(pixels, seed, faults)
+        yield from _with_faults(pixels, seed, faults, training)
 
 
 def _real(paths: tuple[Path, ...], first: int, faults: list[str]) -> Iterator[Measured]:
@@ -76,17 +100,30 @@ def _real(paths: tuple[Path, ...], first: int, faults: list[str]) -> Iterator[Me
             level = slide.levels[0]
             pixels = slide.read(0, 0, level.height, level.width)
         for seed in range(first, first + 3):
-            yield from _with_faults(pixels, seed, faults)
+            yield from _with_faults(pixels, seed, faults, [])
 
 
-def _with_faults(pixels: UInt8, seed: int, faults: list[str]) -> Iterator[Measured]:
+def _with_faults(
+    pixels: UInt8, seed: int, faults: list[str], training: list[dict[str, float]]
+) -> Iterator[Measured]:
     for number, name in enumerate(["", *faults]):
         rng = np.random.default_rng([seed, number])
         slide = ArraySlide(FAULTS[name][1](pixels, rng) if name else pixels)
         slide.resolution = Mpp(0.5, 0.5, "drawn")
         start = time.perf_counter()
-        values = vars(measure_quality(slide))
-        yield name, dict(values), time.perf_counter() - start
+        values = dict(vars(measure_quality(slide)))
+        seconds = time.perf_counter() - start
+        values["stain_distance"] = stain_distance(staining_of(slide), training)
+        values["laplacian"] = None
+        if name in ("", "stain", *WHOLE):
+            values["laplacian"] = _laplacian(slide.read(0, 0, *pixels.shape[:2]))
+        yield name, values, seconds
+
+
+def _laplacian(rgb: UInt8) -> float:
+    """Return the variance of the Laplacian of the grey image where there is tissue."""
+    tissue = rgb.max(axis=2) - rgb.min(axis=2) > 20
+    return float(ndimage.laplace(rgb.mean(axis=2, dtype=np.float32))[tissue].var())
 
 
 def _scores(found: list[Measured]) -> Mapping[str, object]:
@@ -99,7 +136,6 @@ def _scores(found: list[Measured]) -> Mapping[str, object]:
         said = np.array(
             [any(f"{name} " in words for name in names) for words in flagged]
         )
-        # Where there is next to no tissue nothing else can be judged.
         has = np.array([kind == other for other in kind_of])
         right = int((said & has).sum())
         rows[kind] = {
@@ -141,7 +177,7 @@ def _scores(found: list[Measured]) -> Mapping[str, object]:
             )
         )
         for fault in by_fault
-        if fault and FAULTS[fault][0] in KINDS
+        if fault
     }
     clean = [
         words for (name, *_), words in zip(found, flagged, strict=True) if not name

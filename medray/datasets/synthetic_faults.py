@@ -41,17 +41,17 @@ def blur(rgb: UInt8, rng: np.random.Generator, sigma_um: float, share: float) ->
 
 
 def draw_pen(rgb: UInt8, rng: np.random.Generator, color: str) -> UInt8:
-    """Draw a stroke of a marker, 120 to 300 um wide, across the slide."""
-    stroke = _along(rgb.shape[:2], rng, rng.uniform(60, 150) / MPP)
+    """Draw a stroke of a marker, 60 to 300 um wide, across the slide."""
+    stroke = _along(rgb.shape[:2], rng, rng.uniform(30, 150) / MPP)
     cover = ndimage.gaussian_filter(stroke.astype(np.float32), 3) * rng.uniform(0.8, 1)
     return _darkened(rgb, cover, _INKS[color])
 
 
 def draw_fold(rgb: UInt8, rng: np.random.Generator) -> UInt8:
-    """Lay the tissue double along one to three bands, 40 to 120 um wide."""
+    """Lay the tissue double along one to three bands, 30 to 120 um wide."""
     found = rgb
     for _ in range(int(rng.integers(1, 4))):
-        band = _along(rgb.shape[:2], rng, rng.uniform(20, 60) / MPP)
+        band = _along(rgb.shape[:2], rng, rng.uniform(15, 60) / MPP)
         band &= (
             ndimage.binary_opening(_tissue(rgb)[::8, ::8], iterations=2)
             .repeat(8, 0)
@@ -67,11 +67,11 @@ def draw_fold(rgb: UInt8, rng: np.random.Generator) -> UInt8:
 
 
 def draw_bubbles(rgb: UInt8, rng: np.random.Generator) -> UInt8:
-    """Draw one or two air bubbles, 200 to 700 um in diameter: rim, haze, no focus."""
+    """Draw one or two air bubbles, 120 to 700 um in diameter: rim, haze, no focus."""
     found = rgb.astype(np.float32)
     y, x = np.ogrid[: rgb.shape[0], : rgb.shape[1]]
     for _ in range(int(rng.integers(1, 3))):
-        radius = rng.uniform(100, 350) / MPP
+        radius = rng.uniform(60, 350) / MPP
         radius = min(radius, 0.3 * min(rgb.shape[:2]))
         centre = [rng.uniform(1.1 * radius, n - 1.1 * radius) for n in rgb.shape[:2]]
         angle = np.arctan2(y - centre[0], x - centre[1]).astype(np.float32)
@@ -105,6 +105,7 @@ def restain(rgb: UInt8, rng: np.random.Generator) -> UInt8:
 
 
 FAULTS: dict[str, tuple[str, Callable[[UInt8, np.random.Generator], UInt8]]] = {
+    "blur 1 um": ("blur", lambda rgb, rng: blur(rgb, rng, 1, 1)),
     "blur 1.5 um": ("blur", lambda rgb, rng: blur(rgb, rng, 1.5, 1)),
     "blur 3 um": ("blur", lambda rgb, rng: blur(rgb, rng, 3, 1)),
     "blur 2 um in part": (

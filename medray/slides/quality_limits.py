@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from medray.errors import ConfigError
 from medray.slides.quality import BLURRED
+from medray.storage import from_dict, read_yaml, to_dict
 
 LEAST = ("tissue_share", "tissue_mm2", "focus")
 """Of these a lower value is worse, of all others a higher one."""
@@ -26,10 +27,6 @@ class Limit:
     quarantine: float | None = None
 
 
-def _flag(value: float) -> Limit:
-    return field(default_factory=lambda: Limit(flag=value))  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, kw_only=True)
 class QualityLimits:
     """Limits of the values of `Quality`; by default slides are flagged only.
@@ -45,14 +42,14 @@ class QualityLimits:
         stain_distance: Furthest staining from that of the training slides, in spreads.
     """
 
-    tissue_share: Limit = _flag(0.002)
-    tissue_mm2: Limit = _flag(0.05)
-    focus: Limit = _flag(BLURRED)
-    blurred_share: Limit = _flag(0.25)
-    pen_share: Limit = _flag(0.01)
-    fold_share: Limit = _flag(0.008)
-    bubble_share: Limit = _flag(0.01)
-    stain_distance: Limit = _flag(5.0)
+    tissue_share: Limit = Limit(flag=0.002)
+    tissue_mm2: Limit = Limit(flag=0.05)
+    focus: Limit = Limit(flag=BLURRED)
+    blurred_share: Limit = Limit(flag=0.25)
+    pen_share: Limit = Limit(flag=0.01)
+    fold_share: Limit = Limit(flag=0.003)
+    bubble_share: Limit = Limit(flag=0.01)
+    stain_distance: Limit = Limit(flag=5.0)
 
     def __post_init__(self) -> None:
         """Check that limits are numbers, and that the worse of two quarantines."""
@@ -76,6 +73,25 @@ class QualityLimits:
     def by_name(self) -> dict[str, Limit]:
         """Return the limits by the name of their value."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def read_limits(qc: str) -> QualityLimits:
+    """Return the limits of a YAML file; what it leaves out is as by default.
+
+    Args:
+        qc: The file, such as `focus: {quarantine: 0.3}`; or `default`.
+
+    Raises:
+        ConfigError: There is no such file, an unknown key or a wrong value.
+    """
+    if qc == "default":
+        return QualityLimits()
+    values = to_dict(QualityLimits())
+    for name, given in read_yaml(qc).items():
+        known = values.get(name)
+        nested = isinstance(known, dict) and isinstance(given, dict)
+        values[name] = {**known, **given} if nested else given
+    return from_dict(QualityLimits, values, qc)
 
 
 @dataclass(frozen=True)
