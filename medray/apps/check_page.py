@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""
+QUALITY = (
+    *("qc_tissue_share", "qc_tissue_mm2", "qc_focus", "qc_blurred_share"),
+    *("qc_pen_share", "qc_fold_share", "qc_bubble_share"),
+)
+"""Columns of slide quality control; staining is compared by nights only."""
 _BORDER = "#1d2429"  # of what is annotated; the pages' ink
 _MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 
@@ -100,6 +105,7 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
         title="What medray understood",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         checked=checked,
+        quality=QUALITY if any("quality" in row for row in seen or order) else (),
         classes=classes,
         noted=sum(bool(row["note"]) for row in checked.slides),
         shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
@@ -123,6 +129,8 @@ def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
             for name in classes.names[1:]
             for column in area_columns(name)
         ]
+        + [(name, pa.float64()) for name in QUALITY if rows and name in rows[0]]
+        + [("quality", pa.string())][: bool(rows) and "quality" in rows[0]]
         + [("note", pa.string())]
     )
     files.write_csv(uri, pa.Table.from_pylist([*rows], schema))
@@ -141,7 +149,9 @@ def slide_lines(slides: Sequence[Row]) -> list[str]:
     rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     lines = rows[:1]
     for line, row in zip(rows[1:], slides, strict=True):
-        remark = row["message"] or row["note"]
+        remark = "; ".join(
+            filter(None, [row["message"] or row["note"], row.get("quality")])
+        )
         lines += [line, *([f"         {remark}"] if remark else [])]
     return lines
 
