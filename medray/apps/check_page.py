@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from medray.annotations import Annotation, Area, rasterise
+from medray.apps.check_quality import QUALITY
 from medray.classes import AnyClass, Classes, rgb_of
 from medray.slides import Slide, read_thumbnail
 from medray.storage import files
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 PICTURE_PX = 480
 """Longest side of a picture at most, pixels; twice what the page shows of it."""
-QUALITY = (
-    *("qc_tissue_share", "qc_tissue_mm2", "qc_focus", "qc_blurred_share"),
-    *("qc_pen_share", "qc_fold_share", "qc_bubble_share"),
-)
-"""Columns of slide quality control; staining is compared by nights only."""
 _BORDER = "#1d2429"  # of what is annotated; the pages' ink
 _MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 
@@ -105,7 +101,7 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
         title="What medray understood",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         checked=checked,
-        quality=QUALITY if any("quality" in row for row in seen or order) else (),
+        quality=QUALITY if any("quality" in row for row in order) else (),
         classes=classes,
         noted=sum(bool(row["note"]) for row in checked.slides),
         shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import shapely
 
@@ -26,13 +26,13 @@ from medray.annotations import (
     unused_annotations,
 )
 from medray.apps.check_page import (
-    QUALITY,
     area_columns,
     draw_marks,
     render_page,
     slide_lines,
     write_slides_table,
 )
+from medray.apps.check_quality import quality_facts, start_quality
 from medray.classes import Classes
 from medray.datasets import with_overrides
 from medray.errors import LostError, MedrayError
@@ -44,9 +44,7 @@ from medray.slides import (
     check_readable,
     fetch_if_copied,
     find_slides,
-    judge,
     log_copies,
-    measure_quality,
     open_slide,
     read_limits,
     settle_mpp,
@@ -70,10 +68,8 @@ class Checked:
             (pixels of level 0), `levels` (how many), `mpp` (microns per pixel of level
             0) and `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
             `partly`, `areas`, of each class but the background `areas_NAME`,
-            `share_NAME` (of the slide's pixels) and `mm2_NAME`, with `qc` the values of
-            slide quality control as `qc_NAME` and `quality` (what is worse than a
-            limit), and `note`. None where a refused slide does not tell, or there is no
-            annotation.
+            `share_NAME` (of the slide's pixels) and `mm2_NAME`, with `qc` `qc_NAME` and
+            `quality` (worse than a limit), and `note`. None where it is not known.
         unused: Annotations that belong to no slide, or are second ones of a slide.
         bare: Slides without annotation, if annotations were given.
         failed: Why slides or their annotations are refused, by slide.
@@ -123,8 +119,7 @@ def check(
             The CSV has those of some slides.
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
-        qc: Limits of slide quality control: a YAML file, or `default`. With it focus,
-            pen marks, folds, bubbles and tissue are measured as a night does.
+        qc: Limits of slide quality control: a YAML file, or `default`. None: no such.
         out: Folder or address for check.html and slides.csv. None: nothing is written.
 
     Raises:
@@ -230,7 +225,7 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
                 check_readable(slide)
                 marks = _read_marks(slide, task)
                 row |= _marks_facts(row, marks, task)
-                row |= _quality_facts(slide, task)
+                row |= quality_facts(slide, task.file.mpp, task.limits)
             except MedrayError as error:
                 refusal = f"{error}"
             # A picture helps to see why an annotation does not fit, too.
@@ -254,9 +249,7 @@ def _start_row(task: _Task) -> Row:
     row |= {"partly": None, "areas": None}
     for name in task.classes.names[1:]:
         row |= dict.fromkeys(area_columns(name))
-    if task.limits:
-        row |= dict.fromkeys(QUALITY) | {"quality": ""}
-    return row | {"note": ""}
+    return row | start_quality(task.limits) | {"note": ""}
 
 
 def _refused(message: str) -> Row:
@@ -278,17 +271,6 @@ def _slide_facts(slide: Slide, task: _Task) -> Row:
         "magnification": slide.magnification,
         "note": "; ".join(filter(None, [slide.note, said])),
     }
-
-
-def _quality_facts(slide: Slide, task: _Task) -> Row:
-    """Measure a slide for quality control, if that is asked for."""
-    if task.limits is None:
-        return {}
-    values = asdict(measure_quality(slide, task.file.mpp))
-    verdict = judge(values, task.limits)
-    said = "; ".join(filter(None, [verdict.quarantined, verdict.flagged]))
-    found = {name: values[name.removeprefix("qc_")] for name in QUALITY}
-    return found | {"quality": said}
 
 
 def _read_marks(slide: Slide, task: _Task) -> Annotation:

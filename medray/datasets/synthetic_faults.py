@@ -100,7 +100,7 @@ def remove_tissue(rgb: UInt8, rng: np.random.Generator) -> UInt8:
 def restain(rgb: UInt8, rng: np.random.Generator) -> UInt8:
     """Stain a slide half or twice as strongly."""
     times = rng.choice([rng.uniform(0.35, 0.5), rng.uniform(1.9, 2.4)])
-    light: Float = (np.maximum(rgb, 1) / np.float32(245)) ** np.float32(times)
+    light = (np.maximum(rgb, 1) / np.float32(245)) ** np.float32(times)
     return np.clip(light * 245, 0, 255).astype(np.uint8)
 
 

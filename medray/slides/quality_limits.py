@@ -89,8 +89,9 @@ def read_limits(qc: str) -> QualityLimits:
     values = to_dict(QualityLimits())
     for name, given in read_yaml(qc).items():
         known = values.get(name)
-        nested = isinstance(known, dict) and isinstance(given, dict)
-        values[name] = {**known, **given} if nested else given
+        if isinstance(known, dict) and isinstance(given, dict):
+            given = known | given
+        values[name] = given
     return from_dict(QualityLimits, values, qc)
 
 

@@ -11,12 +11,12 @@ from medray.apps.nightly.drift import stain_distance
 from medray.datasets.synthetic_faults import FAULTS, blur
 from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError
+from medray.slides.artefacts import _opened
 from medray.slides.base import Mpp
 from medray.slides.image import ArraySlide
 from medray.slides.quality import (
     Quality,
     _choose_fields,
-    _opened,
     field_focus,
     measure_quality,
 )
