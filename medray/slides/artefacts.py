@@ -75,8 +75,7 @@ def find_folds(density: Float, tissue: Bool, ink: Bool, um: float) -> Bool:
     """Find folds: bands with 1.5 times the haematoxylin and the eosin around them.
 
     Where tissue lies double both stains double; where cells crowd, only haematoxylin
-    does. (Bautista and Yagi 2009, doi:10.1109/IEMBS.2009.5334529, find folds by
-    saturation and darkness, as HistoQC does.)
+    does. (Bautista and Yagi 2009, EMBC, find folds by saturation and darkness.)
 
     Args:
         density: (H, W, 3) optical densities.

@@ -3,9 +3,9 @@
 Measured on a thumbnail at about 8 um per pixel, where tissue, ink, folds and bubbles
 are seen, and on at most 32 fields of 256 um at about 0.5 um per pixel, where focus is.
 It needs no model, and its memory and time do not grow with the slide. The faults are
-those that HistoQC (Janowczyk et al. 2019, doi:10.1200/CCI.18.00157) and GrandQC (Weng
-et al. 2024, doi:10.1038/s41467-024-54769-y) look for; docs/nights.md says how well
-these measures find them.
+those that HistoQC (Janowczyk et al. 2019, JCO Clinical Cancer Informatics) and GrandQC
+(Weng et al. 2024, Nature Communications) look for; docs/nights.md says how well these
+measures find them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _MOST_READ_PX = 2048  # a side, of a field
 # Standard deviations of the Gaussians whose differences are a fine and a coarse band.
 _FINE_UM, _COARSE_UM = (0.5, 1.0), (2.0, 4.0)
 _LEAST_CONTRAST = 0.004  # optical density; of flat fields nobody sees the focus
-BLURRED = 0.5
-"""A field with less focus is blurred: about a Gaussian blur of 1 um or more."""
+BLURRED = 0.6
+"""A field with less focus is blurred: by a Gaussian of about 1 um or more."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def field_focus(
     The standard deviation of the optical density in the band between Gaussians of 0.5
     and 1 um, by that between 2 and 4 um. The spectra of tissue, as of most natural
     images, fall with the square of the frequency, so that both are about the same where
-    the field is sharp (Field 1987, doi:10.1364/JOSAA.4.002379), whatever the contrast
+    the field is sharp (Field 1987, J. Opt. Soc. Am. A 4), whatever the contrast
     of the stain; blur takes the fine structure and leaves the coarse. The variance of
-    the Laplacian (Pech-Pacheco et al. 2000, doi:10.1109/ICPR.2000.903548) follows the
+    the Laplacian (Pech-Pacheco et al. 2000, ICPR) follows the
     contrast as well.
 
     Args:

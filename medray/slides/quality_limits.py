@@ -49,7 +49,7 @@ class QualityLimits:
     pen_share: Limit = Limit(flag=0.01)
     fold_share: Limit = Limit(flag=0.003)
     bubble_share: Limit = Limit(flag=0.01)
-    stain_distance: Limit = Limit(flag=5.0)
+    stain_distance: Limit = Limit(flag=4.0)
 
     def __post_init__(self) -> None:
         """Check that limits are numbers, and that the worse of two quarantines."""

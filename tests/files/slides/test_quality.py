@@ -153,7 +153,7 @@ def test_limits_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "qc.yaml"
     file.write_text("focus: {quarantine: 0.3}\npen_share: {flag: null}\n")
     limits = read_limits(str(file))
-    assert limits.focus == Limit(flag=0.5, quarantine=0.3)
+    assert limits.focus == Limit(flag=0.6, quarantine=0.3)
     assert limits.pen_share == Limit()
     assert limits.fold_share == read_limits("default").fold_share != Limit()
     for text, said in (
@@ -162,7 +162,7 @@ def test_limits_of_a_file(tmp_path: Path) -> None:
         ("focus: {flag: sharp}", "focus.flag: expected a number"),
         ("focus: 0.3", "focus: expected a mapping"),
         ("focus: {flag: -1}", "focus.flag: expected a number of 0 or more, found -1"),
-        ("focus: {quarantine: 0.6}", "expected at most focus.flag, 0.5, found 0.6"),
+        ("focus: {quarantine: 0.7}", "expected at most focus.flag, 0.6, found 0.7"),
         ("pen_share: {quarantine: 0}", "expected at least pen_share.flag, 0.01"),
     ):
         file.write_text(text)
