@@ -180,7 +180,7 @@ def _scores(found: list[Measured]) -> Mapping[str, object]:
             )
         )
         for fault in by_fault
-        if fault
+        if fault and FAULTS[fault][0] in rows
     }
     clean = [
         words for (name, *_), words in zip(found, flagged, strict=True) if not name
