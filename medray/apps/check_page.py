@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from medray.annotations import Annotation, Area, rasterise
+from medray.apps.check_quality import QUALITY
 from medray.classes import AnyClass, Classes, rgb_of
 from medray.slides import Slide, read_thumbnail
 from medray.storage import files
@@ -100,6 +101,7 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
         title="What medray understood",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         checked=checked,
+        quality=QUALITY if any("quality" in row for row in order) else (),
         classes=classes,
         columns=table_columns(checked.slides),
         balance=_draw_balance(checked.balance, classes),
@@ -163,6 +165,8 @@ def write_slides_table(rows: Sequence[Row], classes: Classes, uri: str) -> None:
             for name in classes.names[1:]
             for column in area_columns(name)
         ]
+        + [(name, pa.float64()) for name in QUALITY if rows and name in rows[0]]
+        + [("quality", pa.string())][: bool(rows) and "quality" in rows[0]]
         + [("note", pa.string())]
         + [(name, pa.string()) for name in table_columns(rows)]
     )
@@ -187,7 +191,9 @@ def slide_lines(slides: Sequence[Row]) -> list[str]:
     rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     lines = rows[:1]
     for line, row in zip(rows[1:], slides, strict=True):
-        remark = row["message"] or row["note"]
+        remark = "; ".join(
+            filter(None, [row["message"] or row["note"], row.get("quality")])
+        )
         lines += [line, *([f"         {remark}"] if remark else [])]
     return lines
 

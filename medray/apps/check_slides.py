@@ -31,12 +31,14 @@ from medray.apps.check_page import (
     render_page,
     write_slides_table,
 )
+from medray.apps.check_quality import quality_facts, start_quality
 from medray.apps.checked import Checked, balance_of, match_tables
 from medray.classes import Classes
 from medray.datasets import with_overrides
 from medray.errors import LostError, MedrayError
 from medray.execution import Progress, call_each
 from medray.slides import (
+    QualityLimits,
     Slide,
     SlideFile,
     check_readable,
@@ -44,6 +46,7 @@ from medray.slides import (
     find_slides,
     log_copies,
     open_slide,
+    read_limits,
     settle_mpp,
     too_large,
 )
@@ -67,6 +70,7 @@ def check(
     splits: str | None = None,
     cohorts: str | None = None,
     labels: str | None = None,
+    qc: str | None = None,
     out: str | None = None,
 ) -> Checked:
     """Open slides and annotations, and tell what medray takes them for.
@@ -83,6 +87,7 @@ def check(
         splits: CSV (slide,split), as for `ingest`.
         cohorts: CSV (slide,scanner,site,...), as for `evaluate`.
         labels: CSV (slide,label[,patient]), as for `train`.
+        qc: Limits of slide quality control: a YAML file, or `default`. None: no such.
         out: Folder or address for check.html and slides.csv. None: nothing is written.
 
     Raises:
@@ -100,11 +105,12 @@ def check(
     tables, columns = match_tables(
         wanted, groups=groups, splits=splits, cohorts=cohorts, labels=labels
     )
+    limits = read_limits(qc) if qc else None
     if out is not None:
         out = files.absolute(out)
         check_folder(out, "slides.csv")
     tasks = [
-        _Task(file, matched.get(file.slide, ""), known, out is not None)
+        _Task(file, matched.get(file.slide, ""), known, out is not None, limits)
         for file in wanted
     ]
     log_copies(file.uri for file in wanted)
@@ -143,6 +149,7 @@ class _Task:
     annotation: str
     classes: Classes
     picture: bool
+    limits: QualityLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,7 @@ def _look(task: _Task) -> Generator[None, None, _Look]:
                 check_readable(slide)
                 marks = _read_marks(slide, task)
                 row |= _marks_facts(row, marks, task)
+                row |= quality_facts(slide, task.file.mpp, task.limits)
             except MedrayError as error:
                 refusal = f"{error}"
             # A picture helps to see why an annotation does not fit, too.
@@ -215,7 +223,7 @@ def _start_row(task: _Task) -> Row:
     row |= {"partly": None, "areas": None}
     for name in task.classes.names[1:]:
         row |= dict.fromkeys(area_columns(name))
-    return row | {"note": ""}
+    return row | start_quality(task.limits) | {"note": ""}
 
 
 def _refused(message: str) -> Row:

@@ -57,10 +57,10 @@ class Checked:
             (pixels of level 0), `levels` (how many), `mpp` (microns per pixel of level
             0) and `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
             `partly`, `areas`, of each class but the background `areas_NAME`,
-            `share_NAME` (of the slide's pixels) and `mm2_NAME`, and `note`. None where
-            a refused slide does not tell, or there is no annotation. Of tables that are
-            given `group`, `split`, `label`, `patient`, and `cohort_NAME` of each
-            column; "" where they do not say.
+            `share_NAME` (of the slide's pixels) and `mm2_NAME`, with `qc` `qc_NAME` and
+            `quality` (worse than a limit), and `note`. None where it is not known. Of
+            tables that are given `group`, `split`, `label`, `patient`, and
+            `cohort_NAME` of each column; "" where they do not say.
         unused: Annotations that belong to no slide, or are second ones of a slide.
         bare: Slides without annotation, if annotations were given.
         failed: Why slides or their annotations are refused, by slide.

@@ -62,6 +62,7 @@ def draw_scene(
     width: int = 2048,
     tumour: bool = True,
     lesions: Lesions = "large",
+    artefacts: bool = True,
 ) -> Scene:
     """Draw one slide at about 0.5 um per pixel.
 
@@ -71,6 +72,7 @@ def draw_scene(
         width: Pixels.
         tumour: Draw tumour areas; False for a healthy slide.
         lesions: How large they are.
+        artefacts: Some slides have a small fold, and some a stroke of a marker pen.
     """
     rng = np.random.default_rng(seed)
     shape = (height, width)
@@ -108,12 +110,12 @@ def draw_scene(
     bluish = 0.10 + 0.04 * smooth_noise(rng, shape, 45)
     haematoxylin = np.maximum(haematoxylin, np.clip(bluish, 0, None) * tissue)
     haematoxylin[lumen] = 0.02
-    if rng.random() < 0.35:
+    if rng.random() < 0.35 and artefacts:
         fold = _fold(rng, shape) & tissue
         haematoxylin[fold] *= 1.5
         eosin[fold] *= 1.7
     pixels = _stain(rng, haematoxylin, eosin.astype(np.float32))
-    if rng.random() < 0.35:
+    if rng.random() < 0.35 and artefacts:
         _draw_pen(rng, pixels)
     return Scene(pixels, outlines, mask)
 

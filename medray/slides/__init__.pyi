@@ -26,6 +26,12 @@ from .listing import strip_suffix as strip_suffix
 from .opening import open_row as open_row
 from .opening import open_slide as open_slide
 from .opening import opened as opened
+from .quality import Quality as Quality
+from .quality import measure_quality as measure_quality
+from .quality_limits import QualityLimits as QualityLimits
+from .quality_limits import Verdict as Verdict
+from .quality_limits import judge as judge
+from .quality_limits import read_limits as read_limits
 from .readable import MOST_UNREADABLE as MOST_UNREADABLE
 from .readable import check_readable as check_readable
 from .readable import read_readable as read_readable

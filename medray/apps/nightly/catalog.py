@@ -21,6 +21,9 @@ from medray.types import Row
 
 Catalog = dict[str, Row]
 
+QC = "qc_"
+"""Start of the names of columns with values of slide quality control."""
+
 COLUMNS = pa.schema(
     [
         ("digest", pa.string()),
@@ -38,9 +41,11 @@ COLUMNS = pa.schema(
         ("replaced_by", pa.string()),
     ]
 )
-"""Columns of the table; those that follow are values that are watched for drift.
+"""Columns of the table; those that follow are values that are watched for drift or by
+slide quality control.
 
-status is `done`, `failed` (to be tried again), `given up`, or `new` (seen, not tried).
+status is `done`, `failed` (to be tried again), `given up`, `quarantined` (by slide
+quality control, see `medray.apps.nightly.quality`), or `new` (seen, not tried).
 night is that of the last try, tried those of all. mask is a path below OUT. replaced_by
 is the digest of what stands under the last of the names now, if none has these bytes.
 """
@@ -68,16 +73,18 @@ class Outcome:
     Attributes:
         digest: Of its bytes.
         slide: Its id in the night's run.
-        reason: Why it failed; empty: it is done.
+        reason: Why it failed or was not tried; empty: it is done.
+        quarantined: It was not tried.
         mask: Path of its mask below OUT.
         model_digest: Of what predicted it.
         scanner: That made it.
-        values: To be watched for drift, by name.
+        values: To be watched for drift, and of quality control, by name.
     """
 
     digest: str
     slide: str
     reason: str = ""
+    quarantined: bool = False
     mask: str = ""
     model_digest: str = ""
     scanner: str = ""
@@ -179,7 +186,8 @@ def note_outcomes(
     """
     for outcome in outcomes:
         row = catalog[outcome.digest]
-        row["tried"] = sorted({*row["tried"], night})
+        if not outcome.quarantined:
+            row["tried"] = sorted({*row["tried"], night})
         row |= {
             "night": night,
             "slide": outcome.slide,
@@ -190,14 +198,25 @@ def note_outcomes(
         }
         row |= outcome.values
         row["status"] = "done"
-        if outcome.reason:
+        if outcome.quarantined:
+            row["status"] = "quarantined"
+        elif outcome.reason:
             row["status"] = "failed" if len(row["tried"]) < tries else "given up"
 
 
 def values_of(row: Row) -> dict[str, float]:
-    """Return the values of a row that are watched for drift."""
+    """Return the values of a row that are watched for drift, or of quality control."""
     return {
         name: value
         for name, value in row.items()
         if name not in COLUMNS.names and value is not None
+    }
+
+
+def quality_of(row: Row) -> dict[str, float]:
+    """Return the values of slide quality control of a row."""
+    return {
+        name.removeprefix(QC): value
+        for name, value in values_of(row).items()
+        if name.startswith(QC)
     }

@@ -8,15 +8,16 @@ the standard deviation where values are normal, and does not follow outliers (Ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from medray.apps.nightly.catalog import QC
 from medray.datasets import read_dataset, read_patches
-from medray.slides import HED, find_tissue, open_slide, read_thumbnail
+from medray.slides import HED, Slide, find_tissue, open_slide, read_thumbnail
 
 NIGHTS = 30
 """How many nights before tonight are the reference."""
@@ -95,7 +96,12 @@ def stain_values(
         SlideError: The slide cannot be read.
     """
     with open_slide(uri, scene=scene, plane=plane) as slide:
-        rgb, _, damaged = read_thumbnail(slide, _THUMBNAIL)
+        return staining_of(slide)
+
+
+def staining_of(slide: Slide) -> dict[str, float]:
+    """Measure the staining of an open slide; see `stain_values`."""
+    rgb, _, damaged = read_thumbnail(slide, _THUMBNAIL)
     pixels = rgb[find_tissue(rgb) & ~damaged].astype(np.float64)
     if len(pixels) < _LEAST_TISSUE_PX:
         return {}
@@ -154,6 +160,42 @@ class Drift:
     outliers: tuple[str, ...]
 
 
+def watched(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are watched for drift.
+
+    Those of quality control have limits of their own; of them only focus is watched.
+    """
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith(QC) or name == f"{QC}focus"
+    }
+
+
+def stain_distance(
+    values: Mapping[str, float], training: Sequence[Mapping[str, float]]
+) -> float | None:
+    """Return how far a slide's staining lies from that of the training slides.
+
+    Returns:
+        Of the values of `stain_values` the one that lies furthest from the median, in
+        spreads; None if fewer than `LEAST` training slides have it.
+    """
+    distances = []
+    for name, value in values.items():
+        known = [slide[name] for slide in training if name in slide]
+        if len(known) >= LEAST:
+            center, spread = _center_and_spread(known)
+            distances.append(abs(value - center) / spread)
+    return max(distances, default=None)
+
+
+def _center_and_spread(known: Sequence[float]) -> tuple[float, float]:
+    center = float(np.median(known))
+    spread = 1.4826 * float(np.median(np.abs(np.array(known) - center)))
+    return center, max(spread, _LEAST_SPREAD)
+
+
 def watch(
     tonight: Iterable[SlideValues], before: Iterable[SlideValues], *, against: str
 ) -> list[Drift]:
@@ -170,12 +212,10 @@ def watch(
     reference = _by_scanner_and_value(before)
     found = []
     for (scanner, name), values in sorted(_by_scanner_and_value(tonight).items()):
-        known = np.array([value for _, value in reference.get((scanner, name), [])])
+        known = [value for _, value in reference.get((scanner, name), [])]
         if len(known) < LEAST:
             continue
-        center = float(np.median(known))
-        spread = 1.4826 * float(np.median(np.abs(known - center)))
-        spread = max(spread, _LEAST_SPREAD)
+        center, spread = _center_and_spread(known)
         median = float(np.median([value for _, value in values]))
         z = (median - center) / spread
         outliers = (s for s, value in values if abs(value - center) / spread > MOST_Z)

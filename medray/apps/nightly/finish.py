@@ -1,7 +1,7 @@
 """Execute the plan of a night and commit it.
 
-Infer and evaluate what is planned, measure what is finished, then write the catalog and
-last the summary.
+Check the quality of what is planned, infer and evaluate what passes, measure what is
+finished, then write the catalog and last the summary.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from medray.apps.nightly.evaluations import evaluate_late, evaluate_run
 from medray.apps.nightly.folder import night_folder
 from medray.apps.nightly.inbox import Watch
 from medray.apps.nightly.measure import find_drift, measure_slides, training_values
+from medray.apps.nightly.quality import Checked, check_quality
 from medray.apps.nightly.summary import write_summary
 from medray.inference import RunSettings, infer, mask_uri
-from medray.slides import SlideFile
+from medray.slides import SlideFile, Verdict
 from medray.storage import files
 from medray.types import Row
 
@@ -40,11 +41,13 @@ def finish_night(
     """Execute the plan of a night, commit the night and return its summary."""
     folder = night_folder(watch.out, night)
     plan = files.read_json(files.join(folder, "night.json"))
+    quality = check_quality(watch, plan, check)
+    passed = [s for s in plan["slides"] if not _reason(quality, s)]
     run = files.join(folder, "run")
     rows: dict[str, Row] = {}
     evaluation = None
-    if plan["slides"]:
-        slides = [SlideFile(s["slide"], s["uri"]) for s in plan["slides"]]
+    if passed:
+        slides = [SlideFile(s["slide"], s["uri"]) for s in passed]
         infer(slides, model=watch.models, out=run, options=watch.options)
         table = files.read_table(files.join(run, "slides.parquet"))
         rows = {row["slide"]: row for row in table.to_pylist()}
@@ -54,7 +57,7 @@ def finish_night(
     catalog = read_catalog(watch.out)
     late = evaluate_late(watch, settings, catalog, night)
     found = [read_found(file) for file in plan["files"]]
-    outcomes = _outcomes(plan, rows, settings, watch.out, catalog, found)
+    outcomes = _outcomes(plan, quality, rows, settings, watch.out, catalog, found)
     training = training_values(watch) if outcomes else []
     check()
     note_files(catalog, found, night)
@@ -69,6 +72,7 @@ def finish_night(
             "scanner": outcome.scanner,
             "mask": outcome.mask,
             "values": dict(outcome.values),
+            "flagged": _checked(quality, outcome.slide).verdict.flagged,
             "retried": name in plan["retried"],
         }
         | {key: catalog[outcome.digest][key] for key in ("status", "reason", "tried")}
@@ -99,6 +103,7 @@ def finish_night(
 
 def _outcomes(
     plan: Row,
+    quality: dict[str, Checked],
     rows: dict[str, Row],
     settings: RunSettings,
     out: str,
@@ -110,7 +115,8 @@ def _outcomes(
     A file that was replaced after the plan was made is what it was when it was read:
     that is added to `found`.
     """
-    done = [s for s in plan["slides"] if rows[s["slide"]]["status"] == "done"]
+    passed = [s for s in plan["slides"] if not _reason(quality, s)]
+    done = [s for s in passed if rows[s["slide"]]["status"] == "done"]
     new = [s for s in done if not _is_noted(catalog, s, plan["night"])]
     measured = measure_slides(
         {s["slide"]: s["uri"] for s in new},
@@ -119,10 +125,18 @@ def _outcomes(
     )
     outcomes = {}
     for slide in plan["slides"]:
-        name, row = slide["slide"], rows[slide["slide"]]
-        if row["status"] != "done":
-            why = row["message"] or "failed without a reason"
-            outcomes[slide["file"]] = Outcome(slide["digest"], name, why)
+        name, row = slide["slide"], rows.get(slide["slide"])
+        qualities = _checked(quality, name).values
+        poor = _reason(quality, slide)
+        if poor or row is None or row["status"] != "done":
+            why = (row and row["message"]) or "failed without a reason"
+            outcomes[slide["file"]] = Outcome(
+                digest=slide["digest"],
+                slide=name,
+                reason=poor or why,
+                quarantined=bool(poor),
+                values=qualities,
+            )
             continue
         digest = _without_annotation(row["digest"])
         if digest != slide["digest"]:
@@ -140,9 +154,19 @@ def _outcomes(
             ],
             model_digest=settings.model_digest,
             scanner=scanner,
-            values=values | run_values(row, settings.classes.names),
+            values=values | qualities | run_values(row, settings.classes.names),
         )
     return outcomes
+
+
+def _checked(quality: dict[str, Checked], slide: str) -> Checked:
+    return quality.get(slide, Checked({}, Verdict()))
+
+
+def _reason(quality: dict[str, Checked], slide: Row) -> str:
+    """Return why a planned slide is not predicted; "" if it is."""
+    why = _checked(quality, slide["slide"]).verdict.quarantined
+    return f"slide quality: {why}" if why else ""
 
 
 def _without_annotation(digest: str) -> str:

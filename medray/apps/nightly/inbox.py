@@ -13,14 +13,16 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-from medray.apps.nightly.catalog import Catalog, Found, current
+from medray.apps.nightly.catalog import Catalog, Found, current, quality_of
 from medray.datasets import with_overrides
 from medray.errors import ConfigError, MedrayError, SlideError
 from medray.inference import Options
 from medray.slides import (
+    QualityLimits,
     SlideFile,
     as_slides,
     find_slide_files,
+    judge,
     slide_digest,
     slide_fingerprint,
 )
@@ -45,6 +47,7 @@ class Watch:
         settle: Seconds in which a file must not change to count as complete.
         tries: After so many nights a slide that fails is given up.
         options: How slides are predicted.
+        limits: Of slide quality control; None: there is none.
     """
 
     inbox: str
@@ -55,6 +58,7 @@ class Watch:
     settle: float = 60.0
     tries: int = 3
     options: Options = field(default_factory=Options)
+    limits: QualityLimits | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges, and that nights do not feed on their own masks."""
@@ -129,7 +133,7 @@ def plan_night(watch: Watch, catalog: Catalog, night: str) -> Row:
     now = {name: known[name].digest for name in there if name in known}
     now |= {file.name: file.digest for file in found}
     now = {name: digest for name, digest in now.items() if name not in left_out}
-    retried = _to_retry(catalog, now, watch.tries)
+    retried = _to_retry(catalog, now, watch)
     return {
         "night": night,
         "files": [asdict(file) for file in found],
@@ -243,12 +247,21 @@ def _sorted_out(
     return new, copies
 
 
-def _to_retry(catalog: Catalog, now: dict[str, str], tries: int) -> dict[str, str]:
-    """Return the contents (digest by name) that were not done before and are there."""
+def _to_retry(catalog: Catalog, now: dict[str, str], watch: Watch) -> dict[str, str]:
+    """Return the contents (digest by name) that were not done before and are there.
+
+    What was quarantined is tried when today's limits let its values pass.
+    """
     retried: dict[str, str] = {}
     for name, digest in now.items():
         row = catalog.get(digest)
-        if row is None or row["status"] == "done" or len(row["tried"]) >= tries:
+        if row is None or row["status"] == "done" or len(row["tried"]) >= watch.tries:
+            continue
+        if (
+            row["status"] == "quarantined"
+            and watch.limits
+            and judge(quality_of(row), watch.limits).quarantined
+        ):
             continue
         if digest not in retried.values():
             retried[name] = digest

@@ -14,6 +14,7 @@ from medray.apps.nightly.drift import (
     SlideValues,
     class_shares,
     stain_values,
+    watched,
 )
 from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
@@ -110,12 +111,12 @@ def find_drift(
     ]
     nights = sorted({row["night"] for row in before})[-NIGHTS:]
     tonight = [
-        SlideValues(name, outcome.scanner, dict(outcome.values))
+        SlideValues(name, outcome.scanner, watched(outcome.values))
         for name, outcome in outcomes.items()
         if not outcome.reason
     ]
     last = [
-        SlideValues(row["names"][0], row["scanner"], values_of(row))
+        SlideValues(row["names"][0], row["scanner"], watched(values_of(row)))
         for row in before
         if row["night"] in nights
     ]

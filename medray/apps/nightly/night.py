@@ -4,6 +4,7 @@ The way of a file, top to bottom:
 
     look     what is new or touched since the last night, and no longer being written
     plan     by digest: new content, copies, replacements, retries (inbox)
+    check    quality of each slide, if that is asked for (quality)
     infer    the night's run (finish); with annotations an evaluation (evaluations)
     measure  scanner and staining of each finished slide (measure, drift)
     commit   the catalog, then the night's summary (catalog, summary)
@@ -12,6 +13,7 @@ OUT/
 catalog.parquet             one row per content, of everything ever seen
 reference.json              staining of the slides that were trained on
 nights/YYYY-MM-DD/night.json    the plan; with it a night has begun
+                  quality.parquet   quality control of what is planned
                   run/          what `medray infer` makes
                   report/       what `medray evaluate` makes
                   summary.html
@@ -43,6 +45,7 @@ from medray.apps.nightly.summary import check_webhook, send_summary
 from medray.datasets import read_dataset
 from medray.errors import ConfigError
 from medray.inference import Options, settings_of
+from medray.slides import read_limits
 from medray.storage import files, locked
 from medray.types import Row
 
@@ -64,6 +67,8 @@ class Night:
         copies: Files that hold what another file holds.
         replaced: Files that hold something else than before.
         flagged: What drifted, in words.
+        quarantined: Why slides were not predicted, by slide quality control, by name.
+        poor: What slide quality control flags of other slides, by name.
         committed_before: There was nothing to do: the night is committed.
         seconds: Wall time.
     """
@@ -78,6 +83,8 @@ class Night:
     copies: int = 0
     replaced: int = 0
     flagged: list[str] = field(default_factory=list)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    poor: dict[str, str] = field(default_factory=dict)
     committed_before: bool = False
     seconds: float = 0.0
 
@@ -85,6 +92,8 @@ class Night:
         lines = [f"left out  {name}: {why}" for name, why in self.left_out.items()]
         lines += [f"failed    {name}: {why}" for name, why in self.handed_on.items()]
         lines += [f"given up  {name}: {why}" for name, why in self.given_up.items()]
+        lines += [f"kept out  {name}: {why}" for name, why in self.quarantined.items()]
+        lines += [f"quality   {name}: {what}" for name, what in self.poor.items()]
         lines += [f"drift     {words}" for words in self.flagged]
         lines.append(f"summary   {self.summary}")
         before = ", committed before" if self.committed_before else ""
@@ -92,7 +101,7 @@ class Night:
             f"night {self.night}{before}: {self.done} slides done, "
             f"{len(self.handed_on)} failed and handed on, {len(self.given_up)} given "
             f"up, {len(self.left_out)} left out, {self.copies} copies, "
-            f"{self.replaced} replaced"
+            f"{self.replaced} replaced, {len(self.quarantined)} quarantined"
         )
         return "\n".join(lines)
 
@@ -104,6 +113,7 @@ def nightly(
     out: str,
     truth: str | None = None,
     reference: str | None = None,
+    qc: str | None = None,
     webhook: str | None = None,
     settle: float = 60.0,
     night: str | None = None,
@@ -122,6 +132,9 @@ def nightly(
         truth: Dataset, or folder of annotations named like the slides.
         reference: Dataset that the model was trained on, to watch drift from it. The
             night's staining is compared with that of its training slides.
+        qc: Limits of slide quality control: a YAML file, or `default`. None: no such
+            control. With it slides are measured before they are predicted, and what is
+            worse than a limit is flagged on the page or not predicted.
         webhook: http:// or https:// address that gets the summary as JSON. That it
             cannot be sent is only a warning.
         settle: Seconds for which a new file must not change. One that does is left to
@@ -146,6 +159,7 @@ def nightly(
         settle=settle,
         tries=tries,
         options=options or Options(),
+        limits=read_limits(qc) if qc else None,
     )
     if webhook:
         check_webhook(webhook)
@@ -219,6 +233,8 @@ def _result(
         copies=len(summary["copies"]),
         replaced=len(summary["replaced"]),
         flagged=flagged,
+        quarantined=reasons("quarantined"),
+        poor={s["file"]: s["flagged"] for s in slides if s.get("flagged")},
         committed_before=committed_before,
         seconds=time.perf_counter() - start,
     )

@@ -30,7 +30,7 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
     slides = summary["slides"]
     by_status = {
         status: [slide for slide in slides if slide["status"] == status]
-        for status in ("done", "failed", "given up")
+        for status in ("done", "failed", "given up", "quarantined")
     }
     start = f"nights/{summary['night']}/"
     page = render(
@@ -41,6 +41,8 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
         done_count=len(by_status["done"]),
         failed=by_status["failed"],
         given_up=by_status["given up"],
+        quarantined=by_status["quarantined"],
+        poor=[slide for slide in slides if slide["flagged"]],
         values=sorted({name for slide in slides for name in slide["values"]}),
         flagged=[as_text(Drift(**one)) for one in summary["drift"] if one["flagged"]],
         outliers=sorted({name for one in summary["drift"] for name in one["outliers"]}),

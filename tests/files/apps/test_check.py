@@ -37,6 +37,8 @@ from medray.annotations.rasterize import rasterise
 from medray.apps.checked import Checked
 from medray.classes import Classes
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
+from medray.datasets.synthetic_faults import blur
+from medray.datasets.synthetic_scene import draw_scene
 from medray.errors import ConfigError, LostError, SlideError
 from medray.execution.isolation import call_each
 from medray.slides.opening import open_slide
@@ -618,3 +620,28 @@ def test_a_slide_that_lacks_too_much_is_refused_by_both(tmp_path: Path) -> None:
     assert row["status"] == "failed"
     assert checked.failed == {"x": row["message"]}
     assert "5 of 48 tiles" in row["message"]
+
+
+def test_the_quality_of_slides_is_measured_on_request(tmp_path: Path) -> None:
+    pixels = draw_scene(11, height=1024, width=1024, artefacts=False).pixels
+    blurred = blur(pixels, np.random.default_rng(0), 3, 1)
+    (tmp_path / "slides").mkdir()
+    for name, rgb in (("clean", pixels), ("blurred", blurred)):
+        Image.fromarray(rgb).save(tmp_path / "slides" / f"{name}.png")
+    (tmp_path / "slides" / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    folder = str(tmp_path / "slides")
+    checked = medray.check([folder], mpp=0.5, qc="default", out=str(out))
+    rows = rows_of(checked)
+    assert rows["clean"]["quality"] == ""
+    assert rows["clean"]["qc_focus"] > 0.85
+    assert rows["blurred"]["quality"].startswith("focus 0.1")
+    assert rows["broken"]["qc_focus"] is None
+    assert rows["blurred"]["quality"] in (out / "check.html").read_text()
+    assert rows["blurred"]["quality"] in str(checked)
+    with open(out / "slides.csv", newline="") as file:
+        table = {row["slide"]: row for row in csv.DictReader(file)}
+    assert float(table["blurred"]["qc_focus"]) == rows["blurred"]["qc_focus"]
+    assert "qc_focus" not in rows_of(medray.check([folder]))["clean"]
+    with pytest.raises(ConfigError, match="no such file"):
+        medray.check([folder], qc="none.yaml")
