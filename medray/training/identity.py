@@ -92,8 +92,9 @@ def seen_of(
     parts = [(split, patches[split]) for split in ("val", "train")]
     if settings.unlabelled is not None:
         parts.append(("train", usable_patches(data, "", settings.data)))
-    scans = {row["slide"]: scan_digest(row["digest"]) for row in read_slides(data)}
     of_images = holds_images(data)
+    rows = [] if of_images else read_slides(data)
+    scans = {row["slide"]: scan_digest(row["digest"]) for row in rows}
     seen: dict[str, str] = {}
     for split, rows in parts:
         digests = {row["digest"] if of_images else scans[row["slide"]] for row in rows}

@@ -113,18 +113,17 @@ class Trainer:
         """
         now, recipe, kept = self.progress, self.recipe, self.model.kept
         notices = Notices(checkpoints.out)
-        feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
         scale = scale_of(data, recipe.data, of_images=recipe.classifies)
+        feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
         for epoch, batches in read_epochs(*feed):
             if self.phases.must_weigh():
                 self._weigh_stages(data)
                 checkpoints.write_last(self.state_dict())
             self._train_epoch(batches, checkpoints, tracker, notices)
             found = self.validate(batches, data)
-            step = (epoch + 1) * self.steps
+            step, crops = (epoch + 1) * self.steps, self.steps * recipe.batch
             show_pictures(tracker, step, found.pictures, self.model)
             scores = found.scores() | self.phases.entry()
-            crops = self.steps * recipe.batch
             entry = now.end_epoch(self.steps, crops, found.seconds, scores, scale)
             if now.best["epoch"] == epoch:
                 weights = {k: v.cpu() for k, v in kept.state_dict().items()}

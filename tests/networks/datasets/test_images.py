@@ -32,8 +32,9 @@ from medray.inference.classify_images import ClassifiedImage, DatasetImage
 from medray.models.folder import load_model, read_seen, write_seen
 from medray.models.network import Normalise
 from medray.storage import files, ome_zarr
-from medray.training.recipe import Recipe, read_recipe
-from medray.training.train_model import _seen
+from medray.training.distillation import Teacher
+from medray.training.identity import seen_of
+from medray.training.recipe import Prune, Recipe, read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -482,13 +483,21 @@ def test_images_that_any_model_has_seen_are_refused(
     assert not (tmp_path / "r").exists()
 
 
-def test_what_weights_have_learned_from_comes_with_them(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    write_seen(str(other), {"a": "train", "b": "val", "c": "train"})
-    recipe = Recipe(weights=str(other / "weights.safetensors"))
+@pytest.mark.parametrize("how", ["weights", "teacher", "prune"])
+def test_what_other_models_have_learned_from_comes_with_them(
+    how: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other")
+    write_seen(other, {"a": "train", "b": "val", "c": "train"})
+    (tmp_path / "images.parquet").touch()
+    recipe = {
+        "weights": Recipe(weights=f"{other}/weights.safetensors"),
+        "teacher": Recipe(teacher=Teacher(other)),
+        "prune": Recipe(prune=Prune(other)),
+    }[how]
     patches = {"train": [{"digest": "b"}], "val": [{"digest": "c"}, {"digest": "d"}]}
     wanted = {"a": "train", "b": "train", "c": "train", "d": "val"}
-    assert _seen(recipe, patches) == wanted
+    assert seen_of(recipe, patches, str(tmp_path)) == wanted
 
 
 def test_images_that_trained_the_model_are_no_test(
