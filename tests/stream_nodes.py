@@ -34,7 +34,7 @@ class Slow:
 
 
 def stream_of(log: Path) -> Stream:
-    return Stream(Slow(log), num_cpus=1, timeout=lambda _: 60, bounded=True)
+    return Stream(Slow(log), num_cpus=1, timeout=lambda _: 60, bounded=True, expected=1)
 
 
 def begun(log: Path) -> list[tuple[int, str]]:

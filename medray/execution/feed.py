@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 from medray.execution import cluster
-from medray.execution.tries import Tries
+from medray.execution.tries import Tries, Verdict
 
+_LOOK_S = 2.0  # how often the nodes that are told to go are asked for
 _WAIT_S = 5.0  # how long the source waits for a block in one call
 
 
@@ -27,6 +29,8 @@ class Feed:
         self._blocks: dict[int, bytes] = {}
         self._given = 0
         self._tries = Tries()
+        self._leaving: set[str] = set()
+        self._looked_at = -math.inf
         self._closed = self._stopped = False
 
     async def give(self, block: int, content: bytes) -> None:
@@ -66,12 +70,14 @@ class Feed:
             self._tries.end(done)
         if row is None or self._stopped:
             return Verdict("stop")
+        if await self._is_leaving(node):
+            return Verdict("leave")
         # It takes seconds to know whether a node is gone.
         gone = {
             node: await asyncio.to_thread(cluster.is_gone, node)
             for node in self._tries.suspects(row.number)
         }
-        why = self._tries.begin(
+        verdict = self._tries.begin(
             row.number,
             group=row.group,
             node=node,
@@ -83,7 +89,14 @@ class Feed:
         if self._tries.hopeless:
             how = f"processes died one after the other, the last: {self._tries.how}"
             return Verdict("hopeless", f"{how}; Ray's logs on its node may say more")
-        return Verdict("lost", why) if why else Verdict("go")
+        return verdict
+
+    async def _is_leaving(self, node: str) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at > _LOOK_S:
+            self._looked_at = now
+            self._leaving = await asyncio.to_thread(cluster.leaving_nodes)
+        return node in self._leaving
 
     async def goes_on(self, row: int) -> None:
         """Note that a row waits for something, and does not hang."""
@@ -123,17 +136,3 @@ class Head:
     number: int
     group: str
     timeout: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a row may begin.
-
-    Attributes:
-        kind: `go`; `lost`: it is given up; `stop`: the run ends; `hopeless`: processes
-            die whatever they are given.
-        why: In words.
-    """
-
-    kind: Literal["go", "lost", "stop", "hopeless"]
-    why: str = ""

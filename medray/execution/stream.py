@@ -2,13 +2,14 @@
 
     driver   Stream.give: rows become blocks, of about a second's work
     source   a read that yields a block as soon as the driver has given it
-    tasks    Ray Data's map_batches: the function is called with each row of a block
+    actors   Ray Data's map_batches: the function is called with each row of a block
     driver   Stream.take: rows with their results, as the blocks come
 
-Ray Data moves the blocks, looks for places on nodes that are there, asks for more, and
-repeats what was lost. What it does not know is added here and in
-`medray.execution.feed`: how often a row may end the process that works on it, what
-hangs, and how much may be under way, so that any number of rows takes the same memory.
+Ray Data moves the blocks, keeps a process for each core, asks for more nodes, and
+repeats what was lost, on another node if one is gone. What it does not know is added
+here and in `medray.execution.feed`: how often a row may end the process that works on
+it, what hangs, and how much may be under way, so that any number of rows takes the same
+memory.
 
 One file, because what is under way is one state, of which all methods take and add.
 """
@@ -36,15 +37,18 @@ from medray.execution.block import Answer, as_table, do_block
 from medray.execution.feed import Feed, Head
 
 # What the rows of a block should take: Ray Data looks ten times a second what has
-# ended.
-_BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 1.0, 64, 4
+# ended, and has the next block queued at each process.
+_BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 0.5, 64, 2
 # Blocks of an execution: Ray Data keeps statistics of each, some KB, until its end.
 _BLOCKS = 20_000
-CORE = 0.5
-"""The share of a core that a process asks for: one works while another waits."""
-# Blocks under way for each place: the next is there when one ends. That some wait asks
-# for more nodes where they come on request.
-_AHEAD = 3
+CORE = 1.0
+"""Cores that a process asks for."""
+# Blocks for each place: that one process has at once, that are under way (some wait,
+# and so ask for more nodes where they come on request), and whose rows wait to be cut.
+_AT_ONCE, _AHEAD, _BACKLOG = 2, 3, 4
+# Processes that are started at once for what comes of the first rows: a slide may have
+# many regions. More start as blocks wait.
+_FIRST_PROCESSES = 8
 _LOOK_S = 5.0  # how often the places of the cluster are counted
 # Seconds in which an execution whose rows are done has ended, and one that is told to.
 _CLOSE_S, _END_S = 5.0, 8.0
@@ -66,6 +70,7 @@ class Stream:
         num_gpus: float = 0,
         timeout: Callable[[Any], float],
         bounded: bool,
+        expected: int,
         group: Callable[[Any], str] = lambda _: "",
     ) -> None:
         """Start an execution that has no rows yet.
@@ -78,6 +83,7 @@ class Stream:
             num_gpus: Of a process.
             timeout: Seconds that a row may take, or go on without a yield.
             bounded: A process may allocate 4 GiB and no more, for files of strangers.
+            expected: How many rows are known by now.
             group: Names the group of a row: once a row is given up, so are those of its
                 group that have not begun. "": none.
         """
@@ -101,7 +107,10 @@ class Stream:
         )
         self._feed = feed.remote()
         task = functools.partial(do_block, self._feed, function, bounded)
-        run = functools.partial(_run, self._feed, here, task, num_cpus, num_gpus)
+        processes = min(self.places, expected + _FIRST_PROCESSES)
+        run = functools.partial(
+            _run, self._feed, here, task, num_cpus, num_gpus, processes
+        )
         self._thread = threading.Thread(
             target=self._consume, args=(run,), name="ray-data", daemon=True
         )
@@ -140,7 +149,7 @@ class Stream:
     @property
     def room(self) -> int:
         """How many more rows keep the processes busy; more rows only wait."""
-        return _AHEAD * self.places * self._most - len(self._rows)
+        return (_AHEAD + _BACKLOG) * self.places * self._most - len(self._rows)
 
     @property
     def _most(self) -> int:
@@ -148,7 +157,7 @@ class Stream:
         return max(1, min(_BLOCK_ROWS, int(_BLOCK_S / self._row_s)))
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows, which are begun in this order."""
+        """Give rows, which are begun in about this order."""
         for row in rows:
             self._rows[self._numbers] = row
             self._waiting.append(self._numbers)
@@ -159,8 +168,8 @@ class Stream:
         """Make blocks of rows that wait, as many as may be under way."""
         most = _AHEAD * self.places
         while self._waiting and len(self._blocks) < most:
-            # Of the last rows each process gets some.
-            share = math.ceil(len(self._waiting) / (most - len(self._blocks)))
+            # Of the last rows each process gets some, in ever smaller blocks.
+            share = math.ceil(len(self._waiting) / (_AT_ONCE * self.places))
             count = max(1, min(self._most, share))
             numbers = [self._waiting.popleft() for _ in range(count)]
             tasks = [self._rows[number] for number in numbers]
@@ -212,7 +221,7 @@ class Stream:
         for number, one in zip(numbers, pickle.loads(packed), strict=True):
             answer: Answer = pickle.loads(one)
             if answer.kind == "again":
-                self._waiting.appendleft(number)
+                self._waiting.append(number)
                 continue
             row = self._rows.pop(number)
             if answer.kind == "bug":
@@ -244,12 +253,23 @@ class Stream:
         self._arrived.put(why)
 
 
+class _Process:
+    """A process of Ray Data, which keeps what the function has cached."""
+
+    def __init__(self, task: Callable[[pa.Table], pa.Table]) -> None:
+        self._task = task
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._task(block)
+
+
 def _run(
     feed: Any,
     here: dict[str, str],
     task: Callable[[pa.Table], pa.Table],
     num_cpus: float,
     num_gpus: float,
+    processes: int,
     numbers: range,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each block that is done, and its answers, pickled."""
@@ -275,13 +295,17 @@ def _run(
         Source(), num_cpus=0, label_selector=here, override_num_blocks=1
     )
     done = blocks.map_batches(
-        task,
+        _Process,
+        fn_constructor_args=(task,),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=processes,
+            max_tasks_in_flight_per_actor=_AT_ONCE,
+        ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
-        # Also with a GPU a process stays, and what it has cached.
-        max_calls=0 if num_gpus else None,
     )
     # Without prefetching: it would hold each block back until the next is there.
     for table in done.iter_batches(

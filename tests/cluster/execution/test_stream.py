@@ -69,6 +69,7 @@ def stream(folder: Path, seconds: float = 60.0, num_cpus: float = 1.0) -> Stream
         num_cpus=num_cpus,
         timeout=lambda _: seconds,
         bounded=True,
+        expected=1,
         group=lambda row: row.get("group", ""),
     )
 
