@@ -103,6 +103,20 @@ def do_block(
     return as_table(table["block"][0].as_py(), pickle.dumps(answers))
 
 
+class Process:
+    """An actor of Ray Data's pool, which keeps what the function has cached."""
+
+    def __init__(self, feed: Any, function: Callable[[Any], Any], bounded: bool):
+        """Start, or start again after the process has died."""
+        self._do = functools.partial(do_block, feed, function, bounded)
+        here = ray.get_runtime_context()
+        ray.get(feed.enter.remote(here.current_actor, here.get_node_id()))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Do a block."""
+        return self._do(block)
+
+
 def _without_result(verdict: Verdict) -> Answer:
     match verdict.kind:
         case "lost" | "stop":

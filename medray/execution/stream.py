@@ -33,7 +33,7 @@ from ray.exceptions import RayError
 
 from medray.errors import LostError, MedrayError
 from medray.execution import cluster
-from medray.execution.block import Answer, as_table, do_block
+from medray.execution.block import Answer, Process, as_table
 from medray.execution.feed import Feed, Head
 
 # What the rows of a block should take: Ray Data looks ten times a second what has
@@ -50,6 +50,7 @@ _AT_ONCE, _AHEAD, _BACKLOG = 2, 3, 4
 # many regions. More start as blocks wait.
 _FIRST_PROCESSES = 8
 _LOOK_S = 5.0  # how often the places of the cluster are counted
+_QUIET_S = 5.0  # without a result, after which it is asked whether all are stuck
 # Seconds in which an execution whose rows are done has ended, and one that is told to.
 _CLOSE_S, _END_S = 5.0, 8.0
 
@@ -100,16 +101,17 @@ class Stream:
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._end, self._closed = cluster.End(), threading.Event()
+        self._renewed = False  # the execution is to end, and another to begin
+        self._heard_at = time.monotonic()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         # Each process of the stream has a call that waits for its end.
         feed = ray.remote(Feed).options(
             num_cpus=0, label_selector=here, max_concurrency=100_000
         )
         self._feed = feed.remote()
-        task = functools.partial(do_block, self._feed, function, bounded)
         processes = min(self.places, expected + _FIRST_PROCESSES)
         run = functools.partial(
-            _run, self._feed, here, task, num_cpus, num_gpus, processes
+            _run, self._feed, here, (function, bounded), num_cpus, num_gpus, processes
         )
         self._thread = threading.Thread(
             target=self._consume, args=(run,), name="ray-data", daemon=True
@@ -127,11 +129,17 @@ class Stream:
         if kind is None and not self.busy:
             self._thread.join(_CLOSE_S)
         else:
-            ray.kill(self._feed)  # the processes end with it, whatever they do
+            self._kill_processes()
         # Also a tidy end, which would wait for a task that waits for a place.
         self._end.set()
         self._thread.join(_END_S)
         ray.kill(self._feed)
+
+    def _kill_processes(self) -> None:
+        # Ray Data would wait for them, and Ray start them again.
+        with contextlib.suppress(RayError):
+            for process in ray.get(self._feed.processes.remote(), timeout=_END_S):
+                ray.kill(process)
 
     @property
     def busy(self) -> bool:
@@ -206,8 +214,20 @@ class Stream:
             if not found:
                 raise self._error
             return found
+        if found:
+            self._heard_at = time.monotonic()
+        elif self._blocks and time.monotonic() - self._heard_at > _QUIET_S:
+            self._heard_at = time.monotonic()
+            if ray.get(self._feed.is_stuck.remote()):
+                self._renew()
         self._cut_blocks()
         return found
+
+    def _renew(self) -> None:
+        """Have another execution do what is under way, on the nodes that are left."""
+        self._renewed = True
+        self._end.set()
+        self._kill_processes()
 
     def _results(self, arrived: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(arrived, Exception):
@@ -233,16 +253,26 @@ class Stream:
                 self._row_s = max(1e-4, self._row_s)
                 yield row, answer.value
 
-    def _consume(self, run: Callable[[range], Iterator[tuple[int, bytes]]]) -> None:
+    def _consume(
+        self, run: Callable[[int, range], Iterator[tuple[int, bytes]]]
+    ) -> None:
         """Pass on what arrives, and last why no more does."""
         why: Exception = MedrayError("Ray Data ended before all rows were done")
+        first = number = 0
         try:
-            with cluster.streaming(block_bytes=1, end=self._end):
-                first = 0
-                while not self._closed.is_set():
-                    for arrived in run(range(first, first + _BLOCKS)):
-                        self._arrived.put(arrived)
+            while not self._closed.is_set():
+                try:
+                    with cluster.streaming(block_bytes=1, end=self._end):
+                        for arrived in run(number, range(first, first + _BLOCKS)):
+                            self._arrived.put(arrived)
                     first += _BLOCKS
+                except Exception:
+                    if not self._renewed:
+                        raise
+                    self._renewed = False
+                    self._end.clear()
+                    number = ray.get(self._feed.renew.remote())
+                    first = min([*self._blocks], default=self._given)
         except RayError as error:
             why = MedrayError(
                 f"Ray Data ended: {' '.join(f'{error}'.split())[:300]}; what is "
@@ -253,24 +283,15 @@ class Stream:
         self._arrived.put(why)
 
 
-class _Process:
-    """A process of Ray Data, which keeps what the function has cached."""
-
-    def __init__(self, task: Callable[[pa.Table], pa.Table]) -> None:
-        self._task = task
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return self._task(block)
-
-
 def _run(
     feed: Any,
     here: dict[str, str],
-    task: Callable[[pa.Table], pa.Table],
+    what: tuple[Callable[[Any], Any], bool],
     num_cpus: float,
     num_gpus: float,
     processes: int,
-    numbers: range,
+    number: int,
+    blocks: range,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each block that is done, and its answers, pickled."""
     # Imported here, in a thread, while the feed starts: it takes a second and more.
@@ -286,17 +307,16 @@ def _run(
         def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
             """Return the read."""
             metadata = BlockMetadata(None, None, None, None)
-            return [
-                ray.data.ReadTask(functools.partial(_read, feed, numbers), metadata)
-            ]
+            read = functools.partial(_read, feed, number, blocks)
+            return [ray.data.ReadTask(read, metadata)]
 
     # The read only waits: it takes no core, and the driver's node may have none.
-    blocks = ray.data.read_datasource(
+    given = ray.data.read_datasource(
         Source(), num_cpus=0, label_selector=here, override_num_blocks=1
     )
-    done = blocks.map_batches(
-        _Process,
-        fn_constructor_args=(task,),
+    done = given.map_batches(
+        Process,
+        fn_constructor_args=(feed, *what),
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             initial_size=processes,
@@ -314,14 +334,14 @@ def _run(
         yield table["block"][0].as_py(), table["content"][0].as_py()
 
 
-def _read(feed: Any, numbers: range) -> Iterator[pa.Table]:
+def _read(feed: Any, number: int, blocks: range) -> Iterator[pa.Table]:
     """Yield the blocks in their order, each as soon as it is given.
 
     A read that is repeated, for its process died, yields as many blocks as before:
     those that are done are empty.
     """
-    for block in numbers:
-        while (content := ray.get(feed.block.remote(block))) is False:
+    for block in blocks:
+        while (content := ray.get(feed.block.remote(number, block))) is False:
             pass  # it waited for a while
         if content is None:
             return

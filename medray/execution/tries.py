@@ -139,6 +139,15 @@ class Tries:
             self._killers.clear()
             self._deaths = 0
 
+    @property
+    def nodes(self) -> set[str]:
+        """On which rows are at hand."""
+        return {one.node for one in self._at_hand.values()}
+
+    def let_go(self) -> None:
+        """Note that processes are ended for no fault of their rows."""
+        self._at_hand.clear()
+
     def forget(self, row: int) -> None:
         """Forget a row whose result has arrived."""
         self._at_hand.pop(row, None)

@@ -145,7 +145,8 @@ def test_a_bug_is_raised_and_ends_the_rest_at_once(tmp_path: Path, does: str) ->
     wrong = {"does": does, "seconds": 3}
     with stream(tmp_path, seconds=600) as work:
         with pytest.raises((ZeroDivisionError, TypeError), match="told to|pickle"):
-            run(work, [{"i": 0, "seconds": 500}, {"i": 1} | wrong])
+            # In this order: the second may wait at the first one's process.
+            run(work, [{"i": 1} | wrong, {"i": 0, "seconds": 500}])
         began = time.monotonic()
     (pid,) = begun(tmp_path, 0)
     while psutil.pid_exists(int(pid)):
