@@ -34,7 +34,7 @@ class Slow:
 
 
 def stream_of(log: Path) -> Stream:
-    return Stream(Slow(log), num_cpus=1, timeout=lambda _: 60, bounded=True)
+    return Stream(Slow(log), num_cpus=1, timeout=lambda _: 60, bounded=True, expected=1)
 
 
 def begun(log: Path) -> list[tuple[int, str]]:
@@ -72,7 +72,8 @@ def a_node_is_told_to_go(cluster: Cluster, log: Path) -> None:
     """It finishes what it has, begins nothing more, and its place is taken."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     with stream_of(log) as stream:
-        stream.give([{"i": i, "seconds": 5} for i in range(2)])
+        # Two wait at each process.
+        stream.give([{"i": i, "seconds": 5} for i in range(4)])
         while len({node for _, node in begun(log)}) < 2:
             stream.take(0.1)
         first = nodes[0].node_id
@@ -81,7 +82,7 @@ def a_node_is_told_to_go(cluster: Cluster, log: Path) -> None:
         accepted, _ = GcsClient(cluster.address).drain_node(first, why, "", in_100_s)
         assert accepted
         told = len(begun(log))
-        stream.give([{"i": i, "seconds": 0.5} for i in range(2, 20)])
+        stream.give([{"i": i, "seconds": 0.5} for i in range(4, 20)])
         third = cluster.add_node(num_cpus=1)
         assert sorted(take_all(stream)) == [*range(20)]
     later = [node for _, node in begun(log)[told:]]

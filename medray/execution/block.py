@@ -1,4 +1,4 @@
-"""What a process does with a block of a stream: a task of Ray Data."""
+"""What a process does with a block of a stream: a task of one of Ray Data's actors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ import pyarrow as pa
 import ray
 
 from medray.errors import MedrayError, SlideError
-from medray.execution.feed import Head, Verdict
+from medray.execution.feed import Head
 from medray.execution.rows import steps_of
+from medray.execution.tries import Verdict
 from medray.slides import bounded_memory
 
 
@@ -32,7 +33,8 @@ class Answer:
     Attributes:
         kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
             given up; `stop`: it was not begun, since the run ends; `again`: it was not
-            begun, since the block has taken long.
+            begun, since the block has taken long, another row of its group is tried, or
+            the node is told to go.
         value: The result, the exception, or why the row was lost.
         seconds: That it took.
     """
@@ -50,7 +52,8 @@ def as_table(block: int, content: bytes) -> pa.Table:
 
 # After so many seconds the rest of a block waits for another: what is done is not kept
 # back by a row that takes long, nor done again if one ends the process.
-_LONG_S = 2.0
+_LONG_S = 1.0
+_PAUSE_S = 0.2  # before a row that may not begin yet is tried again
 
 
 def do_block(
@@ -68,13 +71,14 @@ def do_block(
     traces = f"{tempfile.gettempdir()}/medray-{name}"
     answers: list[bytes] = []
     done: int | None = None
+    leaving = False
     end = time.monotonic() + _LONG_S
     with (
         bounded_memory() if bounded else contextlib.nullcontext(),
         _ending_with(feed),
     ):
         for head, row in zip(heads, rows, strict=True):
-            if answers and time.monotonic() > end:
+            if answers and (leaving or time.monotonic() > end):
                 answers.append(pickle.dumps(Answer("again")))
                 continue
             path = Path(f"{traces}-{head.number}")
@@ -88,14 +92,40 @@ def do_block(
                     answers.append(_answer(feed, function, head, row, file))
                 done = head.number
                 continue
-            path.unlink(missing_ok=True)
-            if verdict.kind == "hopeless":
-                answers.append(pickle.dumps(Answer("bug", MedrayError(verdict.why))))
-            else:
-                answers.append(pickle.dumps(Answer(verdict.kind, verdict.why)))
+            if verdict.kind == "leave" and not answers:
+                os._exit(0)  # Ray starts it again, on a node that stays
+            leaving = verdict.kind == "leave"
+            if not leaving:
+                path.unlink(missing_ok=True)
+            answers.append(pickle.dumps(_without_result(verdict)))
         if done is not None:
             ray.get(feed.begin.remote(done, None, node, None))
     return as_table(table["block"][0].as_py(), pickle.dumps(answers))
+
+
+class Process:
+    """An actor of Ray Data's pool, which keeps what the function has cached."""
+
+    def __init__(self, feed: Any, function: Callable[[Any], Any], bounded: bool):
+        """Start, or start again after the process has died."""
+        self._do = functools.partial(do_block, feed, function, bounded)
+        here = ray.get_runtime_context()
+        ray.get(feed.enter.remote(here.current_actor, here.get_node_id()))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Do a block."""
+        return self._do(block)
+
+
+def _without_result(verdict: Verdict) -> Answer:
+    match verdict.kind:
+        case "lost" | "stop":
+            return Answer(verdict.kind, verdict.why)
+        case "hopeless":
+            return Answer("bug", MedrayError(verdict.why))
+        case _:
+            time.sleep(_PAUSE_S)
+            return Answer("again")
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def run_on_ray_data(
             num_cpus=CORE,
             timeout=timeout,
             bounded=True,
+            expected=len(todo),
             group=_slide_of,
         ) as stream,
     ):

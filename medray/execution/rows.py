@@ -64,6 +64,7 @@ def map_rows[R](
         num_gpus=resources.get("num_gpus", 0),
         timeout=lambda _: timeout,
         bounded=bounded,
+        expected=len(todo),
     ) as stream:
         while todo or stream.busy:
             check()

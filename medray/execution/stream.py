@@ -2,13 +2,14 @@
 
     driver   Stream.give: rows become blocks, of about a second's work
     source   a read that yields a block as soon as the driver has given it
-    tasks    Ray Data's map_batches: the function is called with each row of a block
+    actors   Ray Data's map_batches: the function is called with each row of a block
     driver   Stream.take: rows with their results, as the blocks come
 
-Ray Data moves the blocks, looks for places on nodes that are there, asks for more, and
-repeats what was lost. What it does not know is added here and in
-`medray.execution.feed`: how often a row may end the process that works on it, what
-hangs, and how much may be under way, so that any number of rows takes the same memory.
+Ray Data moves the blocks, keeps a process for each core, asks for more nodes, and
+repeats what was lost, on another node if one is gone. What it does not know is added
+here and in `medray.execution.feed`: how often a row may end the process that works on
+it, what hangs, and how much may be under way, so that any number of rows takes the same
+memory.
 
 One file, because what is under way is one state, of which all methods take and add.
 """
@@ -32,20 +33,24 @@ from ray.exceptions import RayError
 
 from medray.errors import LostError, MedrayError
 from medray.execution import cluster
-from medray.execution.block import Answer, as_table, do_block
+from medray.execution.block import Answer, Process, as_table
 from medray.execution.feed import Feed, Head
 
 # What the rows of a block should take: Ray Data looks ten times a second what has
-# ended.
-_BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 1.0, 64, 4
+# ended, and has the next block queued at each process.
+_BLOCK_S, _BLOCK_ROWS, _FIRST_ROWS = 0.5, 64, 2
 # Blocks of an execution: Ray Data keeps statistics of each, some KB, until its end.
 _BLOCKS = 20_000
-CORE = 0.5
-"""The share of a core that a process asks for: one works while another waits."""
-# Blocks under way for each place: the next is there when one ends. That some wait asks
-# for more nodes where they come on request.
-_AHEAD = 3
+CORE = 1.0
+"""Cores that a process asks for."""
+# Blocks for each place: that one process has at once, that are under way (some wait,
+# and so ask for more nodes where they come on request), and whose rows wait to be cut.
+_AT_ONCE, _AHEAD, _BACKLOG = 2, 3, 4
+# Processes that are started at once for what comes of the first rows: a slide may have
+# many regions. More start as blocks wait.
+_FIRST_PROCESSES = 8
 _LOOK_S = 5.0  # how often the places of the cluster are counted
+_QUIET_S = 5.0  # without a result, after which it is asked whether all are stuck
 # Seconds in which an execution whose rows are done has ended, and one that is told to.
 _CLOSE_S, _END_S = 5.0, 8.0
 
@@ -66,6 +71,7 @@ class Stream:
         num_gpus: float = 0,
         timeout: Callable[[Any], float],
         bounded: bool,
+        expected: int,
         group: Callable[[Any], str] = lambda _: "",
     ) -> None:
         """Start an execution that has no rows yet.
@@ -78,6 +84,7 @@ class Stream:
             num_gpus: Of a process.
             timeout: Seconds that a row may take, or go on without a yield.
             bounded: A process may allocate 4 GiB and no more, for files of strangers.
+            expected: How many rows are known by now.
             group: Names the group of a row: once a row is given up, so are those of its
                 group that have not begun. "": none.
         """
@@ -94,14 +101,18 @@ class Stream:
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._end, self._closed = cluster.End(), threading.Event()
+        self._renewed = False  # the execution is to end, and another to begin
+        self._heard_at = time.monotonic()
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         # Each process of the stream has a call that waits for its end.
         feed = ray.remote(Feed).options(
             num_cpus=0, label_selector=here, max_concurrency=100_000
         )
         self._feed = feed.remote()
-        task = functools.partial(do_block, self._feed, function, bounded)
-        run = functools.partial(_run, self._feed, here, task, num_cpus, num_gpus)
+        processes = min(self.places, expected + _FIRST_PROCESSES)
+        run = functools.partial(
+            _run, self._feed, here, (function, bounded), num_cpus, num_gpus, processes
+        )
         self._thread = threading.Thread(
             target=self._consume, args=(run,), name="ray-data", daemon=True
         )
@@ -118,11 +129,17 @@ class Stream:
         if kind is None and not self.busy:
             self._thread.join(_CLOSE_S)
         else:
-            ray.kill(self._feed)  # the processes end with it, whatever they do
+            self._kill_processes()
         # Also a tidy end, which would wait for a task that waits for a place.
         self._end.set()
         self._thread.join(_END_S)
         ray.kill(self._feed)
+
+    def _kill_processes(self) -> None:
+        # Ray Data would wait for them, and Ray start them again.
+        with contextlib.suppress(RayError):
+            for process in ray.get(self._feed.processes.remote(), timeout=_END_S):
+                ray.kill(process)
 
     @property
     def busy(self) -> bool:
@@ -140,7 +157,7 @@ class Stream:
     @property
     def room(self) -> int:
         """How many more rows keep the processes busy; more rows only wait."""
-        return _AHEAD * self.places * self._most - len(self._rows)
+        return (_AHEAD + _BACKLOG) * self.places * self._most - len(self._rows)
 
     @property
     def _most(self) -> int:
@@ -148,7 +165,7 @@ class Stream:
         return max(1, min(_BLOCK_ROWS, int(_BLOCK_S / self._row_s)))
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows, which are begun in this order."""
+        """Give rows, which are begun in about this order."""
         for row in rows:
             self._rows[self._numbers] = row
             self._waiting.append(self._numbers)
@@ -159,8 +176,8 @@ class Stream:
         """Make blocks of rows that wait, as many as may be under way."""
         most = _AHEAD * self.places
         while self._waiting and len(self._blocks) < most:
-            # Of the last rows each process gets some.
-            share = math.ceil(len(self._waiting) / (most - len(self._blocks)))
+            # Of the last rows each process gets some, in ever smaller blocks.
+            share = math.ceil(len(self._waiting) / (_AT_ONCE * self.places))
             count = max(1, min(self._most, share))
             numbers = [self._waiting.popleft() for _ in range(count)]
             tasks = [self._rows[number] for number in numbers]
@@ -197,8 +214,20 @@ class Stream:
             if not found:
                 raise self._error
             return found
+        if found:
+            self._heard_at = time.monotonic()
+        elif self._blocks and time.monotonic() - self._heard_at > _QUIET_S:
+            self._heard_at = time.monotonic()
+            if ray.get(self._feed.is_stuck.remote()):
+                self._renew()
         self._cut_blocks()
         return found
+
+    def _renew(self) -> None:
+        """Have another execution do what is under way, on the nodes that are left."""
+        self._renewed = True
+        self._end.set()
+        self._kill_processes()
 
     def _results(self, arrived: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(arrived, Exception):
@@ -212,7 +241,7 @@ class Stream:
         for number, one in zip(numbers, pickle.loads(packed), strict=True):
             answer: Answer = pickle.loads(one)
             if answer.kind == "again":
-                self._waiting.appendleft(number)
+                self._waiting.append(number)
                 continue
             row = self._rows.pop(number)
             if answer.kind == "bug":
@@ -224,16 +253,26 @@ class Stream:
                 self._row_s = max(1e-4, self._row_s)
                 yield row, answer.value
 
-    def _consume(self, run: Callable[[range], Iterator[tuple[int, bytes]]]) -> None:
+    def _consume(
+        self, run: Callable[[int, range], Iterator[tuple[int, bytes]]]
+    ) -> None:
         """Pass on what arrives, and last why no more does."""
         why: Exception = MedrayError("Ray Data ended before all rows were done")
+        first = number = 0
         try:
-            with cluster.streaming(block_bytes=1, end=self._end):
-                first = 0
-                while not self._closed.is_set():
-                    for arrived in run(range(first, first + _BLOCKS)):
-                        self._arrived.put(arrived)
+            while not self._closed.is_set():
+                try:
+                    with cluster.streaming(block_bytes=1, end=self._end):
+                        for arrived in run(number, range(first, first + _BLOCKS)):
+                            self._arrived.put(arrived)
                     first += _BLOCKS
+                except Exception:
+                    if not self._renewed:
+                        raise
+                    self._renewed = False
+                    self._end.clear()
+                    number = ray.get(self._feed.renew.remote())
+                    first = min([*self._blocks], default=self._given)
         except RayError as error:
             why = MedrayError(
                 f"Ray Data ended: {' '.join(f'{error}'.split())[:300]}; what is "
@@ -247,10 +286,12 @@ class Stream:
 def _run(
     feed: Any,
     here: dict[str, str],
-    task: Callable[[pa.Table], pa.Table],
+    what: tuple[Callable[[Any], Any], bool],
     num_cpus: float,
     num_gpus: float,
-    numbers: range,
+    processes: int,
+    number: int,
+    blocks: range,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each block that is done, and its answers, pickled."""
     # Imported here, in a thread, while the feed starts: it takes a second and more.
@@ -266,22 +307,25 @@ def _run(
         def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
             """Return the read."""
             metadata = BlockMetadata(None, None, None, None)
-            return [
-                ray.data.ReadTask(functools.partial(_read, feed, numbers), metadata)
-            ]
+            read = functools.partial(_read, feed, number, blocks)
+            return [ray.data.ReadTask(read, metadata)]
 
     # The read only waits: it takes no core, and the driver's node may have none.
-    blocks = ray.data.read_datasource(
+    given = ray.data.read_datasource(
         Source(), num_cpus=0, label_selector=here, override_num_blocks=1
     )
-    done = blocks.map_batches(
-        task,
+    done = given.map_batches(
+        Process,
+        fn_constructor_args=(feed, *what),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=processes,
+            max_tasks_in_flight_per_actor=_AT_ONCE,
+        ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
-        # Also with a GPU a process stays, and what it has cached.
-        max_calls=0 if num_gpus else None,
     )
     # Without prefetching: it would hold each block back until the next is there.
     for table in done.iter_batches(
@@ -290,14 +334,14 @@ def _run(
         yield table["block"][0].as_py(), table["content"][0].as_py()
 
 
-def _read(feed: Any, numbers: range) -> Iterator[pa.Table]:
+def _read(feed: Any, number: int, blocks: range) -> Iterator[pa.Table]:
     """Yield the blocks in their order, each as soon as it is given.
 
     A read that is repeated, for its process died, yields as many blocks as before:
     those that are done are empty.
     """
-    for block in numbers:
-        while (content := ray.get(feed.block.remote(block))) is False:
+    for block in blocks:
+        while (content := ray.get(feed.block.remote(number, block))) is False:
             pass  # it waited for a while
         if content is None:
             return

@@ -9,18 +9,35 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 # A row at which this many processes died is given up: of those whose nodes live on, and
 # of all, should no node ever seem to.
 _TRIES, _MOST_TRIES = 3, 20
-# So many deaths without a result between them are no row's fault: first deaths of rows,
-# and all deaths.
+# So many deaths without a result between them are no row's fault: of rows of different
+# groups, and all deaths.
 _DEATHS, _MOST_DEATHS = 10, 100
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a row may begin.
+
+    Attributes:
+        kind: `go`; `wait`: another row of its group is tried first; `lost`: it is given
+            up; `stop`: the run ends; `leave`: the node is told to go; `hopeless`:
+            processes die whatever they are given.
+        why: In words.
+    """
+
+    kind: Literal["go", "wait", "lost", "stop", "leave", "hopeless"]
+    why: str = ""
 
 
 @dataclass
 class _AtHand:
     node: str
+    group: str
     since: float  # when it was begun, or last said that it goes on; seconds
 
 
@@ -32,8 +49,12 @@ class Tries:
     _lost_on: dict[int, list[str]] = field(default_factory=dict)
     _given_up: dict[int, str] = field(default_factory=dict)
     _lost_groups: dict[str, str] = field(default_factory=dict)
-    _deaths: int = 0  # first ones of rows, on nodes that live on
-    _repeats: int = 0  # later ones
+    # Groups of which a row ended a process, and none was done since.
+    _suspects: set[str] = field(default_factory=set)
+    # Groups (or rows that have none) that ended processes on nodes that live on, and
+    # how often, since the last row was done.
+    _killers: set[str | int] = field(default_factory=set)
+    _deaths: int = 0
     how: str = ""
     """How the last process ended."""
 
@@ -47,14 +68,17 @@ class Tries:
         timeout: float,
         trace: str | None = None,
         is_gone: Callable[[str], bool],
-    ) -> str:
-        """Note that a row is begun, or return why it is given up.
+    ) -> Verdict:
+        """Note that a row is begun, or return why it is not.
 
-        A row that is begun while it is at hand ended the process that had it.
+        A row that is begun while it is at hand ended the process that had it. Of a
+        group whose rows end processes one row is tried at a time, the first of those at
+        hand, so that a slide costs few processes however many there are.
 
         Args:
             row: Its number.
-            group: That it belongs to: of a row that is given up, no other begins.
+            group: That it belongs to, "": none. Of a row that is given up, no other
+                begins.
             node: Where it is begun.
             now: Seconds.
             timeout: That the row may take, seconds.
@@ -63,17 +87,21 @@ class Tries:
             is_gone: Whether a node is dead, or told to go: then it was not the row.
         """
         if why := self._given_up.get(row) or self._lost_groups.get(group):
-            return why
+            return Verdict("lost", why)
         if before := self._at_hand.pop(row, None):
             hung = node != before.node and now - before.since >= timeout
             self.how = how_it_ended(trace, timeout, hung=hung)
-            self._die(row, before.node, self.how, is_gone)
+            self._die(row, before, self.how, is_gone)
             if why := self._given_up.get(row):
                 if group:
                     self._lost_groups[group] = why
-                return why
-        self._at_hand[row] = _AtHand(node, now)
-        return ""
+                return Verdict("lost", why)
+        if group in self._suspects and any(
+            other < row and one.group == group for other, one in self._at_hand.items()
+        ):
+            return Verdict("wait")
+        self._at_hand[row] = _AtHand(node, group, now)
+        return Verdict("go")
 
     def suspects(self, row: int) -> set[str]:
         """Return the nodes on which a row that is begun again ended processes."""
@@ -81,15 +109,15 @@ class Tries:
         return {before.node, *self._lost_on.get(row, ())} if before else set()
 
     def _die(
-        self, row: int, node: str, how: str, is_gone: Callable[[str], bool]
+        self, row: int, had: _AtHand, how: str, is_gone: Callable[[str], bool]
     ) -> None:
         lost_on = self._lost_on.setdefault(row, [])
-        lost_on.append(node)
+        lost_on.append(had.node)
         gone = {node: is_gone(node) for node in set(lost_on)}
-        if not gone[node]:
-            first = sum(not gone[one] for one in lost_on) == 1
-            self._deaths += first
-            self._repeats += not first
+        if not gone[had.node]:
+            self._deaths += 1
+            self._killers.add(had.group or row)
+            self._suspects |= {had.group} - {""}
         # That an earlier one had gone may be known by now.
         if (
             sum(not gone[node] for node in lost_on) >= _TRIES
@@ -105,9 +133,20 @@ class Tries:
 
     def end(self, row: int) -> None:
         """Note that a row at hand is done."""
-        if self._at_hand.pop(row, None):
+        if had := self._at_hand.pop(row, None):
             self._lost_on.pop(row, None)
-            self._deaths = self._repeats = 0
+            self._suspects.discard(had.group)
+            self._killers.clear()
+            self._deaths = 0
+
+    @property
+    def nodes(self) -> set[str]:
+        """On which rows are at hand."""
+        return {one.node for one in self._at_hand.values()}
+
+    def let_go(self) -> None:
+        """Note that processes are ended for no fault of their rows."""
+        self._at_hand.clear()
 
     def forget(self, row: int) -> None:
         """Forget a row whose result has arrived."""
@@ -118,7 +157,7 @@ class Tries:
     @property
     def hopeless(self) -> bool:
         """Whether processes die whatever they are given."""
-        return self._deaths >= _DEATHS or self._repeats >= _MOST_DEATHS
+        return len(self._killers) >= _DEATHS or self._deaths >= _MOST_DEATHS
 
 
 def how_it_ended(trace: str | None, timeout: float, *, hung: bool = False) -> str:

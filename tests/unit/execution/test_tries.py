@@ -1,9 +1,11 @@
 """Which row is given up: the one at hand when three processes ended, and no other."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medray.execution.tries import Tries, how_it_ended
+from medray.execution.tries import _TRIES, Tries, how_it_ended
 
 ROWS, NODES = range(4), ("n1", "n2", "n3")
 
@@ -19,9 +21,10 @@ steps = st.lists(
 def begin(
     tries: Tries, row: int, node: str = "n1", gone: frozenset = frozenset(), **how
 ):
-    return tries.begin(
+    verdict = tries.begin(
         row, node=node, timeout=5.0, is_gone=gone.__contains__, **({"now": 0.0} | how)
     )
+    return verdict.why or ("" if verdict.kind == "go" else verdict.kind)
 
 
 @given(steps, st.frozensets(st.sampled_from(NODES)))
@@ -56,6 +59,45 @@ def test_a_row_that_is_given_up_takes_its_group_along() -> None:
     assert begin(tries, 2, group="bad") == "the process died, three times"
     assert begin(tries, 3, group="good") == ""
     assert begin(tries, 4) == ""
+
+
+def test_of_a_group_that_kills_one_row_is_tried_at_a_time_until_one_is_done() -> None:
+    tries = Tries()
+    for row in range(20):  # on twenty processes, which all die
+        assert begin(tries, row, group="bad") == ""
+    assert begin(tries, 5, group="bad") == "wait"
+    assert begin(tries, 5, group="bad") == "wait"
+    assert begin(tries, 40, group="bad") == "wait"
+    assert begin(tries, 6, group="good") == ""
+    assert begin(tries, 0, group="bad") == ""
+    assert not tries.hopeless
+    tries.end(0)
+    assert begin(tries, 5, group="bad") == ""
+    assert begin(tries, 40, group="bad") == ""
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.randoms())
+def test_a_group_that_kills_costs_few_processes(
+    places: int, rows: int, random: Any
+) -> None:
+    """However many processes there are: each has one of its rows, and few a second."""
+    tries, waiting, at_hand, deaths = Tries(), list(range(rows)), [], 0
+    while waiting:
+        # A process whose block waits for another tries the next row.
+        row = waiting.pop(0) if len(at_hand) < places else at_hand.pop(0)
+        if random.random() < 0.3 and at_hand:
+            waiting.insert(0, row)
+            row = at_hand.pop(random.randrange(len(at_hand)))
+        kind = begin(tries, row, group="bad")
+        if kind == "":
+            deaths += 1
+            at_hand.append(row)
+        elif kind == "wait":
+            waiting.append(row)
+        else:
+            break
+    assert deaths <= places + 2 * _TRIES
+    assert not tries.hopeless
 
 
 @given(st.integers(0, 30), st.booleans())
