@@ -179,7 +179,8 @@ def test_what_is_under_way_is_bounded_and_given_as_it_is_known(tmp_path: Path) -
                     work.give([{"i": todo.pop()}])
             most = max(most, len(work._rows))
     assert sorted(found) == [2 * i for i in range(2000)]
-    assert most <= 512
+    # Of two places, each with three blocks under way and four to come, of 64 rows.
+    assert most <= 2 * 7 * 64
 
 
 def test_a_chain_of_single_rows(tmp_path: Path) -> None:
