@@ -37,7 +37,7 @@ SMALL = Recipe(
     batch=4,
     precision="float32",
     # Saved at the ends of epochs only, so what is there else was saved for a reason.
-    schedule=Schedule(epochs=8, patience=500, save_minutes=60),
+    schedule=Schedule(epochs=6, patience=500, save_minutes=60),
 )
 
 
@@ -59,7 +59,7 @@ def start(
     words = [sys.executable, "-m", "medray.cli", command, str(folder / "r.yaml")]
     words += ["--data", str(data), "--out", str(folder / "m")]
     if command == "tune":
-        words += ["--grid", "seed=0,1"]
+        words += ["--grid", "seed=[0,1]"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with (folder / "log").open("w") as log:
         return subprocess.Popen(words, env=environment | variables, stderr=log)
