@@ -11,6 +11,7 @@ OUTSIDE = (
     "benchmarks/RESULTS.md",
     "benchmarks/peers/README.md",
     "benchmarks/records/chaos-2026-11-21.json",
+    "benchmarks/records/slide-faults-2026-11-30.json",
     "cluster/README.md",
     "k8s/README.md",
 )
