@@ -241,10 +241,8 @@ def _ingest(
         cluster.connect()
     start = time.perf_counter()
     tables = (images_uri(out), morphology_uri(out))
-    others = [
-        files.join(out, n) for n in ("patches.parquet", "slides.parquet", "slides")
-    ]
-    for place in (*tables, *others):
+    others = ("patches.parquet", "slides.parquet", "slides")
+    for place in (*tables, *(files.join(out, name) for name in others)):
         files.remove(place)  # of other images
     with stopping() as asked:
 

@@ -60,8 +60,8 @@ def read_labels(uri: str) -> SlideTable:
 
 
 def read_mpp(uri: str) -> SlideTable:
-    """Read a CSV (slide,mpp) of microns per pixel."""
-    return _with_rows(read_table(uri, ["mpp"]).converted("mpp", _mpp))
+    """Read a CSV (slide,mpp) of microns per pixel; without rows it says nothing."""
+    return read_table(uri, ["mpp"]).converted("mpp", _mpp)
 
 
 def _patient(text: str) -> str:

@@ -198,7 +198,11 @@ def test_after_stop_only_what_is_at_hand_is_done(tmp_path: Path) -> None:
         work.stop()
         while work.busy:
             found += work.take()
-        assert [result for _, result in found] == [0]
+        # What it had begun, in whatever order the blocks came to it.
+        started = [row["i"] for row, _ in found]
+        assert started
+        assert len(started) <= 2
+        assert sorted(started) == [i for i in range(50) if (tmp_path / f"{i}").exists()]
         assert time.monotonic() - began < 6
 
 

@@ -267,7 +267,7 @@ def test_staining(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     settings = SimpleNamespace(
         options=options, model_digest="m", classes=SimpleNamespace(names=())
     )
-    found = finish._outcomes(plan, {"x": row}, settings, "out", {}, [])
+    found = finish._outcomes(plan, {}, {"x": row}, settings, "out", {}, [])
     assert found["f"].values == alone[1]
 
 
@@ -310,8 +310,8 @@ def test_each_stage_is_told_what_was_chosen(
     weights.touch()
     told: list[Any] = []
 
-    class ToldError(Exception):
-        """Far enough."""
+    class ToldError(BaseException):
+        """Far enough; the command line answers an Exception in words."""
 
     def take(slides: Any, *_: Any) -> Any:
         told.append([(file.scene, file.plane) for file in slides])

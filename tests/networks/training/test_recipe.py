@@ -15,13 +15,13 @@ from medray.storage.yaml_config import write_settings
 from medray.training.augment import Augment
 from medray.training.distillation import Unlabelled
 from medray.training.finetuning import Phase
+from medray.training.identity import provenance_of
 from medray.training.losses import Loss, SegmentationLoss
 from medray.training.optim import Optimizer
 from medray.training.recipe import Prune, Recipe, read_recipe
 from medray.training.recipe_files import RECIPES
 from medray.training.sampler import Data
 from medray.training.schedule import Schedule
-from medray.training.train_model import _provenance
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
@@ -180,6 +180,8 @@ def test_a_training_keeps_the_name_that_medray_0_1_gave_it(tmp_path: Path) -> No
     """So a finished one is known, and one that was killed goes on."""
     (tmp_path / "dataset.yaml").write_text("classes:\n  names: [a, b]\n")
     (tmp_path / "patches.parquet").write_text("patches")
-    named = _provenance(read_recipe("unet"), str(tmp_path))
+    # Of images, whose patches have digests; of slides those count now, too.
+    (tmp_path / "images.parquet").touch()
+    named = provenance_of(read_recipe("unet"), str(tmp_path))
     assert named["digest"] == "blake2b:bdd0e1a7f8fd4d05cf04df6706323097"
     assert named["recipe"]["micro_batch_size"] is None
