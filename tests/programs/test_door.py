@@ -165,6 +165,8 @@ def test_a_command_that_sees_to_no_signals_ends_by_them(
         [sys.executable, "-c", RAISING.format(statement=statement)],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell has its background jobs ignore SIGINT, and they their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not there.exists() and time.monotonic() < deadline:

@@ -6,6 +6,7 @@ import yaml
 from documents import blocks, of_medray
 
 from medray.cli import parse
+from medray.slides.quality_limits import read_limits
 from medray.training.recipe import read_recipe
 from medray.training.recipe_files import RECIPES, is_path
 
@@ -26,10 +27,15 @@ def test_overrides_of_commands_are_keys_of_their_recipes() -> None:
     assert read > 4
 
 
-def test_yaml_is_part_of_a_recipe(tmp_path: Path) -> None:
+def test_yaml_is_part_of_a_recipe_or_limits_of_quality(tmp_path: Path) -> None:
     found = [*blocks("yaml")]
-    assert found
-    for number, (_, text) in enumerate(found):
+    assert {page for page, _ in found} == {"docs/nights.md", "docs/training.md"}
+    for number, (page, text) in enumerate(found):
+        if page == "docs/nights.md":
+            limits = tmp_path / "qc.yaml"
+            limits.write_text(text)
+            assert read_limits(str(limits)) != read_limits("default")
+            continue
         recipe = yaml.safe_load((RECIPES / "cells-small.yaml").read_text())
         path = tmp_path / f"{number}.yaml"
         path.write_text(
