@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +52,7 @@ def stopping() -> Iterator[Stopping]:
 
 def call_stoppable(
     function: Callable[[], Any],
-    ask: Callable[[], None] | None,
+    ask: Callable[[], None],
     kept: Callable[[], str],
 ) -> Any:
     """Return what a function of Ray gives, called in a thread; a signal ends it.
@@ -59,7 +62,7 @@ def call_stoppable(
 
     Args:
         function: What to call.
-        ask: Asks what it has started to stop; None: there is nothing to wait for.
+        ask: Asks what it has started to stop.
         kept: Says what is kept.
 
     Raises:
@@ -80,13 +83,25 @@ def call_stoppable(
         while thread.is_alive() and not asked.signal:
             thread.join(0.2)
         if asked.signal:
-            if ask is not None:
-                with contextlib.suppress(MedrayError):  # where it cannot hear
-                    ask()
-                deadline = time.monotonic() + GRACE_S
-                while thread.is_alive() and time.monotonic() < deadline:
-                    thread.join(0.2)
+            with contextlib.suppress(MedrayError):  # where it cannot hear
+                ask()
+            deadline = time.monotonic() + GRACE_S
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(0.2)
+            atexit.register(_leave, thread, 128 + asked.signal)
             raise StoppedError(asked.signal, kept())
     if failed:
         raise failed[0]
     return found[0]
+
+
+def _leave(thread: threading.Thread, code: int) -> None:
+    """End the process at once if a thread still asks things of Ray.
+
+    Shut down under it, Ray ends the process with 1; its own processes end with it.
+    """
+    if thread.is_alive():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)

@@ -15,7 +15,7 @@ from medray.execution import cluster
 from medray.models import ModelConfig
 from medray.storage import files, to_dict
 from medray.training.checkpoint import read_history
-from medray.training.notices import ask_to_stop, forget
+from medray.training.notices import ask_to_stop, withdraw_stop
 from medray.training.recipe import Recipe
 from medray.training.worker import run_worker
 from medray.training.world import TrainingError
@@ -36,7 +36,7 @@ def run_workers(
         StoppedError: SIGTERM or Ctrl-C; its state was written if a step ended in time.
     """
     _check_workers(settings)
-    forget(out)
+    withdraw_stop(out)
     gpu = bool(cluster.gpus())
     config = {
         "recipe": to_dict(settings),
@@ -75,7 +75,7 @@ def run_workers(
             f"same command again to go on"
         ) from error
     finally:
-        forget(out)
+        withdraw_stop(out)
     if failure:
         raise TrainingError(failure)
 

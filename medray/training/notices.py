@@ -27,7 +27,12 @@ def ask_to_stop(out: str) -> None:
     files.write_bytes(_stop_uri(out), b"")
 
 
-def forget(out: str) -> None:
+def is_asked_to_stop(out: str) -> bool:
+    """Return whether a training was asked to stop."""
+    return files.exists(_stop_uri(out))
+
+
+def withdraw_stop(out: str) -> None:
     """Take back what was asked of a training, also of one that was killed."""
     files.remove(_stop_uri(out))
 
@@ -56,7 +61,7 @@ class Notices:
         self._looked = time.monotonic()
         # A store or a head that does not answer now is asked again.
         with contextlib.suppress(MedrayError, ray.exceptions.RayError):
-            if files.exists(_stop_uri(self._out)):
+            if is_asked_to_stop(self._out):
                 return "stop"
             # Ray Train's own notice is a barrier of all workers in each step.
             leaving = cluster.leaving_nodes() if ray.is_initialized() else set()

@@ -12,11 +12,14 @@ from typing import Any
 
 from medray.errors import ConfigError
 from medray.storage import files, read_yaml
+from medray.training.checkpoint import read_history
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.recipe_files import SWEEPS, find_recipe, is_path
+from medray.types import Row
 
 Grid = Mapping[str, Sequence[Any]]
 _MOST_TRIALS = 1000
+_OVER = ("model.yaml", "stopped.json", "failed.json")  # what a trial that is over has
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,40 @@ def plan_trials(recipe: str, grid: Grid, overrides: Sequence[str]) -> list[Trial
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(chosen)).replace('"', "")
         trials.append(Trial(name, values, settings))
     return trials
+
+
+def folder_of(out: str, trial: Trial) -> str:
+    """Return the model folder of a trial of a sweep in OUT."""
+    return files.join(out, "trials", trial.name)
+
+
+def is_over(out: str, trial: Trial) -> bool:
+    """Return whether a trial was trained, ended early or cannot be trained."""
+    return any(files.exists(files.join(folder_of(out, trial), name)) for name in _OVER)
+
+
+def sum_up(out: str, trial: Trial) -> Row:
+    """Sum up a trial by what lies in its folder."""
+    folder = folder_of(out, trial)
+    history = read_history(folder)
+    row: Row = {
+        "trial": trial.name,
+        "folder": folder,
+        "values": trial.values,
+        "status": "stopped early",
+        "why": "",
+        "history": history,
+        "epochs": len(history),
+        "seconds": sum(entry["seconds"] for entry in history),
+    }
+    best = max(history, key=lambda entry: entry["score"], default=None)
+    for name in ("score", "f1", "iou"):
+        row[name] = best[name] if best else None
+    if files.exists(files.join(folder, "model.yaml")):
+        row["status"] = "trained"
+    elif files.exists(files.join(folder, "failed.json")):
+        why = files.read_json(files.join(folder, "failed.json"))["why"]
+        row |= {"status": "failed", "why": why}
+    elif not history:
+        row |= {"status": "failed", "why": "its process died; run again to go on"}
+    return row

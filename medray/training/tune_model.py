@@ -32,10 +32,24 @@ from medray.storage import files, locked, named_digest
 from medray.training.checkpoint import read_history
 from medray.training.checks import check_comparable
 from medray.training.identity import data_parts
+from medray.training.notices import (
+    AskedToStopError,
+    ask_to_stop,
+    is_asked_to_stop,
+    withdraw_stop,
+)
 from medray.training.recipe import Recipe
 from medray.training.recipe_files import find_recipe
 from medray.training.report import write_tune_report
-from medray.training.sweep import Grid, Trial, plan_trials, read_sweep
+from medray.training.sweep import (
+    Grid,
+    Trial,
+    folder_of,
+    is_over,
+    plan_trials,
+    read_sweep,
+    sum_up,
+)
 from medray.training.train_model import train_with
 from medray.training.worker import train_as
 from medray.training.world import World
@@ -44,7 +58,6 @@ from medray.types import Row
 log = logging.getLogger(__name__)
 
 _LIVES = 3  # times that a trial whose process died goes on
-_OVER = ("model.yaml", "stopped.json", "failed.json")  # what a trial that is over has
 _FOLDER = (
     *("seen.txt", "weights.safetensors", "metrics.json", "training.html"),
     "model.yaml",
@@ -125,11 +138,11 @@ def tune(
         _check_same(out, recipe, grid, asha, overrides, data)
         check_comparable([trial.recipe for trial in trials], data)
         log.info("%d trials into %s", len(trials), out)
-        todo = [trial for trial in trials if not _is_over(out, trial)]
+        todo = [trial for trial in trials if not is_over(out, trial)]
         if todo:
             # ASHA compares: those that are over tell it again what they reached.
             _run(trials if asha else todo, data, out, asha)
-        rows = [_row(out, trial) for trial in trials]
+        rows = [sum_up(out, trial) for trial in trials]
         # Without foreground in validation there is no F1, but a loss.
         rows.sort(
             key=lambda row: -row["score"] if row["score"] is not None else math.inf
@@ -183,14 +196,6 @@ def _check_same(
     files.write_json(uri, asked)
 
 
-def _folder(out: str, trial: Trial) -> str:
-    return files.join(out, "trials", trial.name)
-
-
-def _is_over(out: str, trial: Trial) -> bool:
-    return any(files.exists(files.join(_folder(out, trial), name)) for name in _OVER)
-
-
 def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
     """Have Ray Tune run what is not over."""
     gpus = cluster.gpus()
@@ -225,16 +230,33 @@ def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
             failure_config=ray.tune.FailureConfig(max_failures=_LIVES),
         ),
     )
-    fitted = cluster.call_stoppable(
-        tuner.fit, None, lambda: "trials that are over and checkpoints are kept"
-    )
+    folders = [folder_of(out, trial) for trial in trials]
+    _withdraw_stops(folders)
+    try:
+        fitted = cluster.call_stoppable(
+            tuner.fit,
+            functools.partial(_ask_to_stop, folders),
+            lambda: "trials that are over and checkpoints are kept",
+        )
+    finally:
+        _withdraw_stops(folders)
     for result in fitted:
         trial = by_name[result.config["trial"]]
         if result.error is not None:
             log.warning("%s: %s", trial.name, f"{result.error}".splitlines()[-1])
-        elif not _is_over(out, trial):
-            files.write_json(files.join(_folder(out, trial), "stopped.json"), {})
+        elif not is_over(out, trial):
+            files.write_json(files.join(folder_of(out, trial), "stopped.json"), {})
     files.remove(files.join(out, "ray"))
+
+
+def _ask_to_stop(folders: Sequence[str]) -> None:
+    for folder in folders:
+        ask_to_stop(folder)
+
+
+def _withdraw_stops(folders: Sequence[str]) -> None:
+    for folder in folders:
+        withdraw_stop(folder)
 
 
 def _train_one(
@@ -242,8 +264,10 @@ def _train_one(
 ) -> dict[str, float]:
     """Train one combination in one of Ray Tune's processes."""
     trial = trials[config["trial"]]
-    folder = _folder(out, trial)
+    folder = folder_of(out, trial)
     last: Row = {"score": float("-inf"), "epochs": 0}
+    if is_asked_to_stop(folder):  # before its turn came
+        return last
 
     def on_epoch_end(entry: Row) -> None:
         last.update(score=entry["score"], epochs=entry["epoch"] + 1)
@@ -262,34 +286,9 @@ def _train_one(
         # It would fail again: a loss that is no number, say.
         files.write_json(files.join(folder, "failed.json"), {"why": f"{error}"})
         return last
+    except AskedToStopError:
+        return last  # its state is written
     if not done.trained:
         for entry in read_history(folder):
             on_epoch_end(entry)
     return last
-
-
-def _row(out: str, trial: Trial) -> Row:
-    """Sum up a trial by what lies in its folder."""
-    folder = _folder(out, trial)
-    history = read_history(folder)
-    row: Row = {
-        "trial": trial.name,
-        "folder": folder,
-        "values": trial.values,
-        "status": "stopped early",
-        "why": "",
-        "history": history,
-        "epochs": len(history),
-        "seconds": sum(entry["seconds"] for entry in history),
-    }
-    best = max(history, key=lambda entry: entry["score"], default=None)
-    for name in ("score", "f1", "iou"):
-        row[name] = best[name] if best else None
-    if files.exists(files.join(folder, "model.yaml")):
-        row["status"] = "trained"
-    elif files.exists(files.join(folder, "failed.json")):
-        why = files.read_json(files.join(folder, "failed.json"))["why"]
-        row |= {"status": "failed", "why": why}
-    elif not history:
-        row |= {"status": "failed", "why": "its process died; run again to go on"}
-    return row
