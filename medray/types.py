@@ -13,8 +13,9 @@ Row = dict[str, Any]
 type Cell = str | int | float | bool | Sequence[Cell] | None
 Columns = dict[str, Cell]
 """The values of a row that is written to a table, by column."""
-Executor = Literal["ray", "local"]
-"""On a Ray cluster, or in this process, one thing after the other."""
+Executor = Literal["auto", "ray", "processes", "local"]
+"""On a Ray cluster; in processes of this machine, without Ray; in this process, one
+thing after the other. `auto` is settled by `execution`."""
 Layers = dict[str, npt.NDArray[Any]]
 """Arrays that are written of a region, by name."""
 UInt8 = npt.NDArray[np.uint8]

@@ -4,11 +4,12 @@ In one run, interleaved, over the same slides:
 
     loop     two processes, without Ray: plan, decode, tissue, labels, both pyramids,
              digests, zarr, by the same functions; its processes are there and warm
-    medray   `medray ingest`, a new process each time, Ray's start included
-    other    the same of another checkout, such as an earlier version
+    ray      `medray ingest --executor ray`, a new process each time, with Ray's start
+    here     the same with `--executor processes`, without Ray
+    other    `medray ingest` of another checkout, such as an earlier version
 
 `busy` is the time from the first region to the last commit; `whole` that of the
-command. Without `other` only the first two are compared.
+command. Without `other` only the first three are compared.
 
 Run: python -m benchmarks.throughput.ingest flat --slides 48 --rounds 3
      python -m benchmarks.throughput.ingest pyramid --side 20480 --rounds 3
@@ -88,11 +89,11 @@ def loop(pool: Any, data: Path, out: Path) -> dict[str, float]:
     return {"busy": time.perf_counter() - start}
 
 
-def command(tree: Path, data: Path, out: Path) -> dict[str, float]:
+def command(tree: Path, data: Path, out: Path, *more: str) -> dict[str, float]:
     """Run `medray ingest` of a checkout."""
     start = time.perf_counter()
     words = ["ingest", str(data / "slides"), "--out", str(out)]
-    words += ["--annotations", str(data / "annotations"), "--json"]
+    words += ["--annotations", str(data / "annotations"), "--json", *more]
     subprocess.run(
         [sys.executable, "-m", "medray.cli", *words],
         cwd=tree,
@@ -109,7 +110,12 @@ def command(tree: Path, data: Path, out: Path) -> dict[str, float]:
 
 
 def _compare(data: Path, rounds: int, other: str, **facts: Any) -> harness.Rounds:
-    trees = {"medray": harness.ROOT} | ({"other": Path(other)} if other else {})
+    commands: dict[str, tuple[Any, ...]] = {
+        "ray": (harness.ROOT, "--executor", "ray"),
+        "here": (harness.ROOT, "--executor", "processes"),
+    }
+    if other:
+        commands["other"] = (Path(other).absolute(),)
     with (
         multiprocessing.get_context("spawn").Pool(2) as pool,
         tempfile.TemporaryDirectory() as name,
@@ -120,9 +126,9 @@ def _compare(data: Path, rounds: int, other: str, **facts: Any) -> harness.Round
             return Path(name) / f"{next(count)}"
 
         variants = {"loop": lambda: loop(pool, data, out())}
-        for variant, tree in trees.items():
+        for variant, (tree, *more) in commands.items():
             variants[variant] = functools.partial(
-                lambda tree: command(tree, data, out()), tree.absolute()
+                lambda tree, more: command(tree, data, out(), *more), tree, more
             )
         return harness.interleaved(variants, rounds, **facts)
 

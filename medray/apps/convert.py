@@ -22,7 +22,7 @@ from typing import Any, Literal
 from medray.apps.convert_write import FORMATS, MASK, Copy, Layer, target_uri, write_copy
 from medray.datasets import LABELS, labels_uri, read_dataset, slide_uri
 from medray.errors import ConfigError, FormatError
-from medray.execution import Progress, Summary, map_rows
+from medray.execution import Progress, Summary, map_rows, settle_executor
 from medray.inference import LAYERS, layer_uri, mask_uri, read_run
 from medray.slides import Working, working_of
 from medray.storage import Ledger, files, keep_settings, locked, ome_zarr, to_dict
@@ -59,7 +59,7 @@ def convert(
     to: Format,
     out: str,
     with_image: bool = False,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Summary:
     """Write copies of a run's masks, or of a dataset, for viewers and other tools.
 
@@ -75,7 +75,8 @@ def convert(
         out: Folder to make; TIFF needs one on a disk.
         with_image: Write the slide's image too. As the model read it, with the mask in
             its `labels`. A dataset has it in any case.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds other copies.
@@ -101,6 +102,8 @@ def convert(
     copies, failed = _of_run(source, with_image) if is_run else _of_dataset(source)
     with locked(out, "convert") as check:
         keep_settings(files.join(out, "convert.yaml"), settings)
+        places = [copy.image or copy.layers[0].uri for copy in copies]
+        executor = settle_executor(executor, places)
         return _convert(copies, failed, to, out, executor, check)
 
 

@@ -49,7 +49,7 @@ from medray.datasets.names import names_of_images
 from medray.datasets.split_images import deal_out, leave_out_copies, with_patients
 from medray.datasets.splits import check_fractions
 from medray.errors import ConfigError, MedrayError, StoppedError
-from medray.execution import Progress, map_rows, stopping
+from medray.execution import Progress, map_rows, settle_executor, stopping
 from medray.storage import files, locked
 from medray.types import Columns, Executor, Row
 
@@ -100,7 +100,7 @@ def ingest_images(
     seed: int = 0,
     contours: bool = False,
     mpp: float | None = None,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Images:
     """Turn images in class folders into a dataset to train a classifier on.
 
@@ -130,7 +130,8 @@ def ingest_images(
             classifiers that take this with the pixels, see
             medray.annotations.morphology.
         mpp: Microns per pixel of the images, for those measures; None: in pixels.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, a class has no image, OUT was made with
@@ -175,6 +176,7 @@ def ingest_images(
         if (before := _ingested_before(out, request)) is not None:
             return before
         features = feature_names(mpp) if contours else ()
+        executor = settle_executor(executor, [image.uri for image in images])
         return _ingest(
             images, settings, out, deal, request, features, mpp, executor, check
         )

@@ -54,6 +54,7 @@ from medray.execution import (
     Stage,
     Summary,
     run_stage,
+    settle_executor,
 )
 from medray.slides import (
     SlideFile,
@@ -85,7 +86,7 @@ def ingest(
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     remove_missing: bool = False,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Summary:
     """Turn slides and their annotations into a dataset of zarr-tiled patches.
 
@@ -112,7 +113,8 @@ def ingest(
         fractions: Shares of slides in train, val and test.
         seed: Decides the splits.
         remove_missing: Take slides that are not named out of OUT, with their pixels.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, OUT was made with other settings, or another
@@ -149,6 +151,7 @@ def ingest(
         dealt = f"fractions {shares} and seed {seed}"
         kept = note_request(out, "--splits" if splits is not None else dealt)
         gone = take_stock(wanted, out, remove=remove_missing)
+        executor = settle_executor(executor, [slide.uri for slide in wanted])
         done = _ingest(wanted, matched, settings, out, assign, executor, check)
     done = replace(done, warnings=(*kept, *gone, *done.warnings))
     for said in done.warnings:

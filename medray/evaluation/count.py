@@ -92,7 +92,7 @@ _WRONG, _UNCERTAIN = "Where most is wrong", "Where it is least certain"
 
 
 def count_slides(
-    done: list[Row], run: str, settings: RunSettings, executor: Executor = "ray"
+    done: list[Row], run: str, settings: RunSettings, executor: Executor
 ) -> Counted:
     """Count every region of every slide; a slide that fails becomes a row with why."""
     size = 2 * ome_zarr.REGION

@@ -18,7 +18,13 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from medray.datasets import holds_images, read_dataset, read_morphology, read_patches
+from medray.datasets import (
+    holds_images,
+    read_dataset,
+    read_morphology,
+    read_patches,
+    slide_uri,
+)
 from medray.errors import ConfigError, MedrayError
 from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import check_folder, render
@@ -30,6 +36,7 @@ from medray.evaluation.significance import (
     read_image_predictions,
     write_image_predictions,
 )
+from medray.execution import settle_executor
 from medray.inference import DatasetImage, classify, image_of_row
 from medray.models import (
     ModelConfig,
@@ -103,7 +110,7 @@ def evaluate_images(
     vote: bool = False,
     tta: Tta = "none",
     compare: str | None = None,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> ImageEvaluation:
     """Classify the images of a split of a dataset, and write a report.
 
@@ -117,7 +124,8 @@ def evaluate_images(
             many votes the class of higher mean probability.
         tta: Predict mirrored (flips), turned (all) images too. Takes the mean.
         compare: Report of another classifier on the same images, to compare with.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, or a model was trained or chosen with
@@ -138,6 +146,8 @@ def evaluate_images(
         _check_unseen(folder, rows, split)
     validation = _for_temperature(models, data, rows)
     wanted = _images([*rows, *validation], configs, data)
+    sheets = {slide_uri(data, image.sheet) for image in wanted}
+    executor = settle_executor(executor, sheets)
     classified, failed = classify(models, data, wanted, tta, executor)
     pairs = [(one.image.split, combine(one, vote=vote)) for one in classified]
     found = [row for of, row in pairs if of == split]

@@ -39,6 +39,7 @@ from medray.evaluation.seen import (
 )
 from medray.evaluation.slide_metrics import SlideReport
 from medray.evaluation.truth_files import match_ground_truth
+from medray.execution import settle_executor
 from medray.inference import against_plan, read_run
 from medray.slides import SlideFile, slide_fingerprint
 from medray.storage import files, named_digest
@@ -96,7 +97,7 @@ def evaluate(
     slides: Collection[str] | None = None,
     cohorts: str | None = None,
     ignore_unknown: bool = False,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Evaluation:
     """Compare the masks of a run with the truth, and write a report.
 
@@ -114,7 +115,8 @@ def evaluate(
             of slides. A blank cell is a value that is not known.
         ignore_unknown: Leave out rows of a table that name no slide. Without it they
             are refused.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, nothing in RUN has a truth, or OUT holds
@@ -145,6 +147,7 @@ def evaluate(
         return before
     results = _failed_inference(rows, matched)
     done = [row for row in matched if row["status"] == "done"]
+    executor = settle_executor(executor, [row["uri"] for row in done])
     counted = Counted([], None, {})
     if done:
         counted = count_slides(done, run, settings, executor)

@@ -31,7 +31,7 @@ _OVERLAY_PX = 600
 
 
 def draw_slides(
-    rows: Sequence[Row], run: str, classes: Classes, executor: Executor = "ray"
+    rows: Sequence[Row], run: str, classes: Classes, executor: Executor
 ) -> dict[str, bytes]:
     """Draw slides with truth and prediction, by slide.
 
@@ -46,7 +46,7 @@ def draw_fields(
     rows: Sequence[Row],
     run: str,
     classes: Classes,
-    executor: Executor = "ray",
+    executor: Executor,
 ) -> list[tuple[str, bytes]]:
     """Draw fields of view with truth and prediction, with their captions.
 

@@ -10,7 +10,6 @@ import pickle
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import ray
 
 from medray.errors import MedrayError, SlideError
 from medray.execution.feed import Head
-from medray.execution.rows import steps_of
+from medray.execution.rows import sendable, steps_of
 from medray.execution.tries import Verdict
 from medray.slides import bounded_memory
 
@@ -189,24 +188,12 @@ def _answer(
             except StopIteration as end:
                 value = end.value
                 if isinstance(value, Exception):  # stands for a result
-                    value = _sendable(value, SlideError)
+                    value = sendable(value, SlideError)
                 seconds = time.monotonic() - start
                 return pickle.dumps(Answer("done", value, seconds))
             feed.goes_on.remote(head.number)
             arm()
     except Exception as error:  # also of a result that cannot be pickled
-        return pickle.dumps(Answer("bug", _sendable(error, RuntimeError)))
+        return pickle.dumps(Answer("bug", sendable(error, RuntimeError)))
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _sendable(error: Exception, otherwise: type[Exception]) -> Exception:
-    """Return an exception that can be pickled; of a bug its traceback is a note."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        if otherwise is RuntimeError:
-            error.add_note(text)
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does
-        return otherwise(text if otherwise is RuntimeError else f"{error}")
-    return error

@@ -29,8 +29,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the parent is the thread of the call
 class Isolated:
     """One process, started when it is needed, that answers calls one at a time."""
 
-    def __init__(self) -> None:
-        """Start nothing yet."""
+    def __init__(self, *, bounded: bool = True) -> None:
+        """Start nothing yet; one that is bounded may allocate 4 GiB and no more."""
+        self._bounded = bounded
         self._running: tuple[subprocess.Popen[bytes], Connection[Any, Any]] | None
         self._running = None
         self._lock, self._closed = threading.Lock(), False
@@ -53,7 +54,7 @@ class Isolated:
             if self._closed:
                 raise LostError("was not started: the command ends")
             if self._running is None:
-                self._running = _start()
+                self._running = _start(self._bounded)
             process, pipe = self._running
         try:
             pipe.send((function, task))
@@ -120,11 +121,11 @@ def call_each(
                 worker.close()
 
 
-def _start() -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
+def _start(bounded: bool) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
     ours, theirs = Pipe()
     # The same modules as here, not those of the current folder.
     path = os.pathsep.join(filter(None, sys.path))
-    numbers = [str(theirs.fileno()), str(os.getpid())]
+    numbers = [str(theirs.fileno()), str(os.getpid()), str(int(bounded))]
     with theirs:
         # In a session of its own, so that Ctrl-C reaches the command alone.
         process = subprocess.Popen(
@@ -138,12 +139,13 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
     return process, ours
 
 
-def _serve(descriptor: int, parent: int) -> None:
+def _serve(descriptor: int, parent: int, bounded: int) -> None:
     # However the command ends: while a decoder hangs nothing else would tell.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         return
-    bound_memory()
+    if bounded:
+        bound_memory()
     with contextlib.suppress(EOFError), Connection(descriptor) as pipe:
         while True:
             function, task = pipe.recv()

@@ -1,17 +1,21 @@
-"""A stage in this process, one thing after the other: for debugging and notebooks.
+"""A stage on this machine, without Ray, with the same files as on a cluster.
 
-The same files as on a cluster, byte for byte. A decoder that ends or hangs its process
-ends or hangs this one: whoever has strangers' files takes Ray.
+`run_in_processes` is for little work: what Ray promises of slides that end or hang
+their decoder holds there, too. `run_here` is for debugging and notebooks: one thing
+after the other in this process, which such a slide ends.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from medray.execution.commit import Commit
+from medray.execution.predicting import PredictingStream
+from medray.execution.processes import Processes
 from medray.execution.signals import stopping
 from medray.execution.stage import (
     AnyRegion,
@@ -25,8 +29,25 @@ from medray.execution.stage import (
     read_region,
     write_region,
 )
+from medray.execution.streamed import do_task, slide_of, stream_slides, timeout_of
 from medray.execution.tasks import Failure, FinishTask, Plan, SlideTask
 from medray.slides import fetch, fetch_if_copied
+
+
+def run_in_processes(
+    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
+) -> None:
+    """Run a stage over slides; see `medray.execution.scheduler.run_on_ray`."""
+    if stage.device is not None:
+        start: Callable[[], Any] = functools.partial(PredictingStream, stage)
+    else:
+        start = functools.partial(
+            Processes,
+            functools.partial(do_task, stage),
+            timeout=functools.partial(timeout_of, stage),
+            group=slide_of,
+        )
+    stream_slides(start, todo, commit, check)
 
 
 def run_here(

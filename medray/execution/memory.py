@@ -2,12 +2,14 @@
 
 A bound is a sum of what may be held at once: reading ahead is limited by bytes, writing
 behind by regions, and everything else is a fixed number of processes.
+
+Ray is imported by what is about nodes alone.
 """
 
 from __future__ import annotations
 
 from medray.errors import ConfigError
-from medray.execution import cluster
+from medray.execution.predicting import REGIONS, io_processes
 
 _MIB = 1 << 20
 
@@ -33,6 +35,8 @@ def io_workers_of(gpu: bool) -> int:
     With a GPU all of its share of the node's cores but what the GPU worker itself
     needs.
     """
+    from medray.execution import cluster
+
     share = cluster.cpus_per_node() // max(1, cluster.gpus_per_node())
     return max(2, share - 2) if gpu else 1
 
@@ -51,6 +55,8 @@ def bounds_of(
     Returns:
         Bytes of all processes with the object store, and of the object store alone.
     """
+    from medray.execution import cluster
+
     gpus = cluster.gpus_per_node()
     gpu_workers = max(1, gpus)
     io_workers = gpu_workers * io_workers_of(gpus > 0)
@@ -61,6 +67,19 @@ def bounds_of(
     host += io_workers * (_IO_WORKER_BYTES + 3 * halo + 3 * written)
     host += gpu_workers * (worker_bytes + 3 * canvas + UNWRITTEN * written)
     return host, store
+
+
+def bound_in_processes(halo: int, written: int, canvas: int, device_bytes: int) -> int:
+    """Bound the memory of a stage with a device in processes of this machine.
+
+    Args:
+        halo: Bytes that are read of a region.
+        written: Bytes that are written of it.
+        canvas: Bytes that the device's process has of it while it is predicted.
+        device_bytes: Memory of that process with its models loaded and warm.
+    """
+    here = device_bytes + 3 * canvas + REGIONS * (halo + written)
+    return here + io_processes() * (_IO_WORKER_BYTES + 3 * halo + 3 * written)
 
 
 def check_budget(host_bytes: int, budget_bytes: int) -> None:

@@ -5,6 +5,8 @@ For what is done with things that are no slides of a stage: images, sheets, copi
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -17,7 +19,7 @@ def map_rows[R](
     function: Callable[[R], Any],
     rows: Iterable[R],
     *,
-    executor: Executor = "ray",
+    executor: Executor,
     device: bool = False,
     bounded: bool = False,
     timeout: float = 24 * 3600.0,
@@ -51,26 +53,47 @@ def map_rows[R](
     todo = deque(rows)
     if not todo:
         return
-    # Imported here: the other executor needs no Ray, which takes seconds to load.
+    with _start(function, len(todo), executor, device, bounded, timeout) as stream:
+        while todo or stream.busy:
+            check()
+            if todo and (room := stream.room) > 0:
+                stream.give([todo.popleft() for _ in range(min(room, len(todo)))])
+            yield from stream.take()
+
+
+def _start(
+    function: Callable[[Any], Any],
+    expected: int,
+    executor: Executor,
+    device: bool,
+    bounded: bool,
+    timeout: float,
+) -> Any:
+    """Return the stream of these rows."""
+    if executor == "processes":
+        from medray.execution.processes import Processes
+
+        return Processes(
+            function,
+            timeout=lambda _: timeout,
+            bounded=bounded,
+            processes=1 if device else None,
+        )
+    # Imported here: the other executors need no Ray, which takes seconds to load.
     from medray.execution import cluster
     from medray.execution.gpu_worker import gpu_worker_resources
     from medray.execution.stream import CORE, Stream
 
     cluster.connect()
     resources = gpu_worker_resources() if device else {"num_cpus": CORE}
-    with Stream(
+    return Stream(
         function,
         num_cpus=resources["num_cpus"],
         num_gpus=resources.get("num_gpus", 0),
         timeout=lambda _: timeout,
         bounded=bounded,
-        expected=len(todo),
-    ) as stream:
-        while todo or stream.busy:
-            check()
-            if todo and (room := stream.room) > 0:
-                stream.give([todo.popleft() for _ in range(min(room, len(todo)))])
-            yield from stream.take()
+        expected=expected,
+    )
 
 
 def steps_of(function: Callable[[Any], Any], row: Any) -> Generator[Any, None, Any]:
@@ -98,3 +121,15 @@ def _call(function: Callable[[Any], Any], row: Any) -> Any:
             next(steps)
         except StopIteration as end:
             return end.value
+
+
+def sendable(error: Exception, otherwise: type[Exception]) -> Exception:
+    """Return an exception that can be pickled; of a bug its traceback is a note."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        if otherwise is RuntimeError:
+            error.add_note(text)
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return otherwise(text if otherwise is RuntimeError else f"{error}")
+    return error

@@ -22,7 +22,7 @@ def run_stage(
     ledger: Ledger,
     *,
     annotations: Mapping[str, str] | None = None,
-    executor: Executor = "ray",
+    executor: Executor,
     check: Callable[[], None] = lambda: None,
     prepare: Callable[[list[SlideFile]], None] = lambda _: None,
 ) -> Summary:
@@ -56,6 +56,8 @@ def run_stage(
         from medray.execution.scheduler import run_on_ray as run
 
         cluster.connect()
+    elif executor == "processes":
+        from medray.execution.local import run_in_processes as run
     else:
         from medray.execution.local import run_here as run
     names = {task.input.slide for task in todo}

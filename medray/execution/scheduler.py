@@ -17,7 +17,6 @@ from medray.execution.commit import Commit
 from medray.execution.gauges import Gauges
 from medray.execution.gpu_worker import start_gpu_workers
 from medray.execution.lost import finish_of, outcome_of, plan_of
-from medray.execution.ray_data import run_on_ray_data
 from medray.execution.signals import GRACE_S, stopping
 from medray.execution.stage import (
     AnyRegion,
@@ -25,6 +24,8 @@ from medray.execution.stage import (
     finish_slide,
     plan_slide,
 )
+from medray.execution.stream import CORE, Stream
+from medray.execution.streamed import do_task, slide_of, stream_slides, timeout_of
 from medray.execution.tasks import (
     FinishTask,
     Plan,
@@ -94,7 +95,7 @@ def run_on_ray(
         MedrayError: Storage fails, or the processes do whatever they are given.
     """
     if stage.device is None:
-        run_on_ray_data(stage, todo, commit, check)
+        _stream_on_ray(stage, todo, commit, check)
         return
     batch = 16 if cluster.gpus() else 8
     with (
@@ -102,6 +103,23 @@ def run_on_ray(
         start_gpu_workers(stage, len(todo)) as gpu_workers,
     ):
         schedule(todo, slide_workers, gpu_workers, commit, batch, check)
+
+
+def _stream_on_ray(
+    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
+) -> None:
+    gauges = Gauges()
+    start = functools.partial(
+        Stream,
+        functools.partial(do_task, stage),
+        num_cpus=CORE,
+        timeout=functools.partial(timeout_of, stage),
+        bounded=True,
+        expected=len(todo),
+        group=slide_of,
+    )
+    note = functools.partial(gauges.update, commit)
+    stream_slides(start, todo, commit, check, note)
 
 
 def schedule(

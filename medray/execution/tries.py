@@ -67,6 +67,7 @@ class Tries:
         now: float,
         timeout: float,
         trace: str | None = None,
+        how: str = "",
         is_gone: Callable[[str], bool],
     ) -> Verdict:
         """Note that a row is begun, or return why it is not.
@@ -84,13 +85,14 @@ class Tries:
             timeout: That the row may take, seconds.
             trace: What the process that ended wrote at its end; None: it is not known,
                 as on another node.
+            how: How that process ended, where it is known without.
             is_gone: Whether a node is dead, or told to go: then it was not the row.
         """
         if why := self._given_up.get(row) or self._lost_groups.get(group):
             return Verdict("lost", why)
         if before := self._at_hand.pop(row, None):
             hung = node != before.node and now - before.since >= timeout
-            self.how = how_it_ended(trace, timeout, hung=hung)
+            self.how = how or how_it_ended(trace, timeout, hung=hung)
             self._die(row, before, self.how, is_gone)
             if why := self._given_up.get(row):
                 if group:

@@ -88,8 +88,8 @@ def classify(
     models: Sequence[str],
     data: str,
     images: Sequence[DatasetImage],
-    tta: Tta = "none",
-    executor: Executor = "ray",
+    tta: Tta,
+    executor: Executor,
 ) -> tuple[list[ClassifiedImage], dict[str, str]]:
     """Run classifiers over images.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from medray.datasets import with_overrides
 from medray.errors import ConfigError, check_positive
-from medray.execution import map_rows
+from medray.execution import map_rows, settle_executor
 from medray.inference.infer_run import settings_of, slides_within
 from medray.inference.memory import kept_layers
 from medray.inference.place import check_budget, measure_place
@@ -130,7 +130,7 @@ def estimate(
     sample: int = 200,
     price: float | None = None,
     out: str = "",
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Estimate:
     """Estimate a run without starting it.
 
@@ -159,6 +159,7 @@ def estimate(
         plane=options.plane,
     )
     wanted, areas = slides_within(named, options.within)
+    executor = settle_executor(executor, [slide.uri for slide in wanted])
     chosen = wanted
     if len(wanted) > sample:
         chosen = random.Random(0).sample(chosen, sample)

@@ -34,6 +34,7 @@ from medray.execution import (
     Stage,
     Summary,
     run_stage,
+    settle_executor,
 )
 from medray.geometry import Rectangle, region_side, region_windows
 from medray.inference.plan import coarse_mask, plan_slide
@@ -82,7 +83,7 @@ def infer(
     model: str | Sequence[str],
     out: str,
     options: Options | None = None,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Summary:
     """Segment slides with a model: one OME-Zarr mask a slide in OUT/masks.
 
@@ -94,7 +95,8 @@ def infer(
         model: Model folder, as `medray train` writes it, or several: an ensemble.
         out: Folder of the run; made if needed.
         options: How; by default the model's way.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
@@ -110,7 +112,9 @@ def infer(
         # Kept with the run: its models may be gone when it is evaluated.
         if (seen := seen_by(settings.models)) is not None:
             write_seen(out, seen)
-        return _infer(_wanted(slides, options), settings, out, executor, check)
+        wanted = _wanted(slides, options)
+        executor = settle_executor(executor, [slide.uri for slide in wanted])
+        return _infer(wanted, settings, out, executor, check)
 
 
 def _wanted(slides: Sequence[str | SlideFile], options: Options) -> list[SlideFile]:

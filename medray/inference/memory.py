@@ -77,6 +77,19 @@ def bound_here(settings: RunSettings, process_bytes: int) -> int:
     return process_bytes + 3 * (one.halo + one.written + one.canvas)
 
 
+def bound_in_processes(settings: RunSettings, process_bytes: int) -> int:
+    """Bound the memory of a run in processes of this machine.
+
+    Args:
+        settings: Of the run.
+        process_bytes: Memory of the process with its models loaded and warm.
+    """
+    from medray.execution import memory
+
+    one = _region_bytes(settings)
+    return memory.bound_in_processes(one.halo, one.written, one.canvas, process_bytes)
+
+
 def memory_limit() -> int:
     """Return the bytes that processes here may use: the container's limit, or all."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

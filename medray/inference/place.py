@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from medray.errors import ConfigError
 from medray.execution import map_rows
-from medray.inference.memory import bound_here, bounds, memory_limit
+from medray.inference.memory import (
+    bound_here,
+    bound_in_processes,
+    bounds,
+    memory_limit,
+)
 from medray.inference.run import RunSettings
 from medray.types import Executor
 
@@ -56,14 +61,16 @@ def measure_place(settings: RunSettings, executor: Executor) -> Place:
     Raises:
         MedrayError: The models cannot be loaded.
     """
-    if executor == "local":
+    if executor != "ray":
         here = _measure(settings, os.cpu_count() or 1)
+        alone = executor == "local"
+        bound = bound_here if alone else bound_in_processes
         return Place(
             gpu_workers=1,
             window_s=here.window_s,
-            efficiency=_EFFICIENCY_HERE,
+            efficiency=_EFFICIENCY_HERE if alone else _EFFICIENCY,
             start_s=_START_HERE_S,
-            host_bytes=bound_here(settings, here.host_bytes),
+            host_bytes=bound(settings, here.host_bytes),
             store_bytes=0,
             budget_bytes=memory_limit(),
             device_bytes=here.device_bytes,
@@ -73,7 +80,9 @@ def measure_place(settings: RunSettings, executor: Executor) -> Place:
 
     cluster.connect()
     measure = functools.partial(_measure, threads=cluster.cpus_per_node())
-    ((_, there),) = map_rows(measure, [settings], device=True, timeout=1800)
+    ((_, there),) = map_rows(
+        measure, [settings], executor="ray", device=True, timeout=1800
+    )
     if isinstance(there, Exception):
         raise there
     host, store = bounds(settings, there.host_bytes)

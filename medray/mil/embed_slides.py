@@ -23,6 +23,7 @@ from medray.execution import (
     Stage,
     Summary,
     run_stage,
+    settle_executor,
 )
 from medray.inference import SlideFacts
 from medray.mil.features import FeatureSettings, parts_uri
@@ -62,7 +63,7 @@ def embed(
     tissue: float = 0.25,
     precision: Precision = "auto",
     region: int = 0,
-    executor: Executor = "ray",
+    executor: Executor = "auto",
 ) -> Summary:
     """Make features of slides: one zarr a slide in OUT/features.
 
@@ -83,7 +84,8 @@ def embed(
         precision: Of the encoder's arithmetic; with float32 features are stored as
             float32, else as float16.
         region: Side of a region in tiles; 0: about 3584 pixels.
-        executor: On a Ray cluster, or in this process, one thing after the other.
+        executor: Where it runs: Ray, processes of this machine, or this one (local).
+            `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds features of another encoder or
@@ -107,6 +109,7 @@ def embed(
     )
     with locked(out, "embed") as check:
         found = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
+        executor = settle_executor(executor, [slide.uri for slide in found])
         return _embed(found, settings, out, executor, check)
 
 

@@ -19,11 +19,7 @@ from .config import model_digest as model_digest
 from .config import read_config as read_config
 from .config import weights_uri as weights_uri
 from .folder import load_model as load_model
-from .folder import read_seen as read_seen
 from .folder import save_model as save_model
-from .folder import seen_by as seen_by
-from .folder import with_seen as with_seen
-from .folder import write_seen as write_seen
 from .network import Network as Network
 from .network import Normalise as Normalise
 from .network import choose_device as choose_device
@@ -34,6 +30,10 @@ from .pictures import first_kernels as first_kernels
 from .pictures import score_maps as score_maps
 from .predict import Predictor as Predictor
 from .prune import thinned as thinned
+from .seen import read_seen as read_seen
+from .seen import seen_by as seen_by
+from .seen import with_seen as with_seen
+from .seen import write_seen as write_seen
 from .segmenters import build_segmenter as build_segmenter
 from .stain import change_stains as change_stains
 from .weights import is_file as is_file

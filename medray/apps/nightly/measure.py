@@ -20,7 +20,7 @@ from medray.apps.nightly.drift import watch as watch_drift
 from medray.apps.nightly.inbox import Watch
 from medray.datasets import slide_uri
 from medray.errors import SlideError
-from medray.execution import map_rows
+from medray.execution import map_rows, settle_executor
 from medray.slides import UNKNOWN, scanner_of, slide_digest
 from medray.storage import files
 
@@ -49,7 +49,11 @@ def measure_slides(
     measure = functools.partial(_measure_slide, scene=scene, plane=plane)
     measured = {}
     for (slide, uri), result in map_rows(
-        measure, uris.items(), timeout=_TIMEOUT_S, bounded=True
+        measure,
+        uris.items(),
+        executor=settle_executor("auto", uris.values()),
+        timeout=_TIMEOUT_S,
+        bounded=True,
     ):
         if isinstance(result, Exception):
             log.warning("%s: its staining cannot be measured (%s)", uri, result)

@@ -19,7 +19,7 @@ from medray.apps.nightly.folder import night_folder
 from medray.apps.nightly.inbox import Watch
 from medray.apps.nightly.measure import training_values
 from medray.errors import SlideError
-from medray.execution import map_rows
+from medray.execution import map_rows, settle_executor
 from medray.slides import (
     Quality,
     QualityLimits,
@@ -105,7 +105,12 @@ def _measure(
     measure = functools.partial(_measure_slide, stained=bool(training))
     rows: dict[str, Row] = {}
     for file, result in map_rows(
-        measure, wanted, timeout=_TIMEOUT_S, bounded=True, check=check
+        measure,
+        wanted,
+        executor=settle_executor("auto", [file.uri for file in wanted]),
+        timeout=_TIMEOUT_S,
+        bounded=True,
+        check=check,
     ):
         named = {key: by_slide[file.slide][key] for key in ("file", "slide", "digest")}
         if isinstance(result, Exception):

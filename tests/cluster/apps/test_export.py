@@ -31,9 +31,10 @@ from medray.inference.run import Options, mask_uri
 from medray.models.canvas import RegionPixels
 from medray.models.classifiers import build_classifier
 from medray.models.config import Architecture, ModelConfig, Prediction, model_digest
-from medray.models.folder import load_model, save_model, write_seen
+from medray.models.folder import load_model, save_model
 from medray.models.network import Network
 from medray.models.predict import Predictor
+from medray.models.seen import write_seen
 from medray.models.segmenters import build_segmenter
 from medray.storage import ome_zarr
 

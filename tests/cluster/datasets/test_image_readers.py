@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 from image_cells import write_cells
 
 
-def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["ray", "processes"])
+def test_images_that_end_their_reader_cost_only_themselves(
+    executor: str, tmp_path: Path
+) -> None:
     """With the bugs of tests/faulty in the decoder."""
     cells = write_cells(tmp_path / "cells", patients=4, each=3)
     pixels = np.full((64, 64, 3), 200, np.uint8)
@@ -21,6 +25,7 @@ def test_images_that_end_their_reader_cost_only_themselves(tmp_path: Path) -> No
     )
     command = [sys.executable, "-m", "medray.cli", "ingest", str(cells), "--json"]
     command += ["--side", "32", "--out", str(tmp_path / "dataset")]
+    command += ["--executor", executor]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2] / "faulty")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))

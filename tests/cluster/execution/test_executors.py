@@ -1,4 +1,4 @@
-"""Where a stage runs does not show: on Ray and in this process it writes the same."""
+"""Where a stage runs does not show: on Ray, in processes and in this one it writes the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from medray.slides.discovery import find_slides
 from medray.storage.ledger import Ledger
 from medray.types import Executor, Row
 
-EXECUTORS: tuple[Executor, ...] = ("local", "ray")
+EXECUTORS: tuple[Executor, ...] = ("local", "processes", "ray")
 TIMES = ("_at", "_s", "seconds")
 
 
@@ -49,7 +49,7 @@ def table(path: Path) -> list[Row]:
     return [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows]
 
 
-def of_both(folder: Path, make: Callable[[Path, Executor], object]) -> list[Path]:
+def of_each(folder: Path, make: Callable[[Path, Executor], object]) -> list[Path]:
     for executor in EXECUTORS:
         make(folder / executor, executor)
     return [folder / executor for executor in EXECUTORS]
@@ -65,7 +65,7 @@ def inbox(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ingest(cluster: None, inbox: Path, slides: Path, tmp_path: Path) -> None:
-    here, there = of_both(
+    here, *others = of_each(
         tmp_path,
         lambda out, executor: medray.ingest(
             [str(inbox)],
@@ -74,8 +74,9 @@ def test_ingest(cluster: None, inbox: Path, slides: Path, tmp_path: Path) -> Non
             executor=executor,
         ),
     )
-    assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
-    for name in ("slides.parquet", "patches.parquet"):
+    for there in others:
+        assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
+    for name, there in itertools.product(("slides.parquet", "patches.parquet"), others):
         assert table(here / name) == table(there / name)
     rows = {row["slide"]: row for row in table(here / "slides.parquet")}
     assert rows["wreck"]["status"] == "failed"
@@ -84,14 +85,17 @@ def test_ingest(cluster: None, inbox: Path, slides: Path, tmp_path: Path) -> Non
 
 def test_images(cluster: None, tmp_path: Path) -> None:
     generate_cells(tmp_path / "cells", clusters=2, each=4)
-    here, there = of_both(
+    here, *others = of_each(
         tmp_path,
         lambda out, executor: ingest_images(
             str(tmp_path / "cells"), out=str(out), side=64, executor=executor
         ),
     )
-    assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
-    for name in ("slides.parquet", "patches.parquet", "images.parquet"):
+    for there in others:
+        assert contents(here, "slides/**/*") == contents(there, "slides/**/*")
+    for name, there in itertools.product(
+        ("slides.parquet", "patches.parquet", "images.parquet"), others
+    ):
         assert table(here / name) == table(there / name)
 
 
@@ -104,7 +108,7 @@ def test_infer_evaluate_and_convert(
         outlines=True,
         coarse=2,
     )
-    here, there = of_both(
+    here, *others = of_each(
         tmp_path,
         lambda out, executor: medray.infer(
             [str(inbox)],
@@ -115,9 +119,11 @@ def test_infer_evaluate_and_convert(
         ),
     )
     made = ("run/masks/**/*", "run/outlines/*", "run/coarse/masks/**/*")
-    assert contents(here, *made) == contents(there, *made)
+    for there in others:
+        assert contents(here, *made) == contents(there, *made)
     name = "run/slides.parquet"
-    assert table(here / name) == table(there / name)
+    for there in others:
+        assert table(here / name) == table(there / name)
 
     def look(out: Path, executor: Executor) -> None:
         truth = str(slides / "annotations")
@@ -126,16 +132,18 @@ def test_infer_evaluate_and_convert(
         )
         convert(str(out / "run"), to="tiff", out=str(out / "copies"), executor=executor)
 
-    of_both(tmp_path, look)
-    assert contents(here, "copies/*.tif") == contents(there, "copies/*.tif")
+    of_each(tmp_path, look)
+    for there in others:
+        assert contents(here, "copies/*.tif") == contents(there, "copies/*.tif")
     name = "report/per_slide.parquet"
-    assert table(here / name) == table(there / name)
+    for there in others:
+        assert table(here / name) == table(there / name)
 
 
 def test_plan(cluster: None, inbox: Path, model: Path, tmp_path: Path) -> None:
     """What does not depend on the machine; the rest is `test_estimate`'s."""
     options = Options(prediction=Prediction(quality=True), region=512)
-    here, there = (
+    here, *others = (
         dataclasses.asdict(
             estimate([str(inbox)], model=str(model), options=options, executor=executor)
         )
@@ -143,7 +151,9 @@ def test_plan(cluster: None, inbox: Path, model: Path, tmp_path: Path) -> None:
     )
     assert set(here["failed"]) == {"wreck"}
     assert (here["gpu_workers"], here["store_bytes"]) == (1, 0)
-    for name in ("slides", "sampled", "regions", "windows", "output_bytes", "failed"):
+    for name, there in itertools.product(
+        ("slides", "sampled", "regions", "windows", "output_bytes", "failed"), others
+    ):
         assert here[name] == there[name]
 
 
@@ -152,7 +162,7 @@ def test_embed(cluster: None, inbox: Path, tmp_path: Path) -> None:
     network = timm.create_model("test_resnet", num_classes=0)
     weights = str(tmp_path / "weights.safetensors")
     safetensors.torch.save_file(network.state_dict(), weights)
-    here, there = of_both(
+    here, *others = of_each(
         tmp_path,
         lambda out, executor: embed(
             [str(inbox)],
@@ -164,9 +174,11 @@ def test_embed(cluster: None, inbox: Path, tmp_path: Path) -> None:
             executor=executor,
         ),
     )
-    assert contents(here, "features/**/*") == contents(there, "features/**/*")
+    for there in others:
+        assert contents(here, "features/**/*") == contents(there, "features/**/*")
     name = "slides.parquet"
-    assert table(here / name) == table(there / name)
+    for there in others:
+        assert table(here / name) == table(there / name)
 
 
 def test_it_stops_between_slides_that_cannot_be_read(tmp_path: Path) -> None:
@@ -209,4 +221,4 @@ def test_the_command_asks_for_one_that_there_is(
     with pytest.raises(SystemExit) as raised:
         main(["ingest", str(slides), "--out", str(tmp_path), "--executor", "dask"])
     assert raised.value.code == 2
-    assert 'Choose from: "ray", "local"' in capsys.readouterr().err
+    assert 'Choose from: "auto", "ray", "processes", "local"' in capsys.readouterr().err

@@ -32,7 +32,7 @@ def die(row: int) -> int:
     return row
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", "processes", "ray"])
 def test_each_row_comes_back_with_its_result(cluster: None, executor: Executor) -> None:
     found = dict(map_rows(work, range(9), executor=executor))
     errors = {row: found.pop(row) for row in (3, 4)}
@@ -41,18 +41,18 @@ def test_each_row_comes_back_with_its_result(cluster: None, executor: Executor) 
     assert found == {0: 0, 1: None, 2: 4, 5: None, 6: 36, 7: None, 8: 64}
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", "processes", "ray"])
 def test_no_rows_no_processes(executor: Executor) -> None:
     assert list(map_rows(work, [], executor=executor)) == []
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", "processes", "ray"])
 def test_other_errors_end_it(cluster: None, executor: Executor) -> None:
     with pytest.raises(ZeroDivisionError):
         list(map_rows((1).__floordiv__, [1, 0], executor=executor))
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", "processes", "ray"])
 def test_want_of_memory_costs_a_row(cluster: None, executor: Executor) -> None:
     found = dict(map_rows(work, [10, 2], executor=executor))
     assert isinstance(found[10], SlideError)
@@ -67,8 +67,11 @@ def test_check_may_end_it() -> None:
         list(map_rows(work, [1], executor="local", check=check))
 
 
-def test_a_row_that_kills_or_hangs_is_lost_alone(cluster: None) -> None:
-    found = dict(map_rows(die, range(7), timeout=3))
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_a_row_that_kills_or_hangs_is_lost_alone(
+    cluster: None, executor: Executor
+) -> None:
+    found = dict(map_rows(die, range(7), executor=executor, timeout=3))
     assert isinstance(found.pop(2), LostError)
     assert isinstance(found.pop(5), LostError)
     assert found == {row: row for row in (0, 1, 3, 4, 6)}

@@ -16,7 +16,7 @@ from medray.errors import ConfigError
 from medray.evaluation.evaluate_run import Evaluation, evaluate
 from medray.inference.run import Options
 from medray.models.config import Architecture
-from medray.models.folder import read_seen
+from medray.models.seen import read_seen
 from medray.slides.fingerprint import slide_digest
 from medray.training.recipe import Recipe
 from medray.training.sampler import Data

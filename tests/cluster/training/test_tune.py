@@ -11,7 +11,8 @@ import pytest
 from medray import cli
 from medray.errors import ConfigError
 from medray.models.config import Architecture
-from medray.models.folder import load_model, read_seen
+from medray.models.folder import load_model
+from medray.models.seen import read_seen
 from medray.storage.yaml_config import write_settings
 from medray.training.recipe import Recipe
 from medray.training.recipe_files import SWEEPS

@@ -3,6 +3,7 @@
 The groups are those of k8s/overlays/gke-gpu; see benchmarks/scaling/autoscale.py.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_a_few_small_slides_bring_one_gpu(
         assert (summary["done"], summary["failed"]) == (4, {})
         wait_until(lambda: not watched.samples[-1][1], 120)
     assert len(watched.nodes) == 1
+
+
+@pytest.mark.timeout(600)
+def test_slides_to_ingest_bring_nodes_where_there_is_no_core(
+    scaling: dict[str, str], many: Path, tmp_path: Path
+) -> None:
+    """The head has none: what Ray Data's pool asks for makes the first node come."""
+    command = [sys.executable, "-m", "medray.cli", "ingest", str(many), "--json"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "data")],
+        env=scaling,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["done"], found["failed"]) == (SLIDES, {})
 
 
 REFUSED = """

@@ -39,12 +39,17 @@ def model(slow_model: Path) -> Path:
 
 
 def start(
-    slides: Path, model: Path, out: Path, *more: str, faulty: bool = False
+    slides: Path,
+    model: Path,
+    out: Path,
+    *more: str,
+    faulty: bool = False,
+    executor: str = "ray",
 ) -> subprocess.Popen[str]:
     """Run `medray infer` with a Ray of its own, in a process group of its own."""
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", str(out), "--region", "512"]
-    command += ["--precision", "float32", *more]
+    command += ["--precision", "float32", "--executor", executor, *more]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     if faulty:
         path = [os.environ.get("PYTHONPATH", ""), str(FAULTY)]
@@ -131,8 +136,9 @@ def whole(slides: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
     return masks(out), commit.regions
 
 
+@pytest.mark.parametrize("executor", ["ray", "processes"])
 def test_slides_that_end_hang_or_bloat_their_reader_are_quarantined(
-    model: Path, tmp_path: Path
+    executor: str, model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "slides"
     folder.mkdir()
@@ -145,7 +151,8 @@ def test_slides_that_end_hang_or_bloat_their_reader_are_quarantined(
     write_marked(folder, "hangs_opened", b"<HANG>", 1)
     write_marked(folder, "eats", b"<EAT>", 0)
     out = tmp_path / "run"
-    process = start(folder, model, out, "--timeout", "20", faulty=True)
+    limit = ("--timeout", "20")
+    process = start(folder, model, out, *limit, faulty=True, executor=executor)
     summary = answer(process, 600)
     assert process.returncode == 3
     assert summary["done"] == 2
@@ -206,13 +213,25 @@ def test_a_ray_that_is_slow_to_start_is_started_again(
 
 
 @pytest.mark.parametrize(
-    ("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)]
+    ("number", "group", "executor"),
+    [
+        (signal.SIGTERM, False, "ray"),
+        (signal.SIGINT, True, "ray"),
+        (signal.SIGTERM, False, "processes"),
+        (signal.SIGINT, True, "processes"),
+    ],
 )
 def test_a_signal_stops_it_soon_and_nothing_is_lost(
-    slides: Path, model: Path, tmp_path: Path, whole, number: int, group: bool
+    slides: Path,
+    model: Path,
+    tmp_path: Path,
+    whole,
+    number: int,
+    group: bool,
+    executor: str,
 ) -> None:
     out = tmp_path / "run"
-    process = start(slides, model, out)
+    process = start(slides, model, out, executor=executor)
     wait_for_commits(process, out, 1)
     sent = time.monotonic()
     if group:  # Ctrl-C reaches every process of the terminal

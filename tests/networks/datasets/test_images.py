@@ -29,8 +29,9 @@ from medray.evaluation.image_metrics import Predicted, combine, score
 from medray.evaluation.metrics import confusion, of_images, summary
 from medray.geometry import Rectangle
 from medray.inference.classify_images import ClassifiedImage, DatasetImage
-from medray.models.folder import load_model, read_seen, write_seen
+from medray.models.folder import load_model
 from medray.models.network import Normalise
+from medray.models.seen import read_seen, write_seen
 from medray.storage import files, ome_zarr
 from medray.training.distillation import Teacher
 from medray.training.identity import seen_of

@@ -22,7 +22,7 @@ from stages import empty_stage
 
 import medray
 from medray.errors import ConfigError, SlideError, StoreError
-from medray.execution import ray_data, scheduler
+from medray.execution import scheduler, streamed
 from medray.execution.commit import changed_slides
 from medray.execution.gpu_worker import GpuWorker
 from medray.execution.stage import plan_slide
@@ -382,9 +382,9 @@ def test_who_has_a_limit_has_the_copy_made_before(
         return "there" if copy.suffix != ".new" else "not yet"
 
     for name in ("plan_slide", "finish_slide", "do_region"):
-        for module in (scheduler, ray_data):
+        for module in (scheduler, streamed):
             monkeypatch.setattr(module, name, made, raising=False)
-    stage: Any = None
+    stage: Any = SimpleNamespace(device=None)
     gpu_worker: Any = SimpleNamespace(_loading=Future(), _group=1)
     gpu_worker._loading.set_result(None)
     gpu_worker._work = lambda tasks: iter([made() for _ in tasks])
@@ -392,7 +392,7 @@ def test_who_has_a_limit_has_the_copy_made_before(
 
     def stream(tasks: list[Any]) -> Iterator[list[Any]]:
         """As `medray.execution.feed` does it: each yield says that it goes on."""
-        steps = ray_data._do(stage, tasks[0])
+        steps = streamed.do_task(stage, tasks[0])
         while True:
             try:
                 next(steps)

@@ -1,4 +1,4 @@
-"""A stage that needs no device, on Ray Data: slides stream through its processes.
+"""A stage without a device: slides stream through processes, of Ray Data or of our own.
 
 A row of the stream is a slide to plan, a region to do, or a slide to finish. A slide of
 one region is planned, done and finished as one row.
@@ -6,15 +6,14 @@ one region is planned, done and finished as one row.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from medray.execution.commit import Commit
-from medray.execution.gauges import Gauges
 from medray.execution.lost import finish_of, outcome_of, plan_of
 from medray.execution.signals import GRACE_S, stopping
 from medray.execution.stage import (
@@ -26,7 +25,6 @@ from medray.execution.stage import (
     finish_slide,
     plan_slide,
 )
-from medray.execution.stream import CORE, Stream
 from medray.execution.tasks import (
     FinishTask,
     Plan,
@@ -51,29 +49,59 @@ class _Planned:
     outcome: Outcome | None = None
 
 
-def run_on_ray_data(
-    stage: AnyStage, todo: list[SlideTask], commit: Commit, check: Callable[[], None]
+class RowStream(Protocol):
+    """What rows are given to: `medray.execution.stream.Stream`, or `Processes`."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows are under way."""
+
+    @property
+    def places(self) -> int:
+        """How many processes there can be now."""
+
+    @property
+    def room(self) -> int:
+        """How many more rows keep the processes busy."""
+
+    def give(self, rows: list[Any]) -> None:
+        """Give rows."""
+
+    def stop(self) -> None:
+        """Begin no other row."""
+
+    def take(self, seconds: float = 1.0) -> list[tuple[Any, Any]]:
+        """Return rows with their results."""
+
+
+def timeout_of(stage: AnyStage, task: AnyTask) -> float:
+    """Return the seconds that a task may take; finishing takes them of each region."""
+    regions = len(task.records) if isinstance(task, FinishTask) else 1
+    return stage.timeout * max(1, regions)
+
+
+def stream_slides(
+    start: Callable[[], AbstractContextManager[RowStream]],
+    todo: list[SlideTask],
+    commit: Commit,
+    check: Callable[[], None],
+    note: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Run a stage without a device; see `medray.execution.run.run_stage`."""
+    """Run a stage over slides through a stream of `do_task`.
 
-    def timeout(task: AnyTask) -> float:
-        # What is finished takes longer the more regions it has.
-        regions = len(task.records) if isinstance(task, FinishTask) else 1
-        return stage.timeout * max(1, regions)
+    Args:
+        start: Starts where its rows are done.
+        todo: The slides.
+        commit: Notes what came of each task.
+        check: Raises if it may not go on.
+        note: Is called again and again with how many regions wait.
 
-    with (
-        stopping() as asked,
-        Stream(
-            functools.partial(_do, stage),
-            num_cpus=CORE,
-            timeout=timeout,
-            bounded=True,
-            expected=len(todo),
-            group=_slide_of,
-        ) as stream,
-    ):
+    Raises:
+        StoppedError: SIGTERM or Ctrl-C.
+        MedrayError: Storage fails, or the processes die whatever they are given.
+    """
+    with stopping() as asked, start() as stream:
         slides, regions = deque(todo), deque[AnyRegion]()
-        gauges = Gauges()
         planning = 0  # slides
         regions_each = 2.0  # that are left to do of a slide, once it is planned
         while slides or regions or stream.busy:
@@ -103,10 +131,10 @@ def run_on_ray_data(
             planning -= planned
             if planned:
                 regions_each = max(len(found) / planned, regions_each / 2)
-            gauges.update(commit, len(regions))
+            note(len(regions))
 
 
-def _take(stream: Stream, commit: Commit) -> tuple[int, list[AnyRegion]]:
+def _take(stream: RowStream, commit: Commit) -> tuple[int, list[AnyRegion]]:
     """Note what has come of tasks; return how many slides were planned, and regions."""
     found: list[AnyRegion] = []
     planned_slides = 0
@@ -129,12 +157,12 @@ def _take(stream: Stream, commit: Commit) -> tuple[int, list[AnyRegion]]:
     return planned_slides, found
 
 
-def _finish(stream: Stream, task: FinishTask[Any, Any] | None) -> None:
+def _finish(stream: RowStream, task: FinishTask[Any, Any] | None) -> None:
     if task is not None:
         stream.give([task])
 
 
-def _do(stage: AnyStage, task: AnyTask) -> Generator[None, None, Any]:
+def do_task(stage: AnyStage, task: AnyTask) -> Generator[None, None, Any]:
     """Do a task; yield while a copy of its file is fetched, and between its steps."""
     match task:
         case SlideTask():
@@ -142,7 +170,11 @@ def _do(stage: AnyStage, task: AnyTask) -> Generator[None, None, Any]:
             for _ in fetch_if_copied(file.uri, file.scene, file.plane):
                 yield
             plan = plan_slide(stage, task)
-            if isinstance(plan, Plan) and plan.slide.regions == len(plan.todo) == 1:
+            if (
+                stage.device is None
+                and isinstance(plan, Plan)
+                and plan.slide.regions == len(plan.todo) == 1
+            ):
                 yield
                 return _Planned(plan, do_region(stage, plan.todo[0]))
             return _Planned(plan)
@@ -156,7 +188,8 @@ def _do(stage: AnyStage, task: AnyTask) -> Generator[None, None, Any]:
             return finish_slide(stage, task)
 
 
-def _slide_of(task: AnyTask) -> str:
+def slide_of(task: AnyTask) -> str:
+    """Return the id of a task's slide."""
     return task.input.slide if isinstance(task, SlideTask) else task.slide.slide
 
 
