@@ -198,7 +198,7 @@ class Processes:
                     return _Done(error)
                 hung = f"{error}".startswith("took")
                 how = f"the process died ({error})"
-                how = f"no answer for {timeout:.0f} s" if hung else how
+                how = f"no answer for {timeout:g} s" if hung else how
                 continue
             with self._news:
                 self._tries.end(number)

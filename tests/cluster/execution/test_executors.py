@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -206,12 +207,14 @@ def test_without_ray_ray_is_not_imported(
         "assert 'ray' not in sys.modules\nsys.exit(code)"
     )
     inputs = str(slides / "slides")
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     for command in (
-        ("ingest", inputs, "--out", str(tmp_path)),
-        ("plan", inputs, "--model", str(model)),
+        ("ingest", inputs, "--out", str(tmp_path / "local"), "--executor", "local"),
+        ("ingest", inputs, "--out", str(tmp_path / "auto")),
+        ("plan", inputs, "--model", str(model), "--executor", "local"),
     ):
-        words = [sys.executable, "-c", code, *command, "--executor", "local"]
-        done = subprocess.run(words, capture_output=True, text=True)
+        words = [sys.executable, "-c", code, *command]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
 
 

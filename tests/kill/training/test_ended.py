@@ -131,6 +131,10 @@ def test_a_signal_ends_a_sweep(cells: Path, tmp_path: Path) -> None:
     assert "medray tune: stopped by SIGTERM: " in said
     for noise in ("Traceback", "received at", "Stack", "Fatal"):
         assert noise not in said
+    states = trials.glob("*/checkpoints/*-last.pt")
+    steps = [torch.load(state, weights_only=True)["step"] for state in states]
+    assert max(steps) > 0, "what was learned since the epoch's end is lost"
+    assert not [*trials.glob("*/checkpoints/stop")]
 
 
 @pytest.fixture
