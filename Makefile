@@ -3,8 +3,11 @@ UV := .uv/bin/uv
 BIN := .venv/bin
 EXTRAS := openslide,s3,serve,view
 # Every worker of Ray imports torch anew: without its bytecode on disk that takes three
-# times as long, so here it is written whatever the machine's default.
+# times as long, so here it is written whatever the machine's default; by `make setup` of
+# what commands import.
 export PYTHONDONTWRITEBYTECODE :=
+SLOW := medray.cli, medray.models.predict, medray.training.trainer, medray.evaluation.report, \
+	ray.data, ray.train.torch, ray.tune
 STAMP := .venv/.complete
 
 VIV := benchmarks/viewers/viv/dist/page.js
@@ -79,6 +82,7 @@ $(STAMP): $(UV) pyproject.toml constraints.txt
 	$(UV) venv --quiet --allow-existing .venv
 	$(UV) pip install --quiet --python .venv -c constraints.txt \
 		--build-constraints constraints.txt -e ".[$(EXTRAS)]" --group dev
+	$(BIN)/python -c "import $(SLOW)"
 	touch $(STAMP)
 
 constraints: $(UV) ## take the newest packages; run the tests afterwards
