@@ -23,7 +23,7 @@ from medray.types import Executor
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-@pytest.mark.parametrize("executor", ["ray", "local"])
+@pytest.mark.parametrize("executor", ["ray", "processes", "local"])
 def test_a_plan_says_what_the_run_takes(
     executor: Executor, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
