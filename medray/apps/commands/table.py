@@ -20,6 +20,7 @@ from medray.errors import ConfigError
 
 
 def _ingest(given: Given) -> Any:
+    dry = given.pop("dry_run", False)
     if "side" not in given:
         for name, instead in (
             ("patients", "--groups CSV"),
@@ -27,7 +28,7 @@ def _ingest(given: Given) -> Any:
         ):
             if name in given:
                 raise ConfigError(f"--{name} goes with --side; slides take {instead}")
-        return call("medray.datasets:ingest", given)
+        return _dry_ingest(given) if dry else call("medray.datasets:ingest", given)
     if isinstance(given.get("mpp"), str) or given.keys() & {"scene", "plane"}:
         raise ConfigError(
             "--side: expected of images --mpp as a number, without --scene and --plane"
@@ -38,6 +39,13 @@ def _ingest(given: Given) -> Any:
             "--side: expected one folder of class folders, without --annotations"
         )
     return call("medray.datasets:ingest_images", {"folder": folder, **given})
+
+
+def _dry_ingest(given: Given) -> Any:
+    from medray.apps.dry_ingest import dry_ingest
+
+    where = {"executor": given.pop("executor")} if "executor" in given else {}
+    return dry_ingest(call("medray.datasets:settle_ingest", given), **where)
 
 
 def _train(given: Given) -> Any:
@@ -163,6 +171,7 @@ COMMANDS: dict[str, Command] = {
         {"folder": LEFT_OUT},
         run=_ingest,
         partial_ok=True,
+        dry_run=("medray.apps.dry_ingest:dry_ingest",),
     ),
     "recipes": Command(
         "the recipes that come with medray, by name", ("medray.training:list_recipes",)
