@@ -12,12 +12,12 @@ Nothing is written into OUT, and no lock is taken there: what is told is as of n
 from __future__ import annotations
 
 import functools
-import os
 import random
 from dataclasses import dataclass, replace
 
 from medray.apps.check_slides import check_found
 from medray.apps.checked import Checked, SlideTables, balance_of
+from medray.apps.cores import cores_of, span_of
 from medray.datasets import (
     IngestRequest,
     assign_splits,
@@ -33,10 +33,6 @@ from medray.storage import Ledger
 from medray.types import Executor, Row
 
 _TRIED_SLIDES, _TRIED_REGIONS = 3, 3
-# Of the time of the cores that do regions; the rest is for starting, for tables, and
-# for the cores that wait at the end. Measured on few cores, with Ray and without.
-_EFFICIENCY = (0.4, 1.0)
-_START_S = 25.0  # of Ray at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +167,10 @@ def dry_ingest(request: IngestRequest, *, executor: Executor = "ray") -> IngestP
     )
     pixels = sum(_pixels(one) for one in todo)
     tried = [trial for trial in trials if not trial.why and trial.pixels]
-    cores = 1 if executor == "local" else len(os.sched_getaffinity(0))
     rates = [trial.seconds / trial.pixels for trial in tried] or [0.0]
     planning = sum(one.seconds for one in slides)
-    start = _START_S if executor == "ray" and (todo or failed) else 0.0
-    least = (planning + min(rates) * pixels) / cores / _EFFICIENCY[1]
-    most = (planning + max(rates) * pixels) / cores / _EFFICIENCY[0] + start
+    work = (planning + min(rates) * pixels, planning + max(rates) * pixels)
+    cores = cores_of(executor)
     sampled = sum(trial.pixels for trial in tried)
     stored = sum(trial.stored_bytes for trial in tried)
     redone = {one.slide for one in todo} | failed.keys()
@@ -202,7 +196,7 @@ def dry_ingest(request: IngestRequest, *, executor: Executor = "ray") -> IngestP
         likely_bytes=round(stored / sampled * pixels) if sampled else 0,
         tried=sum(min(_TRIED_REGIONS, len(one.todo)) for one in chosen),
         cores=cores,
-        seconds=(least, most),
+        seconds=span_of(work, cores, executor),
     )
 
 

@@ -1,6 +1,7 @@
 from .assign_splits import assign_splits as assign_splits
 from .assign_splits import earlier_splits as earlier_splits
 from .cells import read_resized as read_resized
+from .contact_sheets import write_sheet as write_sheet
 from .dataset import LABELS as LABELS
 from .dataset import check_dataset as check_dataset
 from .dataset import holds_images as holds_images
@@ -14,6 +15,11 @@ from .dataset import slide_uri as slide_uri
 from .earlier_request import check_stock as check_stock
 from .earlier_request import warn_of_splits as warn_of_splits
 from .image_folder import ingest_images as ingest_images
+from .image_folder import ingested_before as ingested_before
+from .images_request import TIMEOUT_S as TIMEOUT_S
+from .images_request import ImagesRequest as ImagesRequest
+from .images_request import deal_images as deal_images
+from .images_request import settle_images as settle_images
 from .ingest_request import IngestRequest as IngestRequest
 from .ingest_request import settle_ingest as settle_ingest
 from .ingest_slides import ingest as ingest

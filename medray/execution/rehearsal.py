@@ -6,11 +6,12 @@ is written into the stage's folder.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from medray.execution.commit import changed_slides
 from medray.execution.isolation import call_each
 from medray.execution.lost import outcome_of, plan_of
 from medray.execution.progress import Progress
+from medray.execution.rows import steps_of
 from medray.execution.stage import (
     AnyPlan,
     AnyRegion,
@@ -170,6 +172,19 @@ def try_regions(
                 raise StoreError(result.why)
             trials.append(result)
     return trials
+
+
+def map_isolated[R](
+    function: Callable[[R], Any], rows: Iterable[R], *, timeout: float
+) -> Iterator[tuple[R, Any]]:
+    """Do as `medray.execution.rows.map_rows`, in processes of this machine alone."""
+    rows = list(rows)
+    yield from call_each(
+        functools.partial(steps_of, function),
+        rows,
+        processes=_processes(len(rows)),
+        limit_s=timeout,
+    )
 
 
 # --- in the processes -----------------------------------------------------------------

@@ -38,13 +38,19 @@ def _ingest(given: Given) -> Any:
         raise ConfigError(
             "--side: expected one folder of class folders, without --annotations"
         )
-    return call("medray.datasets:ingest_images", {"folder": folder, **given})
+    given = {"folder": folder, **given}
+    if dry:
+        return _dry_ingest(given)
+    return call("medray.datasets:ingest_images", given)
 
 
 def _dry_ingest(given: Given) -> Any:
+    from medray.apps.dry_images import dry_ingest_images
     from medray.apps.dry_ingest import dry_ingest
 
     where = {"executor": given.pop("executor")} if "executor" in given else {}
+    if "folder" in given:
+        return dry_ingest_images(call("medray.datasets:settle_images", given), **where)
     return dry_ingest(call("medray.datasets:settle_ingest", given), **where)
 
 
@@ -171,7 +177,10 @@ COMMANDS: dict[str, Command] = {
         {"folder": LEFT_OUT},
         run=_ingest,
         partial_ok=True,
-        dry_run=("medray.apps.dry_ingest:dry_ingest",),
+        dry_run=(
+            "medray.apps.dry_ingest:dry_ingest",
+            "medray.apps.dry_images:dry_ingest_images",
+        ),
     ),
     "recipes": Command(
         "the recipes that come with medray, by name", ("medray.training:list_recipes",)
