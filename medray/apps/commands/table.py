@@ -54,12 +54,16 @@ def _dry_ingest(given: Given) -> Any:
     return dry_ingest(call("medray.datasets:settle_ingest", given), **where)
 
 
+_TRAIN, _TRAIN_SLIDES = "medray.training:train", "medray.mil:train_slides"
+
+
 def _train(given: Given) -> Any:
+    dry = given.pop("dry_run", False)
     if "labels" not in given:
-        return call("medray.training:train", given)
+        return call("medray.apps.dry_train:dry_train" if dry else _TRAIN, given)
     if "repeats" in given:
         raise ConfigError("--repeats does not go with --labels; train other seeds")
-    return call("medray.mil:train_slides", given)
+    return call("medray.mil:dry_train_slides" if dry else _TRAIN_SLIDES, given)
 
 
 def _tune(given: Given) -> Any:
@@ -187,9 +191,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "a recipe and a dataset into a model",
-        ("medray.training:train", "medray.mil:train_slides"),
+        (_TRAIN, _TRAIN_SLIDES),
         {"overrides": _OVERRIDES},
         run=_train,
+        dry_run=("medray.apps.dry_train:dry_train", "medray.mil:dry_train_slides"),
     ),
     "tune": Command(
         "a recipe with several values for its keys",
