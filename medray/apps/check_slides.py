@@ -131,13 +131,7 @@ def check_found(
 ) -> tuple[Checked, dict[str, bytes]]:
     """Return what slides and annotations are, and each slide small where asked for.
 
-    Args:
-        wanted: The slides.
-        classes: Names by label value.
-        annotations: Folder of annotations; None: there are none.
-        tables: What else is said of the slides.
-        pictures: Whether to draw them.
-        limits: Of slide quality; None: it is not measured.
+    Without `limits` no quality is measured.
 
     Raises:
         ConfigError: An annotation or a row of a table could be that of several slides,

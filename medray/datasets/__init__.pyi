@@ -1,5 +1,3 @@
-from .assign_splits import assign_splits as assign_splits
-from .assign_splits import earlier_splits as earlier_splits
 from .cells import read_resized as read_resized
 from .contact_sheets import write_sheet as write_sheet
 from .dataset import LABELS as LABELS
@@ -12,6 +10,8 @@ from .dataset import read_morphology as read_morphology
 from .dataset import read_patches as read_patches
 from .dataset import read_slides as read_slides
 from .dataset import slide_uri as slide_uri
+from .deal_splits import assign_splits as assign_splits
+from .deal_splits import earlier_splits as earlier_splits
 from .earlier_request import check_stock as check_stock
 from .earlier_request import warn_of_splits as warn_of_splits
 from .image_folder import ingest_images as ingest_images

@@ -20,8 +20,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from medray.datasets.assign_splits import assign_splits, earlier_splits
 from medray.datasets.dataset import DatasetSettings, open_dataset, write_patches
+from medray.datasets.deal_splits import assign_splits, earlier_splits
 from medray.datasets.earlier_request import note_request, take_stock
 from medray.datasets.ingest_request import IngestRequest, settle_ingest
 from medray.datasets.patches import (
