@@ -179,7 +179,8 @@ def _epoch_span(found: RehearsedTraining) -> tuple[float, float]:
     scale = float(np.mean([(side / times.crop) ** 2 for side in sides]))
     checking = found.val_batches * times.val_s
     least = found.steps * min(times.step_s) * scale + checking
-    most = found.steps * (max(times.step_s) + times.read_s) * scale + checking
+    waiting = statistics.median(times.step_s) + times.read_s
+    most = found.steps * waiting * scale + checking
     slow = _EFFICIENCY_CPU
     if times.device_bytes:
         slow = _EFFICIENCY * settings.fewest

@@ -58,16 +58,17 @@ def _dry_ingest(given: Given) -> Any:
     return dry_ingest(call("medray.datasets:settle_ingest", given), **where)
 
 
-_TRAIN, _TRAIN_SLIDES = "medray.training:train", "medray.mil:train_slides"
-
-
 def _train(given: Given) -> Any:
     dry = given.pop("dry_run", False)
     if "labels" not in given:
-        return call("medray.apps.dry_train:dry_train" if dry else _TRAIN, given)
+        if dry:
+            return call("medray.apps.dry_train:dry_train", given)
+        return call("medray.training:train", given)
     if "repeats" in given:
         raise ConfigError("--repeats does not go with --labels; train other seeds")
-    return call("medray.mil:dry_train_slides" if dry else _TRAIN_SLIDES, given)
+    if dry:
+        return call("medray.mil:dry_train_slides", given)
+    return call("medray.mil:train_slides", given)
 
 
 def _tune(given: Given) -> Any:
@@ -195,7 +196,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "a recipe and a dataset into a model",
-        (_TRAIN, _TRAIN_SLIDES),
+        ("medray.training:train", "medray.mil:train_slides"),
         {"overrides": _OVERRIDES},
         run=_train,
         dry_run=("medray.apps.dry_train:dry_train", "medray.mil:dry_train_slides"),
