@@ -31,7 +31,7 @@ def results() -> dict[type[Any], list[str]]:
         if name in ANNOUNCED:
             kinds = [_get(ANNOUNCED[name])]
         else:
-            functions = map(_get, command.functions)
+            functions = map(_get, command.functions + command.dry_run)
             kinds = [typing.get_type_hints(one)["return"] for one in functions]
         for kind in dict.fromkeys(kinds):
             found.setdefault(kind, []).append(name)

@@ -1,15 +1,12 @@
 """Ingest in one process and one loop, without a cluster."""
 
-import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medray.annotations.matching import match_annotations
-from medray.classes import Classes
-from medray.datasets.dataset import DatasetSettings, open_dataset
-from medray.datasets.ingest_slides import _assign_splits, _ingest
-from medray.datasets.overrides import with_overrides
-from medray.slides.discovery import find_slides
+from medray.datasets.dataset import open_dataset
+from medray.datasets.ingest_request import settle_ingest
+from medray.datasets.ingest_slides import ingest_settled
 from medray.storage import files
 
 Row = dict[str, Any]
@@ -26,15 +23,18 @@ def ingest(
     **settings: int,
 ) -> dict[str, Row]:
     """Make a dataset; give the rows of slides.parquet by slide."""
-    how = DatasetSettings(classes=Classes(classes), mpp=mpp, **settings)
-    open_dataset(str(out), how)
-    wanted = with_overrides(
-        find_slides([str(slides)]), mpp=mpp, scene=scene, plane=plane
+    request = settle_ingest(
+        [str(slides)],
+        out=str(out),
+        annotations=str(annotations) if annotations else None,
+        classes=classes,
+        mpp=mpp,
+        scene=scene,
+        plane=plane,
+        fractions=(1.0, 0.0, 0.0),
     )
-    matched = match_annotations(wanted, str(annotations) if annotations else None)
-    split = functools.partial(
-        _assign_splits, group_of={}, split_of=None, fractions=(1.0, 0.0, 0.0), seed=0
-    )
-    _ingest(wanted, matched, how, str(out), split, "local", lambda: None)
+    request = replace(request, settings=replace(request.settings, **settings))
+    open_dataset(request.out, request.settings)
+    ingest_settled(request, "local", lambda: None)
     table = files.read_table(f"{out}/slides.parquet").to_pylist()
     return {row["slide"]: row for row in table}

@@ -30,7 +30,7 @@ from benchmarks import harness
 from medray.annotations.matching import match_annotations
 from medray.classes import Classes
 from medray.datasets.dataset import DatasetSettings, open_dataset
-from medray.datasets.ingest_slides import stage_of
+from medray.datasets.ingest_slides import ingest_stage
 from medray.datasets.synthetic import generate, write_pyramid, write_svg
 from medray.datasets.synthetic_scene import draw_scene
 from medray.execution.stage import do_region, finish_slide, plan_slide
@@ -44,7 +44,7 @@ SETTINGS = DatasetSettings(classes=Classes(("background", "tumour")))
 
 @functools.lru_cache(maxsize=1)
 def _stage(out: str) -> Any:
-    return stage_of(SETTINGS, out)
+    return ingest_stage(SETTINGS, out)
 
 
 def _plan(job: tuple[str, SlideTask]) -> Any:

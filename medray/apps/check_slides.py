@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import shapely
 
@@ -32,7 +32,7 @@ from medray.apps.check_page import (
     write_slides_table,
 )
 from medray.apps.check_quality import quality_facts, start_quality
-from medray.apps.checked import Checked, balance_of, match_tables
+from medray.apps.checked import Checked, SlideTables, balance_of, match_tables
 from medray.classes import Classes
 from medray.datasets import with_overrides
 from medray.errors import LostError, MedrayError
@@ -100,17 +100,48 @@ def check(
 
     known = Classes(tuple(classes))
     wanted = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
-    names = list_annotations(annotations) if annotations is not None else {}
-    matched = match_names(wanted, names)
-    tables, columns = match_tables(
-        wanted, groups=groups, splits=splits, cohorts=cohorts, labels=labels
-    )
     limits = read_limits(qc) if qc else None
     if out is not None:
         out = files.absolute(out)
         check_folder(out, "slides.csv")
+    checked, pictures = check_found(
+        wanted,
+        known,
+        annotations=annotations,
+        tables=SlideTables(groups, splits, cohorts, labels),
+        pictures=out is not None,
+        limits=limits,
+    )
+    if out is None:
+        return checked
+    checked = replace(checked, page=files.join(out, "check.html"), out=out)
+    write_slides_table(checked.slides, known, files.join(out, "slides.csv"))
+    files.write_bytes(checked.page, render_page(checked, known, pictures).encode())
+    return checked
+
+
+def check_found(
+    wanted: Sequence[SlideFile],
+    classes: Classes,
+    *,
+    annotations: str | None,
+    tables: SlideTables,
+    pictures: bool = False,
+    limits: QualityLimits | None = None,
+) -> tuple[Checked, dict[str, bytes]]:
+    """Return what slides and annotations are, and each slide small where asked for.
+
+    Without `limits` no quality is measured.
+
+    Raises:
+        ConfigError: An annotation or a row of a table could be that of several slides,
+            or a table cannot be read.
+    """
+    names = list_annotations(annotations) if annotations is not None else {}
+    matched = match_names(wanted, names)
+    matching, columns = match_tables(wanted, tables)
     tasks = [
-        _Task(file, matched.get(file.slide, ""), known, out is not None, limits)
+        _Task(file, matched.get(file.slide, ""), classes, pictures, limits)
         for file in wanted
     ]
     log_copies(file.uri for file in wanted)
@@ -124,18 +155,12 @@ def check(
         unused=[*map(storable, unused_annotations(wanted, names, matched))],
         bare=[f.slide for f in wanted if f.slide not in matched] if names else [],
         failed={row["slide"]: row["message"] for row in rows if row["message"]},
-        tables=tables,
-        balance=balance_of(rows, known),
-        page=files.join(out, "check.html") if out is not None else "",
-        out=out or "",
+        tables=matching,
+        balance=balance_of(rows, classes),
+        page="",
+        out="",
     )
-    if out is not None:
-        write_slides_table(rows, known, files.join(out, "slides.csv"))
-        page = render_page(
-            checked, known, {name: look.picture for name, look in looks.items()}
-        )
-        files.write_bytes(checked.page, page.encode())
-    return checked
+    return checked, {name: look.picture for name, look in looks.items()}
 
 
 # --- look -----------------------------------------------------------------------------

@@ -88,6 +88,16 @@ class Checked:
         return 3 if self.failed or wrong else 0
 
     def __str__(self) -> str:
+        rows = sum(len(table.unknown) for table in self.tables)
+        last = (
+            f"{len(self.slides)} slides, {len(self.failed)} refused, "
+            f"{len(self.bare)} without annotation; {len(self.unused)} annotations not "
+            f"used" + (f"; {rows} rows of tables name no slide" if self.tables else "")
+        )
+        return "\n".join([*self.lines(), last])
+
+    def lines(self) -> list[str]:
+        """Return all lines for a terminal but the one that sums up."""
         lines = slide_lines(self.slides)
         lines += [f"not used  {uri}" for uri in self.unused]
         lines += [f"without   {slide}" for slide in self.bare]
@@ -101,22 +111,28 @@ class Checked:
             lines.append(f"{row['split'] or 'no split':<9} {', '.join(values)}")
         if self.page:
             lines += [f"page      {self.page}", f"out       {self.out}"]
-        rows = sum(len(table.unknown) for table in self.tables)
-        lines.append(
-            f"{len(self.slides)} slides, {len(self.failed)} refused, "
-            f"{len(self.bare)} without annotation; {len(self.unused)} annotations not "
-            f"used" + (f"; {rows} rows of tables name no slide" if self.tables else "")
-        )
-        return "\n".join(lines)
+        return lines
+
+
+@dataclass(frozen=True)
+class SlideTables:
+    """Addresses of tables about slides; None: there is none.
+
+    Attributes:
+        groups: CSV (slide,group).
+        splits: CSV (slide,split).
+        cohorts: CSV (slide,scanner,site,...).
+        labels: CSV (slide,label[,patient]).
+    """
+
+    groups: str | None = None
+    splits: str | None = None
+    cohorts: str | None = None
+    labels: str | None = None
 
 
 def match_tables(
-    slides: Sequence[SlideFile],
-    *,
-    groups: str | None,
-    splits: str | None,
-    cohorts: str | None,
-    labels: str | None,
+    slides: Sequence[SlideFile], given: SlideTables
 ) -> tuple[list[CheckedTable], dict[str, Row]]:
     """Return how tables match the slides, and the columns of each slide.
 
@@ -145,13 +161,13 @@ def match_tables(
         )
         return joined
 
-    grouped = add(read_groups(groups)) if groups else None
-    if splits:
-        add(read_splits(splits), grouped=grouped)
-    if labels:
-        add(read_labels(labels))
-    if cohorts:
-        add(read_cohorts(cohorts), "cohort_")
+    grouped = add(read_groups(given.groups)) if given.groups else None
+    if given.splits:
+        add(read_splits(given.splits), grouped=grouped)
+    if given.labels:
+        add(read_labels(given.labels))
+    if given.cohorts:
+        add(read_cohorts(given.cohorts), "cohort_")
     return tables, columns
 
 

@@ -1,5 +1,7 @@
 from .cells import read_resized as read_resized
+from .contact_sheets import write_sheet as write_sheet
 from .dataset import LABELS as LABELS
+from .dataset import check_dataset as check_dataset
 from .dataset import holds_images as holds_images
 from .dataset import labels_uri as labels_uri
 from .dataset import morphology_uri as morphology_uri
@@ -8,8 +10,20 @@ from .dataset import read_morphology as read_morphology
 from .dataset import read_patches as read_patches
 from .dataset import read_slides as read_slides
 from .dataset import slide_uri as slide_uri
+from .deal_splits import assign_splits as assign_splits
+from .deal_splits import earlier_splits as earlier_splits
+from .earlier_request import check_stock as check_stock
+from .earlier_request import warn_of_splits as warn_of_splits
 from .image_folder import ingest_images as ingest_images
+from .image_folder import ingested_before as ingested_before
+from .images_request import TIMEOUT_S as TIMEOUT_S
+from .images_request import ImagesRequest as ImagesRequest
+from .images_request import deal_images as deal_images
+from .images_request import settle_images as settle_images
+from .ingest_request import IngestRequest as IngestRequest
+from .ingest_request import settle_ingest as settle_ingest
 from .ingest_slides import ingest as ingest
+from .ingest_slides import ingest_stage as ingest_stage
 from .join_tables import Joined as Joined
 from .join_tables import Unknown as Unknown
 from .join_tables import groups_apart as groups_apart
@@ -19,6 +33,7 @@ from .join_tables import nearest as nearest
 from .names import Names as Names
 from .names import names_of_slides as names_of_slides
 from .overrides import with_overrides as with_overrides
+from .patches import present_classes as present_classes
 from .slide_tables import PATIENT as PATIENT
 from .slide_tables import read_cohorts as read_cohorts
 from .slide_tables import read_groups as read_groups

@@ -60,10 +60,18 @@ def open_dataset(out: str, settings: DatasetSettings) -> None:
     Raises:
         ConfigError: It was made with others.
     """
-    uri = files.join(out, "dataset.yaml")
-    if not files.exists(uri):
-        write_settings(uri, settings)
-        return
+    if not check_dataset(out, settings):
+        write_settings(files.join(out, "dataset.yaml"), settings)
+
+
+def check_dataset(out: str, settings: DatasetSettings) -> bool:
+    """Return whether a dataset is there, made with the same settings.
+
+    Raises:
+        ConfigError: It was made with others.
+    """
+    if not files.exists(files.join(out, "dataset.yaml")):
+        return False
     old, new = to_dict(read_dataset(out)), to_dict(settings)
     # Slides whose mpp is said to be another one than before are made again.
     old["mpp"] = new["mpp"]
@@ -75,6 +83,7 @@ def open_dataset(out: str, settings: DatasetSettings) -> None:
             f"{out}: holds a dataset with other settings ({changed}); choose another "
             f"--out, or delete this one"
         )
+    return True
 
 
 def read_dataset(folder: str) -> DatasetSettings:

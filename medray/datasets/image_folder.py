@@ -19,42 +19,30 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from medray.annotations import feature_names
-from medray.classes import Classes
-from medray.datasets.check_images import check_images
-from medray.datasets.contact_sheets import (
-    digest_of_values,
-    patch_row,
-    plan_sheets,
-    sheet_row,
-    write_sheet,
-)
+from medray.datasets.contact_sheets import patch_row, sheet_row, write_sheet
 from medray.datasets.dataset import (
-    DatasetSettings,
     images_uri,
     morphology_uri,
     open_dataset,
     write_morphology,
     write_patches,
 )
-from medray.datasets.find_images import find_images
-from medray.datasets.images import CheckedImage, Contours, ImageFile
-from medray.datasets.join_tables import join_divisions
-from medray.datasets.names import names_of_images
-from medray.datasets.split_images import deal_out, leave_out_copies, with_patients
-from medray.datasets.splits import check_fractions
-from medray.errors import ConfigError, MedrayError, StoppedError
+from medray.datasets.images import CheckedImage
+from medray.datasets.images_request import (
+    TIMEOUT_S,
+    ImagesRequest,
+    deal_images,
+    settle_images,
+)
+from medray.errors import MedrayError, StoppedError
 from medray.execution import Progress, map_rows, settle_executor, stopping
 from medray.storage import files, locked
 from medray.types import Columns, Executor, Row
-
-_TIMEOUT_S = 300.0  # for an image, or for a sheet of them
-_SHEET_PX = 2048  # side of a sheet, at most
 
 
 @dataclass(frozen=True)
@@ -138,76 +126,35 @@ def ingest_images(
             other settings, or another process works there.
         StoppedError: SIGTERM or Ctrl-C.
     """
-    check_fractions(fractions)
-    if side < 32 or side % 32 or side > _SHEET_PX:
-        raise ConfigError(
-            f"side: expected a multiple of 32 up to {_SHEET_PX}, found {side}"
-        )
-    if mpp is not None and not contours:
-        raise ConfigError("--mpp: of images it is only for the measures of --contours")
-    images = find_images(folder, classes, contours=contours)
-    names = classes or tuple(sorted({image.class_name for image in images}))
-    settings = DatasetSettings(
-        classes=Classes(names), patch=side, region=side * (_SHEET_PX // side)
+    request = settle_images(
+        folder,
+        out=out,
+        side=side,
+        classes=classes,
+        patients=patients,
+        groups=groups,
+        splits=splits,
+        ignore_unknown=ignore_unknown,
+        fractions=fractions,
+        seed=seed,
+        contours=contours,
+        mpp=mpp,
     )
-    out = files.absolute(out)
-    group_of, split_of = join_divisions(
-        groups,
-        splits,
-        names_of_images(images),
-        unknown="ignore" if ignore_unknown else "refuse",
-        what="image",
-    )
-    images = with_patients(images, patients, group_of)
-    if split_of is not None:
-        images = [replace(one, split=split_of[one.image]) for one in images]
-    said = {image.split for image in images}
-    if splits is None and "train" in said and "val" not in said and not fractions[1]:
-        raise ConfigError(
-            f"{folder}: has no folder val; its share of train (the second of "
-            f"fractions, {list(fractions)}) must be above 0"
-        )
-    given = splits is not None
-    deal = functools.partial(deal_out, given=given, fractions=fractions, seed=seed)
-    asked = [_asked_of(image, mpp) for image in images]
-    request = digest_of_values([asked, list(fractions), seed, given])
-    with locked(out, "ingest") as check:
-        open_dataset(out, settings)
-        if (before := _ingested_before(out, request)) is not None:
+    with locked(request.out, "ingest") as check:
+        open_dataset(request.out, request.settings)
+        if (before := ingested_before(request.out, request.digest)) is not None:
             return before
-        features = feature_names(mpp) if contours else ()
-        executor = settle_executor(executor, [image.uri for image in images])
-        return _ingest(
-            images, settings, out, deal, request, features, mpp, executor, check
-        )
+        uris = [image.uri for image in request.images]
+        return _ingest(request, settle_executor(executor, uris), check)
 
 
-def _asked_of(file: ImageFile, mpp: float | None) -> dict[str, Any]:
-    """Return what is asked of an image, in JSON values.
+def ingested_before(out: str, request: str) -> Images | None:
+    """Return what became of the images, if the dataset was made by the same request.
 
-    Under the names, and in the order, that medray 0.1 gave them: its datasets stay.
+    Args:
+        out: Folder of the dataset.
+        request: Its digest.
     """
-    asked: dict[str, Any] = {
-        "image": file.image,
-        "uri": file.uri,
-        "class": file.class_name,
-        "split": file.split,
-        "stamp": file.fingerprint,
-    }
-    if file.cut:
-        asked["cut"] = True
-    if isinstance(file.contours, Contours):
-        asked["cytoplasm"] = file.contours.cytoplasm
-        asked["nucleus"] = file.contours.nucleus
-        asked["contour_stamps"] = list(file.contours.fingerprints)
-    elif file.contours is not None:
-        asked["trouble"] = file.contours.message
-    if file.contours is not None:
-        asked["mpp"] = mpp
-    return asked | {"patient": file.patient}
-
-
-def _ingested_before(out: str, request: str) -> Images | None:
     if not files.exists(images_uri(out)):
         return None
     table = files.read_table(images_uri(out))
@@ -225,17 +172,10 @@ def _counted(out: str, rows: Sequence[Row], seconds: float) -> Images:
 
 
 def _ingest(
-    found: Sequence[ImageFile],
-    settings: DatasetSettings,
-    out: str,
-    deal: Callable[[Sequence[CheckedImage]], list[CheckedImage]],
-    request: str,
-    features: tuple[str, ...],
-    mpp: float | None,
-    executor: Executor,
-    check: Callable[[], None],
+    request: ImagesRequest, executor: Executor, check: Callable[[], None]
 ) -> Images:
     """Check the images, split them and write the sheets; the tables come last."""
+    out, settings = request.out, request.settings
     if executor == "ray":
         # Imported here: with it comes Ray. A cluster that is not there costs nothing.
         from medray.execution import cluster
@@ -261,14 +201,11 @@ def _ingest(
                 rows,
                 executor=executor,
                 check=go_on,
-                timeout=_TIMEOUT_S,
+                timeout=TIMEOUT_S,
                 bounded=True,
             )
 
-        checked = check_images(found, settings.patch, mpp, map_them)
-        images = deal(leave_out_copies(checked))
-        columns = settings.region // settings.patch
-        sheets = list(plan_sheets(images, columns, settings.patch))
+        images, sheets = deal_images(request, map_them)
         with Progress("ingest", len(sheets)) as progress:
             write = functools.partial(write_sheet, settings=settings, out=out)
             for sheet, result in map_them(write, sheets):
@@ -280,11 +217,12 @@ def _ingest(
     write_patches(out, [patch_row(one, settings) for one in placed])
     rows = [sheet_row(sheet) for sheet in sheets]
     files.write_table(files.join(out, "slides.parquet"), pa.Table.from_pylist(rows))
-    if features:
+    if request.features:
         measured = [(one.image.file.image, one.image.features) for one in placed]
-        write_morphology(out, features, measured)
+        write_morphology(out, request.features, measured)
     rows = [_image_row(image) for image in images]
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"request": request})
+    table = pa.Table.from_pylist(rows)
+    table = table.replace_schema_metadata({"request": request.digest})
     files.write_table(images_uri(out), table)
     return _counted(out, rows, time.perf_counter() - start)
 

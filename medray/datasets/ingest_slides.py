@@ -20,17 +20,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from medray.annotations import match_annotations
-from medray.classes import Classes
-from medray.datasets.dataset import (
-    DatasetSettings,
-    open_dataset,
-    write_patches,
-)
-from medray.datasets.earlier_request import names_of, note_request, take_stock
-from medray.datasets.join_tables import Unknown, join_divisions
-from medray.datasets.names import names_of_slides
-from medray.datasets.overrides import with_overrides
+from medray.datasets.dataset import DatasetSettings, open_dataset, write_patches
+from medray.datasets.deal_splits import assign_splits, earlier_splits
+from medray.datasets.earlier_request import note_request, take_stock
+from medray.datasets.ingest_request import IngestRequest, settle_ingest
 from medray.datasets.patches import (
     IngestFacts,
     PatchesRecord,
@@ -43,29 +36,8 @@ from medray.datasets.patches import (
     slide_row,
     write_region,
 )
-from medray.datasets.splits import (
-    check_fractions,
-    copies_apart,
-    joined_groups,
-    kept_splits,
-    split_slides,
-)
-from medray.execution import (
-    Stage,
-    Summary,
-    run_stage,
-    settle_executor,
-)
-from medray.slides import (
-    SlideFile,
-    find_slides,
-)
-from medray.storage import (
-    Ledger,
-    files,
-    locked,
-    slide_key,
-)
+from medray.execution import Stage, Summary, run_stage, settle_executor
+from medray.storage import Ledger, files, locked, slide_key
 from medray.types import Executor, Row
 
 log = logging.getLogger(__name__)
@@ -120,69 +92,54 @@ def ingest(
         ConfigError: The request is wrong, OUT was made with other settings, or another
             process works there.
     """
-    mpp = files.absolute(mpp) if isinstance(mpp, str) else mpp
-    settings = DatasetSettings(classes=Classes(tuple(classes)), mpp=mpp)
-    out = files.absolute(out)
-    check_fractions(fractions)
-    found = find_slides(slides)
-    before = _ingested_before(out, found)
-    unknown: Unknown = "ignore" if ignore_unknown else "refuse"
-    wanted = with_overrides(
-        found, mpp=mpp, scene=scene, plane=plane, unknown=unknown, known=before
+    request = settle_ingest(
+        slides,
+        out=out,
+        annotations=annotations,
+        classes=classes,
+        mpp=mpp,
+        scene=scene,
+        plane=plane,
+        groups=groups,
+        splits=splits,
+        ignore_unknown=ignore_unknown,
+        fractions=fractions,
+        seed=seed,
+        remove_missing=remove_missing,
     )
-    matched = match_annotations(wanted, annotations)
-    group_of, split_of = join_divisions(
-        groups,
-        splits,
-        names_of_slides(wanted),
-        unknown=unknown,
-        known=names_of_slides(before),
-    )
-    with locked(out, "ingest") as check:
-        open_dataset(out, settings)
-        assign = functools.partial(
-            _assign_splits,
-            group_of=group_of,
-            split_of=split_of,
-            fractions=fractions,
-            seed=seed,
-        )
-        shares = ",".join(f"{share:g}" for share in fractions)
-        dealt = f"fractions {shares} and seed {seed}"
-        kept = note_request(out, "--splits" if splits is not None else dealt)
-        gone = take_stock(wanted, out, remove=remove_missing)
-        executor = settle_executor(executor, [slide.uri for slide in wanted])
-        done = _ingest(wanted, matched, settings, out, assign, executor, check)
+    with locked(request.out, "ingest") as check:
+        open_dataset(request.out, request.settings)
+        kept = note_request(request.out, request.dealt_by)
+        gone = take_stock(request.slides, request.out, remove=remove_missing)
+        executor = settle_executor(executor, [file.uri for file in request.slides])
+        done = ingest_settled(request, executor, check)
     done = replace(done, warnings=(*kept, *gone, *done.warnings))
     for said in done.warnings:
         log.warning("%s", said)
     return done
 
 
-def _ingest(
-    wanted: list[SlideFile],
-    matched: dict[str, str],
-    settings: DatasetSettings,
-    out: str,
-    assign_splits: Callable[[Ledger], list[str]],
-    executor: Executor,
-    check: Callable[[], None],
+def ingest_settled(
+    request: IngestRequest, executor: Executor, check: Callable[[], None]
 ) -> Summary:
+    """Do what is missing of a request, in a dataset that is open and locked."""
     # The regions of all slides become patches.parquet at the end.
-    ledger = Ledger(out, keep_finished=True)
-    splits = {slide: row.get("split") for slide, row in ledger.slides.items()}
-    splits |= _splits_before(out)  # the ledger forgets a slide that changes
+    out, ledger = request.out, Ledger(request.out, keep_finished=True)
+    earlier = earlier_splits(ledger.slides, out)
     summary = run_stage(
-        stage_of(settings, out),
-        wanted,
+        ingest_stage(request.settings, out),
+        request.slides,
         ledger,
-        annotations=matched,
+        annotations=request.annotations,
         executor=executor,
         check=check,
     )
     for slide, row in ledger.slides.items():
-        row.setdefault("split", splits.get(slide))  # of a slide that was replaced
-    warnings = assign_splits(ledger)
+        row.setdefault("split", earlier.get(slide))  # of a slide that was replaced
+    rows = [row for row in ledger.slides.values() if row["status"] == "done"]
+    warnings = assign_splits(rows, request)
+    for row in rows:
+        ledger.commit_slide(row)
     _write_patches(out, ledger)
     ledger.close()
     return replace(summary, warnings=tuple(warnings))
@@ -191,7 +148,7 @@ def _ingest(
 type IngestStage = Stage[IngestFacts, Share | None, SeenPatches, PatchesRecord, None]
 
 
-def stage_of(settings: DatasetSettings, out: str) -> IngestStage:
+def ingest_stage(settings: DatasetSettings, out: str) -> IngestStage:
     """Return what ingest does with slides."""
     return Stage(
         name="ingest",
@@ -204,76 +161,6 @@ def stage_of(settings: DatasetSettings, out: str) -> IngestStage:
         finish=functools.partial(finish_slide, out=out),
         slide_row=functools.partial(slide_row, classes=settings.classes),
     )
-
-
-# --- split ----------------------------------------------------------------------------
-
-
-def _ingested_before(out: str, wanted: Sequence[SlideFile]) -> list[SlideFile]:
-    """Return the slides of an earlier request, which tables may name too."""
-    uri = files.join(out, "slides.parquet")
-    if not files.exists(uri):
-        return []
-    asked = {file.slide for file in wanted}
-    rows = files.read_table(uri).to_pylist()
-    return [
-        SlideFile(row["slide"], row.get("uri") or row["slide"])
-        for row in rows
-        if row["slide"] not in asked
-    ]
-
-
-def _assign_splits(
-    ledger: Ledger,
-    group_of: dict[str, str],
-    split_of: dict[str, str] | None,
-    fractions: tuple[float, float, float],
-    seed: int,
-) -> list[str]:
-    """Assign splits to finished, annotated slides; those that have one keep it.
-
-    With `split_of` that are the slides of earlier requests which it does not have.
-
-    Returns:
-        Warnings.
-    """
-    rows = [row for row in ledger.slides.values() if row["status"] == "done"]
-    for row in rows:
-        group = group_of.get(row["slide"], row.get("group"))
-        row["group"] = group or row["slide"]
-        present = (key for key in sorted(row) if key.startswith("px_") and row[key])
-        row["stratum"] = "+".join(key.removeprefix("px_") for key in present)
-    usable = [row for row in rows if row["annotated"]]
-    moved = []
-    if split_of is None:
-        dealt = joined_groups(usable)
-        keep = kept_splits(dealt)
-        split_of = split_slides(dealt, fractions=fractions, seed=seed, keep=keep)
-        moved = [
-            f"{row['slide']} from {row['split']} to {split_of[row['slide']]}"
-            for row in usable
-            if row.get("split") not in (None, "", split_of[row["slide"]])
-        ]
-    for row in rows:
-        split = split_of.get(row["slide"], row.get("split") or "")
-        row["split"] = split if row["annotated"] else ""
-        ledger.commit_slide(row)
-    if not moved:
-        return copies_apart(rows)
-    return [
-        f"{len(moved)} slides change their split, to be with others of their patient "
-        f"or with the same scan: {names_of(moved)}"
-    ]
-
-
-def _splits_before(out: str) -> dict[str, str]:
-    """Return the split of each slide that has patches from an earlier command."""
-    uri = files.join(out, "patches.parquet")
-    table = files.read_table(uri) if files.exists(uri) else None
-    if table is None or "split" not in table.column_names:
-        return {}
-    pairs = table.group_by(["slide", "split"]).aggregate([]).to_pylist()
-    return {pair["slide"]: pair["split"] for pair in pairs}
 
 
 def _write_patches(out: str, ledger: Ledger) -> None:

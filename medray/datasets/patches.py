@@ -172,11 +172,7 @@ def plan_slide(
     planned = []
     for index, region in enumerate(regions):
         part = _patches_of(region, share, settings.patch)
-        labelled = any(
-            x0 < region.right and x1 > region.x and y0 < region.bottom and y1 > region.y
-            for x0, y0, x1, y1 in bounds
-        )
-        if labelled or part is None or part.any():
+        if _holds_any(region, bounds) or part is None or part.any():
             planned.append(PlannedRegion(index, region, part))
     mpp, overruled = settle_mpp(slide, source.file.mpp)
     notes = [slide.note, *marks.notes, overruled]
@@ -259,18 +255,9 @@ def read_region(
     """
     start = time.time()
     region, slide = task.region, task.slide
-    place = {"y": region.y, "x": region.x}
-    place |= {"height": region.height, "width": region.width}
     source = opened(slide.input.file, slide.input.fingerprint)
-    pixels, damaged, why = read_readable(source, **place)
-    labels = np.zeros(pixels.shape[:2], np.uint8)
-    known = np.ones(pixels.shape[:2], np.uint8)
-    if slide.facts.annotated:
-        size = (slide.facts.height, slide.facts.width)
-        marks = _marks(slide.input, slide.digest, *size, settings)
-        labels = rasterise(marks.areas, settings.classes, **place)
-        if slide.facts.partly:
-            known = rasterise(marks.extent, AnyClass(), **place)
+    pixels, damaged, why = read_readable(source, **_place(region))
+    labels, known = _label(slide, region, settings)
     # What was never seen is no background: no patch that touches it is listed.
     unreadable = []
     for y, x, height, width in damaged:
@@ -283,6 +270,69 @@ def read_region(
         share = tissue_share(ArraySlide(pixels), *size, settings.patch)
     seen = SeenPatches(share, unreadable, why if unreadable else "", start)
     return seen, {"pixels": pixels, "labels": labels, "known": known}
+
+
+def _place(region: Rectangle) -> dict[str, int]:
+    place = {"y": region.y, "x": region.x}
+    return place | {"height": region.height, "width": region.width}
+
+
+def _label(
+    slide: IngestSlide, region: Rectangle, settings: DatasetSettings
+) -> tuple[UInt8, UInt8]:
+    """Return a region's labels, and where they are known (0: they are not)."""
+    size = (region.height, region.width)
+    labels, known = np.zeros(size, np.uint8), np.ones(size, np.uint8)
+    if slide.facts.annotated:
+        size = (slide.facts.height, slide.facts.width)
+        marks = _marks(slide.input, slide.digest, *size, settings)
+        labels = rasterise(marks.areas, settings.classes, **_place(region))
+        if slide.facts.partly:
+            known = rasterise(marks.extent, AnyClass(), **_place(region))
+    return labels, known
+
+
+def present_classes(
+    slide: IngestSlide, regions: Sequence[Rectangle], settings: DatasetSettings
+) -> list[str]:
+    """Return the classes of which `slide_row` will count pixels.
+
+    Of the annotation alone, no pixel is read: should some not be readable, it may count
+    those of fewer.
+
+    Args:
+        slide: The slide, as planned.
+        regions: All that were planned.
+        settings: Of the dataset.
+    """
+    facts, names = slide.facts, settings.classes.names
+    if not facts.annotated:
+        return []
+    marks = _marks(slide.input, slide.digest, facts.height, facts.width, settings)
+    drawn = {0} | {settings.classes.value(area.class_name) for area in marks.areas}
+    bounds = [area.polygon.bounds for area in marks.areas]
+    counts = np.zeros(len(names), np.int64)
+    for region in sorted(regions, key=lambda one: not _holds_any(one, bounds)):
+        labels, known = _label(slide, region, settings)
+        side = max(region.height, region.width)
+        tissue = np.zeros((-(-side // settings.patch),) * 2)
+        for patch in _patches(region, labels, known, tissue, settings):
+            counts += np.asarray(patch.class_px)
+        if counts[list(drawn)].all():
+            break
+    if not facts.partly:
+        counts[0] += facts.height * facts.width - counts.sum()
+    return [name for name, px in zip(names, counts, strict=True) if px]
+
+
+def _holds_any(
+    region: Rectangle, bounds: Iterable[tuple[float, float, float, float]]
+) -> bool:
+    """Return whether some of the boxes (x0, y0, x1, y1) reach into a region."""
+    return any(
+        y0 < region.bottom and y1 > region.y and x0 < region.right and x1 > region.x
+        for x0, y0, x1, y1 in bounds
+    )
 
 
 def write_region(

@@ -4,6 +4,9 @@ from .choice import settle_executor as settle_executor
 from .commit import Summary as Summary
 from .isolation import call_each as call_each
 from .progress import Progress as Progress
+from .rehearsal import RehearsedSlide as RehearsedSlide
+from .rehearsal import rehearse_slides as rehearse_slides
+from .rehearsal import try_regions as try_regions
 from .rows import map_rows as map_rows
 from .run import run_stage as run_stage
 from .signals import stopping as stopping

@@ -83,7 +83,8 @@ def changed_slides(
     """Return a task for each slide that is not done, or is not the file it was.
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
-    the slide stops counting as done until its digest tells whether it changed.
+    the slide stops counting as done until its digest tells whether it changed; durable
+    with the ledger's next flush.
 
     Args:
         wanted: The slides of the request.
@@ -118,7 +119,6 @@ def changed_slides(
         shards = {index: (*record["files"],) for index, record in records.items()}
         done = str(before["digest"]) if before else ""
         tasks.append(SlideTask(slide, done, digest, shards))
-    ledger.flush()
     return tasks
 
 

@@ -45,6 +45,7 @@ def run_stage(
         MedrayError: The processes die, whatever they are given.
     """
     todo = changed_slides(slides, ledger, annotations)
+    ledger.flush()
     log.info("%d slides, %d of them to do, into %s", len(slides), len(todo), stage.out)
     skipped = len(slides) - len(todo)
     if not todo:

@@ -141,7 +141,7 @@ def plan_slide(stage: AnyStage, task: SlideTask) -> AnyPlan:
         try:
             planned = PlannedSlide(slide, digest, facts, len(regions), 0, copied)
             stage.create(planned)
-            missing = _missing(task, digest, regions, stage.out)
+            missing = missing_regions(task, digest, regions, stage.out)
         except StoreError as error:
             return NotPlanned(_failure(error, "out"), digest)
     except (MedrayError, OSError) as error:
@@ -152,7 +152,7 @@ def plan_slide(stage: AnyStage, task: SlideTask) -> AnyPlan:
     return Plan(planned, tuple(RegionTask(planned, region) for region in missing))
 
 
-def _missing(
+def missing_regions(
     task: SlideTask, digest: str, regions: Sequence[PlannedRegion[Any]], out: str
 ) -> Sequence[PlannedRegion[Any]]:
     """Return the regions of a slide that are yet to be done.

@@ -41,6 +41,11 @@ def teacher_uri(out: str) -> str:
     return files.join(out, "teacher.json")
 
 
+def repeat_uri(out: str, seed: int) -> str:
+    """Return the folder of the same training with another seed."""
+    return files.join(out, "repeats", f"seed-{seed}")
+
+
 def read_history(out: str) -> list[Row]:
     """Read the epochs of a training, as far as they are done."""
     uri = history_uri(out)

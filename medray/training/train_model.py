@@ -16,73 +16,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from medray.datasets import (
-    copies_apart,
-    holds_images,
-    read_slides,
-)
-from medray.errors import ConfigError
-from medray.evaluation import f1_line
 from medray.execution import cluster
-from medray.models import (
-    ModelConfig,
-    is_file,
-    read_config,
-    save_model,
-    write_seen,
-)
+from medray.models import ModelConfig, read_config, save_model, write_seen
 from medray.storage import files, locked
 from medray.training.checkpoint import (
     example_uri,
     read_best,
     read_history,
+    repeat_uri,
     teacher_uri,
 )
-from medray.training.checks import check_inputs, check_patches
-from medray.training.identity import check_checkpoints, provenance_of, seen_of
+from medray.training.identity import seen_of
 from medray.training.launch import run_workers
-from medray.training.network import build_model_config, build_network
-from medray.training.recipe import Recipe, read_recipe
+from medray.training.recipe import Recipe
 from medray.training.report import write_training_report
-from medray.training.sampler import usable_patches
-from medray.training.scale import warn_of_validation
+from medray.training.settled import Training, read_request, settle_training
 from medray.types import Row
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a training did.
-
-    Attributes:
-        out: The model folder.
-        trained: False if the model was there already.
-        epochs: Epochs that were trained.
-        f1: Best F1 on the validation patches; None if they hold no foreground.
-        report: Its page.
-        seconds: Wall time, Ray's start apart.
-    """
-
-    out: str
-    trained: bool
-    epochs: int
-    f1: float | None
-    report: str
-    seconds: float
-
-    def __str__(self) -> str:
-        state = "trained" if self.trained else "was there already"
-        return (
-            f"{f1_line(self.f1)}\n"
-            f"report  {self.report}\n"
-            f"out     {self.out}\n"
-            f"{state}, {self.epochs} epochs"
-        )
 
 
 def train(
@@ -111,15 +66,13 @@ def train(
             another model, or another process works there.
         TrainingError: The training cannot go on.
     """
-    settings = read_recipe(recipe, overrides)
+    settings = read_request(recipe, overrides, repeats)
     data, out = files.absolute(data), files.absolute(out)
-    if repeats < 1:
-        raise ConfigError(f"repeats: expected 1 or more, found {repeats}")
     with locked(out, "train"):
         results = [_train(settings, data, out)]
         for extra in range(1, repeats):
             again = replace(settings, seed=settings.seed + extra)
-            place = files.join(out, "repeats", f"seed-{again.seed}")
+            place = repeat_uri(out, again.seed)
             results.append(_train(again, data, place))
         if repeats > 1:
             _note_repeats(out, results)
@@ -128,19 +81,6 @@ def train(
         trained=any(result.trained for result in results),
         seconds=sum(result.seconds for result in results),
     )
-
-
-def _with_absolute_paths(settings: Recipe) -> Recipe:
-    """Workers run in folders of their own."""
-    if settings.teacher is not None:
-        teacher = files.absolute(settings.teacher.model)
-        settings = replace(settings, teacher=replace(settings.teacher, model=teacher))
-    if settings.prune is not None:
-        model = files.absolute(settings.prune.model)
-        settings = replace(settings, prune=replace(settings.prune, model=model))
-    if settings.weights and is_file(settings.weights):
-        settings = replace(settings, weights=files.absolute(settings.weights))
-    return settings
 
 
 def _note_repeats(out: str, results: Sequence[Training]) -> None:
@@ -185,25 +125,11 @@ def train_with(
             another model.
         TrainingError: The training cannot go on.
     """
-    settings = _with_absolute_paths(settings)
-    provenance = provenance_of(settings, data)
-    if (before := _trained_before(out, provenance)) is not None:
-        return before
-    patches = {
-        split: usable_patches(data, split, settings.data) for split in ("train", "val")
-    }
-    check_patches(patches, data)
-    model_config = build_model_config(settings, patches["train"], data)
-    check_inputs(settings, model_config, data)
-    network = build_network(settings, len(model_config.classes))
-    names = model_config.classes.names
-    warnings = warn_of_validation(patches["val"], names, of_images=settings.classifies)
-    if not holds_images(data):
-        warnings += copies_apart(read_slides(data))
-    for said in warnings:
-        log.warning("%s: %s", data, said)
-    check_checkpoints(out, provenance)
+    settled = settle_training(settings, data, out)
+    if isinstance(settled, Training):
+        return settled
     cluster.connect()
+    patches, network = settled.patches, settled.network
     log.info(
         "training on %d patches, validating on %d, into %s",
         len(patches["train"]),
@@ -211,17 +137,15 @@ def train_with(
         out,
     )
     start = time.perf_counter()
-    # The name holds the digest: only the very same training is resumed.
-    name = provenance["digest"].removeprefix("blake2b:")
-    run(settings, model_config, name)
+    settings, name = settled.recipe, settled.name
+    run(settings, settled.model_config, name)
     best = read_best(out, name)
     history = read_history(out)
     metrics = best["metrics"] | {"history": history}
-    if warnings:
-        metrics["warnings"] = warnings
-    model_config = replace(
-        model_config, provenance=provenance | {"epochs": len(history)}
-    )
+    if settled.warnings:
+        metrics["warnings"] = settled.warnings
+    provenance = settled.provenance | {"epochs": len(history)}
+    model_config = replace(settled.model_config, provenance=provenance)
     network.load_state_dict(best["model"])
     if settings.teacher is not None:
         metrics["teacher"] = files.read_json(teacher_uri(out))
@@ -242,17 +166,3 @@ def _write_report(out: str, model_config: ModelConfig, metrics: Row) -> None:
             break
         pictures.append(files.read_bytes(uri))
     write_training_report(out, model_config, metrics, pictures)
-
-
-def _trained_before(out: str, provenance: Row) -> Training | None:
-    if not files.exists(files.join(out, "model.yaml")):
-        return None
-    before = read_config(out).provenance
-    if before.get("digest") != provenance["digest"]:
-        raise ConfigError(
-            f"{out}: holds a model of another recipe or dataset; choose another --out, "
-            f"or delete this model"
-        )
-    metrics = files.read_json(files.join(out, "metrics.json"))
-    page = files.join(out, "training.html")
-    return Training(out, False, before["epochs"], metrics["f1"], page, 0.0)

@@ -74,6 +74,31 @@ def train_as(
         TrainingError: It cannot go on; all of the world raise it.
         AskedToStopError: It was asked to stop.
     """
+    checkpoints = Checkpoints(out, name, writes=world.rank == 0)
+    trainer = start_trainer(world, recipe, model_config, data, checkpoints)
+    progress = trainer.progress
+    begun = progress.epoch * trainer.steps + progress.step
+    tracker = Tracker(
+        out, step=begun, name=name, settings=to_dict(recipe), shown=world.rank == 0
+    )
+    for entry in progress.history:
+        on_epoch_end(entry)
+    with closing(tracker):
+        trainer.train(data, checkpoints, tracker, on_epoch_end)
+
+
+def start_trainer(
+    world: World,
+    recipe: Recipe,
+    model_config: ModelConfig,
+    data: str,
+    checkpoints: Checkpoints,
+) -> Trainer:
+    """Return a trainer where the last checkpoint left off.
+
+    Raises:
+        TrainingError: It cannot be built; all of the world raise it.
+    """
     patches = {
         split: usable_patches(data, split, recipe.data) for split in ("train", "val")
     }
@@ -81,7 +106,6 @@ def train_as(
     measures = {}
     if model_config.morphology is not None:
         measures = {s: read_morphology(data, rows)[1] for s, rows in patches.items()}
-    checkpoints = Checkpoints(out, name, writes=world.rank == 0)
     failure = None
     try:
         trainer = Trainer(
@@ -92,12 +116,4 @@ def train_as(
     except MedrayError as error:
         failure = f"{error}"
     world.raise_together(failure)
-    progress = trainer.progress
-    begun = progress.epoch * steps + progress.step
-    tracker = Tracker(
-        out, step=begun, name=name, settings=to_dict(recipe), shown=world.rank == 0
-    )
-    for entry in progress.history:
-        on_epoch_end(entry)
-    with closing(tracker):
-        trainer.train(data, checkpoints, tracker, on_epoch_end)
+    return trainer

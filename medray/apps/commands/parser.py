@@ -64,6 +64,8 @@ class Command:
         changes: Of options, by parameter.
         run: Chooses the function and calls it with what is given; None: the only one.
         partial_ok: Whether --partial-ok is an option.
+        dry_run: What `run` calls with --dry-run instead; their results are like those
+            of `functions`. None: there is no such option.
     """
 
     text: str
@@ -71,6 +73,7 @@ class Command:
     changes: Mapping[str, Change | None] = dataclasses.field(default_factory=dict)
     run: Callable[[Given], Any] | None = None
     partial_ok: bool = False
+    dry_run: tuple[str, ...] = ()
 
 
 def call(place: str, given: Given) -> Any:

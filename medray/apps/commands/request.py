@@ -70,6 +70,15 @@ def _of_slides(*, partial_ok: bool = False) -> None:
     """
 
 
+def _tried_before(*, dry_run: bool = False) -> None:
+    """Commands that cost hours have this.
+
+    Args:
+        dry_run: Only tell what would be done and what it would take; nothing is
+            written.
+    """
+
+
 def parse(argv: Sequence[str] | None = None) -> Request:
     """Return what a command line asks for; print and exit where it asks for help.
 
@@ -127,6 +136,8 @@ def _request_of(name: str) -> Callable[..., Request]:
     shared: list[Callable[..., Any]] = [_every_command]
     if command.partial_ok:
         shared.append(_of_slides)
+    if command.dry_run:
+        shared.append(_tried_before)
     signature = signature_of(command, shared)
 
     def request(*args: Any, **options: Any) -> Request:

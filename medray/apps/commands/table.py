@@ -1,4 +1,8 @@
-"""The commands of `medray`: what each calls, and where their options differ."""
+"""The commands of `medray`: what each calls, and where their options differ.
+
+One file, because a command and the function that chooses what it calls are read
+together.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from medray.errors import ConfigError
 
 
 def _ingest(given: Given) -> Any:
+    dry = given.pop("dry_run", False)
     if "side" not in given:
         for name, instead in (
             ("patients", "--groups CSV"),
@@ -27,7 +32,7 @@ def _ingest(given: Given) -> Any:
         ):
             if name in given:
                 raise ConfigError(f"--{name} goes with --side; slides take {instead}")
-        return call("medray.datasets:ingest", given)
+        return _dry_ingest(given) if dry else call("medray.datasets:ingest", given)
     if isinstance(given.get("mpp"), str) or given.keys() & {"scene", "plane"}:
         raise ConfigError(
             "--side: expected of images --mpp as a number, without --scene and --plane"
@@ -37,14 +42,32 @@ def _ingest(given: Given) -> Any:
         raise ConfigError(
             "--side: expected one folder of class folders, without --annotations"
         )
-    return call("medray.datasets:ingest_images", {"folder": folder, **given})
+    given = {"folder": folder, **given}
+    if dry:
+        return _dry_ingest(given)
+    return call("medray.datasets:ingest_images", given)
+
+
+def _dry_ingest(given: Given) -> Any:
+    from medray.apps.dry_images import dry_ingest_images
+    from medray.apps.dry_ingest import dry_ingest
+
+    where = {"executor": given.pop("executor")} if "executor" in given else {}
+    if "folder" in given:
+        return dry_ingest_images(call("medray.datasets:settle_images", given), **where)
+    return dry_ingest(call("medray.datasets:settle_ingest", given), **where)
 
 
 def _train(given: Given) -> Any:
+    dry = given.pop("dry_run", False)
     if "labels" not in given:
+        if dry:
+            return call("medray.apps.dry_train:dry_train", given)
         return call("medray.training:train", given)
     if "repeats" in given:
         raise ConfigError("--repeats does not go with --labels; train other seeds")
+    if dry:
+        return call("medray.mil:dry_train_slides", given)
     return call("medray.mil:train_slides", given)
 
 
@@ -163,6 +186,10 @@ COMMANDS: dict[str, Command] = {
         {"folder": LEFT_OUT},
         run=_ingest,
         partial_ok=True,
+        dry_run=(
+            "medray.apps.dry_ingest:dry_ingest",
+            "medray.apps.dry_images:dry_ingest_images",
+        ),
     ),
     "recipes": Command(
         "the recipes that come with medray, by name", ("medray.training:list_recipes",)
@@ -172,6 +199,7 @@ COMMANDS: dict[str, Command] = {
         ("medray.training:train", "medray.mil:train_slides"),
         {"overrides": _OVERRIDES},
         run=_train,
+        dry_run=("medray.apps.dry_train:dry_train", "medray.mil:dry_train_slides"),
     ),
     "tune": Command(
         "a recipe with several values for its keys",

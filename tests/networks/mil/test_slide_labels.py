@@ -29,6 +29,7 @@ from medray.mil.features import (
 )
 from medray.mil.infer import infer_slides
 from medray.mil.network import SlideNetwork
+from medray.mil.rehearsal import dry_train_slides
 from medray.mil.train import train_slides
 from medray.storage import files
 from medray.storage.arrays import write_arrays
@@ -399,3 +400,32 @@ def test_the_page(data: Path, labels: str, tmp_path: Path) -> None:
         assert main(infer[1:]) == 3  # one has no tissue
         assert main(evaluate[1:]) == 0
     assert (tmp_path / "report" / "report.html").exists()
+
+
+# --- before it costs ------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_what_a_training_does(
+    data: Path, labels: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    given: dict = {"data": str(data), "labels": labels, "overrides": SMALL}
+    plan = dry_train_slides(MIL, out=str(out), **given)
+    assert not out.exists()
+    assert (plan.state, plan.epochs) == ("new", 25)
+    assert plan.left_out == {"s39": "no tissue"}
+    assert 0 < plan.seconds[0] <= plan.seconds[1]
+    rows = rows_of(model / "slides.csv")
+    for row in plan.splits:
+        some = [one for one in rows if one["split"] == row["split"]]
+        assert row["slides"] == len(some)
+        assert row["patients"] == len({one["patient"] for one in some})
+        assert row["tiles"] == 12 * len(some)
+        for label in ("normal", "tumour"):
+            assert row[f"slides_{label}"] == sum(one["label"] == label for one in some)
+    before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
+    over = dry_train_slides(MIL, out=str(model), **given)
+    assert (over.state, over.splits) == ("was there already", [])
+    assert {path: path.stat().st_mtime_ns for path in model.rglob("*")} == before
+    with pytest.raises(ConfigError, match="another recipe"):
+        dry_train_slides(MIL, out=str(model), **given | {"overrides": ["lr=0.5"]})
