@@ -175,6 +175,6 @@ def test_a_command_that_sees_to_no_signals_ends_by_them(
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
     assert said == (
-        f"medray recipes: stopped by {number.name}; run the same command again to go "
-        f"on\n"
+        f"medray recipes: stopped by {number.name}: what was finished is kept; run the "
+        f"same command again to go on\n"
     )
