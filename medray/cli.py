@@ -92,6 +92,10 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except OSError as error:
             code = code or _not_printed(error, stream)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and _is_on_ray():
+        # Shut down under a thread that asks things of it, Ray ends the process by a
+        # code of its own, or crashes it; its processes end with this one.
+        os._exit(code)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
     for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
@@ -101,6 +105,11 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise TerminatedError
+
+
+def _is_on_ray() -> bool:
+    ray = sys.modules.get("ray")  # which is not there where it was not used
+    return hasattr(ray, "is_initialized") and ray.is_initialized()
 
 
 def _stopped(error: KeyboardInterrupt) -> StoppedError:
