@@ -93,9 +93,7 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
         except OSError as error:
             code = code or _not_printed(error, stream)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and _is_on_ray():
-        # Shut down under a thread that asks things of it, Ray ends the process by a
-        # code of its own, or crashes it; its processes end with this one.
-        os._exit(code)
+        _leave_ray(code)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
     for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
@@ -110,6 +108,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _is_on_ray() -> bool:
     ray = sys.modules.get("ray")  # which is not there where it was not used
     return hasattr(ray, "is_initialized") and ray.is_initialized()
+
+
+def _leave_ray(code: int) -> NoReturn:
+    """End this process and the Ray that it has started.
+
+    Shut down under a thread that asks things of it, Ray crashes the process, or ends it
+    by a code of its own.
+    """
+    from medray.execution import cluster
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # everything has been said
+    cluster.end_raylet()
+    os._exit(code)
 
 
 def _stopped(error: KeyboardInterrupt) -> StoppedError:
