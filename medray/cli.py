@@ -17,17 +17,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from medray.apps import Request, explain_failure
-from medray.apps import parse as parse
 from medray.errors import ConfigError, MedrayError, StoppedError, TerminatedError
+
+if TYPE_CHECKING:
+    from medray.apps import Request
 
 log = logging.getLogger("medray.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Imported here: a signal meanwhile, a third of a second, is answered in words.
+    from medray.apps import explain_failure, parse
+
     request = parse(argv)
     _set_up_logging(request.verbose)
     if sys.getfilesystemencoding() == "ascii":
@@ -53,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             request, 128 + error.signal, {"error": f"{error}"}, f"{name}: {error}"
         )
     except KeyboardInterrupt as error:
-        number = _signal_of(error)
-        said = f"stopped by {number.name}; run the same command again to go on"
-        return _say(request, 128 + number, {"error": said}, f"{name}: {said}")
+        stopped = _stopped(error)
+        code, said = 128 + stopped.signal, f"{stopped}"
+        return _say(request, code, {"error": said}, f"{name}: {said}")
     except ConfigError as error:
         return _say(request, 2, {"error": f"{error}"}, f"{name}: {error}")
     except MedrayError as error:
@@ -75,8 +79,10 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(argv)
-    except KeyboardInterrupt as error:  # before there was a command
-        code = 128 + _signal_of(error)
+    except KeyboardInterrupt as error:  # before there was a command, or after it
+        stopped = _stopped(error)
+        code = 128 + stopped.signal
+        _print(f"medray: {stopped}", sys.stderr)
     except OSError as error:  # help that nobody reads, or that has no room
         code = _not_printed(error, sys.stdout)
     except SystemExit as error:
@@ -86,6 +92,8 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except OSError as error:
             code = code or _not_printed(error, stream)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and _is_on_ray():
+        _leave_ray(code)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
     for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
@@ -97,9 +105,31 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise TerminatedError
 
 
-def _signal_of(error: KeyboardInterrupt) -> signal.Signals:
+def _is_on_ray() -> bool:
+    ray = sys.modules.get("ray")  # which is not there where it was not used
+    return hasattr(ray, "is_initialized") and ray.is_initialized()
+
+
+def _leave_ray(code: int) -> NoReturn:
+    """End this process and the Ray that it has started.
+
+    Shut down under a thread that asks things of it, Ray crashes the process, or ends it
+    by a code of its own.
+    """
+    from medray.execution import cluster
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # everything has been said
+    cluster.end_raylet()
+    os._exit(code)
+
+
+def _stopped(error: KeyboardInterrupt) -> StoppedError:
+    """Return what to say of a signal that nobody else has seen to."""
     is_sigterm = isinstance(error, TerminatedError)
-    return signal.SIGTERM if is_sigterm else signal.SIGINT
+    number = signal.SIGTERM if is_sigterm else signal.SIGINT
+    return StoppedError(number, "what was finished is kept")
 
 
 def _prepare_streams() -> None:

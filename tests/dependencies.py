@@ -20,7 +20,7 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
-CLI, ENTRY, PARSE = "medray.cli", "main", "parse"
+CLI, ENTRY = "medray.cli", "main"
 COMMANDS = "medray.apps.commands"
 TABLE = f"{COMMANDS}.table", "COMMANDS"  # what each command calls, by name
 EVERY_TIME, AS_SCRIPT = "", "__main__"  # statements of a module that define nothing
@@ -111,7 +111,7 @@ class _Reached:
         ):
             module, name = f"{module}.{name}", None
         if module == CLI:
-            self.cli |= name != PARSE
+            self.cli = True
             known = name in read_definitions(_path_of(CLI))
             yield _path_of(CLI), str(name) if known else ENTRY
         elif _path_of(module) in _cli_paths():

@@ -105,6 +105,7 @@ def render_page(checked: Checked, classes: Classes, pictures: dict[str, bytes]) 
         classes=classes,
         columns=table_columns(checked.slides),
         balance=_draw_balance(checked.balance, classes),
+        faults=sum(len(table.unknown) + len(table.apart) for table in checked.tables),
         noted=sum(bool(row["note"]) for row in checked.slides),
         shown=[(row, data_uri(pictures[row["slide"]])) for row in seen[:_MAX_PICTURES]],
         left_out=max(0, len(seen) - _MAX_PICTURES),
@@ -115,7 +116,7 @@ def _draw_balance(balance: Sequence[Row], classes: Classes) -> str:
     """Draw slides, patients and the area of each class by split, as SVG."""
     from matplotlib.figure import Figure
 
-    from medray.evaluation import ACCENT, SOFT, as_svg, finish_axes
+    from medray.evaluation import ACCENT, SOFT, as_svg, finish_axes, name_above
 
     if not balance:
         return ""
@@ -139,13 +140,7 @@ def _draw_balance(balance: Sequence[Row], classes: Classes) -> str:
         axes.set_yticks(places, splits)
         finish_axes(axes, title, "")
         if columns:
-            axes.legend(
-                fontsize=8,
-                frameon=False,
-                ncols=3,
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-            )
+            name_above(axes)
     return as_svg(figure)
 
 

@@ -19,6 +19,7 @@ from .html import as_svg as as_svg
 from .html import check_folder as check_folder
 from .html import data_uri as data_uri
 from .html import finish_axes as finish_axes
+from .html import name_above as name_above
 from .html import render as render
 from .image_metrics import Predicted as Predicted
 from .image_metrics import score as score

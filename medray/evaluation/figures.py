@@ -12,7 +12,15 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from medray.classes import Classes
 from medray.evaluation.calibration import reliability_of_images, scaled
 from medray.evaluation.curves import Counts, precision_recall, reliability_of_pixels
-from medray.evaluation.html import ACCENT, INK, LINE, SOFT, as_svg, finish_axes
+from medray.evaluation.html import (
+    ACCENT,
+    INK,
+    LINE,
+    SOFT,
+    as_svg,
+    finish_axes,
+    name_above,
+)
 from medray.evaluation.image_metrics import Predicted, image_columns
 from medray.types import Row
 
@@ -93,7 +101,7 @@ def draw_precision_recall(counts: Counts, classes: Classes) -> Markup:
             precision, recall = precision_recall(counts[value])
             axes.plot(recall, precision, color=classes.colors[value], label=name)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, loc="lower left", labelcolor=SOFT)
+    name_above(axes)
     finish_axes(axes, "recall", "precision")
     return as_svg(figure)
 
@@ -160,5 +168,5 @@ def _finished(figure: Figure, x: str, y: str) -> Markup:
     axes.set_ylim(-0.02, 1.02)
     finish_axes(axes, x, y)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+        name_above(axes)
     return as_svg(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 from collections.abc import Sequence
 
@@ -47,7 +48,12 @@ def render(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": score, "span": span, "px": pixels}
+    environment.filters |= {
+        "score": score,
+        "span": span,
+        "px": pixels,
+        "moment": moment,
+    }
     return environment.get_template(template).render(values)
 
 
@@ -57,8 +63,21 @@ def finish_axes(axes: Axes, x: str, y: str = "") -> None:
     axes.set_ylabel(y, color=SOFT)
     axes.tick_params(colors=SOFT)
     axes.grid(color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(LINE)
+
+
+def name_above(axes: Axes) -> None:
+    """Name what is drawn above the axes, where it covers nothing."""
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=SOFT,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )
 
 
 def as_svg(figure: Figure) -> Markup:
@@ -105,3 +124,9 @@ def pixels(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit} px"
     return f"{count} px"
+
+
+def moment(iso: str) -> str:
+    """Write a moment to the minute: 2026-11-30 22:44 UTC."""
+    found = datetime.datetime.fromisoformat(iso).astimezone(datetime.UTC)
+    return found.strftime("%Y-%m-%d %H:%M UTC")

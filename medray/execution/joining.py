@@ -10,6 +10,7 @@ import socket
 import threading
 from typing import Any
 
+import psutil
 import ray
 
 from medray.errors import ConfigError, MedrayError, TerminatedError
@@ -22,6 +23,8 @@ TOKEN_ADVICE = (
 )
 # Seconds for a connection, names looked up included, and for an answer.
 _PORT_S, _ANSWER_S = 5.0, 8.0
+# Seconds in which a raylet may end.
+_END_S = 10.0
 # How often a local cluster is started before that is given up.
 _STARTS = 3
 _FORM = "expected HOST:PORT of its head (port 6379; IPv6 as [ADDRESS]:PORT), or auto"
@@ -102,6 +105,17 @@ def _init(**options: Any) -> None:
     if threading.current_thread() is threading.main_thread():
         after = before if callable(before) else signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, after)
+
+
+def end_raylet() -> None:
+    """End the raylet of a local cluster, and with it what it has started.
+
+    Killed, as Ray does after a second, it leaves its agents behind.
+    """
+    raylets = [one for one in psutil.Process().children() if one.name() == "raylet"]
+    for process in raylets:
+        process.terminate()
+    psutil.wait_procs(raylets, timeout=_END_S)
 
 
 def parse_address(address: str) -> tuple[str, int]:

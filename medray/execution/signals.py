@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,20 +85,7 @@ def call_stoppable(
             deadline = time.monotonic() + GRACE_S
             while thread.is_alive() and time.monotonic() < deadline:
                 thread.join(0.2)
-            atexit.register(_leave, thread, 128 + asked.signal)
             raise StoppedError(asked.signal, kept())
     if failed:
         raise failed[0]
     return found[0]
-
-
-def _leave(thread: threading.Thread, code: int) -> None:
-    """End the process at once if a thread still asks things of Ray.
-
-    Shut down under it, Ray ends the process with 1; its own processes end with it.
-    """
-    if thread.is_alive():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)

@@ -76,7 +76,8 @@ def warn_of_validation(
         of_images: See `held_classes`.
     """
     held = held_classes(patches, of_images=of_images)
-    missing = [name for name, count in zip(names, held, strict=True) if not count]
+    lacking = [name for name, count in zip(names, held, strict=True) if not count]
+    missing = ", ".join(lacking)
     if choose_scale(patches, of_images=of_images) == "val_loss":
         return [
             f"split val holds nothing of {missing}, so no F1 can choose the epoch: the "
@@ -87,5 +88,5 @@ def warn_of_validation(
         return []
     return [
         f"split val holds nothing of {missing}: its scores do not tell how well "
-        f"{'it is' if len(missing) == 1 else 'they are'} found"
+        f"{'it is' if len(lacking) == 1 else 'they are'} found"
     ]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from documents import PAGES, ROOT, of_medray
 
-from medray.cli import parse
+from medray.apps import parse
 from medray.training.recipe_files import (
     RECIPES,
     SLIDE_MODELS,

@@ -153,28 +153,62 @@ def test_what_a_machine_lacks_is_told_in_words(
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize(
+SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
-def test_a_command_that_sees_to_no_signals_ends_by_them(
-    number: signal.Signals, code: int, tmp_path: Path
-) -> None:
-    there = tmp_path / "there"
-    statement = f"open({str(there)!r}, 'w').close(); import time; time.sleep(60)"
+
+
+def signalled(
+    command: list[str], *there: Path, number: signal.Signals, **variables: str
+) -> tuple[int, str]:
+    """Send a process a signal for each file that it makes; give its code and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RAISING.format(statement=statement)],
+        command,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | variables,
         # A shell has its background jobs ignore SIGINT, and they their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not there.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
+    for path in there:
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert said == (
-        f"medray recipes: stopped by {number.name}; run the same command again to go "
-        f"on\n"
+    return process.returncode, said
+
+
+def stopped_by(number: signal.Signals, command: str) -> str:
+    return (
+        f"{command}: stopped by {number.name}: what was finished is kept; run the same "
+        f"command again to go on\n"
     )
+
+
+@SIGNALS
+def test_a_command_that_sees_to_no_signals_ends_by_them(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    waits = "open({!r}, 'w').close(); import time; time.sleep(60)"
+    first = f"try: {waits.format(str(one))}"
+    then = f"finally: {waits.format(str(two))}"
+    code_of = RAISING.format(statement=f"{first}\n    {then}")
+    command = [sys.executable, "-c", code_of]
+    # The second one while it tidies up after the first.
+    found = signalled(command, one, two, number=number)
+    assert found == (code, stopped_by(number, "medray recipes"))
+
+
+@SIGNALS
+def test_a_signal_while_packages_are_imported_is_answered(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    (tmp_path / "cyclopts.py").write_text(
+        f"open({str(there)!r}, 'w').close()\nimport time\ntime.sleep(60)\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    found = signalled([MEDRAY, "recipes"], there, number=number, PYTHONPATH=path)
+    assert found == (code, stopped_by(number, "medray"))

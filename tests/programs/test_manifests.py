@@ -334,7 +334,7 @@ def test_images_and_versions_agree(overlay: str, objects: list[Object]) -> None:
 def test_commands_are_those_of_the_jobs(
     all_objects: list[Object], tmp_path: Path
 ) -> None:
-    from medray.cli import parse
+    from medray.apps import parse
     from medray.training.recipe import read_recipe
 
     found = list(entrypoints(all_objects))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from medray.cli import main, parse
+from medray.apps import parse
+from medray.cli import main
 from medray.datasets.cells import read_resized
 from medray.datasets.dataset import labels_uri, read_patches, slide_uri
 from medray.datasets.find_images import find_images

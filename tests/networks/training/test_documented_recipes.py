@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from documents import blocks, of_medray
 
-from medray.cli import parse
+from medray.apps import parse
 from medray.slides.quality_limits import read_limits
 from medray.training.recipe import read_recipe
 from medray.training.recipe_files import RECIPES, is_path

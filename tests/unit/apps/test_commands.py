@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medray import cli
+from medray.apps import parse
 from medray.apps.commands.parser import (
     call,
     signature_of,
@@ -17,7 +18,6 @@ from medray.apps.commands.signature import (
     read_function,
 )
 from medray.apps.commands.table import COMMANDS
-from medray.cli import parse
 
 ELSEWHERE = {
     ("ingest", "folder"): "SLIDES, with --side",
