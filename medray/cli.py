@@ -121,7 +121,7 @@ def _leave_ray(code: int) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(code))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # everything has been said
-    cluster.end_raylet()
+    cluster.kill_workers()
     os._exit(code)
 
 

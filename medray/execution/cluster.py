@@ -17,7 +17,7 @@ from medray.errors import ConfigError
 from medray.execution.joining import TOKEN_ADVICE as TOKEN_ADVICE
 from medray.execution.joining import check_head as check_head
 from medray.execution.joining import connect as connect
-from medray.execution.joining import end_raylet as end_raylet
+from medray.execution.joining import kill_workers as kill_workers
 from medray.execution.joining import parse_address as parse_address
 from medray.execution.joining import says_more
 from medray.execution.signals import call_stoppable as call_stoppable

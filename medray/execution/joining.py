@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -23,8 +24,6 @@ TOKEN_ADVICE = (
 )
 # Seconds for a connection, names looked up included, and for an answer.
 _PORT_S, _ANSWER_S = 5.0, 8.0
-# Seconds in which a raylet may end.
-_END_S = 10.0
 # How often a local cluster is started before that is given up.
 _STARTS = 3
 _FORM = "expected HOST:PORT of its head (port 6379; IPv6 as [ADDRESS]:PORT), or auto"
@@ -107,15 +106,17 @@ def _init(**options: Any) -> None:
         signal.signal(signal.SIGTERM, after)
 
 
-def end_raylet() -> None:
-    """End the raylet of a local cluster, and with it what it has started.
+def kill_workers() -> None:
+    """Kill what the raylet of a local cluster has started, before this process ends.
 
-    Killed, as Ray does after a second, it leaves its agents behind.
+    The kernel kills the raylet with this process; its agents might stay, and if it went
+    first, Ray would end this process by a code of its own.
     """
-    raylets = [one for one in psutil.Process().children() if one.name() == "raylet"]
-    for process in raylets:
-        process.terminate()
-    psutil.wait_procs(raylets, timeout=_END_S)
+    for child in psutil.Process().children():
+        if child.name() == "raylet":
+            for process in child.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def parse_address(address: str) -> tuple[str, int]:
