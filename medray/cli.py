@@ -107,7 +107,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _is_on_ray() -> bool:
     ray = sys.modules.get("ray")  # which is not there where it was not used
-    return hasattr(ray, "is_initialized") and ray.is_initialized()
+    initialized = getattr(ray, "is_initialized", None)
+    return initialized is not None and bool(initialized())
 
 
 def _leave_ray(code: int) -> NoReturn:
