@@ -98,7 +98,7 @@ def changed_slides(
     wanted = list(wanted)
     _check_known_once(wanted, ledger)
     for file in wanted:
-        _check_same_slide(file, ledger.slides.get(file.slide))
+        _check_same_slide(file, ledger.slides.get(file.slide), ledger.folder)
     tasks = []
     for file in wanted:
         annotation = (annotations or {}).get(file.slide, "")
@@ -178,15 +178,20 @@ def _is_of(file: SlideFile, before: Mapping[str, Any]) -> bool:
     return same and before["slide"] != file.slide
 
 
-def _check_same_slide(file: SlideFile, before: Mapping[str, Any] | None) -> None:
+def _check_same_slide(
+    file: SlideFile, before: Mapping[str, Any] | None, out: str
+) -> None:
     """Refuse to put a slide in the place of another one that has the same id.
 
-    A slide that was moved, copied or replaced is the same slide.
+    A slide that was moved, copied or replaced is the same slide, as is one of a folder
+    that was copied with OUT in it, and replaced there.
     """
     if before is None or before["status"] != "done" or before["uri"] == file.uri:
         return
     try:
         if not files.exists(before["uri"]):
+            return
+        if _copied_with(out, before["uri"], file.uri):
             return
         same = slide_digest(file.uri) == str(before["digest"]).partition("+")[0]
     except (MedrayError, OSError):
@@ -197,6 +202,22 @@ def _check_same_slide(file: SlideFile, before: Mapping[str, Any] | None) -> None
             f"{before['uri']}, another slide; give another --out, or name the folder "
             f"that holds both, so that their ids differ"
         )
+
+
+def _copied_with(out: str, before: str, now: str) -> bool:
+    """Return whether OUT was copied together with a slide.
+
+    Then what the two addresses of the slide do not share at their ends are two folders,
+    and each has an OUT at the same place in it.
+    """
+    old, new = before.split("/"), now.split("/")
+    while old and new and old[-1] == new[-1]:
+        old.pop()
+        new.pop()
+    place = out.split("/")
+    if not old or len(place) <= len(new) or place[: len(new)] != new:
+        return False
+    return files.exists(files.join("/".join(old), *place[len(new) :]))
 
 
 @dataclass

@@ -40,6 +40,7 @@ class Ledger:
     """The committed regions and slides of one folder.
 
     Attributes:
+        folder: Its address.
         slides: Row of each finished or failed slide by its id.
         regions: Record of each committed region of unfinished slides: by slide key
             (see `slide_key`), then by the region's index.
@@ -52,6 +53,7 @@ class Ledger:
             folder: Of the run or dataset.
             keep_finished: Keep the regions of finished slides until `close`.
         """
+        self.folder = folder
         self._keep_finished = keep_finished
         self._table_uri = files.join(folder, "slides.parquet")
         self._journal = files.join(folder, "journal")

@@ -227,3 +227,43 @@ def test_a_line_is_no_example_of_a_slide_without_tumour(six: Path) -> None:
     rows = {row["slide"]: row for row in table(six)}
     assert (rows["s2"]["annotated"], rows["s2"]["px_tumour"]) == (True, 0)
     assert "s1" not in {row["slide"] for row in table(six, "patches")}
+
+
+# --- a folder that was copied ---------------------------------------------------------
+
+
+def test_a_dataset_that_was_copied_with_its_slides_goes_on_with_the_copies(
+    tmp_path: Path,
+) -> None:
+    """The slides of the first place are still there, and other ones by now."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for number in range(3):
+        write_slide(first, f"s{number}", number)
+    again(first, fractions=(1, 0, 0))
+    shutil.copytree(first, second)
+    assert again(second, fractions=(1, 0, 0)).skipped == 3  # the same bytes
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    write_slide(second, "s1", 9)
+    found = again(second, fractions=(1, 0, 0))
+    assert (found.done, found.skipped) == (1, 2)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_slide_of_another_folder_does_not_take_ones_place(
+    there: bool, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_slide(first, "s1", 1)
+    again(first, fractions=(1, 0, 0))
+    write_slide(second, "s1", 2)
+    if there:  # beside the other slide, too, but not at OUT's place
+        shutil.copytree(first / "d", second / "d2")
+    with pytest.raises(ConfigError, match="another slide"):
+        ingest(
+            [str(second / "s")],
+            annotations=str(second / "a"),
+            out=str(first / "d"),
+            fractions=(1, 0, 0),
+            executor="local",
+        )

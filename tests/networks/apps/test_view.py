@@ -531,6 +531,8 @@ def test_in_a_browser(served: str, viewed: Path, one: dict[str, Any]) -> None:
                 f"""() => document.querySelector(
                       'img.leaflet-tile[src*="/tile/slide/{last}/1/1?"]') &&
                     !document.querySelector('img.leaflet-tile:not(.leaflet-tile-loaded)')
+                    && [...document.querySelectorAll('img.leaflet-tile')].every(
+                      tile => Number(tile.style.opacity || 1) === 1)  // faded in
                 """
             )
             box = page.locator(f'img[src*="/tile/slide/{last}/1/1?"]').bounding_box()

@@ -58,4 +58,5 @@ def test_the_threshold_is_otsus(counts: np.ndarray) -> None:
         return (weighed * below - mean * total) ** 2 / (below * (total - below))
 
     best = max(map(between, range(len(whole))))
-    assert between(int(threshold_otsu(hist=counts))) == pytest.approx(best, rel=1e-9)
+    # In floating point two thresholds may be as good as each other.
+    assert between(int(threshold_otsu(hist=counts))) == pytest.approx(best, rel=1e-6)
