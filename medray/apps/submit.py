@@ -87,7 +87,7 @@ def submit(
     Raises:
         ConfigError: No address, or the head refuses the token or the job.
         MedrayError: No head answers, or it was lost too often.
-        StoppedError: SIGTERM; the job goes on.
+        StoppedError: SIGTERM or Ctrl-C; the job goes on.
     """
     check_positive(wait=wait)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", job):
@@ -125,14 +125,20 @@ def check_dashboard_address(address: str) -> None:
 
 
 async def _until_told(following: Coroutine[Any, Any, Submitted]) -> Submitted:
-    """Follow a job until SIGTERM, which the first process of a pod else ignores."""
-    task = asyncio.ensure_future(following)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """Follow a job until a signal, which the first process of a pod else ignores."""
+    task, told = asyncio.ensure_future(following), list[int]()
+
+    def stop(number: int) -> None:
+        told.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         return await task
     except asyncio.CancelledError as error:
-        said = "no longer followed; the job itself goes on"
-        raise StoppedError(signal.SIGTERM, said) from error
+        said = "no longer followed; a job that was submitted goes on"
+        raise StoppedError(told[0], said) from error
 
 
 def auth_token() -> str:

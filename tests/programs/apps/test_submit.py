@@ -6,7 +6,10 @@ answers, which a real one cannot be told to do.
 
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -135,3 +138,29 @@ def test_a_request_that_is_refused_is_not_repeated() -> None:
         with pytest.raises(ConfigError, match="bad entrypoint"):
             submit(["true"], job="night", address=there)
     assert asked == ["GET", "POST"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_the_following(number: signal.Signals, code: int) -> None:
+    with socket.socket() as silent:  # takes no connection
+        silent.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = ["submit", "--job", "night", "--address", address, "--", "true"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "medray.cli", *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell has its background jobs ignore SIGINT, and they their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert process.stderr is not None
+        assert "waiting for a head" in process.stderr.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert said == (
+        f"medray submit: stopped by {number.name}: no longer followed; a job that was "
+        f"submitted goes on; run the same command again to go on\n"
+    )
