@@ -30,7 +30,7 @@ def test_a_signal_ends_a_command_and_its_ray(
     mark = secrets.token_hex(8)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        words,
+        [*words, "--executor", "ray"],
         env=environment | {"ENDED_MARK": mark},
         stderr=subprocess.PIPE,
         text=True,
