@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medray.errors import SlideError
 from medray.slides.base import Level, Mpp, Slide, check_rectangle
@@ -86,6 +86,10 @@ def open_image(uri: str) -> ArraySlide:
         slide.note = "; ".join(notes)
     except SlideError:
         raise
+    except UnidentifiedImageError as error:  # its message has an address of memory
+        raise SlideError(
+            f"{uri}: expected a PNG, JPEG, BMP, WebP or GIF image, found something else"
+        ) from error
     except Exception as error:  # Pillow's plugins raise exceptions of many kinds
         raise SlideError(
             f"{uri}: expected a PNG, JPEG, BMP, WebP or GIF image, found "
