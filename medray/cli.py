@@ -106,8 +106,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _is_on_ray() -> bool:
-    ray = sys.modules.get("ray")  # which is not there where it was not used
-    return hasattr(ray, "is_initialized") and ray.is_initialized()
+    ray: Any = sys.modules.get("ray")  # it is not there where it was not used
+    return hasattr(ray, "is_initialized") and bool(ray.is_initialized())
 
 
 def _leave_ray(code: int) -> NoReturn:

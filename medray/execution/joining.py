@@ -9,9 +9,9 @@ import re
 import signal
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
 from medray.errors import ConfigError, MedrayError, TerminatedError
@@ -112,11 +112,18 @@ def kill_workers() -> None:
     The kernel kills the raylet with this process; its agents might stay, and if it went
     first, Ray would end this process by a code of its own.
     """
-    for child in psutil.Process().children():
-        if child.name() == "raylet":
-            for process in child.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+    started: dict[int, list[tuple[int, str]]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().partition(" (")[2].rpartition(") ")
+            child = int(path.parent.name), name
+            started.setdefault(int(rest.split()[1]), []).append(child)
+    parents = [pid for pid, name in started.get(os.getpid(), []) if name == "raylet"]
+    while parents:
+        for pid, _ in started.get(parents.pop(), []):
+            parents.append(pid)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def parse_address(address: str) -> tuple[str, int]:
