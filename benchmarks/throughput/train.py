@@ -3,7 +3,7 @@
 In one run, interleaved, the same model, recipe, crops and step (augmentation included):
 
     limit   the step on one resident batch, again and again: nothing is read
-    medray  fed by medray.training.dataloader: Ray Data's tasks cut the crops from zarr
+    medray  fed by medray.training.dataloader: its processes cut the crops from zarr
     loader  fed by torch's DataLoader: as many processes, the same crops and zarr
 
 With --workers: whole trainings by Ray Train with one and with two workers, the same
@@ -40,7 +40,7 @@ from medray.models.network import choose_device
 from medray.storage.yaml_config import write_settings
 from medray.training.checkpoint import read_history
 from medray.training.crops import Batch, read_crop, read_train
-from medray.training.dataloader import BatchIndex, read_batches
+from medray.training.dataloader import BatchIndex, Readers, Source
 from medray.training.recipe import Recipe, read_recipe
 from medray.training.sampler import Data, usable_patches
 from medray.training.schedule import Schedule
@@ -65,10 +65,11 @@ class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return read_train(self.data, self.recipe.sampling, 0, first)
 
 
-def by_ray(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[Batch]:
-    indices = [BatchIndex(0, step, 0) for step in range(steps)]
+def by_medray(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[Batch]:
     # As many steps an epoch as indices: none of them is validation.
-    yield from read_batches(indices, recipe.sampling, data, steps, b"", readers)
+    source = Source(data, recipe.sampling, steps)
+    with Readers(readers, pinned=torch.cuda.is_available()) as some:
+        yield from some.read(source, [BatchIndex(0, step, 0) for step in range(steps)])
 
 
 def by_loader(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[Batch]:
@@ -110,10 +111,10 @@ def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> harness.Round
     total = steps + _WARM
     recipe = replace(recipe, data=replace(recipe.data, samples=total * recipe.batch))
     trainer = Trainer(World(0, 1, device), recipe, contract, 1, total)
-    (resident,) = itertools.islice(by_ray(data, recipe, 1, 1), 1)
+    (resident,) = by_medray(data, recipe, 1, 1)
     feeds: dict[str, Callable[[], Iterator[Batch]]] = {
         "one resident batch": lambda: itertools.repeat(resident),
-        "medray": lambda: by_ray(data, recipe, total, readers),
+        "medray": lambda: by_medray(data, recipe, total, readers),
         "DataLoader": lambda: by_loader(data, recipe, total, readers),
     }
     variants = {

@@ -2,6 +2,7 @@ from . import cluster as cluster
 from . import memory as memory
 from .choice import settle_executor as settle_executor
 from .commit import Summary as Summary
+from .isolation import Isolated as Isolated
 from .isolation import call_each as call_each
 from .progress import Progress as Progress
 from .rehearsal import RehearsedSlide as RehearsedSlide

@@ -6,7 +6,6 @@ import functools
 import logging
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +25,6 @@ GPUS_LABEL = "medray/gpus"
 
 # How long a node may take to answer.
 _KNOCK_S = 5.0
-# Least time of a step of Ray Data's loop.
-_STEP_S = 0.02
 
 
 class End(threading.Event):
@@ -44,15 +41,12 @@ class End(threading.Event):
 
 
 @contextmanager
-def streaming(
-    block_bytes: int, *, in_order: bool = False, end: End | None = None
-) -> Iterator[None]:
+def streaming(block_bytes: int, end: End) -> Iterator[None]:
     """Run Ray Data chains so that each block holds one region's pixels.
 
     Args:
         block_bytes: Bytes of one row with pixels. A larger block would hold regions
             back until it is full, and keep them all in memory.
-        in_order: Give rows in the order of the source.
         end: Ends them once it is set. What fails them is raised, not logged as well.
     """
     # Imported here: with it come pandas and more, which processes that read slides, and
@@ -65,46 +59,19 @@ def streaming(
     context.enable_progress_bars = False
     context.enable_rich_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options.preserve_order = in_order
-    callback = _Rest if end is None else functools.partial(_Ending, end)
-    context.custom_execution_callback_classes.append(callback)  # of a deep copy
+    # Of a deep copy.
+    context.custom_execution_callback_classes.append(functools.partial(_Ending, end))
     # A hospital's scanner share may stall for long; the run's own limits decide.
     context.execution_no_progress_timeout_s = -1
     data_logger = logging.getLogger("ray.data")
     level = data_logger.level
     if not says_more():
-        data_logger.setLevel(logging.ERROR if end is None else logging.CRITICAL)
+        data_logger.setLevel(logging.CRITICAL)
     try:
         with DataContext.current(context):
             yield
     finally:
         data_logger.setLevel(level)
-
-
-class _Rest:
-    """Lets Ray Data's loop rest where it would spin.
-
-    While nobody takes what is there it goes round without waiting for anything: a core
-    and the interpreter's lock of a process that has better to do, such as to train.
-    The methods are those of Ray Data's ExecutionCallback.
-    """
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def on_execution_step(self, _: object) -> None:
-        """Make up what a step lacks of its least time."""
-        time.sleep(max(0.0, self._last + _STEP_S - time.monotonic()))
-        self._last = time.monotonic()
-
-    def before_execution_starts(self, _: object) -> None:
-        """Do nothing."""
-
-    def after_execution_succeeds(self, _: object) -> None:
-        """Do nothing."""
-
-    def after_execution_fails(self, _: object, error: Exception) -> None:
-        """Do nothing."""
 
 
 class _Ending:

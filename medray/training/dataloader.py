@@ -1,26 +1,26 @@
-"""What the training loop is fed: batches, read by Ray Data, in order.
+"""What the training loop is fed: batches, read by processes beside it, in order.
 
 A batch is the few crops that go through the network together: a micro batch of a step,
-or some of the validation patches. It travels as one row of bytes, so that epochs may
-differ in the size of their crops, and it is looked at where it lies in Ray's object
-store.
+or some of the validation patches. The process that reads it writes its arrays into
+memory of the training's process, which looks at them where they lie.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import mmap
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import pickle
+import queue
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import ray.data
-
-from medray.errors import FormatError
-from medray.execution import cluster
+from medray.errors import LostError, MedrayError
+from medray.execution import Isolated
 from medray.training.crops import (
     Batch,
     count_val_batches,
@@ -29,16 +29,18 @@ from medray.training.crops import (
     val_batch_size,
 )
 from medray.training.sampler import Sampling
-from medray.types import Row
+from medray.types import UInt8
 
 if TYPE_CHECKING:  # the processes that read do without torch
     from medray.training.progress import Progress
     from medray.training.schedule import Schedule
     from medray.training.world import World
 
-_CHAIN_BATCHES = 4096  # that one chain of Ray Data reads
-_TASK_BATCHES = 4  # that a task of Ray Data reads
 _MOST_READERS = 8  # a worker's processes that read
+_TRIES = 3  # processes that may end of one batch
+_LONGEST_S = 600.0  # that a batch may take: a store may stall
+_ALIGNED = 64  # bytes
+_CALL_PX = 64 * 256**2  # that a call reads: small batches are not worth one each
 
 
 class BatchIndex(NamedTuple):
@@ -47,6 +49,37 @@ class BatchIndex(NamedTuple):
     epoch: int
     step: int
     micro_batch: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What batches are read from.
+
+    Attributes:
+        data: Dataset.
+        sampling: Which crops come when.
+        steps: Of an epoch.
+        losses: (N,) float64 of the patches that the order follows, see
+            medray.training.sampler.
+    """
+
+    data: str
+    sampling: Sampling
+    steps: int
+    losses: bytes = b""
+
+    def read(self, index: BatchIndex) -> Batch:
+        """Read a batch in this process.
+
+        Raises:
+            FormatError: The dataset is damaged beyond what is endured.
+        """
+        epoch, step, number = index
+        if step == self.steps:
+            count = val_batch_size(self.data)
+            return read_val(self.data, self.sampling, number * count, count)
+        first = step * self.sampling.batch + number * self.sampling.micro_batch_size
+        return read_train(self.data, self.sampling, epoch, first, self.losses)
 
 
 def read_epochs(
@@ -59,146 +92,176 @@ def read_epochs(
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """Yield each epoch that is left, and the batches that are read for this worker.
 
-    One chain of Ray Data reads several epochs, so that the next one is under way while
-    this one ends; where the order follows the losses, it reads one.
+    The next epoch is under way while this one ends, unless its order follows the losses
+    of this one.
     """
-    checks = count_val_batches(data, sampling)
-    readers = (os.cpu_count() or 1) // (2 * world.local_size)
-    readers = min(_MOST_READERS, max(1, readers))
+    count = (os.cpu_count() or 1) // (2 * world.local_size)
+    count = min(_MOST_READERS, max(1, count))
     hard = bool(sampling.data.hard)
-    while not progress.is_over(schedule):
-        indices: list[BatchIndex] = []
-        first = end = progress.epoch
-        while end < schedule.epochs and (
-            end == first or (len(indices) < _CHAIN_BATCHES and not hard)
-        ):
-            begin = progress.step if end == first else 0
-            share = world.share(sampling.micro_batches)
-            indices += [
-                BatchIndex(end, s, m) for s in range(begin, steps) for m in share
-            ]
-            indices += [BatchIndex(end, steps, batch) for batch in world.share(checks)]
-            end += 1
-        losses = progress.order_losses.numpy().tobytes() if hard else b""
-        stream = read_batches(indices, sampling, data, steps, losses, readers)
-        for epoch in range(first, end):
-            yield epoch, stream
+    with Readers(count, pinned=world.device.type == "cuda") as readers:
+        while not progress.is_over(schedule):
+            losses = progress.order_losses.numpy().tobytes() if hard else b""
+            source = Source(data, sampling, steps, losses)
+            first = progress.epoch
+            epochs = range(first, first + 1 if hard else schedule.epochs)
+            indices = _list_batches(source, epochs, progress.step, world)
+            stream = readers.read(source, indices)
+            for epoch in epochs:
+                yield epoch, stream
 
 
-def read_batches(
-    indices: Sequence[BatchIndex],
-    sampling: Sampling,
-    data: str,
-    steps: int,
-    losses: bytes,
-    readers: int,
-) -> Iterator[Batch]:
-    """Read batches in the order of their indices, some of them ahead.
+def _list_batches(
+    source: Source, epochs: range, first_step: int, world: World
+) -> Iterator[BatchIndex]:
+    """Yield a worker's batches of epochs, of the first one from a step on."""
+    micro_batches = world.share(source.sampling.micro_batches)
+    checks = world.share(count_val_batches(source.data, source.sampling))
+    for epoch in epochs:
+        for step in range(first_step, source.steps):
+            yield from (BatchIndex(epoch, step, number) for number in micro_batches)
+        yield from (BatchIndex(epoch, source.steps, number) for number in checks)
+        first_step = 0
 
-    Args:
-        indices: Which batches.
-        sampling: Which crops come when.
-        data: Dataset.
-        steps: Of an epoch.
-        losses: (N,) float64 of the patches that the order follows, see
-            medray.training.sampler.
-        readers: Processes that read at a time.
 
-    Raises:
-        FormatError: The dataset is damaged beyond what is endured.
-    """
-    blocks = [
-        pa.Table.from_pylist([index._asdict() for index in some])
-        for some in itertools.batched(indices, _TASK_BATCHES)
-    ]
-    # A block is a batch: larger ones would have to be taken apart by copying.
-    with cluster.streaming(block_bytes=1, in_order=True):
-        tables = (
-            ray.data.from_arrow(blocks)
-            .map_batches(
-                _read_rows,
-                fn_args=(sampling, data, steps, losses),
-                batch_size=None,
-                num_cpus=0.25,
-                compute=ray.data.TaskPoolStrategy(size=readers),
-            )
-            .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+class Readers:
+    """Processes that read batches; one that ends is replaced."""
+
+    def __init__(self, count: int, *, pinned: bool = False) -> None:
+        """Start nothing yet.
+
+        Args:
+            count: Processes.
+            pinned: Have pixels in memory that a GPU copies from while it computes.
+        """
+        self._count, self._pinned = count, pinned
+        self._threads = ThreadPoolExecutor(count, "reader")  # that call them
+        self._all = [Isolated(bounded=False) for _ in range(count)]
+        self._idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
+        for reader in self._all:
+            self._idle.put(reader)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes, with what they have at hand."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for reader in self._all:
+            reader.close()
+
+    def read(self, source: Source, indices: Iterable[BatchIndex]) -> Iterator[Batch]:
+        """Read batches in the order of their indices, two calls per process ahead.
+
+        Raises:
+            FormatError: The dataset is damaged beyond what is endured.
+            LostError: One process after the other ended of a batch.
+        """
+        ahead: deque[Future[list[Batch | Exception]]] = deque()
+        sides = source.sampling.data.crops
+        pixels = source.sampling.micro_batch_size * max(sides) ** 2
+        for some in itertools.batched(indices, max(1, _CALL_PX // pixels)):
+            ahead.append(self._threads.submit(self._read, source, some))
+            if len(ahead) > 2 * self._count:
+                yield from _raising(ahead.popleft().result())
+        while ahead:
+            yield from _raising(ahead.popleft().result())
+
+    def _read(
+        self, source: Source, indices: Sequence[BatchIndex]
+    ) -> list[Batch | Exception]:
+        reader, how = self._idle.get(), ""
+        try:
+            for _ in range(_TRIES):
+                try:
+                    found = _read_by(reader, source, indices)
+                except LostError as error:  # the next call starts a process
+                    how = f"{error}"
+                    continue
+                return [_pin(one) for one in found] if self._pinned else found
+        finally:
+            self._idle.put(reader)
+        epoch, step, _ = indices[0]
+        raise LostError(
+            f"epoch {epoch}, step {step}: {_TRIES} processes that were to read its "
+            f"crops ended, the last one: {how}; if the system's log says that memory "
+            f"ran out, free some; run the same command again to go on"
         )
-        for table in tables:
-            for index in range(table.num_rows):
-                yield _to_batch({key: table[key][index] for key in table.column_names})
 
 
-def _read_rows(
-    rows: Row, sampling: Sampling, data: str, steps: int, losses: bytes
-) -> Iterator[pa.Table]:
-    for values in zip(*(rows[name] for name in BatchIndex._fields), strict=True):
-        index = BatchIndex(*map(int, values))
-        yield _read_batch(index, sampling, data, steps, losses)
+def _raising(found: Iterable[Batch | Exception]) -> Iterator[Batch]:
+    """Yield batches; raise the error where one stands for a batch."""
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+        yield one
 
 
-def _read_batch(
-    index: BatchIndex, sampling: Sampling, data: str, steps: int, losses: bytes
-) -> pa.Table:
-    epoch, step, number = index
+def _read_by(
+    reader: Isolated, source: Source, indices: Sequence[BatchIndex]
+) -> list[Batch | Exception]:
+    """Have a process read batches."""
+    memory = os.memfd_create("batches")
     try:
-        if step == steps:
-            count = val_batch_size(data)
-            batch = read_val(data, sampling, number * count, count)
-        else:
-            first = step * sampling.batch + number * sampling.micro_batch_size
-            batch = read_train(data, sampling, epoch, first, losses)
-    except FormatError as error:
-        # Raised where the batch is wanted; here Ray would wrap it up.
-        return pa.Table.from_pylist([{"failure": f"{error}"}], _SCHEMA)
-    unlabelled = batch.unlabelled
-    row = {
-        "failure": "",
-        "shape": list(batch.images.shape),
-        "images": batch.images.tobytes(),
-        "masks": batch.masks.tobytes(),
-        "unlabelled": None if unlabelled is None else unlabelled.tobytes(),
-        "patches": batch.patches.tolist(),
-        "sizes": batch.sizes.ravel().tolist(),
-        "damaged": json.dumps(batch.damaged),
-    }
-    return pa.Table.from_pylist([row], _SCHEMA)
+        task = source, indices, f"/proc/{os.getpid()}/fd/{memory}"
+        pickled, places = reader.call(_read_into, task, _LONGEST_S)
+        arrays = memoryview(mmap.mmap(memory, 0))  # unmapped with the last array
+    finally:
+        os.close(memory)
+    buffers = [arrays[at : at + length] for at, length in places]
+    found: list[Batch | Exception] = pickle.loads(pickled, buffers=buffers)
+    return found
 
 
-_SCHEMA = pa.schema(
-    {
-        "failure": pa.string(),
-        "shape": pa.list_(pa.int64()),
-        "images": pa.large_binary(),
-        "masks": pa.large_binary(),
-        "unlabelled": pa.large_binary(),
-        "patches": pa.list_(pa.int64()),
-        "sizes": pa.list_(pa.int64()),
-        "damaged": pa.string(),
-    }
-)
+def _read_into(
+    task: tuple[Source, Sequence[BatchIndex], str],
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """Read batches into the file of a name, in a process of its own.
 
-
-def _to_batch(row: dict[str, Any]) -> Batch:
-    """Return a batch that looks at the bytes of a row where they lie.
-
-    Raises:
-        FormatError: It could not be read.
+    Returns:
+        The pickled batches without their arrays, and where each array lies in the file.
+        An error stands for the batch that is not there; none is read after it.
     """
-    if failure := row["failure"].as_py():
-        raise FormatError(failure)
-    shape = row["shape"].as_py()
+    source, indices, name = task
+    found: list[Batch | Exception] = []
+    for index in indices:
+        try:
+            found.append(source.read(index))
+        except MedrayError as error:
+            found.append(error)
+            break
+        except Exception:  # another process would only do the same
+            found.append(RuntimeError(f"{index}: {traceback.format_exc()}"))
+            break
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(found, protocol=5, buffer_callback=arrays.append)
+    places, end = [], 0
+    with open(name, "r+b") as file:
+        for array in arrays:
+            raw = array.raw()
+            file.seek(end)
+            file.write(raw)
+            places.append((end, raw.nbytes))
+            end += -(-raw.nbytes // _ALIGNED) * _ALIGNED
+        file.truncate(end + 1)  # what is empty cannot be mapped
+    return pickled, places
 
-    def pixels(name: str) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(row[name].as_buffer(), np.uint8)
 
-    return Batch(
-        images=pixels("images").reshape(shape),
-        masks=pixels("masks").reshape(shape[0], *shape[2:]),
-        patches=np.array(row["patches"].as_py(), np.int64),
-        sizes=np.array(row["sizes"].as_py(), np.int64).reshape(-1, 2),
-        damaged=json.loads(row["damaged"].as_py()),
-        unlabelled=pixels("unlabelled").reshape(-1, *shape[1:])
-        if row["unlabelled"].is_valid
-        else None,
+def _pin(batch: Batch | Exception) -> Batch | Exception:
+    """Return a batch whose pixels a GPU can copy while it computes."""
+    import torch
+
+    if isinstance(batch, Exception):
+        return batch
+
+    def pin(pixels: UInt8) -> UInt8:
+        pinned: UInt8 = torch.from_numpy(pixels).pin_memory().numpy()
+        return pinned
+
+    unlabelled = batch.unlabelled
+    return replace(
+        batch,
+        images=pin(batch.images),
+        masks=pin(batch.masks),
+        unlabelled=None if unlabelled is None else pin(unlabelled),
     )

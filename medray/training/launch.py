@@ -51,7 +51,7 @@ def run_workers(
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpu,
-            # Half a CPU on machines without GPUs: the tasks that read need some too.
+            # Half a CPU on machines without GPUs: processes that read need some too.
             resources_per_worker={"GPU": 1} if gpu else {"CPU": 0.5},
             placement_strategy="PACK" if gpu else "SPREAD",
         ),

@@ -156,8 +156,8 @@ class TrainingModel:
         return counts.argmax(dim=1)[:, None, None]
 
     def _to_device(self, pixels: npt.NDArray[Any]) -> torch.Tensor:
-        """Copy pixels, which lie in Ray's object store and must not be written to."""
-        tensor = torch.from_numpy(pixels.copy())
-        if self.device.type == "cuda":
+        """Return pixels on the device; on a CPU they are those of the batch."""
+        tensor = torch.from_numpy(pixels)
+        if self.device.type == "cuda":  # pinned by who read them, or here
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor

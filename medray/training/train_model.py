@@ -3,7 +3,7 @@
 The way of a patch, top to bottom:
 
     order    which crop of which patch comes when: medray/training/sampler.py
-    feed     CPU tasks of Ray Data cut the crops from the zarr chunks:
+    feed     processes beside each worker cut the crops from the zarr chunks:
              medray/training/dataloader.py, medray/training/crops.py
     workers  Ray Train starts them and replaces those that die:
              medray/training/launch.py, medray/training/worker.py

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -115,26 +116,27 @@ class Trainer:
         notices = Notices(checkpoints.out)
         scale = scale_of(data, recipe.data, of_images=recipe.classifies)
         feed = (data, recipe.sampling, recipe.schedule, now, self.world, self.steps)
-        for epoch, batches in read_epochs(*feed):
-            if self.phases.must_weigh():
-                self._weigh_stages(data)
+        with closing(read_epochs(*feed)) as epochs:
+            for epoch, batches in epochs:
+                if self.phases.must_weigh():
+                    self._weigh_stages(data)
+                    checkpoints.write_last(self.state_dict())
+                self._train_epoch(batches, checkpoints, tracker, notices)
+                found = self.validate(batches, data)
+                step, crops = (epoch + 1) * self.steps, self.steps * recipe.batch
+                show_pictures(tracker, step, found.pictures, self.model)
+                scores = found.scores() | self.phases.entry()
+                entry = now.end_epoch(self.steps, crops, found.seconds, scores, scale)
+                if now.best["epoch"] == epoch:
+                    weights = {k: v.cpu() for k, v in kept.state_dict().items()}
+                    shown = [picture.shown for picture in found.pictures]
+                    checkpoints.write_best(weights, entry | found.metrics(), shown)
                 checkpoints.write_last(self.state_dict())
-            self._train_epoch(batches, checkpoints, tracker, notices)
-            found = self.validate(batches, data)
-            step, crops = (epoch + 1) * self.steps, self.steps * recipe.batch
-            show_pictures(tracker, step, found.pictures, self.model)
-            scores = found.scores() | self.phases.entry()
-            entry = now.end_epoch(self.steps, crops, found.seconds, scores, scale)
-            if now.best["epoch"] == epoch:
-                weights = {k: v.cpu() for k, v in kept.state_dict().items()}
-                shown = [picture.shown for picture in found.pictures]
-                checkpoints.write_best(weights, entry | found.metrics(), shown)
-            checkpoints.write_last(self.state_dict())
-            checkpoints.write_history(now.history)
-            tracker.epoch(step, entry)
-            on_epoch_end(entry)
-            if now.is_over(recipe.schedule):
-                break
+                checkpoints.write_history(now.history)
+                tracker.epoch(step, entry)
+                on_epoch_end(entry)
+                if now.is_over(recipe.schedule):
+                    break
         if self.model.teacher is not None and self.world.rank == 0:
             compared = compare_with_teacher(data, self.model, self.model.teacher)
             files.write_json(teacher_uri(checkpoints.out), compared)

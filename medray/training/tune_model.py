@@ -199,7 +199,7 @@ def _check_same(
 def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
     """Have Ray Tune run what is not over."""
     gpus = cluster.gpus()
-    # On CPUs half of them train; the tasks that read need some too.
+    # On CPUs half of them train; the processes that read need some too.
     cpus = int(ray.cluster_resources().get("CPU", 1))
     at_a_time = gpus or max(1, cpus // 2)
     epochs = max(trial.recipe.schedule.epochs for trial in trials)

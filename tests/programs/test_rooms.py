@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = {"__init__.py", "cli.py", "errors.py", "classes.py", "geometry.py", "types.py"}
 ROOMS = sorted(path.name for path in (ROOT / "medray").iterdir() if path.is_dir())
 ROOMS = [room for room in ROOMS if not room.startswith("__")]
-MOST = {"execution": 20, "training": 9, "mil": 6, "apps": 10}
+MOST = {"execution": 21, "training": 9, "mil": 6, "apps": 10}
 """Names that others may take of a room."""
 LONG, LONGEST = 300, 500  # lines of a file with a reason at its top, and of any file
 

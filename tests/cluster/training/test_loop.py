@@ -1,4 +1,4 @@
-"""The training loop in one process, on Ray Data: what it promises."""
+"""The training loop in one process, and those that read: what it promises."""
 
 import functools
 import json
