@@ -14,7 +14,7 @@ import pickle
 import queue
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -89,7 +89,7 @@ def read_epochs(
     progress: Progress,
     world: World,
     steps: int,
-) -> Iterator[tuple[int, Iterator[Batch]]]:
+) -> Generator[tuple[int, Iterator[Batch]]]:
     """Yield each epoch that is left, and the batches that are read for this worker.
 
     The next epoch is under way while this one ends, unless its order follows the losses
