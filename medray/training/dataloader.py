@@ -204,47 +204,54 @@ def _read_by(
     memory = os.memfd_create("batches")
     try:
         task = source, indices, f"/proc/{os.getpid()}/fd/{memory}"
-        pickled, places = reader.call(_read_into, task, _LONGEST_S)
+        told = reader.call(_read_into, task, _LONGEST_S)
         arrays = memoryview(mmap.mmap(memory, 0))  # unmapped with the last array
     finally:
         os.close(memory)
-    buffers = [arrays[at : at + length] for at, length in places]
-    found: list[Batch | Exception] = pickle.loads(pickled, buffers=buffers)
+    found: list[Batch | Exception] = []
+    for one in told:
+        if not isinstance(one, Exception):
+            pickled, places = one
+            buffers = [arrays[at : at + length] for at, length in places]
+            one = pickle.loads(pickled, buffers=buffers)
+        found.append(one)
     return found
 
 
 def _read_into(
     task: tuple[Source, Sequence[BatchIndex], str],
-) -> tuple[bytes, list[tuple[int, int]]]:
+) -> list[tuple[bytes, list[tuple[int, int]]] | Exception]:
     """Read batches into the file of a name, in a process of its own.
 
     Returns:
-        The pickled batches without their arrays, and where each array lies in the file.
-        An error stands for the batch that is not there; none is read after it.
+        Of each batch, itself pickled without its arrays, and where each of these lies
+        in the file. An error stands for a batch that is not there; none is read after.
     """
     source, indices, name = task
-    found: list[Batch | Exception] = []
-    for index in indices:
-        try:
-            found.append(source.read(index))
-        except MedrayError as error:
-            found.append(error)
-            break
-        except Exception:  # another process would only do the same
-            found.append(RuntimeError(f"{index}: {traceback.format_exc()}"))
-            break
-    arrays: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(found, protocol=5, buffer_callback=arrays.append)
-    places, end = [], 0
+    found: list[tuple[bytes, list[tuple[int, int]]] | Exception] = []
+    end = 0
     with open(name, "r+b") as file:
-        for array in arrays:
-            raw = array.raw()
-            file.seek(end)
-            file.write(raw)
-            places.append((end, raw.nbytes))
-            end += -(-raw.nbytes // _ALIGNED) * _ALIGNED
+        for index in indices:
+            try:
+                batch = source.read(index)
+            except MedrayError as error:
+                found.append(error)
+                break
+            except Exception:  # another process would only do the same
+                found.append(RuntimeError(f"{index}: {traceback.format_exc()}"))
+                break
+            arrays: list[pickle.PickleBuffer] = []
+            pickled = pickle.dumps(batch, protocol=5, buffer_callback=arrays.append)
+            places = []
+            for array in arrays:
+                raw = array.raw()
+                file.seek(end)
+                file.write(raw)
+                places.append((end, raw.nbytes))
+                end += -(-raw.nbytes // _ALIGNED) * _ALIGNED
+            found.append((pickled, places))
         file.truncate(end + 1)  # what is empty cannot be mapped
-    return pickled, places
+    return found
 
 
 def _pin(batch: Batch | Exception) -> Batch | Exception:

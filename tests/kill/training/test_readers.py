@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -74,16 +75,19 @@ def test_a_killed_reader_changes_no_weights(
 ) -> None:
     whole = run(training_data, tmp_path / "whole")
     train_step, killed = Trainer.train_step, []
+    steps = itertools.count()
 
     def killing(self: Trainer, *args: Any) -> Any:
-        for pid in readers():
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+        # Twice: after three times a batch is given up.
+        if next(steps) in (1, 6):
+            for pid in readers():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
         return train_step(self, *args)
 
     monkeypatch.setattr(Trainer, "train_step", killing)
     weights = run(training_data, tmp_path / "killed")
-    assert len(set(killed)) > 2
+    assert len(set(killed)) >= 2
     for name, weight in whole.items():
         assert torch.equal(weight, weights[name]), name
     assert not readers()
