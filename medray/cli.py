@@ -92,7 +92,8 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
             stream.flush()
         except OSError as error:
             code = code or _not_printed(error, stream)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and _is_on_ray():
+    is_stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    if is_stopped and "medray.execution.cluster" in sys.modules:
         _leave_ray(code)
     # What Ray prints when it ends must not follow the result.
     sys.stdout = sys.stderr
@@ -105,14 +106,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise TerminatedError
 
 
-def _is_on_ray() -> bool:
-    ray = sys.modules.get("ray")  # which is not there where it was not used
-    initialized = getattr(ray, "is_initialized", None)
-    return initialized is not None and bool(initialized())
-
-
 def _leave_ray(code: int) -> NoReturn:
-    """End this process and the Ray that it has started.
+    """End this process and the Ray that it has started, or was about to start.
 
     Shut down under a thread that asks things of it, Ray crashes the process, or ends it
     by a code of its own.
