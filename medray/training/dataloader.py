@@ -13,11 +13,14 @@ import os
 import pickle
 import queue
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
 
 from medray.errors import LostError, MedrayError
 from medray.execution import Isolated
@@ -139,6 +142,7 @@ class Readers:
         self._idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
         for reader in self._all:
             self._idle.put(reader)
+        self._free: queue.SimpleQueue[_Memory] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -174,7 +178,7 @@ class Readers:
         try:
             for _ in range(_TRIES):
                 try:
-                    found = _read_by(reader, source, indices)
+                    found = self._read_by(reader, source, indices)
                 except LostError as error:  # the next call starts a process
                     how = f"{error}"
                     continue
@@ -188,6 +192,48 @@ class Readers:
             f"ran out, free some; run the same command again to go on"
         )
 
+    def _read_by(
+        self, reader: Isolated, source: Source, indices: Sequence[BatchIndex]
+    ) -> list[Batch | Exception]:
+        """Have a process read batches."""
+        try:
+            memory = self._free.get_nowait()
+        except queue.Empty:
+            memory = _Memory()
+        told = reader.call(_read_into, (source, indices, memory.name), _LONGEST_S)
+        arrays = memory.look(self._free)
+        found: list[Batch | Exception] = []
+        for one in told:
+            if not isinstance(one, Exception):
+                pickled, places = one
+                buffers = [arrays[at : at + length] for at, length in places]
+                one = pickle.loads(pickled, buffers=buffers)
+            found.append(one)
+        return found
+
+
+class _Memory:
+    """Memory that a process writes batches into.
+
+    It is used again once nobody looks at it: new pages cost a virtual machine more than
+    what is copied into them.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("batches")
+        weakref.finalize(self, os.close, self._file)
+        self._map: mmap.mmap | None = None
+        self.name = f"/proc/{os.getpid()}/fd/{self._file}"
+
+    def look(self, free: queue.SimpleQueue[_Memory]) -> UInt8:
+        """Return the bytes; with the last array that looks at them this is free."""
+        size = os.fstat(self._file).st_size
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(self._file, size)
+        found: UInt8 = np.frombuffer(self._map, np.uint8)
+        weakref.finalize(found, free.put, self)
+        return found
+
 
 def _raising(found: Iterable[Batch | Exception]) -> Iterator[Batch]:
     """Yield batches; raise the error where one stands for a batch."""
@@ -195,27 +241,6 @@ def _raising(found: Iterable[Batch | Exception]) -> Iterator[Batch]:
         if isinstance(one, Exception):
             raise one
         yield one
-
-
-def _read_by(
-    reader: Isolated, source: Source, indices: Sequence[BatchIndex]
-) -> list[Batch | Exception]:
-    """Have a process read batches."""
-    memory = os.memfd_create("batches")
-    try:
-        task = source, indices, f"/proc/{os.getpid()}/fd/{memory}"
-        told = reader.call(_read_into, task, _LONGEST_S)
-        arrays = memoryview(mmap.mmap(memory, 0))  # unmapped with the last array
-    finally:
-        os.close(memory)
-    found: list[Batch | Exception] = []
-    for one in told:
-        if not isinstance(one, Exception):
-            pickled, places = one
-            buffers = [arrays[at : at + length] for at, length in places]
-            one = pickle.loads(pickled, buffers=buffers)
-        found.append(one)
-    return found
 
 
 def _read_into(
@@ -250,7 +275,8 @@ def _read_into(
                 places.append((end, raw.nbytes))
                 end += -(-raw.nbytes // _ALIGNED) * _ALIGNED
             found.append((pickled, places))
-        file.truncate(end + 1)  # what is empty cannot be mapped
+        if os.fstat(file.fileno()).st_size <= end:
+            file.truncate(end + 1)  # what is empty cannot be mapped
     return found
 
 
