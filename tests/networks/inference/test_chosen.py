@@ -313,22 +313,23 @@ def test_each_stage_is_told_what_was_chosen(
     class ToldError(BaseException):
         """Far enough; the command line answers an Exception in words."""
 
-    def take(slides: Any, *_: Any) -> Any:
+    def take(*given: Any, **_: Any) -> Any:
+        slides = next(one for one in given if isinstance(one, (list, tuple)))
         told.append([(file.scene, file.plane) for file in slides])
         raise ToldError
 
     monkeypatch.setattr("medray.mil.encoder.settle_encoder", lambda *_, **__: None)
-    commands: dict[str, list[str]] = {
-        "datasets.ingest_slides": [],
-        "inference.infer_run": ["--model", str(model)],
-        "mil.embed_slides": ["--encoder", "e", "--weights", str(weights)],
+    commands: dict[tuple[str, str], list[str]] = {
+        ("datasets.ingest_slides", "run_stage"): [],
+        ("inference.infer_run", "_infer"): ["--model", str(model)],
+        ("mil.embed_slides", "_embed"): ["--encoder", "e", "--weights", str(weights)],
     }
-    for module, more in commands.items():
+    for (module, function), more in commands.items():
         stage = importlib.import_module(f"medray.{module}")
         name = module.partition(".")[2].partition("_")[0]
         if name == "embed":
             monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
-        monkeypatch.setattr(stage, f"_{name}", take)
+        monkeypatch.setattr(stage, function, take)
         command = [name, slides, "--out", str(tmp_path / name), f"--{kind}", "1"]
         with pytest.raises(ToldError):
             cli.main([*command, *more])
