@@ -13,8 +13,8 @@ import yaml
 
 from medray.apps.nightly.catalog import Found, read_catalog, read_found
 from medray.classes import Classes
-from medray.datasets.image_folder import _asked_of
 from medray.datasets.images import Contours, ImageFile, MissingContours
+from medray.datasets.images_request import _asked_of
 from medray.errors import ConfigError
 from medray.geometry import Windows
 from medray.inference.run import Options, RunSettings

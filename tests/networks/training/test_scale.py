@@ -102,7 +102,8 @@ def test_validation_patches_decide_at_the_start(
     assert choose_scale(rows, of_images=of_images) == scale
     names = ["0", "a", "b"][: len(held[0])]
     warned = warn_of_validation(rows, names, of_images=of_images)
-    assert [str(missing) in said for said in warned] == [True] * bool(missing)
+    words = f"holds nothing of {', '.join(missing)}"
+    assert [words in said for said in warned] == [True] * bool(missing)
     assert ["least validation loss" in said for said in warned] == [
         scale == "val_loss"
     ] * len(warned)

@@ -138,7 +138,9 @@ def test_when_the_command_is_killed_its_processes_go() -> None:
 
 
 @pytest.fixture
-def slide(tmp_path: Path) -> Path:
+def slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file; other tests of this process may have joined a Ray."""
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     path = tmp_path / "slide.tif"
     path.write_bytes(b"1" * 1000)
     return path
