@@ -185,6 +185,8 @@ def scaled(
         for pid in processes(f"{folder}".encode()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        head.kill()
+        head.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
