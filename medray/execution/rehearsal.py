@@ -26,6 +26,7 @@ from medray.execution.stage import (
     Outcome,
     do_region,
     finish_slide,
+    make_nothing,
     missing_regions,
     plan_slide,
 )
@@ -97,7 +98,7 @@ def rehearse_slides(
         ConfigError: As `run_stage`.
     """
     asked = [
-        _Ask(replace(stage, create=_nothing), task, see)
+        _Ask(replace(stage, create=make_nothing), task, see)
         for task in changed_slides(slides, ledger, annotations)
     ]
     found: dict[str, RehearsedSlide] = {}
@@ -190,10 +191,6 @@ class _Try:
 
     stage: AnyStage
     todo: Sequence[AnyRegion]
-
-
-def _nothing(_: PlannedSlide[Any]) -> None:
-    """Make no stores."""
 
 
 def _plan(ask: _Ask) -> Generator[None, None, RehearsedSlide]:

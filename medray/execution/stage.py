@@ -71,7 +71,7 @@ class Device:
     read_bytes: Callable[[RegionTask[Any, Any]], int]
 
 
-def _make_nothing(_: object) -> None:
+def make_nothing(_: object) -> None:
     """Make no stores: the stage's regions are written into none."""
 
 
@@ -113,7 +113,7 @@ class Stage[Facts, Part, Seen, Record, Finished]:
     write: Callable[[RegionTask[Facts, Part], Seen, Layers, Timing | None], Record]
     finish: Callable[[PlannedSlide[Facts], Mapping[int, Record]], Finished]
     slide_row: Callable[[PlannedSlide[Facts], Sequence[Record], Finished], Columns]
-    create: Callable[[PlannedSlide[Facts]], None] = _make_nothing
+    create: Callable[[PlannedSlide[Facts]], None] = make_nothing
     device: Device | None = None
     timeout: float = 300.0
 
