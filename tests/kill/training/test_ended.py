@@ -142,8 +142,11 @@ def nodes() -> Iterator[list[Any]]:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    size = {"num_cpus": 2, "object_store_memory": 200 << 20, "memory": 8 << 30}
-    yield [cluster, cluster.add_node(**size), cluster.add_node(**size)]
+    size = {"object_store_memory": 200 << 20, "memory": 8 << 30}
+    # Only the second has CPUs, so the training runs there. A node that is told to go and
+    # has no work is gone at once, before anyone could hear of it.
+    head, second = (cluster.add_node(num_cpus=cpus, **size) for cpus in (0, 2))
+    yield [cluster, head, second]
     cluster.shutdown()
 
 
