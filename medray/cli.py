@@ -7,6 +7,7 @@ own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -99,6 +100,10 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
     sys.stdout = sys.stderr
     for number in (signal.SIGTERM, signal.SIGINT):  # ends Ray's end, too
         signal.signal(number, signal.SIG_DFL)
+    if "torch" in sys.modules:
+        # All is written and said, and Python would take a second to take torch apart.
+        atexit._run_exitfuncs()
+        os._exit(code)
     raise SystemExit(code)
 
 

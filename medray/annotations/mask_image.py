@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 from PIL import Image, UnidentifiedImageError
-from rasterio import features
 from shapely import affinity
 from shapely.geometry import shape
 
@@ -44,6 +43,9 @@ def parse_mask(
     Raises:
         SlideError: The mask is of another size, or holds values that are no classes.
     """
+    # Imported here: it brings boto3, a fifth of a second, and most slides have no mask.
+    from rasterio import features
+
     values, factor = _read(uri, data, height, width)
     labels = _labels(uri, values, classes)
     areas = []

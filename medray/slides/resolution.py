@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 
 from medray.errors import SlideError
 from medray.slides.base import Mpp, Slide
 from medray.slides.readable import read_readable
 from medray.types import Columns, UInt8
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 # Training augments sizes by more than this, so no resampling is worth its blur.
 _TOLERANCE = 1.15
@@ -198,6 +200,8 @@ def _weights(
     Returns:
         (count, pixels read) float32 weights, and the half-open range of pixels read.
     """
+    from scipy import sparse  # imported here: most slides have a fitting level
+
     index = np.arange(first, first + count, dtype=np.float64)
     if scale > 1:
         begin, end = index * scale, (index + 1) * scale

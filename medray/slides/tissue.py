@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from medray.slides.base import Slide
 from medray.slides.thumbnail import read_thumbnail
@@ -38,6 +36,9 @@ def pen_marks(rgb: UInt8) -> Bool:
     Returns:
         (H, W) bool.
     """
+    # Imported by who looks for tissue: it takes a quarter of a second.
+    from scipy import ndimage
+
     red, green, blue = (rgb[..., i].astype(np.int16) for i in range(3))
     is_green = (green > red + 12) & (green > blue + 4)
     is_blue = (blue > red + 60) & (green > red - 10)
@@ -59,6 +60,9 @@ def find_tissue(rgb: UInt8) -> Bool:
     Returns:
         (H, W) bool; all False on a blank slide.
     """
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+
     smooth = ndimage.uniform_filter(rgb, size=(3, 3, 1))
     red, green, blue = (smooth[..., i] for i in range(3))
     high = np.maximum(np.maximum(red, green), blue)
@@ -98,6 +102,8 @@ def tissue_share(
         (ceil(height / side), ceil(width / side)) from 0 to 1; 0 only where neither the
         block nor the thumbnail pixels next to it hold tissue.
     """
+    from scipy import ndimage
+
     # At least 8 thumbnail pixels a block, and enough of them for Otsu on small slides.
     most = max(512, 8 * max(height, width) // side)
     thumbnail, _, damaged = read_thumbnail(slide, most)
