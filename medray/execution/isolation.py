@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -29,9 +29,16 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the parent is the thread of the call
 class Isolated:
     """One process, started when it is needed, that answers calls one at a time."""
 
-    def __init__(self, *, bounded: bool = True) -> None:
-        """Start nothing yet; one that is bounded may allocate 4 GiB and no more."""
-        self._bounded = bounded
+    def __init__(
+        self, *, bounded: bool = True, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            bounded: Let it allocate 4 GiB and no more.
+            environment: Variables that it has besides those of this process.
+        """
+        self._bounded, self._environment = bounded, dict(environment or {})
         self._running: tuple[subprocess.Popen[bytes], Connection[Any, Any]] | None
         self._running = None
         self._lock, self._closed = threading.Lock(), False
@@ -54,7 +61,7 @@ class Isolated:
             if self._closed:
                 raise LostError("was not started: the command ends")
             if self._running is None:
-                self._running = _start(self._bounded)
+                self._running = _start(self._bounded, self._environment)
             process, pipe = self._running
         try:
             pipe.send((function, task))
@@ -121,7 +128,9 @@ def call_each(
                 worker.close()
 
 
-def _start(bounded: bool) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
+def _start(
+    bounded: bool, environment: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
     ours, theirs = Pipe()
     # The same modules as here, not those of the current folder.
     path = os.pathsep.join(filter(None, sys.path))
@@ -130,7 +139,7 @@ def _start(bounded: bool) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]
         # In a session of its own, so that Ctrl-C reaches the command alone.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "medray.execution.isolation", *numbers],
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | environment | {"PYTHONPATH": path},
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ Without torch, so that the processes that read start quickly.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,10 @@ from medray.types import Row, UInt8
 
 _TRIES = 20  # other patches that are drawn in place of a damaged one
 _VAL_PX = 4 * 512**2  # pixels of validation patches that are predicted at once
+
+
+type Stack = Callable[[Sequence[UInt8]], UInt8]
+"""What makes one array of several of the same shape, as `np.stack` does."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,12 @@ def name_of(patch: Row) -> str:
 
 
 def read_train(
-    data: str, sampling: Sampling, epoch: int, first: int, losses: bytes = b""
+    data: str,
+    sampling: Sampling,
+    epoch: int,
+    first: int,
+    losses: bytes = b"",
+    stack: Stack = np.stack,
 ) -> Batch:
     """Read the crops of a micro batch, from place `first` of an epoch's order.
 
@@ -194,11 +204,11 @@ def read_train(
         _check_labels(pair[1], classes, data, patches[index])
         pairs.append(pair)
         indices.append(index)
-    images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
+    images, masks = (stack(part) for part in zip(*pairs, strict=True))
     sizes = np.full((len(pairs), 2), side)
     unlabelled = None
     if sampling.unlabelled:
-        unlabelled = read_unlabelled(data, sampling, epoch, first)
+        unlabelled = read_unlabelled(data, sampling, epoch, first, stack)
     return Batch(images, masks, np.array(indices), sizes, damaged, unlabelled)
 
 
@@ -211,7 +221,9 @@ def _check_labels(mask: UInt8, classes: int, data: str, patch: Row) -> None:
         )
 
 
-def read_unlabelled(data: str, sampling: Sampling, epoch: int, first: int) -> UInt8:
+def read_unlabelled(
+    data: str, sampling: Sampling, epoch: int, first: int, stack: Stack = np.stack
+) -> UInt8:
     """Read crops (N, 3, S, S) of slides without annotation.
 
     Raises:
@@ -233,10 +245,12 @@ def read_unlabelled(data: str, sampling: Sampling, epoch: int, first: int) -> UI
             break
         else:
             raise FormatError(f"{_TRIES} patches in a row are damaged: {problem}")
-    return np.stack(crops)
+    return stack(crops)
 
 
-def read_val(data: str, sampling: Sampling, first: int, count: int) -> Batch:
+def read_val(
+    data: str, sampling: Sampling, first: int, count: int, stack: Stack = np.stack
+) -> Batch:
     """Read whole validation patches; damaged ones are left out.
 
     Raises:
@@ -260,7 +274,7 @@ def read_val(data: str, sampling: Sampling, first: int, count: int) -> Batch:
         nothing = np.zeros((0, 3, side, side), np.uint8)
         none = np.zeros((0, 2), np.int64)
         return Batch(nothing, nothing[:, 0], none[:, 0], none, damaged)
-    images, masks = (np.stack(part) for part in zip(*pairs, strict=True))
+    images, masks = (stack(part) for part in zip(*pairs, strict=True))
     sizes = np.array([(patches[i]["height"], patches[i]["width"]) for i in kept])
     return Batch(images, masks, np.array(kept), sizes, damaged)
 
