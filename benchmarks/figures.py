@@ -63,7 +63,7 @@ MEASURED = re.compile(
             r"(?:\d[\d.,]* times|twice|half) (?:as )?"
             r"(?:fast|slow|quick|long|dear|cheap)(?:er)?\b",
             r"\d[\d.,]* times the (?:time|speed|memory)\b",
-            r"\b\d?\.\d+ of (?:the |a |its )?(?:bare|plain|loop|limit|time|rate)\b",
+            r"\b\d?\.\d+ of (?:the |a |its )?(?:bare|plain|loop|limit|rate)\b",
             # What something took; a limit ("more than", "at most") is none.
             rf"\b(?:takes|took|lasts|lasted|costs?|measured)\b"
             rf"(?!{_SHORT}\b(?:than|at most|up to|within)\b){_SHORT}\b{_NUMBER} "
@@ -91,9 +91,8 @@ def measured(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines):
         if line.startswith("|"):
             cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
-            if re.match(
-                r"\|[ -]*:?-", lines[number + 1] if lines[number + 1 :] else ""
-            ):
+            below = lines[number + 1] if lines[number + 1 :] else ""
+            if re.match(r"\|[ -]*:?-", below):
                 columns = [bool(UNIT.search(cell)) for cell in cells]
                 continue
             for cell, holds in zip(cells, columns, strict=False):
@@ -104,9 +103,8 @@ def measured(text: str) -> Iterator[tuple[int, str]]:
     prose = re.sub(r"^```.*?^```", _comments, text, flags=re.DOTALL | re.MULTILINE)
     # A sentence goes on in the next line; a row of a table does not.
     prose = re.sub(r"(?<=[^\n|])\n(?=[^\n|#])", " ", prose)
-    for found in MEASURED.finditer(
-        prose
-    ):  # as long as the text, so lines are its lines
+    # It is as long as the text, so its lines are the text's.
+    for found in MEASURED.finditer(prose):
         yield text.count("\n", 0, found.start()) + 1, found[0]
 
 
