@@ -6,6 +6,10 @@ A page marks by comments, which do not show once it is rendered, what a record s
     ... the command, date, machine and commit, and a table of each result ...
     <!-- end figures -->
 
+    <!-- figures slide-faults 0:kinds -->
+    ... one row for each key there ...
+    <!-- end figures -->
+
     <!-- figure ingest-flat 0:ratios:here:busy .2f -->1.01<!-- end -->
 
 The first word is NAME of `benchmarks/records/NAME-DATE.json`; the newest counts. A path
@@ -30,7 +34,7 @@ from typing import Any
 from benchmarks import harness
 
 BLOCK = re.compile(
-    r"(?P<start><!-- figures (?P<name>\S+) -->\n)(?P<old>.*?)"
+    r"(?P<start><!-- figures (?P<name>\S+)(?: (?P<path>[^\n]+?))? -->\n)(?P<old>.*?)"
     r"(?P<end><!-- end figures -->)",
     re.DOTALL,
 )
@@ -132,12 +136,8 @@ def read_newest(records: Path, name: str) -> tuple[Path, dict[str, Any]]:
     return files[-1], record
 
 
-def value_of(record: Mapping[str, Any], path: str, spec: str) -> str:
-    """Return a value of a record in a format.
-
-    Raises:
-        ValueError: There is no such value, or it cannot be shown so.
-    """
+def node_of(record: Mapping[str, Any], path: str) -> Any:
+    """Return what a record has at a path; ValueError: nothing."""
     parts = path.split(":")
     node: Any = record["results"] if parts[0].isdigit() else record
     for part in parts:
@@ -146,13 +146,28 @@ def value_of(record: Mapping[str, Any], path: str, spec: str) -> str:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             there = list(node) if isinstance(node, Mapping) else f"{node!r:.60}"
             raise ValueError(f"no {part!r} of {path!r} in {there}") from error
+    return node
+
+
+def value_of(record: Mapping[str, Any], path: str, spec: str) -> str:
+    """Return a value of a record in a format.
+
+    Raises:
+        ValueError: There is no such value, or it cannot be shown so.
+    """
+    node = node_of(record, path)
     if not isinstance(node, int | float | str):
         raise ValueError(f"{path!r} is not one value: {node!r:.60}")
     return format(node, spec)
 
 
-def describe(record: Mapping[str, Any]) -> str:
-    """Return a record as Markdown: what was run where, and a table of each result."""
+def describe(record: Mapping[str, Any], path: str | None) -> str:
+    """Return a record as Markdown: what was run where, and a table of each result.
+
+    Args:
+        record: What harness.py wrote.
+        path: Of a mapping: a row for each of its values. None: the results.
+    """
     machine, versions = record["machine"], record["versions"]
     where = [record["date"][:10], machine["cpu"], f"{machine['cores']} cores"]
     where += [*machine["gpus"], f"commit {versions['medray']}"]
@@ -165,6 +180,14 @@ def describe(record: Mapping[str, Any]) -> str:
     if rounds:
         where.append(f"medians [quartiles] of {max(rounds)} rounds by turns")
     told = [f"`{_command(record)}`: {', '.join(where)}."]
+    if path:
+        named = node_of(record, path)
+        if not isinstance(named, Mapping) or not all(
+            isinstance(row, Mapping) for row in named.values()
+        ):
+            raise ValueError(f"{path!r} has no rows: {named!r:.60}")
+        told.append(_rows([{"": name} | row for name, row in named.items()]))
+        return "\n\n".join(told)
     for keys, rows in itertools.groupby(record["results"], key=tuple):
         if "medians" not in keys:
             told.append(_rows(list(rows)))
@@ -230,7 +253,9 @@ def fill(text: str, records: Path) -> tuple[str, list[tuple[int, str]]]:
 
         return replaced
 
-    blocks = BLOCK.sub(by(lambda _, record: f"\n{describe(record)}\n\n"), text)
+    blocks = BLOCK.sub(
+        by(lambda part, record: f"\n{describe(record, part['path'])}\n\n"), text
+    )
     whole = INLINE.sub(
         by(lambda part, record: value_of(record, part["path"], part["format"])), blocks
     )

@@ -86,6 +86,15 @@ def test_a_page_is_filled_from_the_record_once(root: Path) -> None:
     assert (root / "README.md").read_text() == page
 
 
+def test_a_part_of_a_record_is_a_table(root: Path) -> None:
+    page = root / "docs" / "page.md"
+    page.write_text("<!-- figures tiny 0:medians -->\n<!-- end figures -->\n")
+    assert figures.main(root, []) == 0
+    assert (
+        "|  | s |\n| --- | --- |\n| base | 2 |\n| core ms/crop, 1.5 | 4 |\n\n<!-- end"
+    ) in page.read_text()
+
+
 def test_the_newest_record_counts_and_no_other_name(root: Path) -> None:
     figures.main(root, [])
     write(root, "2026-11-30", record(9))
@@ -126,6 +135,7 @@ def test_a_changed_figure_is_named(
         ("<!-- figure tiny 5:s d --><!-- end -->", "no '5' of '5:s' in"),
         ("<!-- figure tiny 0:medians s --><!-- end -->", "is not one value"),
         ("<!-- figure tiny machine:cpu .2f --><!-- end -->", "Unknown format code 'f'"),
+        ("<!-- figures tiny 1:s -->\n<!-- end figures -->", "'1:s' has no rows: 1.2"),
         ("<!-- figures none -->\n<!-- end figures -->", "no record"),
         ("<!-- figures tiny -->\n", "alone, expected a start and an end"),
         ("<!-- figure tiny 1:s .2f -->1.23", "alone, expected a start and an end"),
