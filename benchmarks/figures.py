@@ -10,11 +10,13 @@ A page marks by comments, which do not show once it is rendered, what a record s
     ... one row for each key there ...
     <!-- end figures -->
 
-    <!-- figure ingest-flat 0:ratios:here:busy .2f -->1.01<!-- end -->
+    and within a line <!-- figure ingest-flat 0:ratios:here:busy .2f -->1.01<!-- end -->
 
 The first word is NAME of `benchmarks/records/NAME-DATE.json`; the newest counts. A path
 is keys and positions with colons between them, from the results if the first is a
 number, else from the record (`date`, `machine:cpu`); the last word is a format spec.
+
+One file, because what it finds outside of generated parts it must not find in them.
 
 Run: python -m benchmarks.figures            (make figures: writes)
      python -m benchmarks.figures --check    (make lint: names what differs, and figures
@@ -286,6 +288,10 @@ def main(root: Path = harness.ROOT, words: list[str] | None = None) -> int:
             if new != text:
                 page.write_text(new)
             new, wrong = fill(new, root / "benchmarks" / "records")
+        for first in re.finditer(r"^ *<!-- figure ", new, re.MULTILINE):
+            told_of = "found a figure that starts a line, which ends the paragraph"
+            line = new.count("\n", 0, first.start()) + 1
+            wrong.append((line, f"{told_of}; do: put a word before it"))
         left = INLINE.sub("", BLOCK.sub("", new))
         if found := LEFT.search(left):
             line = text.count("\n", 0, text.find(found[0])) + 1

@@ -124,21 +124,28 @@ def test_a_changed_figure_is_named(
     ("mark", "said"),
     [
         (
-            "<!-- figure none 0:s .2f --><!-- end -->",
+            "is <!-- figure none 0:s .2f --><!-- end -->",
             "no record records/none-DATE.json",
         ),
         (
-            "<!-- figure old 0:s .2f --><!-- end -->",
+            "is <!-- figure old 0:s .2f --><!-- end -->",
             "old-2026-12-01.json without bench",
         ),
-        ("<!-- figure tiny 1:whales d --><!-- end -->", "no 'whales' of '1:whales' in"),
-        ("<!-- figure tiny 5:s d --><!-- end -->", "no '5' of '5:s' in"),
-        ("<!-- figure tiny 0:medians s --><!-- end -->", "is not one value"),
-        ("<!-- figure tiny machine:cpu .2f --><!-- end -->", "Unknown format code 'f'"),
+        (
+            "is <!-- figure tiny 1:whales d --><!-- end -->",
+            "no 'whales' of '1:whales' in",
+        ),
+        ("is <!-- figure tiny 5:s d --><!-- end -->", "no '5' of '5:s' in"),
+        ("is <!-- figure tiny 0:medians s --><!-- end -->", "is not one value"),
+        (
+            "is <!-- figure tiny machine:cpu .2f --><!-- end -->",
+            "Unknown format code 'f'",
+        ),
         ("<!-- figures tiny 1:s -->\n<!-- end figures -->", "'1:s' has no rows: 1.2"),
         ("<!-- figures none -->\n<!-- end figures -->", "no record"),
         ("<!-- figures tiny -->\n", "alone, expected a start and an end"),
-        ("<!-- figure tiny 1:s .2f -->1.23", "alone, expected a start and an end"),
+        ("is <!-- figure tiny 1:s .2f -->1.23", "alone, expected a start and an end"),
+        ("<!-- figure tiny 1:s .2f -->1.23<!-- end -->", "starts a line, which ends"),
         ("1.23<!-- end -->", "alone, expected a start and an end"),
     ],
 )
