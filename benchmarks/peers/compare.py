@@ -101,7 +101,7 @@ def main(
     model: Path | None = None,
     slides: int = 4,
     rounds: int = 2,
-    systems: tuple[str, ...] = PEERS,
+    systems: tuple[str, ...] = (),
     precisions: tuple[Precision, ...] = ("auto", "float32"),
 ) -> Iterator[harness.Result]:
     """Compare medray with other systems in seconds, memory and masks.
@@ -111,7 +111,7 @@ def main(
         model: Model folder; without one a U-Net of random weights.
         slides: Number of generated slides of 2048 px.
         rounds: Number of rounds.
-        systems: Which of the others.
+        systems: Only these of the others; none: all.
         precisions: Of medray and the loop; the others have float32.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -131,7 +131,7 @@ def main(
             for key, run in (("medray", run_medray), ("plain loop", run_loop)):
                 runs[key + called] = functools.partial(run, precision, uri, paths)
                 forward[key + called] = functools.partial(bare, predictor, paths, 10**6)
-        for system in systems if peers else ():
+        for system in (systems or PEERS) if peers else ():
             python = os.path.abspath(peers)
             runs[system] = functools.partial(run_peer, python, system, uri, paths)
         found = harness.Rounds(next(iter(runs)), {"slides": slides})
