@@ -16,8 +16,8 @@ VIV := benchmarks/viewers/viv/dist/page.js
 BASE := $(or $(MEDRAY_CI_BASE),recent)
 BUDGET := 1200
 
-.PHONY: demo test test-ci test-slow durations costs golden golden-update viewers lint docs setup clean constraints \
-	test-lowest release
+.PHONY: demo test test-ci test-slow durations costs figures golden golden-update viewers lint docs setup clean \
+	constraints test-lowest release
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
 	$(BIN)/medray demo --out demo
@@ -52,17 +52,21 @@ costs: $(STAMP) ## what `make test` costs, into docs/checks.md
 	-$(BIN)/pytest -m "not long" -n 2 --dist loadfile --costs=build/costs
 	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
+figures: $(STAMP) ## the measured figures of README and docs, from the newest benchmarks/records
+	$(BIN)/python -m benchmarks.figures
+
 golden: $(STAMP) ## is what medray makes of fixed inputs still the same?
 	$(BIN)/python tests/golden/golden.py
 
 golden-update: $(STAMP) ## keep what it makes now; the commit says why it changed
 	$(BIN)/python tests/golden/golden.py --update
 
-lint: $(STAMP) ## style, types, and the rooms: who imports whom, Ray or torch
+lint: $(STAMP) ## style, types, the rooms (who imports whom, Ray or torch), figures without a record
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.figures --check
 
 docs: $(STAMP) ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict

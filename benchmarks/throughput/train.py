@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 
 from benchmarks import harness
-from benchmarks.harness import ROOT
 from medray.datasets.dataset import read_dataset
 from medray.datasets.ingest_slides import ingest
 from medray.datasets.synthetic import generate
@@ -192,7 +191,7 @@ def main(
     slides: int = 8,
     rounds: int = 3,
     steps: int = 30,
-    recipe: str = str(ROOT / "recipes" / "unet.yaml"),
+    recipe: str = "unet",
     workers: bool = False,
     files: bool = False,
 ) -> Iterator[harness.Result]:
@@ -202,7 +201,7 @@ def main(
         slides: Number of generated slides.
         rounds: Number of rounds.
         steps: Number of steps that are timed in each.
-        recipe: File of a recipe.
+        recipe: Name or file of a recipe.
         workers: Train with one and with two workers, too.
         files: Read patches from zarr, PNG and TIFF, too.
     """

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 PATCH = 512
 REGION = 2048
 
-# zstd 1 writes nearly as fast as no compression and keeps masks tiny (facts measured
-# in benchmarks/RESULTS.md); no checksum, so the same pixels give the same bytes.
+# zstd 1 writes nearly as fast as no compression and keeps masks tiny; no checksum, so
+# the same pixels give the same bytes.
 _COMPRESSOR = ZstdCodec(level=1, checksum=False)
 AT_ONCE = 3
 """Levels that the writer of a region fills at once: in level k a shard is a region's
