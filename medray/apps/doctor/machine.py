@@ -23,6 +23,10 @@ _LEAST_MEMORY = 4 * GIB
 # What Ray gives its object store by default, and where that lies.
 _STORE_SHARE, SHARED_MEMORY = 0.3, "/dev/shm"
 
+# What there is of a GPU that torch could use: NVIDIA's driver, that of Windows under
+# its Linux, AMD's.
+_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+
 
 def check_packages(requirements: Iterable[str]) -> Finding:
     """Compare what is installed with requirements, as in PEP 508."""
@@ -90,7 +94,9 @@ def check_memory(limit: int, shared: int) -> list[Finding]:
 
 def gpus_here() -> tuple[int, int, str]:
     """Return how many GPUs this machine has, how many torch can use, and in words."""
-    import torch
+    if not any(Path(device).exists() for device in _DRIVERS):
+        return 0, 0, "none"
+    import torch  # it takes seconds
 
     there = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,5 +1,7 @@
 """`medray --help` is quick: nothing that takes its time is imported for it."""
 
+import glob
+import re
 import subprocess
 import sys
 
@@ -35,3 +37,14 @@ def test_help_imports_nothing_heavy(words: list[str], unwanted: list[str]) -> No
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "medray" in ran.stdout
     assert set(unwanted) & {*ran.stderr.split()} == set()
+
+
+@pytest.mark.skipif(
+    bool(glob.glob("/dev/nvidia*")), reason="doctor asks torch for GPUs"
+)
+def test_doctor_does_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "medray.cli", "doctor"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode in (0, 1)
+    assert "GPUs" in ran.stdout
+    assert not re.search(r"\| +torch$", ran.stderr, re.MULTILINE)
