@@ -1,4 +1,4 @@
-"""How work is run, on Ray or in this process, and what becomes of what dies or hangs.
+"""How work is run, on Ray or in this process, and how deaths and hangs are handled.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

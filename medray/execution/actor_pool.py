@@ -1,4 +1,4 @@
-"""A pool of Ray actors that does the rows of an actor that dies again.
+"""A pool of Ray actors that retries the rows of an actor that dies.
 
 What is done when is decided in `medray.execution.pool_state`; here Ray's events are
 turned into its events, and its decisions are carried out.
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 class Pool:
-    """Actors with a method that takes rows and gives a result for each, in their order.
+    """Actors whose method takes rows and yields one result per row, in their order.
 
     The method is a generator of lists of results, so that results come back while later
     rows are worked on. `HandedBack` gives a row back, which another actor then does; an
     empty list says that the next row takes long, and does not hang. `pool_state` has
-    the rules for actors that die, hang, or are on a node that is told to go.
+    the rules for actors that die, hang, or are on a node that is being drained.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Pool:
         """Start the actors.
 
         Args:
-            start: Starts one actor and gives its handle.
-            method: What to call of it.
+            start: Starts one actor and returns its handle.
+            method: Name of the actor's method to call.
             actors: How many.
             most: How many it may grow to, if that is more.
             calls: How many calls each has at once.
@@ -136,7 +136,7 @@ class Pool:
         self._decide(Grow())
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows to the next actor that can take them."""
+        """Send rows to the next actor that can take them."""
         self._decide(Give(tuple(rows)))
 
     def take(self, ready: Any) -> list[tuple[Any, Any]]:
@@ -146,13 +146,13 @@ class Pool:
             Rows with their results; a LostError for a row that was lost too often.
 
         Raises:
-            MedrayError: The actors die, whatever they are given.
+            MedrayError: The actors die, whichever rows they get.
             Exception: What the method raised.
         """
         return self._decide(self._event(ready))
 
     def look_after(self) -> None:
-        """Once a second, see who hangs and which nodes go; say if no actor starts."""
+        """Look for hanging actors and draining nodes each second; warn if none starts."""
         if time.monotonic() - self._state.looked_at >= 1:
             self._decide(Looked(frozenset(cluster.leaving_nodes())))
 

@@ -34,11 +34,11 @@ class Backlog:
         return regions + self.slides * self.found / max(1, self.planned)
 
     def asks_for_more(self, regions: int, region_workers: Pool) -> bool:
-        """Tell whether one more process pays.
+        """Return whether one more process pays.
 
         Args:
-            regions: Regions that are planned and given to nobody. None: those who are
-                there wait for plans themselves.
+            regions: Regions that are planned and not assigned. None: the processes that
+                are there wait for plans themselves.
             region_workers: The processes.
         """
         if self.first is None and self.done >= _MEASURED:
@@ -58,7 +58,7 @@ class Backlog:
 def is_worth_another(
     waiting: float, done: int, there_s: float, processes: int, start_s: float
 ) -> bool:
-    """Tell whether one more process pays.
+    """Return whether one more process pays.
 
     It does if what waits takes those that are there, or are coming, longer than the
     slowest of them took to come: a machine that is bought for less finds nothing to do.

@@ -27,13 +27,13 @@ from medray.slides import bounded_memory
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a row.
+    """What became of a row.
 
     Attributes:
         kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
             given up; `stop`: it was not begun, since the run ends; `again`: it was not
             begun, since the block has taken long, another row of its group is tried, or
-            the node is told to go.
+            the node is being drained.
         value: The result, the exception, or why the row was lost.
         seconds: That it took.
     """
@@ -129,7 +129,7 @@ def _without_result(verdict: Verdict) -> Answer:
 
 @contextlib.contextmanager
 def _ending_with(feed: Any) -> Iterator[None]:
-    """End this process if the stream ends before its block: nobody waits for it."""
+    """End this process if the stream ends before its block: nothing waits for it."""
     name = feed._actor_id.hex()
     if name not in _watched:
         _watched.add(name)
@@ -173,7 +173,7 @@ def _opened(path: Path) -> IO[str]:
 def _answer(
     feed: Any, function: Callable[[Any], Any], head: Head, row: Any, file: IO[str]
 ) -> bytes:
-    """Return what came of a row, pickled; end this process if it hangs."""
+    """Return what became of a row, pickled; end this process if it hangs."""
     # A thread of C's: it also fires while native code holds the interpreter's lock.
     arm = functools.partial(
         faulthandler.dump_traceback_later, head.timeout, exit=True, file=file

@@ -1,4 +1,4 @@
-"""Where a stage runs if nobody says: on Ray, or without it where that is sooner."""
+"""Where a stage runs by default: on Ray, or without it where that is sooner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ASKED = 100  # files of a store whose sizes are asked for, one by one
 
 
 def settle_executor(executor: Executor, uris: Collection[str]) -> Executor:
-    """Return where work is done; `auto` is settled.
+    """Return where work is done; `auto` is resolved.
 
     It becomes Ray where a cluster is named (RAY_ADDRESS) or joined, this machine has
     several GPUs, or the files have more than 256 MiB; else processes of this machine.
@@ -49,7 +49,7 @@ def _has_cluster() -> bool:
 
 
 def _size(uris: Collection[str]) -> int | None:
-    """Return the bytes of files, those that are gone left out; None: not known."""
+    """Return the bytes of files, without those that are gone; None: not known."""
     if len(uris) > _ASKED and not all(map(files.is_local, uris)):
         return None
     size = 0
@@ -69,6 +69,6 @@ def _size_of(uri: str) -> int:
     if files.is_folder(uri):
         return sum(files.list_files(uri).values())
     size = files.size(uri)
-    if uri.lower().endswith(".mrxs"):  # its pixels lie beside it
+    if uri.lower().endswith(".mrxs"):  # its pixels lie next to it
         return size + _size_of(os.path.splitext(uri)[0])
     return size

@@ -28,7 +28,7 @@ _KNOCK_S = 5.0
 
 
 class End(threading.Event):
-    """Is set to end a chain of Ray Data at once.
+    """A flag that is set to end a chain of Ray Data at once.
 
     Ray Data copies its settings, and sends them to its processes; this stays here.
     """
@@ -104,7 +104,7 @@ def cpus_per_node() -> int:
 
 
 def gpu_workers() -> int:
-    """Return the number of devices that predict.
+    """Return the number of GPU workers: devices that predict.
 
     These are the GPUs or, where there are none, the nodes that have CPUs (the head of a
     cluster on Kubernetes often has none).
@@ -155,11 +155,11 @@ def gpus() -> int:
 def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of GPUs that a cluster of these nodes has, or may have.
 
-    What an autoscaler may bring Ray does not tell. A cluster that starts without GPUs
-    says it by the label `medray/gpus` of its head; k8s/ and cluster/ set it.
+    Ray does not report what an autoscaler may add. A cluster that starts without GPUs
+    states it in the label `medray/gpus` of its head; k8s/ and cluster/ set it.
 
     Args:
-        nodes: As `ray.nodes` gives them.
+        nodes: As `ray.nodes` returns them.
 
     Raises:
         ConfigError: The label is no number.
@@ -178,7 +178,7 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
 
 
 def places(resources: Mapping[str, float]) -> int:
-    """Return how many processes of such resources the nodes have room for, if empty.
+    """Return how many processes of such resources the nodes, if empty, have room for.
 
     Args:
         resources: `CPU` and `GPU` that one takes; 0: none.
@@ -193,7 +193,7 @@ def places(resources: Mapping[str, float]) -> int:
 
 
 def leaving_nodes() -> set[str]:
-    """Return the ids of nodes that are told to go soon, by `ray drain-node`.
+    """Return the ids of nodes that are being drained, by `ray drain-node`.
 
     Clouds give a notice before they take a spot machine away, and Kubernetes before it
     ends a pod; k8s/ passes it on. Ray starts nothing on such a node any more.
@@ -203,10 +203,10 @@ def leaving_nodes() -> set[str]:
 
 
 def is_gone(node: str) -> bool:
-    """Tell whether a node is dead, is told to go, or does not answer any more.
+    """Return whether a node is dead, is being drained, or no longer answers.
 
     Ray takes a node for alive until it has missed several heartbeats, 20 s and more; so
-    its raylet is knocked at.
+    we probe the raylet's TCP port.
     """
     if node in leaving_nodes():
         return True

@@ -83,7 +83,7 @@ def changed_slides(
     """Return a task for each slide that is not done, or is not the file it was.
 
     Files with the sizes and times of a done slide are taken to be that slide. Otherwise
-    the slide stops counting as done until its digest tells whether it changed; durable
+    the slide stops counting as done until its digest shows whether it changed; durable
     with the ledger's next flush.
 
     Args:
@@ -123,7 +123,7 @@ def changed_slides(
 
 
 def _input_columns(slide: SlideInput) -> Columns:
-    """Return what of a slide's row says which file it is, and what the user said."""
+    """Return the columns of a row that identify its file, and what the user said."""
     file = slide.file
     return {
         "slide": file.slide,
@@ -169,11 +169,11 @@ def _above(uri: str) -> str:
 
 
 def _is_of(file: SlideFile, before: Mapping[str, Any]) -> bool:
-    """Tell whether a slide is that of a row with another id."""
+    """Return whether a slide is that of a row with another id."""
     try:
         digest = slide_digest(file.uri)
     except (MedrayError, OSError):
-        return False  # planning it will tell what is wrong
+        return False  # planning it will report what is wrong
     same = digest == str(before["digest"]).partition("+")[0]
     return same and before["slide"] != file.slide
 
@@ -195,7 +195,7 @@ def _check_same_slide(
             return
         same = slide_digest(file.uri) == str(before["digest"]).partition("+")[0]
     except (MedrayError, OSError):
-        return  # planning it will tell what is wrong
+        return  # planning it will report what is wrong
     if not same:
         raise ConfigError(
             f"{file.uri}: gets the id {file.slide!r}, which is taken there by "
@@ -233,14 +233,14 @@ class _Slide:
 
 @dataclass
 class Commit:
-    """Takes what came of a stage's tasks and notes in the ledger what is finished.
+    """Takes the results of a stage's tasks and records in the ledger what is finished.
 
     Attributes:
         ledger: Of the stage's folder.
         stage: What is done.
         progress: Shows it.
         done: How many slides were finished.
-        unchanged: How many were finished before, as only their digest told.
+        unchanged: How many were finished before, as only their digest showed.
         regions: How many regions were committed.
         failed: Reason of each slide that failed.
         quarantined: Failure of each slide of which no other region is begun.
@@ -263,7 +263,7 @@ class Commit:
         self._adapter = TypeAdapter(self.stage.record)
 
     def plan(self, task: SlideTask, plan: AnyPlan) -> FinishTask[Any, Any] | None:
-        """Note what planning a slide gave.
+        """Record the result of planning a slide.
 
         Returns:
             The slide, if it is to be finished: no region is left to do.
@@ -284,7 +284,7 @@ class Commit:
                 return self._finish_if_complete(slide)
 
     def region(self, task: AnyRegion, outcome: Outcome) -> FinishTask[Any, Any] | None:
-        """Note what came of a region.
+        """Record the result of a region.
 
         Returns:
             Its slide, if all its regions are stored now and it is to be finished as a
@@ -320,7 +320,7 @@ class Commit:
     def finished(
         self, task: FinishTask[Any, Any], result: Finish[Any] | Failure
     ) -> None:
-        """Note a slide that was finished as a whole, or could not be."""
+        """Record a slide that was finished as a whole, or could not be."""
         slide = task.slide
         if isinstance(result, Failure):
             self._check_storage(result)
@@ -359,7 +359,7 @@ class Commit:
             raise StoreError(failure.why)
 
     def stopped(self, signal: int) -> StoppedError:
-        """Return what says that a signal ended the stage, and what is kept."""
+        """Return the message that a signal ended the stage, and what is kept."""
         under_way = sum(slide.arrived > 0 for slide in self._slides.values())
         return StoppedError(
             signal,
@@ -368,7 +368,7 @@ class Commit:
         )
 
     def close(self) -> None:
-        """Fail what did not come back, and make everything durable."""
+        """Fail slides whose results are missing, and make everything durable."""
         for _, slide in sorted(self._slides.items()):
             digest = slide.planned.digest if slide.planned else ""
             why = "not all of its regions came back; run again"

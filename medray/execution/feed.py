@@ -1,4 +1,4 @@
-"""Who hands out the blocks of a stream, and counts the tries of their rows."""
+"""The actor that hands out a stream's blocks and counts the tries of their rows."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, Literal
 from medray.execution import cluster
 from medray.execution.tries import Tries, Verdict
 
-_LOOK_S = 2.0  # how often the nodes that are told to go are asked for
+_LOOK_S = 2.0  # how often the draining nodes are asked for
 _IDLE_S = 10.0  # so long nothing is begun if all wait for nodes that are gone
 _WAIT_S = 5.0  # how long the source waits for a block in one call
 
 
 class Feed:
-    """Has the blocks that are under way, and counts the tries of their rows.
+    """Holds the blocks that are under way, and counts the tries of their rows.
 
     An actor on the driver's node: what it knows outlives the processes that die. Its
     methods are coroutines of one thread.
     """
 
     def __init__(self) -> None:
-        """Have nothing yet."""
+        """Start without blocks."""
         self._news = asyncio.Condition()
         self._blocks: dict[int, bytes] = {}
         self._given = 0
@@ -156,7 +156,7 @@ class Feed:
         self._stopped = True
 
     async def close(self) -> None:
-        """Give no other block."""
+        """Hand out no other block."""
         async with self._news:
             self._closed = self._stopped = True
             self._news.notify_all()
@@ -164,7 +164,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Head:
-    """What is to be known of a row before it is touched.
+    """What must be known of a row before it is touched.
 
     Attributes:
         number: Of the row.

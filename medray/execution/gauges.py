@@ -1,4 +1,4 @@
-"""What Prometheus is told of a stage."""
+"""The Prometheus metrics of a stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from medray.execution.commit import Commit
 
 
 class Gauges:
-    """What Prometheus has been told of a run; Ray adds `ray_` to the names."""
+    """The Prometheus metrics of a run; Ray adds `ray_` to the names."""
 
     def __init__(self) -> None:
         self.slides = Counter("medray_slides_done_total", "Slides finished.")
@@ -20,7 +20,7 @@ class Gauges:
         self.before = (0, 0, 0)
 
     def update(self, commit: Commit, waiting: float) -> None:
-        """Add what has been committed since the last time; say how much waits."""
+        """Add what has been committed since the last call; set what waits, in regions."""
         self.waiting.set(waiting)
         now = (commit.done, len(commit.failed), commit.regions)
         counters = (self.slides, self.failures, self.regions)

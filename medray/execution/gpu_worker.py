@@ -1,4 +1,4 @@
-"""A GPU worker: one device, and all that keeps it busy.
+"""A GPU worker: prefetching readers, one prediction thread, asynchronous writers.
 
     read     processes of its own read regions and their halos, some bytes ahead
     predict  one thread; windows of successive regions share batches
@@ -42,7 +42,7 @@ from medray.types import Layers
 
 
 def gpu_worker_resources() -> dict[str, float]:
-    """One GPU worker a GPU; without GPUs one a node, all but a core of it.
+    """Return a GPU worker's resources: one GPU, or else all but one core of a node.
 
     Its I/O workers are counted here and take nothing themselves: one that had to find a
     place of its own, or to find it again after it died, could wait for good on a node
@@ -56,7 +56,7 @@ def gpu_worker_resources() -> dict[str, float]:
 
 
 def start_gpu_workers(stage: AnyStage, slides: int) -> Pool:
-    """Start a GPU worker for each device that is there, but no more than slides.
+    """Start a GPU worker for each device that is there, at most one per slide.
 
     Where GPUs come on request there may be none yet: then for one. More are asked for
     by the work that is found (`medray.execution.scheduler`).
@@ -82,7 +82,7 @@ _LOOK_S = 1.0  # for a notice that the node goes
 
 
 class GpuWorker:
-    """One device with all that keeps it busy: readers ahead of it, writers behind.
+    """One device, the readers that prefetch for it, and the writers behind it.
 
     One thread has the device to itself. Two batches may be under way: the second is
     read while the first is predicted, and predicted while the last regions of the
@@ -114,7 +114,7 @@ class GpuWorker:
         return predictor
 
     def work(self, tasks: list[AnyRegion]) -> Iterator[list[Outcome | HandedBack]]:
-        """Work on a batch of regions; yield what came of each, in their order.
+        """Work on a batch of regions; yield the result of each, in their order.
 
         Raises:
             MedrayError: The models cannot be used.
@@ -168,7 +168,7 @@ class GpuWorker:
                 writes.append(_Write(self._io_workers, item))
 
     def _predict(self, ahead: _ReadAhead, predicted: queue.Queue[Any]) -> None:
-        """Predict a batch in the device's thread; None ends what it gives."""
+        """Predict a batch in the device's thread; None ends the queue of results."""
         try:
             for item in self._predicted(ahead):
                 predicted.put(item)
@@ -231,7 +231,7 @@ class _Predicted:
 
 
 class _Write:
-    """A region that is being written, or of which nothing is."""
+    """A region that is being written, or of which there is nothing to write."""
 
     def __init__(
         self, io_workers: _IoWorkers, item: _Predicted | Failure | HandedBack
@@ -256,7 +256,7 @@ class _Write:
 
 
 class _Notice:
-    """Whether this node was told to go: then nothing new is begun on it."""
+    """Whether this node is being drained: then nothing new is begun on it."""
 
     def __init__(self) -> None:
         self._node = ray.get_runtime_context().get_node_id()
@@ -274,8 +274,8 @@ class _IoWorkers:
     """The processes that read and write a GPU worker's regions.
 
     Actors rather than tasks: Ray ends a process that had no task for a second, and a
-    GPU worker without a GPU gives one less often; starting one costs as much as a
-    region.
+    GPU worker without a GPU sends tasks less often; starting a process costs as much
+    as a region.
     """
 
     def __init__(self, stage: AnyStage, gpu: bool) -> None:
@@ -316,7 +316,7 @@ class _Started:
         return bool(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
     def result(self) -> Any:
-        """Wait for what comes of it.
+        """Wait for the result.
 
         When a process dies or is ended for it hangs, all that was given to it is lost,
         also what is innocent. So each is repeated once in a process of its own.
@@ -379,7 +379,7 @@ class _ReadAhead:
             self._under_way.append((task, reading))
 
     def __iter__(self) -> Iterator[_Read | Failure | HandedBack]:
-        """Yield what came of reading each region."""
+        """Yield the result of reading each region."""
         while self._under_way:
             task, reading = self._under_way.popleft()
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Calls in processes that may die of them, for commands that work without Ray.
+"""Calls in processes that a call may kill, for commands that work without Ray.
 
 A damaged file that ends, hangs or bloats its decoder costs that one call; the next call
 gets a new process. Run as a program this module is such a process.
@@ -149,7 +149,7 @@ def _start(
 
 
 def _serve(descriptor: int, parent: int, bounded: int) -> None:
-    # However the command ends: while a decoder hangs nothing else would tell.
+    # However the command ends: while a decoder hangs nothing else would end it.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         return
@@ -165,7 +165,7 @@ def _serve(descriptor: int, parent: int, bounded: int) -> None:
 
 
 def _result_of(steps: Generator[Any, None, Any], pipe: Connection[Any, Any]) -> Any:
-    """Run a generator, and say with each step that it goes on."""
+    """Run a generator, and report with each step that it goes on."""
     while True:
         try:
             next(steps)

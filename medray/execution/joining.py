@@ -53,7 +53,7 @@ def connect() -> None:
         return
     for trial in range(_STARTS):
         try:
-            # Nobody is told of its dashboard; without it the start is 2 s shorter.
+            # No user sees its dashboard; without it the start is 2 s shorter.
             _init(address="local", include_dashboard=False)
             return
         except Exception as error:
@@ -70,7 +70,7 @@ def connect() -> None:
 
 
 def says_more() -> bool:
-    """Return whether medray was asked to say more."""
+    """Return whether medray logs at DEBUG level."""
     return logging.getLogger("medray").isEnabledFor(logging.DEBUG)
 
 
@@ -188,7 +188,7 @@ def _address_here() -> str:
 
 
 def _within(seconds: float, function: Any, *args: Any) -> Any:
-    """Return what a function gives or raises; TimeoutError if that takes too long.
+    """Return a function's result, or raise its error; TimeoutError if that is late.
 
     In a thread, which is left behind then: looking up a name cannot be ended.
     """
@@ -197,7 +197,7 @@ def _within(seconds: float, function: Any, *args: Any) -> Any:
     def call() -> None:
         try:
             found.append(function(*args))
-        except Exception as error:  # whatever it is, the caller tells it
+        except Exception as error:  # whatever it is, the caller reports it
             found.append(error)
 
     thread = threading.Thread(target=call, daemon=True)

@@ -87,7 +87,7 @@ def _doing(stage: AnyStage) -> Callable[[AnyRegion], Outcome]:
 
 
 class _Predicting:
-    """Does regions with a device; its models are loaded when a region has pixels."""
+    """Runs regions on a device; its models are loaded when a region has pixels."""
 
     def __init__(self, stage: AnyStage) -> None:
         assert stage.device is not None

@@ -1,4 +1,4 @@
-"""What came of a task, where its processes may have died of it."""
+"""The result of a task, or the failure of one that killed its processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from medray.execution.tasks import Failure, Finish, NotPlanned, SlideTask
 
 
 def plan_of(task: SlideTask, result: Any, doing: str = "opening") -> AnyPlan:
-    """Return a slide's plan, or that it cost its processes."""
+    """Return a slide's plan, or the failure if it killed its processes."""
     if isinstance(result, Exception):
         why = f"{task.input.uri}: quarantined: {doing} it: {result}"
         return NotPlanned(Failure(why))
@@ -18,7 +18,7 @@ def plan_of(task: SlideTask, result: Any, doing: str = "opening") -> AnyPlan:
 
 
 def outcome_of(task: AnyRegion, result: Any) -> Outcome:
-    """Return what came of a region, or that it cost its processes."""
+    """Return the result of a region, or the failure if it killed its processes."""
     if isinstance(result, Exception):
         why = f"{task.slide.uri}: quarantined: {task.where}: {result}"
         return Failure(why, quarantined=True)
@@ -27,7 +27,7 @@ def outcome_of(task: AnyRegion, result: Any) -> Outcome:
 
 
 def finish_of(result: Any) -> Finish[Any] | Failure:
-    """Return what finishing a slide gave, or that it cost its processes."""
+    """Return what finishing a slide returned, or that it killed its processes."""
     if isinstance(result, Exception):
         return Failure(f"{result}")
     finish: Finish[Any] | Failure = result

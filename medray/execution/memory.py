@@ -32,7 +32,7 @@ _BASE_BYTES, _IO_WORKER_BYTES, _PLANNER_BYTES = 1200 * _MIB, 260 * _MIB, 400 * _
 def io_workers_of(gpu: bool) -> int:
     """Return how many processes read and write for a GPU worker.
 
-    With a GPU all of its share of the node's cores but what the GPU worker itself
+    With a GPU: all of its share of the node's cores but what the GPU worker itself
     needs.
     """
     from medray.execution import cluster
@@ -83,7 +83,7 @@ def bound_in_processes(halo: int, written: int, canvas: int, device_bytes: int) 
 
 
 def check_budget(host_bytes: int, budget_bytes: int) -> None:
-    """Refuse what does not fit.
+    """Raise an error if the memory bound exceeds the budget.
 
     Raises:
         ConfigError: More may be needed than there is.

@@ -11,14 +11,14 @@ So `tests/unit/execution/test_pool_state.py` runs the rules on a simulated clust
 - When an actor dies, the rows that it had in hand are suspects. A suspect is done again
   alone, with an actor to itself: a row that kills costs no other row.
 - A suspect is given up after `TRIES` deaths on nodes that live on, or `MOST_TRIES` in
-  all. A death with its node, or on a node that is told to go, speaks against no row.
+  all. A death with its node, or on a draining node, speaks against no row.
 - An actor that gives no answer for longer than a row may take is killed. That is a
   death like any other, and the row's error says that it hung.
-- An actor whose node is told to go gets nothing more, finishes what it has, and another
-  takes its place. So does one for each actor that dies.
+- An actor whose node is being drained gets nothing more, finishes what it has, and
+  another takes its place. So does one for each actor that dies.
 - `DEATHS` deaths without a result between them are no row's fault and end the run. Of
-  a suspect only the first counts, whatever the number of actors that die at once; but
-  `MOST_DEATHS` with those end it, too.
+  a suspect only the first counts, however many actors die at the same time; but
+  `MOST_DEATHS` deaths, with those, end it too.
 
 One file, because the events and decisions are the words of the rules.
 """
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 TRIES, MOST_TRIES = 3, 20
 DEATHS, MOST_DEATHS = 10, 100
-# Seconds without an actor after which it is said.
+# Seconds without an actor after which a warning is logged.
 STUCK_S = 60.0
 
 
@@ -53,7 +53,7 @@ class Grow:
 
 @dataclass(frozen=True)
 class Give:
-    """Rows are given to whichever actor can take them next."""
+    """Rows are sent to whichever actor can take them next."""
 
     rows: tuple[Any, ...]
 
@@ -77,7 +77,7 @@ class NotStarted:
 
 @dataclass(frozen=True)
 class Answered:
-    """A call gave results for its next rows."""
+    """A call returned results for its next rows."""
 
     call: int
     results: tuple[Any, ...]
@@ -85,7 +85,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Ended:
-    """A call has given all its results."""
+    """A call has returned all its results."""
 
     call: int
 
@@ -101,7 +101,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Looked:
-    """Some time has passed; these nodes are told to go."""
+    """Some time has passed; these nodes are being drained."""
 
     leaving: frozenset[str]
 
@@ -242,7 +242,7 @@ class PoolState:
         """Return what is to be done after an event, in this order.
 
         Raises:
-            MedrayError: The actors die whatever they are given, or one leaves out rows.
+            MedrayError: The actors die whichever rows they get, or one omits rows.
         """
         self._decisions = []
         match event:
@@ -314,14 +314,14 @@ class PoolState:
         call.since = now
 
     def _lost(self, event: Lost, now: float) -> None:
-        """Replace the actor; do again what it had in hand, or give it up."""
+        """Replace the actor; retry its rows in hand, or give them up."""
         call = self._calls[event.call]
         actor = call.actor
         if not actor.ended:
             actor.ended = event.why
             self._decisions.append(Kill(actor.number))  # it may only be out of reach
         self._end(event.call)
-        if self._there.pop(actor.number, None):  # the first of its calls to tell
+        if self._there.pop(actor.number, None):  # the first of its calls to show it
             with_node = actor.node in event.gone
             self._replace(actor.ended, with_node, now, suspect=bool(call.lost_on))
         lost_on = (*call.lost_on, actor.node)
@@ -379,7 +379,7 @@ class PoolState:
         self._leave_node(actor, now)
 
     def _leave_node(self, actor: _Actor, now: float) -> None:
-        """Replace an actor whose node is told to go; it may finish what it has."""
+        """Replace an actor whose node is being drained; it may finish what it has."""
         if actor.node in self._leaving_nodes:
             log.info("a process of %s leaves its node, which goes", self._name)
             self._leaving[actor.number] = self._there.pop(actor.number)

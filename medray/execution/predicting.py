@@ -119,7 +119,7 @@ class PredictingStream:
         return min(REGIONS - self._under_way, self._processes.room)
 
     def give(self, rows: list[AnyTask]) -> None:
-        """Give tasks, which are begun in this order."""
+        """Queue tasks, which are begun in this order."""
         regions = sum(isinstance(row, RegionTask) for row in rows)
         self._under_way += regions
         self._reading += regions
@@ -210,7 +210,7 @@ type _Row = AnyTask | _Write
 
 
 def _do(stage: AnyStage, row: _Row) -> Generator[None, None, Any]:
-    """Do a task but for what needs the device, in a process that reads and writes."""
+    """Do the part of a task that needs no device, in an I/O process."""
     match row:
         case _Write():
             return write_region(stage, row.task, row.seen, row.layers, row.timing)

@@ -47,7 +47,7 @@ class Processes:
         Args:
             function: Of a module, so that it can be imported by a process.
             timeout: Seconds that a row may take, or go on without a yield.
-            bounded: A process may allocate 4 GiB and no more, for files of strangers.
+            bounded: A process may allocate 4 GiB and no more, for untrusted files.
             processes: At most; None: one for each core.
             group: Names the group of a row.
         """
@@ -90,7 +90,7 @@ class Processes:
         return _AHEAD * self.places - len(self._rows)
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows, which are begun in this order."""
+        """Queue rows, which are begun in this order."""
         with self._news:
             for row in rows:
                 self._rows[self._numbers] = row
@@ -120,11 +120,11 @@ class Processes:
             return rows
 
     def tell(self, row: Any, result: Any = None) -> None:
-        """Have `take` return a row that was done elsewhere; of any thread."""
+        """Have `take` return a row that was done elsewhere; safe from any thread."""
         self._arrived.put((self._keep(row), _Done(result)))
 
     def fail(self, error: Exception) -> None:
-        """Have `take` raise an error; of any thread."""
+        """Have `take` raise an error; safe from any thread."""
         self._arrived.put((self._keep(None), _Done(bug=error)))
 
     def _keep(self, row: Any) -> int:
@@ -137,7 +137,7 @@ class Processes:
         """Return rows with their results as they come; none if none comes in time.
 
         Raises:
-            MedrayError: The processes die, whatever they are given.
+            MedrayError: The processes die, whichever rows they get.
             Exception: What the function raised.
         """
         found: list[tuple[Any, Any]] = []
@@ -176,7 +176,7 @@ class Processes:
             return None if self._closed else self._waiting.popleft()
 
     def _do(self, isolated: Isolated, number: int) -> _Done | None:
-        """Return what came of a row; None: it waits for another one."""
+        """Return the result of a row; None: it waits for another one."""
         row = self._rows[number]
         timeout, how = self._timeout(row), ""
         while True:
@@ -233,7 +233,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class _Done:
-    """What came of a row: its result, or what the function raised and may not."""
+    """The outcome of a row: its result, or an unexpected exception of the function."""
 
     result: Any = None
     bug: Exception | None = None

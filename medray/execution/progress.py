@@ -1,4 +1,4 @@
-"""Progress of a stage: a live bar on a terminal, a line a slide in a log."""
+"""Progress of a stage: a live bar on a terminal, one line per slide in a log."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from medray.types import Layers
 
 
 class RegionIO:
-    """Both ways in a process that stays: its imports and its open slides remain."""
+    """Reads and writes regions in a long-lived process, which keeps its slides open."""
 
     def __init__(self, stage: AnyStage) -> None:
-        """Bound what a hostile file can make a decoder allocate."""
+        """Bound the memory that a decoder can allocate, for untrusted files."""
         bound_memory()
         self._stage = stage
 

@@ -146,7 +146,7 @@ def try_regions(
     Into a folder for temporary files, that is removed.
 
     Args:
-        stage_of: Gives the stage that planned them, into another folder.
+        stage_of: Returns the stage that planned them, into another folder.
         slides: With something to do.
         regions: Of each slide at most, chosen by chance.
         seed: Decides which.

@@ -1,4 +1,4 @@
-"""One function over rows of any kind, in processes that may die of a row.
+"""One function over rows of any kind, in processes that a row may kill.
 
 For what is done with things that are no slides of a stage: images, sheets, copies.
 """
@@ -43,7 +43,7 @@ def map_rows[R](
         check: Is called again and again; raises if it may not go on.
 
     Raises:
-        MedrayError: The processes die, whatever they are given.
+        MedrayError: The processes die, whichever rows they get.
     """
     if executor == "local":
         for row in rows:

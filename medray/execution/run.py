@@ -1,4 +1,4 @@
-"""Runs a stage over slides: which are to be done, where, and what came of them."""
+"""Running a stage over slides: which to process, where, and with what result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_stage(
     check: Callable[[], None] = lambda: None,
     prepare: Callable[[list[SlideFile]], None] = lambda _: None,
 ) -> Summary:
-    """Do what is missing of a stage; what is done and has not changed is skipped.
+    """Run what is missing of a stage; what is done and has not changed is skipped.
 
     Args:
         stage: What is done.
@@ -42,7 +42,7 @@ def run_stage(
         ConfigError: A slide would take another one's place, or be there twice.
         StoreError: OUT cannot be written, or the slides' store does not answer.
         StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
-        MedrayError: The processes die, whatever they are given.
+        MedrayError: The processes die, whichever tasks they get.
     """
     todo = changed_slides(slides, ledger, annotations)
     ledger.flush()

@@ -1,4 +1,4 @@
-"""Slides to those who plan and finish them, their regions to those who do them."""
+"""Schedule slides and their regions onto workers until each is committed or failed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from medray.slides import bound_memory, fetch, fetch_if_copied
 
 
 class SlideWorker:
-    """Does what concerns a whole slide: plans it before, finishes it after."""
+    """An actor for the work on whole slides: plans them first, finishes them last."""
 
     def __init__(self, stage: AnyStage) -> None:
         """Take what is done."""
@@ -43,7 +43,7 @@ class SlideWorker:
         self._stage = stage
 
     def work(self, tasks: list[SlideTask | FinishTask[Any, Any]]) -> Iterator[Any]:
-        """Yield the plan of each slide to plan, and what finishing the others gave."""
+        """Yield the plan of each slide to plan, the result of finishing the others."""
         for task in tasks:
             if isinstance(task, SlideTask):
                 file = task.input.file
@@ -92,7 +92,7 @@ def run_on_ray(
 
     Raises:
         StoppedError: SIGTERM or Ctrl-C.
-        MedrayError: Storage fails, or the processes do whatever they are given.
+        MedrayError: Storage fails, or the processes die, whichever tasks they get.
     """
     if stage.device is None:
         _stream_on_ray(stage, todo, commit, check)
@@ -142,7 +142,7 @@ def schedule(
 
     Raises:
         StoppedError: SIGTERM or Ctrl-C.
-        MedrayError: Storage fails, or the processes do whatever they are given.
+        MedrayError: Storage fails, or the processes die, whichever tasks they get.
     """
     share = max(1, min(batch, len(todo) // (2 * slide_workers.size)))
     slides = deque(todo[first : first + share] for first in range(0, len(todo), share))

@@ -52,7 +52,7 @@ def call_stoppable(
     ask: Callable[[], None],
     kept: Callable[[], str],
 ) -> Any:
-    """Return what a function of Ray gives, called in a thread; a signal ends it.
+    """Return the result of a function of Ray, called in a thread; a signal ends it.
 
     Ray Train and Ray Tune wait where no signal reaches Python, and take Ctrl-C for
     themselves in the main thread.

@@ -1,4 +1,4 @@
-"""A stage: what a command does with slides, told apart from where it is done.
+"""A stage: what a command does with slides, independent of where it runs.
 
 A stage is plain functions of one slide or one of its regions, without Ray, which can be
 called in any process and repeated. An executor (`medray.execution.run`) says where they
@@ -57,11 +57,12 @@ class Device:
     """What is done with a region's pixels on a device.
 
     Attributes:
-        load: Gives, of a number of threads, what predicts: it has `warm_up()`, and
-            `predict` gives a result with `finite` for each of a stream of sources, in
+        load: Returns the predictor for a number of threads: it has `warm_up()`, and
+            `predict` yields a result with `finite` for each of a stream of sources, in
             their order.
-        source: Gives of a task, what `read` saw and its arrays what is predicted.
-        layers: Gives the arrays of a result that are written.
+        source: Returns the predictor's input for a task, what `read` saw of it and its
+            arrays.
+        layers: Returns the arrays of a result that are written.
         read_bytes: How many bytes of pixels a region has.
     """
 
@@ -79,24 +80,24 @@ def make_nothing(_: object) -> None:
 class Stage[Facts, Part, Seen, Record, Finished]:
     """What is done with slides, by functions of modules, which Ray can send.
 
-    What they raise is the slide's failure, if it is a MedrayError or OSError. Of a
-    StoreError that `plan` and `read` raise the slides' store is guilty; of `create`,
-    `write` and `finish` that of the stage, which then stops.
+    What they raise is the slide's failure, if it is a MedrayError or OSError. A
+    StoreError that `plan` and `read` raise is the fault of the slides' store; one of
+    `create`, `write` and `finish` that of the stage's, which then stops.
 
     Attributes:
         name: Of the command, for progress and logs.
         out: Folder of the stage.
         record: Class of the records: a dataclass with `files`, the digest of each file
             of a region by its path below `out`.
-        plan: Gives a slide's facts and all its regions, of the slide as the driver
+        plan: Returns a slide's facts and all its regions, from the slide as the driver
             found it, its digest, and the open slide.
-        read: Gives what was seen of a region, and its arrays; None where nothing is
+        read: Returns what was seen of a region, and its arrays; None where nothing is
             left to do.
-        write: Writes a region: of its task, what was seen, and the arrays that `device`
-            made or that were read (none where nothing was left to do); the timing is
-            None without a device. Gives its record.
+        write: Writes a region and returns its record, from its task, what was seen, and
+            the arrays that `device` made or that were read (none where nothing was
+            left to do); the timing is None without a device.
         finish: Finishes a slide whose regions are all stored.
-        slide_row: Sums up (slide, records, what finishing gave) as columns of
+        slide_row: Sums up (slide, records, result of `finish`) as columns of
             slides.parquet; may raise SlideError.
         create: Makes a slide's empty stores.
         device: What is done on a device between reading and writing.
@@ -122,7 +123,7 @@ type AnyStage = Stage[Any, Any, Any, Any, Any]
 type AnyRegion = RegionTask[Any, Any]
 type AnyPlan = Plan[Any, Any] | Unchanged | NotPlanned
 type Outcome = Stored[Any, Any] | Failure
-"""What came of a region."""
+"""The result of a region."""
 
 
 def plan_slide(stage: AnyStage, task: SlideTask) -> AnyPlan:
@@ -223,7 +224,7 @@ def finish_slide(stage: AnyStage, task: FinishTask[Any, Any]) -> Finish[Any] | F
 
 
 def not_finite(task: AnyRegion) -> Failure:
-    """Return the failure of a region for which the model gives NaN or infinity."""
+    """Return the failure of a region for which the model returns NaN or infinity."""
     return Failure(
         f"{task.slide.uri}: quarantined: the model gives NaN or infinity in "
         f"{task.where}; try --precision float32, or look at what is special there",
@@ -232,5 +233,5 @@ def not_finite(task: AnyRegion) -> Failure:
 
 
 def _failure(error: Exception, store: Literal["slides", "out"]) -> Failure:
-    """Say what went wrong, and if storage did not answer, which."""
+    """Return an error as a failure, with the name of the store that did not answer."""
     return Failure(f"{error}", store if isinstance(error, StoreError) else "")

@@ -1,4 +1,4 @@
-"""Rows through Ray Data, as they become known: one execution, some rows a block.
+"""Rows through Ray Data, as they become known: one execution, some rows per block.
 
     driver   Stream.give: rows become blocks, of about a second's work
     source   a read that yields a block as soon as the driver has given it
@@ -51,7 +51,7 @@ _AT_ONCE, _AHEAD, _BACKLOG = 2, 3, 4
 _FIRST_PROCESSES = 8
 _LOOK_S = 5.0  # how often the places of the cluster are counted
 _QUIET_S = 5.0  # without a result, after which it is asked whether all are stuck
-# Seconds in which an execution whose rows are done has ended, and one that is told to.
+# Seconds in which an execution ends whose rows are done, and one that is asked to end.
 _CLOSE_S, _END_S = 5.0, 8.0
 
 
@@ -83,7 +83,7 @@ class Stream:
             num_cpus: Of a process.
             num_gpus: Of a process.
             timeout: Seconds that a row may take, or go on without a yield.
-            bounded: A process may allocate 4 GiB and no more, for files of strangers.
+            bounded: A process may allocate 4 GiB and no more, for untrusted files.
             expected: How many rows are known by now.
             group: Names the group of a row: once a row is given up, so are those of its
                 group that have not begun. "": none.
@@ -165,7 +165,7 @@ class Stream:
         return max(1, min(_BLOCK_ROWS, int(_BLOCK_S / self._row_s)))
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows, which are begun in about this order."""
+        """Queue rows, which are begun in about this order."""
         for row in rows:
             self._rows[self._numbers] = row
             self._waiting.append(self._numbers)
@@ -201,7 +201,7 @@ class Stream:
         """Return rows with their results as they come; none if none comes in time.
 
         Raises:
-            MedrayError: The processes die, whatever they are given.
+            MedrayError: The processes die, whichever rows they get.
             Exception: What the function raised.
         """
         found: list[tuple[Any, Any]] = []

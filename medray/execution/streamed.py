@@ -38,7 +38,7 @@ type AnyTask = SlideTask | AnyRegion | FinishTask[Any, Any]
 
 @dataclass(frozen=True)
 class _Planned:
-    """What came of a slide to plan.
+    """The result of planning a slide.
 
     Attributes:
         plan: Of it.
@@ -50,7 +50,7 @@ class _Planned:
 
 
 class RowStream(Protocol):
-    """What rows are given to: `medray.execution.stream.Stream`, or `Processes`."""
+    """The interface of `medray.execution.stream.Stream` and `Processes`."""
 
     @property
     def busy(self) -> bool:
@@ -65,7 +65,7 @@ class RowStream(Protocol):
         """How many more rows keep the processes busy."""
 
     def give(self, rows: list[Any]) -> None:
-        """Give rows."""
+        """Queue rows."""
 
     def stop(self) -> None:
         """Begin no other row."""
@@ -75,7 +75,7 @@ class RowStream(Protocol):
 
 
 def timeout_of(stage: AnyStage, task: AnyTask) -> float:
-    """Return the seconds that a task may take; finishing takes them of each region."""
+    """Return a task's timeout in seconds; of finishing, the sum over its regions."""
     regions = len(task.records) if isinstance(task, FinishTask) else 1
     return stage.timeout * max(1, regions)
 
@@ -92,13 +92,13 @@ def stream_slides(
     Args:
         start: Starts where its rows are done.
         todo: The slides.
-        commit: Notes what came of each task.
+        commit: Records the result of each task.
         check: Raises if it may not go on.
         note: Is called again and again with how many regions wait.
 
     Raises:
         StoppedError: SIGTERM or Ctrl-C.
-        MedrayError: Storage fails, or the processes die whatever they are given.
+        MedrayError: Storage fails, or the processes die, whichever tasks they get.
     """
     with stopping() as asked, start() as stream:
         slides, regions = deque(todo), deque[AnyRegion]()
@@ -135,7 +135,7 @@ def stream_slides(
 
 
 def _take(stream: RowStream, commit: Commit) -> tuple[int, list[AnyRegion]]:
-    """Note what has come of tasks; return how many slides were planned, and regions."""
+    """Commit results of tasks; return how many slides were planned, and regions."""
     found: list[AnyRegion] = []
     planned_slides = 0
     for task, result in stream.take():

@@ -1,4 +1,4 @@
-"""What travels between the driver and the processes: tasks, and what came of them.
+"""What travels between the driver and the processes: tasks and their results.
 
 `Facts`, `Part`, `Record` and `Finished` are a stage's own values; see
 `medray.execution.stage`.
@@ -171,7 +171,7 @@ class Plan[Facts, Part]:
 
 @dataclass(frozen=True)
 class Unchanged:
-    """A slide that is what it was when it was finished, though somebody touched it."""
+    """A slide whose files were touched but whose content is that which was finished."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Stored[Record, Finished]:
 
 @dataclass(frozen=True)
 class HandedBack:
-    """A region that was not begun, since its node was told to go."""
+    """A region that was not begun, since its node is being drained."""
 
 
 def as_row(record: Any) -> dict[str, Any]:
@@ -212,6 +212,6 @@ def as_row(record: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finish[Finished]:
-    """A slide that was finished as a whole, and what that adds to its row."""
+    """A slide that was finished as a whole, and what that adds to the row."""
 
     result: Finished

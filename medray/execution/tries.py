@@ -1,4 +1,4 @@
-"""How often a row may end the process that works on it, and when that blames no row.
+"""How often a row may kill its process, and which deaths count against no row.
 
 Ray Data repeats a task whose process died without end, and does not say at which row:
 so what each process has at hand is noted before it is touched.
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-# A row at which this many processes died is given up: of those whose nodes live on, and
-# of all, should no node ever seem to.
+# A row is given up after 3 process deaths on live nodes, or 20 deaths overall, should
+# no node ever seem to live on.
 _TRIES, _MOST_TRIES = 3, 20
 # So many deaths without a result between them are no row's fault: of rows of different
 # groups, and all deaths.
@@ -25,8 +25,8 @@ class Verdict:
 
     Attributes:
         kind: `go`; `wait`: another row of its group is tried first; `lost`: it is given
-            up; `stop`: the run ends; `leave`: the node is told to go; `hopeless`:
-            processes die whatever they are given.
+            up; `stop`: the run ends; `leave`: the node is being drained; `hopeless`:
+            processes die, whichever rows they get.
         why: In words.
     """
 
@@ -70,7 +70,7 @@ class Tries:
         how: str = "",
         is_gone: Callable[[str], bool],
     ) -> Verdict:
-        """Note that a row is begun, or return why it is not.
+        """Record that a row is begun, or return why it is not.
 
         A row that is begun while it is at hand ended the process that had it. Of a
         group whose rows end processes one row is tried at a time, the first of those at
@@ -86,7 +86,7 @@ class Tries:
             trace: What the process that ended wrote at its end; None: it is not known,
                 as on another node.
             how: How that process ended, where it is known without.
-            is_gone: Whether a node is dead, or told to go: then it was not the row.
+            is_gone: Whether a node is dead or being drained: then it was not the row.
         """
         if why := self._given_up.get(row) or self._lost_groups.get(group):
             return Verdict("lost", why)
@@ -158,7 +158,7 @@ class Tries:
 
     @property
     def hopeless(self) -> bool:
-        """Whether processes die whatever they are given."""
+        """Whether processes die, whichever rows they get."""
         return len(self._killers) >= _DEATHS or self._deaths >= _MOST_DEATHS
 
 
