@@ -1,4 +1,4 @@
-"""RUN: slides and models to masks, region by region.
+"""Inference: slides and models to masks, region by region.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -25,7 +25,7 @@ from medray.types import UInt8
 
 Engine = Callable[[UInt8, nn.Module, Windows, int], UInt8]
 """(H, W, 3) uint8 pixels, a model, windows and a batch size to a (H, W) uint8 mask. The
-model takes (N, 3, S, S) float32 of 0 to 255 and gives (N, CLASSES, S, S) probabilities.
+model maps (N, 3, S, S) float32 of 0 to 255 to (N, CLASSES, S, S) probabilities.
 """
 
 CLASSES = 4
@@ -36,7 +36,7 @@ SIZES = ((100, 90), (129, 64), (300, 411), (320, 320))
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         name: Of the check.
@@ -57,7 +57,7 @@ class Check:
 
 
 class Identity(nn.Module):
-    """Sees the class that the red channel names."""
+    """A model that predicts the class that the red channel names."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return certainty of class `red` at each pixel."""
@@ -68,7 +68,7 @@ class Identity(nn.Module):
 
 
 class Constant(nn.Module):
-    """Sees class 3 everywhere."""
+    """A model that predicts class 3 everywhere."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return certainty of class 3 at each pixel."""
@@ -79,7 +79,7 @@ class Constant(nn.Module):
 
 
 class WrongAtBorders(nn.Module):
-    """Sees class 0 within `border` pixels of its window's border, else class 1."""
+    """A model that predicts class 0 up to `border` pixels from the border, else 1."""
 
     def __init__(self, border: int) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class Network(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts the windows that it is given."""
+    """A model that counts the windows that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model, self.windows = Constant(), 0
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Count, and see class 3."""
+        """Count the windows, and predict class 3."""
         self.windows += len(pixels)
         scores: torch.Tensor = self.model(pixels)
         return scores
@@ -142,7 +142,7 @@ def pixels_like(height: int, width: int, seed: int = 0) -> UInt8:
 
 
 def check_engine(engine: Engine) -> list[Check]:
-    """Check an engine; an exception fails the check that raised it."""
+    """Run the checks on an engine; an exception fails the check that raised it."""
     return [
         run_check(
             "identity", "what the model sees is the mask, at any size", _identity
@@ -165,12 +165,12 @@ def check_engine(engine: Engine) -> list[Check]:
 
 
 def run_check(name: str, asked: str, check: Callable[..., str]) -> Callable[..., Check]:
-    """Make a check of a function that says what is wrong ("" if nothing)."""
+    """Turn a function that returns what is wrong ("" if nothing) into a check."""
 
     def run(*args: Any) -> Check:
         try:
             wrong = check(*args)
-        except Exception as error:  # an engine may raise whatever it likes
+        except Exception as error:  # an engine may raise anything
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         return Check(name, asked, not wrong, wrong or "as asked")
 

@@ -1,4 +1,4 @@
-"""What only medray promises of stitching: regions, order, weights, workers.
+"""Checks of medray's own promises on stitching: regions, order, weights, workers.
 
 Ray and the engine are imported by the checks that need them.
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def medray_engine(stitch: Stitch = "crop", *, region: int = 0) -> Engine:
-    """Return medray itself as an engine.
+    """Return medray as an engine for the checks.
 
     Args:
         stitch: How windows become one mask.

@@ -48,7 +48,7 @@ class Estimate:
     Attributes:
         out: Where the estimate is kept; "" if nowhere.
         slides: To do.
-        sampled: Of them that were looked at; the rest is taken to be alike.
+        sampled: How many of them were looked at; the rest is taken to be alike.
         regions: Regions with something to predict.
         windows: Windows to predict.
         gpu_workers: Devices that predict.
@@ -140,8 +140,8 @@ def estimate(
         options: As for `medray.infer`.
         sample: Slides that are looked at, chosen by chance where there are more.
         price: Price of an hour of one GPU worker's machine.
-        out: Folder of the run, to keep the estimate as plan.json. `medray infer` says
-            how it compares.
+        out: Folder of the run, to keep the estimate as plan.json; `medray infer`
+            then reports how it compares.
         executor: Where the run would be: on a Ray cluster, or in this process.
 
     Raises:
@@ -225,7 +225,7 @@ class _Planned:
 
 
 def _plan(file: SlideFile, settings: RunSettings, areas: dict[str, str]) -> _Planned:
-    """Return what a slide takes."""
+    """Return the estimate of one slide."""
     within = None
     if area := areas.get(file.slide):
         within = Within(area, file.uri, fingerprint_of(file.uri, area))

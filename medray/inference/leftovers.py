@@ -1,4 +1,4 @@
-"""What crashed runs left in a folder, and what nobody recorded: `medray gc`."""
+"""What crashed runs left in a folder, and unrecorded files: `medray gc`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _leftovers(out: str, settings: RunSettings) -> Iterator[str]:
 
 
 def _is_ours(uri: str, settings: RunSettings) -> bool:
-    """Tell a mask of this run, or the beginning of one, from what others put there."""
+    """Return whether a group is a mask of this run, or the beginning of one."""
     attributes = group_attributes.read_attributes(uri)
     if attributes:
         return bool(attributes.get("run_digest") == settings.digest())

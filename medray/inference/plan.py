@@ -1,4 +1,4 @@
-"""What a slide will take: its working level, its regions, the windows in them.
+"""The plan of a slide: its working level, its regions, the windows in them.
 
 From headers and a few coarse pixels; numbers only, no model and no Ray.
 """
@@ -41,7 +41,7 @@ def plan_slide(
         settings: Of the run.
         within: Areas inside which to predict; None: everywhere.
         coarse: Mask of the first pass; "" when there is none.
-        given_mpp: Microns per pixel of level 0, over what the file says.
+        given_mpp: Microns per pixel of level 0, which override the file's.
 
     Returns:
         The slide's facts, and each region with something to predict, with the blocks
@@ -78,7 +78,7 @@ def plan_slide(
 
 
 def _part(region: Rectangle, blocks: Blocks) -> Blocks:
-    """Return which blocks of a region are predicted."""
+    """Return the mask of a region's blocks that are predicted."""
     y0, x0 = region.y // BLOCK, region.x // BLOCK
     y1, x1 = -(-region.bottom // BLOCK), -(-region.right // BLOCK)
     return blocks[y0:y1, x0:x1]

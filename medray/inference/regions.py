@@ -1,4 +1,4 @@
-"""A region's way in and out: pixels with their halo, and classes as one shard.
+"""Reading a region's pixels with their halo, and writing its classes as one shard.
 
 What runs in read and write workers; neither torch nor Ray is imported, so that such a
 worker starts quickly.
@@ -77,11 +77,11 @@ class Within:
 
 @dataclass(frozen=True)
 class SlideFacts:
-    """What the plan found out about a slide.
+    """What planning found out about a slide.
 
     Attributes:
         working: The level that is read; regions are in its pixels.
-        mpp: Microns per pixel of level 0; None: nobody says.
+        mpp: Microns per pixel of level 0; None: not known.
         level0_height: Pixels.
         level0_width: Pixels.
         tissue_at_reading: Whether tissue is found when the only region is read.
@@ -125,7 +125,7 @@ class RegionRecord:
         read_at: When reading began, since 1970.
         read_s: How long it took.
         predict_s: How long prediction took; None: there was nothing to predict.
-        waited_s: How long the device waited for the pixels; None likewise.
+        waited_s: How long the device waited for the pixels; None as for `predict_s`.
         windows: How many windows were predicted.
         why: What could not be read; None: nothing.
         class_px: Pixels of each class.
@@ -160,7 +160,7 @@ class RegionRecord:
 
 @dataclass(frozen=True)
 class FinishedMask:
-    """What finishing a slide gave.
+    """The result of finishing a slide.
 
     Attributes:
         merkle_root: Of its mask's files.
@@ -358,9 +358,9 @@ def finish_slide(
     settings: RunSettings,
     out: str,
 ) -> FinishedMask:
-    """Make what needs the whole mask, and seal it.
+    """Make what needs the whole mask, and finalize it.
 
-    It is cleaned, its pyramid filled, its outlines drawn; files that nobody recorded
+    It is cleaned, its pyramid filled, its outlines drawn; files that are not recorded
     are removed; and the record of the slide is written: see `medray.inference.run`.
 
     Raises:
@@ -468,8 +468,8 @@ def areas_within(within: Within, height: int, width: int) -> list[Any]:
 
     Args:
         within: Of which annotation.
-        height: Of the slide's level 0, pixels.
-        width: Likewise.
+        height: Height of the slide's level 0, pixels.
+        width: Width of the slide's level 0, pixels.
     """
     from medray.annotations import read_areas
 

@@ -1,4 +1,4 @@
-"""Whether a run is what was committed.
+"""Checking that a run is what was committed.
 
 No Ray and no torch: threads read and digest files.
 """
@@ -63,7 +63,7 @@ class Verified:
 def verify(out: str) -> Verified:
     """Read every file of a run against the digests recorded when it was committed.
 
-    What is damaged is no longer counted as done, so that `medray infer` makes it anew:
+    What is damaged is no longer counted as done, so that `medray infer` makes it again:
     the regions whose shards are damaged, and what follows from them.
 
     Args:
@@ -169,7 +169,7 @@ def _check_files(
 def _unrecorded(
     out: str, settings: RunSettings, slide: str, recorded: Digests
 ) -> dict[str, str]:
-    """Find files of a mask that nobody recorded: they may pass for shards."""
+    """Find the files of a mask that are not recorded: they may pass for shards."""
     return {
         path: "not recorded"
         for group in groups_of(settings, out, slide)
@@ -181,7 +181,7 @@ def _unrecorded(
 def _kept_regions(record: Row, problems: dict[str, str]) -> dict[int, Row]:
     """Return the regions that need not be computed again.
 
-    Coarser levels, outlines and metadata are made anew when the slide is finished; a
+    Coarser levels, outlines and metadata are made again when the slide is finished; a
     shard of the finer levels that no region wrote is one of a cleaned mask, which is
     made of all of them.
     """
