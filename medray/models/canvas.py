@@ -1,4 +1,4 @@
-"""What is known of a region while its windows are predicted, on the device."""
+"""The state of a region while its windows are predicted, on the device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from medray.types import UInt8
 
 @dataclass(frozen=True)
 class RegionPixels:
-    """What the reader hands to the model.
+    """What the reader passes to the model.
 
     Attributes:
         pixels: (halo height, halo width, 3) uint8 RGB.
         plan: The region, its halo and its windows.
         height: Height of the slide at the working level, pixels.
-        width: Likewise its width.
+        width: Width of the slide at the working level, pixels.
         wanted: (rows, columns) bool, which of the region's windows to predict; what no
             wanted window decides becomes class 0. None: all.
     """
@@ -43,7 +43,7 @@ class RegionPixels:
 
 @dataclass(frozen=True)
 class RegionClasses:
-    """What the model makes of a region.
+    """What the model predicts for a region.
 
     Attributes:
         labels: (height, width) uint8 class of each pixel.
@@ -64,7 +64,7 @@ class RegionClasses:
 
 
 class Canvas:
-    """What is known of one region so far, on the device."""
+    """The state of one region so far, on the device."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Canvas:
             source: The region.
             config: Of the model.
             how: How windows become classes.
-            choose: Gives (h, w) uint8 classes of (C, h, w) scores.
+            choose: Returns (h, w) uint8 classes of (C, h, w) scores.
             device: Where the model is.
         """
         plan, self._how = source.plan, how
@@ -153,7 +153,7 @@ class Canvas:
             self._seen.append((covered, labels[part].clone()))
 
     def count_down(self) -> None:
-        """Note that one window more is there."""
+        """Count one more window as predicted."""
         self.missing -= 1
         if self.missing == 0 and self._how.stitch == "blend":
             if self._scores is None:
@@ -161,7 +161,7 @@ class Canvas:
             self._labels = self._choose(self._scores)
 
     def fetch(self) -> None:
-        """Start to bring what has become of the region back from the device."""
+        """Start to copy the region's result back from the device."""
         layers = {"labels": self._labels}
         if self.sums:
             layers["finite"] = torch.isfinite(torch.stack(self.sums).sum())

@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder, attention over its last features beside them, pooling, a head.
+    """An encoder, attention appended to its last features, pooling, a head.
 
     With `morphology`, standardised measures of the cell join what is pooled.
     """
@@ -129,7 +129,7 @@ def build_classifier(
 
 
 def _gives_maps(encoder: Any) -> bool:
-    """Tell whether the last features are (N, C, H, W), those of a convolution."""
+    """Return whether the last features are (N, C, H, W), those of a convolution."""
     with torch.inference_mode():
         features = encoder.eval().forward_features(torch.zeros(1, 3, 224, 224))
     encoder.train()

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def check_installed() -> None:
-    """Refuse where grad-cam is missing.
+    """Raise an error where grad-cam is missing.
 
     Raises:
         ConfigError: It is.
@@ -89,7 +89,7 @@ class _Mean(nn.Module):
 
 
 def grad_cam(model: nn.Module, inputs: torch.Tensor, label: int) -> Floats:
-    """Show which places of an image speak for a class.
+    """Return which places of an image speak for a class.
 
     Grad-CAM (Selvaraju et al. 2017) by the library grad-cam, at the last stage of the
     encoder: its channels weighted by the mean gradient of the class's logit (of a
@@ -120,7 +120,7 @@ def grad_cam(model: nn.Module, inputs: torch.Tensor, label: int) -> Floats:
 
 
 def attention_map(model: Any, inputs: torch.Tensor) -> Floats | None:
-    """Show how much attention each place of an image receives from all.
+    """Return how much attention each place of an image receives from all.
 
     Args:
         model: A classifier.

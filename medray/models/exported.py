@@ -131,13 +131,13 @@ def write_int8(
 ) -> None:
     """Write ONNX whose convolutions and products are of 8 bit.
 
-    By ONNX Runtime's static quantisation: weights a channel, activations by the ranges
-    that `inputs` give them.
+    By ONNX Runtime's static quantisation: weights per channel, activations by the
+    ranges that `inputs` give them.
 
     Args:
         model: The network.
         config: Its configuration.
-        path: File to write; files beside it are left.
+        path: File to write; files next to it are left.
         inputs: (N, 3, S, S) float32, normalised: what the ranges are taken from.
     """
     import onnx
@@ -206,7 +206,7 @@ def _program(model: nn.Module, config: ModelConfig) -> torch.export.ExportedProg
         return torch.export.export(
             model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},)
         )
-    except Exception as error:  # whatever the network's author wrote
+    except Exception as error:  # anything that the network's author wrote
         problem = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"export: torch.export cannot follow {config.architecture.name} on "

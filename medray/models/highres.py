@@ -43,7 +43,7 @@ class AttentionGate(nn.Module):
 
 
 def separable(inputs: int, outputs: int) -> nn.Sequential:
-    """Build a 3x3 convolution a channel, one 1x1 over them, normalisation and ReLU."""
+    """Build a 3x3 convolution per channel, one 1x1 over them, a norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
         nn.Conv2d(inputs, outputs, 1, bias=False),

@@ -14,7 +14,7 @@ def first_kernels(network: nn.Module) -> UInt8 | None:
     """Draw the kernels of the first convolution of RGB, each stretched to 0..255.
 
     Returns:
-        (H, W, 3), 8 kernels a row; None if there is no such convolution.
+        (H, W, 3), 8 kernels per row; None if there is no such convolution.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
@@ -29,7 +29,7 @@ def first_kernels(network: nn.Module) -> UInt8 | None:
 
 @torch.inference_mode()
 def score_maps(network: nn.Module, inputs: torch.Tensor) -> dict[str, UInt8]:
-    """Draw what FCN-8s' score layers say of one image, a map a class.
+    """Draw the output of FCN-8s' score layers for one image, one map per class.
 
     Args:
         network: Others than FCN-8s have none.

@@ -1,4 +1,4 @@
-"""Which images or slides have a part in a model: a list in its folder. No torch."""
+"""Which images or slides a model was trained on: a list in its folder. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from medray.storage import files
 
 
 def write_seen(folder: str, seen: Mapping[str, str]) -> None:
-    """Note the images or slides that have a part in a model.
+    """Write the list of the images or slides that a model was trained or validated on.
 
     Args:
         folder: Of the model, or of a run of it.
@@ -20,7 +20,7 @@ def write_seen(folder: str, seen: Mapping[str, str]) -> None:
 
 
 def read_seen(folder: str) -> dict[str, str]:
-    """Read what `write_seen` wrote; nothing if nobody did.
+    """Read what `write_seen` wrote; {} if there is no such file.
 
     Where an older medray wrote no more than the digests, they count as "train".
     """
@@ -33,7 +33,7 @@ def read_seen(folder: str) -> dict[str, str]:
 
 
 def with_seen(seen: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """Return what two have seen; what one has learned from counts as that."""
+    """Return what two have seen; "train" in one overrides "val" in the other."""
     learned = {digest for digest, how in [*seen.items(), *more.items()] if how != "val"}
     return dict.fromkeys((*seen, *more), "val") | dict.fromkeys(
         sorted(learned), "train"
@@ -47,7 +47,7 @@ def seen_by(folders: Sequence[str]) -> dict[str, str] | None:
         folders: Of models, or of runs.
 
     Returns:
-        As `write_seen` takes it; None if one of them does not tell.
+        As `write_seen` takes it; None if one of the folders has no such list.
     """
     seen: dict[str, str] = {}
     for folder in folders:

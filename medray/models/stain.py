@@ -19,7 +19,7 @@ _REFERENCE = torch.tensor([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
 _REFERENCE_MOST = torch.tensor([1.9705, 1.0308])
 _WHITE = 240.0  # intensity of glass, there
 _CLEAR = 0.15  # densities below which a pixel counts as glass, there
-_LEAST_TISSUE = 0.01  # share of pixels without which no stain can be told
+_LEAST_TISSUE = 0.01  # share of pixels without which no stain can be estimated
 
 
 def density(images: torch.Tensor, white: float = 255.0) -> torch.Tensor:

@@ -24,7 +24,7 @@ _PREFIXES = ("", "encoder.", "features.", "model.", "encoder.model.")
 
 
 def is_file(weights: str | None) -> bool:
-    """Tell a file of weights from the name of weights that a library downloads."""
+    """Return whether weights are a file, not the name of what a library downloads."""
     return weights is not None and ("/" in weights or "." in weights)
 
 
@@ -38,7 +38,7 @@ def load_encoder(encoder: nn.Module, uri: str) -> list[str]:
             executing anything).
 
     Returns:
-        Names of the tensors beside them that the encoder has no use for.
+        Names of the other tensors in the file, for which the encoder has no use.
 
     Raises:
         ConfigError: There is no such file, or it does not hold those weights.
@@ -96,7 +96,7 @@ def _read_state(uri: str) -> dict[str, torch.Tensor]:
 
 
 def where_from(architecture: Architecture, weights: str) -> str:
-    """Say which file holds weights that could not be downloaded."""
+    """Return the name of the file with weights that could not be downloaded."""
     name = architecture.encoder
     if architecture.name == "fcn8s":
         folder = Path(torch.hub.get_dir()) / "checkpoints"
