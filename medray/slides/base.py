@@ -1,4 +1,4 @@
-"""What a slide is to the rest of medray, whatever file it comes from."""
+"""The interface of slides to the rest of medray, for all file formats."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Slide(Protocol):
         resolution: Microns per pixel of level 0; None when the file does not say.
         magnification: Of the objective; None when the file does not say.
         note: What the user should know of how it is read ("" if nothing).
-        absent: Share of level 0 of which the header tells that it is not in the file.
+        absent: Share of level 0 that is not in the file, according to the header.
     """
 
     uri: str
@@ -109,7 +109,7 @@ class Slide(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         ...
 
     def __enter__(self) -> Self:
@@ -157,7 +157,7 @@ def mpp_of(x: float | None, y: float | None, source: str) -> Mpp | None:
 
     Returns:
         None where a microscope can have neither. A file that says one of them only is
-        taken to have square pixels, and its source tells.
+        taken to have square pixels, and its source says so.
     """
     x, y = sane_mpp(x), sane_mpp(y)
     if x is None or y is None:

@@ -1,4 +1,4 @@
-"""The part of a slide that the scanner filled, from which other programs count."""
+"""The part of a slide that was scanned: the origin of other programs' coordinates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MAY_HAVE_BOUNDS = (".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide")
 
 
 def scanned_bounds(uri: str, *, height: int, width: int) -> Rectangle | None:
-    """Return the scanned part of a slide whose canvas is larger than that.
+    """Return the scanned part of a slide whose canvas is larger than it.
 
-    MRXS slides are mostly such. OpenSlide gives the whole canvas and states the bounds
+    MRXS slides are mostly such. OpenSlide reads the whole canvas and states the bounds
     (`openslide.bounds-x` and others); QuPath shows no more than what lies within them.
 
     Args:
         uri: The slide.
-        height: Level-0 pixels of the slide as it is read.
-        width: Likewise.
+        height: Height of the slide as it is read, level-0 pixels.
+        width: Width of the slide as it is read, level-0 pixels.
 
     Returns:
         Level-0 pixels; None if nothing is stated, all is within the bounds, or the

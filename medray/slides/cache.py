@@ -1,4 +1,4 @@
-"""Whole slides of object stores on this machine's disk, for readers that need files.
+"""Local copies of whole slides from object stores, for readers that need files.
 
 OpenSlide reads files only. A slide of a bucket that it is to read is copied, all its
 files, into a folder that all processes of this machine share:
@@ -8,7 +8,7 @@ files, into a folder that all processes of this machine share:
     CACHE/KEY-BYTES.lock    who uses, makes or removes it
 
 KEY is made of the addresses, sizes and etags of the slide's files, so a slide that was
-replaced is copied anew. Readers hold a copy's lock together (flock, shared), and only
+replaced is copied again. Readers hold a copy's lock together (flock, shared), and only
 while they read; who makes or removes it has the lock alone. The system frees the locks
 of a process that is killed, and what it left unfinished is removed by the next. What
 was used longest ago is removed first.
@@ -85,7 +85,7 @@ def cache_bytes() -> int:
 
 @contextlib.contextmanager
 def local_copy(members: Sequence[Member]) -> Iterator[Path]:
-    """Have a copy of a slide's files on this machine, as long as the context lasts.
+    """Keep a copy of a slide's files on this machine, as long as the context lasts.
 
     Args:
         members: The files, by their addresses; the one to be opened first.
@@ -109,7 +109,7 @@ def local_copy(members: Sequence[Member]) -> Iterator[Path]:
 
 
 def copy_parts(members: Sequence[Member]) -> Iterator[None]:
-    """Make a copy of a slide's files, if it is not there, or wait for who makes it.
+    """Copy a slide's files if there is no copy yet, or wait for the process that does.
 
     Yields:
         Whenever there is more of it: as long as something comes it does not hang.
@@ -139,7 +139,7 @@ def copy_parts(members: Sequence[Member]) -> Iterator[None]:
 
 
 def fetch(uri: str) -> Iterator[None]:
-    """Make the copy of a slide that is read from one, part by part.
+    """Copy a slide that is read from a local copy, part by part.
 
     For whoever has a limit of time for a slide: how long its copy takes depends on the
     line, and says nothing about the slide. What is wrong is left to its opening to say.
@@ -154,12 +154,12 @@ def fetch(uri: str) -> Iterator[None]:
 def fetch_if_copied(
     uri: str, scene: int | None = None, plane: int | None = None
 ) -> Iterator[None]:
-    """Do as `fetch` with any slide; of a TIFF the header says whether it is copied.
+    """Do as `fetch` for any slide; the header of a TIFF says whether it is copied.
 
     Args:
         uri: Path or address.
         scene: As for medray.slides.open_slide.
-        plane: Likewise.
+        plane: As for medray.slides.open_slide.
 
     Yields:
         As `copy_parts`.
@@ -171,7 +171,7 @@ def fetch_if_copied(
 
 
 def _needs_openslide(uri: str, scene: int | None, plane: int | None) -> bool:
-    """Tell whether a TIFF is one that tifffile cannot put together."""
+    """Return whether a TIFF is one that tifffile cannot put together."""
     if uri.lower().endswith(_NO_TIFFS):
         return False
     try:
@@ -184,7 +184,7 @@ def _needs_openslide(uri: str, scene: int | None, plane: int | None) -> bool:
 
 
 def _is_copied(uri: str) -> bool:
-    """Tell by its name whether a slide of a store is read from a copy."""
+    """Return whether a slide of a store is read from a copy, judged by its name."""
     lower = uri.lower()
     return lower.endswith(_COPIED) or not lower.endswith(SLIDE_SUFFIXES)
 
@@ -211,7 +211,7 @@ def copied_bytes(uris: Iterable[str]) -> tuple[int, int]:
 
 
 def _size(uri: str) -> int:
-    """Return the bytes of a slide; 0 if it cannot be opened, which planning says."""
+    """Return a slide's bytes; 0 if it cannot be opened, which planning reports."""
     try:
         return sum(member.size for member in slide_members(uri))
     except (MedrayError, OSError):
@@ -219,7 +219,7 @@ def _size(uri: str) -> int:
 
 
 def log_copies(uris: Iterable[str]) -> None:
-    """Say what a run over these slides will copy, if anything.
+    """Log what a run over these slides will copy, if anything.
 
     Raises:
         ConfigError: The bound of the cache is no positive number.
@@ -273,7 +273,7 @@ def _locked(entry: Path, how: int) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            # Who removed the copy removed its lock as well: then this is nobody's.
+            # Who removed the copy removed its lock as well: then this guards nothing.
             if os.fstat(handle).st_nlink:
                 yield True
                 return
@@ -322,7 +322,7 @@ def _make(
 
 
 def _take_room(entry: Path, uri: str, size: int, most: int) -> None:
-    """Make room for a copy and take it, by making its folder.
+    """Make room for a copy and reserve it, by making its folder.
 
     Raises:
         StoreError: Other copies are in use, or the disk is full.
@@ -377,7 +377,7 @@ def _taken(root: Path) -> int:
 
 
 def _oldest_first(root: Path) -> list[Path]:
-    """Return the copies, that which was used longest ago first."""
+    """Return the copies, the least recently used first."""
 
     def used(entry: Path) -> float:
         try:
@@ -389,7 +389,7 @@ def _oldest_first(root: Path) -> list[Path]:
 
 
 def _remove_unused(entry: Path) -> None:
-    """Remove a copy if nobody has its lock: whole at once, or not."""
+    """Remove a copy, whole or not at all, unless another process holds its lock."""
     with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
         if not free:
             return

@@ -26,7 +26,7 @@ _FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)
 
 
 def check_colors(uri: str, frame: Any) -> None:
-    """Refuse samples that have no one meaning as RGB.
+    """Raise an error for samples that have no single meaning as RGB.
 
     Args:
         uri: Of the file, for the message.

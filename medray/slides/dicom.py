@@ -1,8 +1,8 @@
 """DICOM whole slides: which files of a folder are the instances of which slide.
 
 A scanner writes a slide as a series of instances (VL Whole Slide Microscopy Image,
-PS3.3 A.32.8), one or more a level, and the label and the overview of the glass beside
-them. All instances of a series that lie in one folder are one slide. Its address is
+PS3.3 A.32.8), one or more per level, and the label and the overview of the glass next
+to them. All instances of a series that lie in one folder are one slide. Its address is
 
     FOLDER                      where the folder holds one series with a VOLUME image
     FOLDER/SeriesInstanceUID    where it holds several
@@ -134,7 +134,7 @@ def fingerprint_of_file(uri: str) -> str | None:
 
 
 def check_series(uri: str, instances: list[Instance]) -> None:
-    """Refuse a series of which something that must be there is missing.
+    """Raise an error for a series of which something required is missing.
 
     Raises:
         SlideError: Its full resolution, or a part of a concatenation.

@@ -64,7 +64,7 @@ class Instance:
         sparse: It says of each tile where it lies; some may not be stored.
         scanner: Maker and model.
         damaged: It is DICOM and damaged; nothing else is known.
-        unread: Why it cannot be read, so that nobody knows whether it is DICOM.
+        unread: Why it cannot be read, so that it is not known whether it is DICOM.
     """
 
     uri: str
@@ -98,7 +98,7 @@ def may_be_dicom(name: str) -> bool:
 
 
 def read_header(uri: str, fingerprint: str = "") -> Instance | None:
-    """Return what a file says of itself; None if it is not DICOM.
+    """Return what the header of a file says; None if it is not DICOM.
 
     Args:
         uri: Path or address.

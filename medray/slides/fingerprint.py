@@ -1,4 +1,4 @@
-"""What a file is (its digest), and a quick sign that it changed (its fingerprint)."""
+"""The digest of a file's content, and its fingerprint: a quick check for changes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _WHOLE, _LEAST = 64 * _MIB, 2 * _MIB
 
 
 def slide_digest(uri: str) -> str:
-    """Name a slide by its content.
+    """Return the digest of a slide's content.
 
     Up to 64 MiB all of it counts; of a larger file its size, its first and last MiB and
-    62 MiB spread evenly between them: enough to tell scans apart at a constant cost.
+    62 MiB spread evenly between them: enough to distinguish scans at a constant cost.
     The files of a slide of several share the 64 MiB, but each counts with 2 MiB or
     more; what they are called does not count. An OME-Zarr is named by its zarr.json and
     the names and sizes of its files.
@@ -48,7 +48,7 @@ def slide_digest(uri: str) -> str:
 
 
 def scan_digest(digest: str) -> str:
-    """Return what of a slide's digest names its bytes.
+    """Return the part of a slide's digest that names its bytes.
 
     A stage adds what the user says of the slide, and the digest of its annotation.
     """
@@ -56,7 +56,7 @@ def scan_digest(digest: str) -> str:
 
 
 def _parts(size: int, whole: int) -> list[tuple[int, int]]:
-    """Return (start, length) of what counts of a file, `whole` bytes of it at most."""
+    """Return (start, length) of the parts of a file that count, up to `whole` bytes."""
     if size <= whole:
         return [(0, size)]
     last = whole // _MIB - 1
@@ -94,7 +94,7 @@ def fingerprint_of(uri: str, annotation: str = "") -> str:
     """Return the fingerprint of a slide and of its annotation, if it has one.
 
     Returns:
-        Empty when one cannot be looked at: opening it will tell what is wrong.
+        Empty when one cannot be looked at: opening it will report what is wrong.
     """
     try:
         fingerprint = slide_fingerprint(uri)
@@ -108,7 +108,7 @@ def fingerprint_of(uri: str, annotation: str = "") -> str:
 
 
 def check_unchanged(uri: str, annotation: str, fingerprint: str) -> None:
-    """Check that a slide is still the file that was planned.
+    """Raise an error if a slide is no longer the file that was planned.
 
     Args:
         uri: Address of the slide.

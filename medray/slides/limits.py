@@ -1,4 +1,4 @@
-"""How processes that decode files of strangers keep a file's faults to themselves."""
+"""Memory limits for processes that decode untrusted files."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def bounded_memory() -> Iterator[None]:
 
 
 def bound_memory() -> None:
-    """Let this process allocate so much and no more.
+    """Limit the memory that this process may allocate, to what it held plus 4 GiB.
 
-    Beyond it a decoder fails with MemoryError or dies: alone, not with whatever the
-    system or Ray would end to save the node.
+    Beyond it a decoder fails with MemoryError or dies: alone, not with the processes
+    that the system or Ray would end to save the node.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = _limit(os.getpid())
@@ -39,14 +39,14 @@ def bound_memory() -> None:
 
 @functools.cache
 def _limit(_: int) -> int:
-    """Return the limit of a process: what it held when it was first asked, and more."""
+    """Return a process' limit in bytes: what it held at the first call, plus 4 GiB."""
     status = Path("/proc/self/status").read_text()
     held = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
     return held + _MOST_BYTES
 
 
 def too_large(uri: str, error: MemoryError) -> str:
-    """Say that decoding a slide wants more memory than a process may have."""
+    """Return the message that decoding a slide takes more memory than allowed."""
     return (
         f"{uri}: quarantined: decoding it takes more than "
         f"{_MOST_BYTES >> 30} GiB ({error or 'out of memory'}); the file is damaged, "

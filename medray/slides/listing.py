@@ -106,7 +106,7 @@ def _matches(parts: list[str], wanted: list[str]) -> bool:
 
 
 def expand_names(item: str) -> list[str]:
-    """Return the files, folders and addresses that an item names: of a glob several.
+    """Return the files, folders and addresses that an item names: several for a glob.
 
     What a shell would make of a glob, so that it need not matter who expands it.
 
@@ -165,7 +165,7 @@ def find_files(
 
     Args:
         items: Files, globs, folders (searched in depth) or addresses. A file
-            that is named is taken whatever its suffix; a dataset stands for its slides.
+            that is named counts with any suffix; a dataset stands for its slides.
         suffixes: Which files count in a folder.
 
     Raises:

@@ -3,7 +3,7 @@
 Most slides are one file. These are several:
 
     MRXS        x.mrxs, and in the folder x: Slidedat.ini and the files that it names
-    VMS, VMU    the file itself, and the files beside it that it names
+    VMS, VMU    the file itself, and the files next to it that it names
     DICOM       all instances of a series in a folder (medray.slides.dicom)
 """
 
@@ -34,7 +34,7 @@ class Member:
     Attributes:
         uri: Path or address.
         size: Bytes.
-        fingerprint: Size and time, as medray.storage.files.fingerprint gives them.
+        fingerprint: Size and time, as medray.storage.files.fingerprint returns them.
     """
 
     uri: str
@@ -191,7 +191,7 @@ def _read_ini(uri: str) -> configparser.ConfigParser:
 
 
 def _safe(uri: str, names: list[str]) -> tuple[str, ...]:
-    """Refuse what would lead to other folders; a name counts once."""
+    """Raise an error for names that lead to other folders; a name counts once."""
     for name in names:
         if not name or name in (".", "..") or "/" in name or "\\" in name:
             raise SlideError(

@@ -48,7 +48,7 @@ def open_slide(
     """
     uri = os.fspath(uri)
     slide = _open(uri, scene, plane, reader)
-    if not isinstance(slide, TiffSlide):  # the other readers know one image a file
+    if not isinstance(slide, TiffSlide):  # the other readers know one image per file
         try:
             check_choice(uri, "scene", scene, 1)
             check_choice(uri, "plane", plane, 1)
@@ -121,7 +121,7 @@ def _openslide(uri: str) -> OpenSlideSlide:
 
 
 def _is_dicom(uri: str) -> bool:
-    """Tell whether this is DICOM; an absent file is not.
+    """Return whether this is DICOM; an absent file is not.
 
     Raises:
         SlideError: It is, and no slide.

@@ -34,7 +34,7 @@ _FIELD_TISSUE = (0.5, 0.1)  # share of a field; the second where none has the fi
 _MOST_READ_PX = 2048  # a side, of a field
 # Standard deviations of the Gaussians whose differences are a fine and a coarse band.
 _FINE_UM, _COARSE_UM = (0.5, 1.0), (2.0, 4.0)
-_LEAST_CONTRAST = 0.004  # optical density; of flat fields nobody sees the focus
+_LEAST_CONTRAST = 0.004  # optical density; flat fields show no focus
 BLURRED = 0.6
 """A field with less focus is blurred: by a Gaussian of about 1 um or more."""
 
@@ -45,7 +45,7 @@ class Quality:
 
     Attributes:
         tissue_share: Tissue, of the slide's pixels.
-        tissue_mm2: Its area; None where nobody knows the microns per pixel.
+        tissue_mm2: Its area; None where the microns per pixel are not known.
         focus: Median over fields of tissue of the fine structure per coarse structure
             (see `field_focus`): about 1 where it is sharp. None: no field to judge.
         blurred_share: Fields whose focus is below `BLURRED`, of those that were judged.
@@ -119,7 +119,7 @@ def field_focus(
     The standard deviation of the optical density in the band between Gaussians of 0.5
     and 1 um, by that between 2 and 4 um. The spectra of tissue, as of most natural
     images, fall with the square of the frequency, so that both are about the same where
-    the field is sharp (Field 1987, J. Opt. Soc. Am. A 4), whatever the contrast
+    the field is sharp (Field 1987, J. Opt. Soc. Am. A 4), for any contrast
     of the stain; blur takes the fine structure and leaves the coarse. The variance of
     the Laplacian (Pech-Pacheco et al. 2000, ICPR) follows the
     contrast as well.

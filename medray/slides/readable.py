@@ -1,4 +1,4 @@
-"""Reading what can be read of a slide that is damaged in places."""
+"""Reading the readable parts of a slide that is damaged in places."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ what is counted on the rest of it is no longer of this slide.
 
 
 def check_readable(slide: Slide) -> None:
-    """Refuse a slide whose header tells that much of level 0 cannot be read.
+    """Raise an error if much of level 0 cannot be read, according to the header.
 
     Raises:
         SlideError: More than `MOST_UNREADABLE` of it is absent.

@@ -1,4 +1,4 @@
-"""At which resolution a slide is worked on, and reading it there."""
+"""The working resolution of a slide, and reading at that resolution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Working:
         height: Working pixels.
         width: Working pixels.
         downsample: How many level-0 pixels one working pixel spans, a side.
-        mpp: Microns per working pixel; None when nobody knows.
+        mpp: Microns per working pixel; None when not known.
         note: What the user should know ("" if nothing).
     """
 
@@ -53,7 +53,7 @@ def working_of(row: dict[str, Any]) -> Working:
 
 
 MPP_COLUMNS = ("mpp_x", "mpp_y", "mpp_from")
-"""What a slide's row tells of the microns per pixel of its level 0."""
+"""The columns of a slide's row for the microns per pixel of its level 0."""
 
 
 def settle_mpp(slide: Slide, given_mpp: float | None) -> tuple[Mpp | None, str]:
@@ -64,7 +64,7 @@ def settle_mpp(slide: Slide, given_mpp: float | None) -> tuple[Mpp | None, str]:
         given_mpp: What the user says, which overrules the file; None: nothing.
 
     Returns:
-        None where nobody says; and a note where the file is overruled.
+        None where they are not known; and a note where the file is overruled.
 
     Raises:
         SlideError: The file's pixels are not square, and the user says nothing.
@@ -100,11 +100,11 @@ def choose_level(
 
     Args:
         slide: The slide.
-        target_mpp: Microns per pixel of the model; None: level 0, whatever it is.
-        given_mpp: Microns per pixel of level 0, over what the file says.
+        target_mpp: Microns per pixel of the model; None: level 0, at any resolution.
+        given_mpp: Microns per pixel of level 0, which override the file's.
 
     Raises:
-        SlideError: Nobody says how large its pixels are, or the slide is too coarse for
+        SlideError: The size of its pixels is not known, or the slide is too coarse for
             the model.
     """
     settled, said = settle_mpp(slide, given_mpp)
@@ -154,8 +154,8 @@ def read_working(
 ) -> tuple[UInt8, list[tuple[int, int, int, int]], str]:
     """Read a rectangle in working pixels; what cannot be read comes back white.
 
-    A working pixel is computed from the same level pixels in the same order whatever
-    rectangle asks for it, so that regions agree to the bit.
+    A working pixel is computed from the same level pixels in the same order for every
+    rectangle that holds it, so that regions agree to the bit.
 
     Args:
         slide: The slide.

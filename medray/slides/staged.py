@@ -44,7 +44,7 @@ class StagedSlide(OpenSlideSlide):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the copy, opened again if it was made again."""
+        """Hold the copy's lock; open it again if it was made again."""
         with local_copy(self._members) as path:
             with self._guard:
                 made = _made(path)
@@ -55,6 +55,6 @@ class StagedSlide(OpenSlideSlide):
 
 
 def _made(path: Path) -> tuple[int, int]:
-    """Return what tells a copy from one that was made later."""
+    """Return inode and change time, which distinguish a copy from one made later."""
     status = path.stat()
     return status.st_ino, status.st_ctime_ns

@@ -36,7 +36,7 @@ _MAX_SEGMENT_BYTES = 1 << 30
 _MAX_PAGES = 500
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _ALT_JPEG, _ORIENTATION = 33007, 274
-# What is wrong with a file is said by SlideError, once.
+# What is wrong with a file is reported by SlideError, once.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
@@ -215,7 +215,7 @@ class TiffSlide(Slide):
         return rgb
 
     def _knows_missing(self, level: int) -> bool:
-        """Tell whether it is known what a tile would show that was never stored."""
+        """Return whether the content of a tile that was never stored is known."""
         # Philips leaves out glass. Aperio's tiles are in the finer level.
         return self.format == "philips" or (self.format == "svs" and level > 0)
 
@@ -406,7 +406,7 @@ def _segment_size(frame: Any) -> tuple[int, int]:
 
 
 def _has_end(data: bytes) -> bool:
-    """Tell whether a JPEG has its end marker, whatever pads it after that."""
+    """Return whether a JPEG has its end marker, with or without padding after it."""
     if _JPEG_END in data[-64:]:
         return True
     # Inside the scan that follows the last SOS marker no other marker has this code.

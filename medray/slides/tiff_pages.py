@@ -76,8 +76,8 @@ def pages_of_planes(
     """Return the pages of each level, and a note if others are left out.
 
     Raises:
-        SlideError: Its planes are channels, of which nobody can tell the colours; or
-            there is no such plane.
+        SlideError: Its planes are channels, whose colours are not known; or there is no
+            such plane.
     """
     sizes = {
         axis: size

@@ -95,7 +95,7 @@ def _ome_mpp(tiff: Any, series: Any) -> tuple[float | None, float | None]:
         for element in ElementTree.fromstring(tiff.ome_metadata or "<OME/>").iter()
         if tag_of(element) == "Pixels"
     ]
-    if len(pixels) != len(tiff.series):  # which is whose cannot be told
+    if len(pixels) != len(tiff.series):  # which is whose is not known
         x, y = series.mpp or (None, None)
         return x, y
     own = pixels[[id(one) for one in tiff.series].index(id(series))]

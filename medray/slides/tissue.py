@@ -17,10 +17,10 @@ from medray.types import UInt8
 
 Bool = npt.NDArray[np.bool_]
 
-# Below this saturation (of 255) nothing is tissue, whatever Otsu says: it splits the
+# Below this saturation (of 255) nothing is tissue, even by Otsu: it splits the
 # noise of a slide without tissue too.
 _MIN_SATURATION = 18
-# If even the faintest pixels are above this there is no glass to tell tissue from.
+# If even the faintest pixels are above this there is no glass, only tissue.
 _ALL_TISSUE = 30
 
 
@@ -52,7 +52,7 @@ def pen_marks(rgb: UInt8) -> Bool:
 
 
 def find_tissue(rgb: UInt8) -> Bool:
-    """Tell tissue from glass on a thumbnail.
+    """Return the mask of tissue on a thumbnail.
 
     Args:
         rgb: (H, W, 3) uint8; best at 4 to 16 microns per pixel.
@@ -73,7 +73,7 @@ def find_tissue(rgb: UInt8) -> Bool:
         return np.zeros(rgb.shape[:2], dtype=bool)
     if np.percentile(clean, 2) > _ALL_TISSUE:
         return ~ink
-    # Nothing is told apart in pixels that are all the same.
+    # Pixels that are all the same have no threshold.
     counts, threshold = np.bincount(clean), 0
     if np.count_nonzero(counts) > 1:
         threshold = threshold_otsu(hist=counts)  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ def tissue_share(
     Args:
         slide: Its coarse pixels are read, see `read_thumbnail`.
         height: Height of the slide at the working level, pixels.
-        width: Likewise its width.
+        width: Width of the slide at the working level, pixels.
         side: Side of a block, pixels at the working level.
 
     Returns:
@@ -104,7 +104,7 @@ def tissue_share(
     """
     from scipy import ndimage
 
-    # At least 8 thumbnail pixels a block, and enough of them for Otsu on small slides.
+    # At least 8 thumbnail pixels per block; on small slides enough of them for Otsu.
     most = max(512, 8 * max(height, width) // side)
     thumbnail, _, damaged = read_thumbnail(slide, most)
     # What cannot be read here may be readable at the working level: look there.
