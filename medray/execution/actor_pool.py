@@ -152,7 +152,7 @@ class Pool:
         return self._decide(self._event(ready))
 
     def look_after(self) -> None:
-        """Look for hanging actors and draining nodes each second; warn if none starts."""
+        """Look for hung actors and draining nodes, each second; warn if none starts."""
         if time.monotonic() - self._state.looked_at >= 1:
             self._decide(Looked(frozenset(cluster.leaving_nodes())))
 

@@ -20,7 +20,7 @@ class Gauges:
         self.before = (0, 0, 0)
 
     def update(self, commit: Commit, waiting: float) -> None:
-        """Add what has been committed since the last call; set what waits, in regions."""
+        """Add what was committed since the last call; set how many regions wait."""
         self.waiting.set(waiting)
         now = (commit.done, len(commit.failed), commit.regions)
         counters = (self.slides, self.failures, self.regions)
