@@ -30,16 +30,16 @@ def covers_slide(polygon: Any, height: int, width: int) -> bool:
 def leave_out_unclassed(
     areas: Sequence[Area], classes: Classes, height: int, width: int, note: Note
 ) -> list[Area]:
-    """Return the areas without those that cannot be meant, as their class is missing.
+    """Return the areas but those that cannot be meant, since their class is missing.
 
-    Beside others an area without a class is left out if it covers the whole slide, or
+    Next to others an area without a class is left out if it covers the whole slide, or
     if the others have a class of the foreground.
 
     Args:
         areas: Those of one file, with known classes or none.
         classes: If there is only one of the foreground it is that of areas without.
-        height: Level-0 pixels of the slide.
-        width: Likewise.
+        height: Height of the slide, level-0 pixels.
+        width: Width of the slide, level-0 pixels.
         note: Called with what was left out, and whether the class was inferred.
     """
     kept = [
@@ -121,7 +121,7 @@ def _hides(
 def note_extremes(
     areas: Sequence[Area], classes: Classes, height: int, width: int, note: Note
 ) -> None:
-    """Note areas that cover the whole slide, or that are but a thin frame."""
+    """Report areas that cover the whole slide, or that are only a thin frame."""
     marked = [area for area in areas if classes.value(area.class_name)]
     polygons = [area.polygon for area in marked]
     size = height * width

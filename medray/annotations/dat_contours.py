@@ -1,4 +1,4 @@
-"""Contours of single cells as SIPaKMeD's .dat files hold them: a line `x,y` a point.
+"""Contours of single cells as in SIPaKMeD's .dat files: one line `x,y` per point.
 
 https://doi.org/10.1109/ICIP.2018.8451588 (Plissiti et al. 2018)
 """
@@ -22,7 +22,7 @@ _REMEDY = "draw the contour again, or remove its image"
 
 
 def read_contour(uri: str, *, height: int, width: int) -> Any:
-    """Read what a contour encloses.
+    """Read a contour and return the area that it encloses.
 
     One that crosses itself encloses what it goes round (the nonzero rule of
     `medray.annotations.polygons.fill`); what lies beyond the image's border by up to 2
@@ -31,8 +31,8 @@ def read_contour(uri: str, *, height: int, width: int) -> Any:
     Args:
         uri: Lines of x and y, separated by a comma, in pixels of the image; the last
             point may be the first again.
-        height: Of the image, pixels.
-        width: Likewise.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
 
     Returns:
         A valid polygon or several, (x, y) in pixels of the image.

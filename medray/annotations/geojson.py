@@ -99,9 +99,9 @@ def _counts_from(
 ) -> bool:
     """Return whether areas that state no origin count from that of the scanned part.
 
-    QuPath counts from it, unless it was told to show the whole canvas (`--no-crop`),
-    or the file only looks like one of QuPath's. Nobody sees what lies beyond the part
-    that is shown, so a file whose areas mostly do was not drawn there. One area that
+    QuPath counts from it, unless it was started to show the whole canvas (`--no-crop`),
+    or the file only looks like one of QuPath's. What lies beyond the part that is shown
+    cannot be seen, so a file whose areas mostly do was not drawn there. One area that
     reaches over the border decides nothing: it may be a brush that slipped.
     """
     polygons = np.array([area.polygon for area in areas], object)

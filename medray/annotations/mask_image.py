@@ -36,8 +36,9 @@ def parse_mask(
     Args:
         uri: Named in errors.
         data: The file.
-        height: Level-0 pixels of the slide.
-        width: Likewise. A mask may be smaller by one whole factor.
+        height: Height of the slide, level-0 pixels.
+        width: Width of the slide, level-0 pixels. A mask may be smaller by one whole
+            factor.
         classes: Names by label value.
 
     Raises:
@@ -58,7 +59,7 @@ def parse_mask(
 
 
 def is_picture(data: bytes) -> bool:
-    """Tell a PNG, BMP or TIFF from other files by its first bytes."""
+    """Return whether a file is a PNG, BMP or TIFF, by its first bytes."""
     return data.startswith((_PNG, b"BM", *_TIFF))
 
 
@@ -127,7 +128,7 @@ def _read(
 
 
 def _check_alpha(uri: str, values: npt.NDArray[Any], alpha: npt.NDArray[Any]) -> None:
-    """Refuse a mask whose values and alpha channel do not say the same.
+    """Raise an error if the values of a mask contradict its alpha channel.
 
     It may be drawn with black on transparent: then the values are all 0.
 
@@ -146,7 +147,7 @@ def _check_alpha(uri: str, values: npt.NDArray[Any], alpha: npt.NDArray[Any]) ->
 def _check_transparent_values(
     uri: str, values: npt.NDArray[Any], transparent: Any
 ) -> None:
-    """Refuse a palette or grey mask in which another value than 0 is transparent.
+    """Raise an error if a value other than 0 is transparent in a palette or grey mask.
 
     Args:
         uri: Named in errors.

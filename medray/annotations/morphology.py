@@ -17,7 +17,7 @@ _LEAST_PX = 9  # pixels of an area that has a shape to speak of
 
 
 def feature_names(mpp: float | None = None) -> tuple[str, ...]:
-    """Name the features, with their units: of pixels, or of um where mpp is known."""
+    """Return the features' names with units: pixels, or um where mpp is known."""
     unit = "px" if mpp is None else "um"
     names = [
         f"{part}_{name}"
@@ -43,7 +43,7 @@ def measure(
 
     Args:
         nucleus: Shapely polygon of it, (x, y) in pixels of the original image.
-        cytoplasm: Likewise.
+        cytoplasm: Shapely polygon of it, (x, y) in pixels of the original image.
         mpp: Microns per pixel; None: lengths stay pixels.
 
     Returns:

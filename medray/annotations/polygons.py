@@ -55,7 +55,7 @@ class Outline:
 
 
 def match_class(name: str, classes: Classes) -> str | None:
-    """Find a known class, as it is written or else whatever its case."""
+    """Find a known class, as it is written or else ignoring case."""
     name = name.strip()
     if name in classes.names:
         return name
@@ -75,7 +75,7 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
 
     Raises:
         SlideError: A coordinate is not a finite number, or the rings cross themselves
-            and each other so often that nobody can have drawn them.
+            and each other too often to have been drawn by hand.
     """
     kept = [ring for ring in map(_closed, rings) if len(ring) >= 4]
     if not kept:
@@ -99,7 +99,7 @@ def fill(rings: Iterable[Ring], rule: FillRule = "nonzero") -> Any:
 
 
 def _bound_crossings(rings: Sequence[Ring]) -> None:
-    """Refuse a tangle: its faces, and the time they take, grow with the square."""
+    """Raise an error for a tangle: its faces, and their time, grow with the square."""
     ends = np.concatenate([np.stack([ring[:-1], ring[1:]], 1) for ring in rings])
     segments = shapely.linestrings(ends)
     tree = shapely.STRtree(segments)

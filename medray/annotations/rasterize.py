@@ -105,7 +105,7 @@ def _thin(
     crossings stay on that side, so an even-odd fill by rows (GDAL's) is the same
     inside. The edges that do reach inside keep their ends, and so their rounding.
     Clipping would move those ends. Where an outline runs along a row of pixel centres,
-    GDAL decides by the ring's direction, which it tells at the lowest point (the
+    GDAL decides by the ring's direction, which it takes at the lowest point (the
     rightmost of several): that and its neighbours stay.
 
     Args:

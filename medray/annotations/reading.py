@@ -97,8 +97,8 @@ def read_marks(
 
     Args:
         uri: SVG, QuPath GeoJSON (.gz), ASAP or ImageScope XML, or a mask image.
-        height: Level-0 pixels of the slide.
-        width: Likewise.
+        height: Height of the slide, level-0 pixels.
+        width: Width of the slide, level-0 pixels.
         classes: Names by label value.
         slide: Address of the slide, for its scanned bounds; empty: it has none.
 
@@ -147,10 +147,10 @@ def read_marks(
 
 
 def _leave_out_flat(flat: Counter[str], areas: list[Area], note: Note) -> None:
-    """Note shapes that enclose nothing, where there are areas beside them.
+    """Report shapes that enclose nothing, where there are areas besides.
 
     Raises:
-        SlideError: There are none. What somebody marked is there, so the slide is no
+        SlideError: There are none. The shapes mark something, so the slide is no
             example of one where nothing is.
     """
     if not flat:
@@ -174,7 +174,7 @@ def _parse(
     flat: Counter[str],
     slide: str,
 ) -> list[Area]:
-    """Tell the formats apart by their content: suffixes are often wrong."""
+    """Parse a file in the format that its content shows: suffixes are often wrong."""
     if is_picture(data):
         return parse_mask(uri, data, height=height, width=width, classes=classes)
     if len(data) > _MAX_BYTES:

@@ -193,7 +193,7 @@ def _whole_page_clips(root: Any, page: tuple[float, ...]) -> set[str]:
 
 
 def _check_clips(uri: str, elements: Sequence[Any], whole_page: set[str]) -> None:
-    """Refuse a shape of which a clip path or a mask may hide a part.
+    """Raise an error for a shape of which a clip path or a mask may hide a part.
 
     Raises:
         SlideError: One does, unless it is a rectangle around the whole page.

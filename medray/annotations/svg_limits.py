@@ -1,4 +1,4 @@
-"""Refuse drawings that are too large, or whose numbers would be misread.
+"""Checks for drawings that are too large, or whose numbers would be misread.
 
 svgelements passes over what it cannot parse: of a damaged outline it keeps a part, and
 without its damaged transform it draws a shape in another place. Labels made of that
@@ -47,7 +47,7 @@ def href_of(element: Any) -> str:
 
 
 def check_size(uri: str, root: Any) -> None:
-    """Refuse drawings that would grow without bounds as groups and uses are followed.
+    """Raise an error for drawings that grow without bounds as uses are followed.
 
     Raises:
         SlideError: Too deep, a `use` of itself, or too many elements.
@@ -84,7 +84,7 @@ def check_size(uri: str, root: Any) -> None:
 
 
 def check_values(uri: str, root: Any) -> None:
-    """Refuse coordinates, lengths and transforms that are not written as SVG has them.
+    """Raise an error for coordinates, lengths and transforms that are not valid SVG.
 
     Raises:
         SlideError: One is damaged, or a transform is written as CSS.
