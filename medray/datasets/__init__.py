@@ -1,4 +1,4 @@
-"""DATASET: slides, or images in class folders, as arrays that training reads.
+"""Datasets: slides, or images in class folders, as arrays that training reads.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -22,7 +22,7 @@ def check_images(
     mpp: float | None,
     map_them: Callable[..., Iterator[tuple[ImageFile, Any]]],
 ) -> list[CheckedImage]:
-    """Return the images, looked at.
+    """Return the images with the result of decoding each, and its digest.
 
     They are decoded as well, though only to be decoded again when they are placed:
     which images can be is to be known before they are dealt out and given their places.

@@ -2,15 +2,15 @@
 
 DATASET/
 dataset.yaml              classes and how the slides were cut (DatasetSettings)
-slides.parquet            a row a slide: size, mpp, digest, status, split
-patches.parquet           a row a patch: where, tissue, classes, split
+slides.parquet            one row per slide: size, mpp, digest, status, split
+patches.parquet           one row per patch: where, tissue, classes, split
 splits.json               what the splits were dealt by
 slides/SLIDE.ome.zarr     pixels; labels/annotation if it is annotated
 
 A dataset of images in class folders (medray.datasets.image_folder) has sheets of them
-as slides, a patch an image (`image`, `patient` and `digest` besides), and
-images.parquet            a row an image: class, patient, split, status and why
-morphology.parquet        a row an image: what its contours measure, if asked for
+as slides, one patch per image (with `image`, `patient` and `digest` as well), and
+images.parquet            one row per image: class, patient, split, status and why
+morphology.parquet        one row per image: what its contours measure, if asked for
 """
 
 from __future__ import annotations

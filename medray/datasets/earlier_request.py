@@ -1,4 +1,4 @@
-"""What a request says beside what a dataset is: other splits, other slides."""
+"""Warnings where a request differs from its dataset: other splits, other slides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names_of(names: Sequence[str]) -> str:
 
 
 def note_request(out: str, by: str) -> list[str]:
-    """Keep what splits are dealt by, and warn if it has no effect on those there are.
+    """Store what splits are dealt by; warn if it has no effect on existing ones.
 
     Args:
         out: The dataset.
@@ -35,7 +35,7 @@ def note_request(out: str, by: str) -> list[str]:
 
 
 def warn_of_splits(out: str, by: str) -> list[str]:
-    """Return a warning if what splits are to be dealt by decides of new slides only."""
+    """Return a warning if what splits are dealt by affects new slides only."""
     uri, table = _splits_uri(out), files.join(out, "slides.parquet")
     rows = files.read_table(table).to_pylist() if files.exists(table) else []
     kept = sum(bool(row.get("split")) for row in rows)

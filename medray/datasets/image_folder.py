@@ -95,10 +95,10 @@ def ingest_images(
     Images whose bytes are there twice count once, those of `test` before those of
     `val` and `train`, so that no image is in two splits. The same command again does
     nothing, unless images or what was said of them have changed; then the dataset is
-    made anew.
+    made again.
 
     Args:
-        folder: Holds a folder a class, or folders train, val or test that hold them.
+        folder: Holds one folder per class, or folders train, val or test with them.
         out: Folder of the dataset; made if needed.
         side: Of images in class folders: side to resize them to, pixels. A multiple of
             32.
@@ -149,7 +149,7 @@ def ingest_images(
 
 
 def ingested_before(out: str, request: str) -> Images | None:
-    """Return what became of the images, if the dataset was made by the same request.
+    """Return the result of an earlier ingest, if it was made by the same request.
 
     Args:
         out: Folder of the dataset.
@@ -228,7 +228,7 @@ def _ingest(
 
 
 def _image_row(image: CheckedImage) -> Columns:
-    """Say for images.parquet what became of an image."""
+    """Return the row of an image for images.parquet."""
     return {
         "image": image.file.image,
         "class": image.file.class_name,

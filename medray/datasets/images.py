@@ -1,4 +1,4 @@
-"""Images on their way from class folders into a dataset, from step to step.
+"""Images at each step from class folders into a dataset.
 
     ImageFile      found in a folder, its patient and its split said
     CheckedImage   looked at: its digest, and whether it can be read; dealt to a split
@@ -68,7 +68,7 @@ class ImageFile:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedImage:
-    """An image that was looked at.
+    """An image that was checked.
 
     Attributes:
         file: As it was found.

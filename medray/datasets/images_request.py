@@ -1,4 +1,4 @@
-"""What an ingest of images in class folders is asked for, and how they are dealt out.
+"""The request of an ingest of images in class folders, and how they are dealt out.
 
 Checked before anything is written.
 """
@@ -70,7 +70,7 @@ def settle_images(
     contours: bool = False,
     mpp: float | None = None,
 ) -> ImagesRequest:
-    """Return what `ingest_images` is asked for by the same arguments.
+    """Return the request that `ingest_images` makes of the same arguments.
 
     Raises:
         ConfigError: The request is wrong, or a class has no image.

@@ -1,4 +1,4 @@
-"""What an ingest of slides is asked for, checked before anything is written."""
+"""The request of an ingest of slides, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medray.storage import files
 
 @dataclass(frozen=True, kw_only=True)
 class IngestRequest:
-    """What is to become of which slides.
+    """Which slides to ingest, and how.
 
     Attributes:
         out: Folder of the dataset.
@@ -73,7 +73,7 @@ def settle_ingest(
     seed: int = 0,
     remove_missing: bool = False,
 ) -> IngestRequest:
-    """Return what `ingest` is asked for by the same arguments; nothing is written.
+    """Return the request that `ingest` makes of the same arguments; write nothing.
 
     Raises:
         ConfigError: The request is wrong.

@@ -2,7 +2,7 @@
 
 The way of a slide, top to bottom:
 
-    plan     its size, tissue and annotation; the empty OME-Zarr; a row a region
+    plan     its size, tissue and annotation; the empty OME-Zarr; one row per region
     cut      a region is read, labelled and written: one shard of pixels, one of labels;
              of a slide annotated in part only patches that lie within are listed
     commit   the driver notes the region and its patches; with the last one the
@@ -122,7 +122,7 @@ def ingest(
 def ingest_settled(
     request: IngestRequest, executor: Executor, check: Callable[[], None]
 ) -> Summary:
-    """Do what is missing of a request, in a dataset that is open and locked."""
+    """Ingest what is missing of a request, in a dataset that is open and locked."""
     # The regions of all slides become patches.parquet at the end.
     out, ledger = request.out, Ledger(request.out, keep_finished=True)
     earlier = earlier_splits(ledger.slides, out)
@@ -149,7 +149,7 @@ type IngestStage = Stage[IngestFacts, Share | None, SeenPatches, PatchesRecord, 
 
 
 def ingest_stage(settings: DatasetSettings, out: str) -> IngestStage:
-    """Return what ingest does with slides."""
+    """Return the stage of `medray ingest`."""
     return Stage(
         name="ingest",
         out=out,
@@ -164,7 +164,7 @@ def ingest_stage(settings: DatasetSettings, out: str) -> IngestStage:
 
 
 def _write_patches(out: str, ledger: Ledger) -> None:
-    """Write a row a patch of all finished slides, new ones and those of before."""
+    """Write one row per patch of all finished slides, new ones and those of before."""
     uri = files.join(out, "patches.parquet")
     before: dict[str, list[Row]] = {}
     if files.exists(uri):

@@ -1,4 +1,4 @@
-"""Tables of users joined to the slides or images of a request.
+"""Users' tables joined to the slides or images of a request.
 
     match_table  each row to the slide that it names: by path, id or file name
     join_table   the same; rows that name nothing are refused, before any work is done

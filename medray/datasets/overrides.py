@@ -1,4 +1,4 @@
-"""What the user says of how slides are read, over what their files say."""
+"""User overrides of what slides' files say, such as the resolution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_overrides(
     unknown: Unknown = "warn",
     known: Sequence[SlideFile] = (),
 ) -> list[SlideFile]:
-    """Return the slides with what the user says of each.
+    """Return the slides with the user's overrides of each.
 
     Args:
         slides: All slides of the request.

@@ -1,4 +1,4 @@
-"""A region's way into a dataset: planned, read and labelled, written, summed up.
+"""Regions as patches of a dataset: planned, read and labelled, written, summed up.
 
 What runs in the processes of `medray ingest`; no Ray is imported.
 
@@ -57,12 +57,12 @@ from medray.types import Columns, Layers, UInt8
 
 @dataclass(frozen=True)
 class IngestFacts:
-    """What the plan found out about a slide; pixels are those of level 0.
+    """What planning found out about a slide; pixels are those of level 0.
 
     Attributes:
         height: Pixels.
         width: Pixels.
-        mpp: Microns per pixel; None: nobody says.
+        mpp: Microns per pixel; None: not known.
         magnification: Of the objective; None: the file does not say.
         format: Of the file.
         annotated: Whether there is an annotation.
@@ -204,7 +204,7 @@ def _patches_of(region: Rectangle, share: Share | None, patch: int) -> Share | N
 def _marks(
     source: SlideInput, digest: str, height: int, width: int, settings: DatasetSettings
 ) -> Annotation:
-    """Return what is annotated and where; the digest tells a replaced file apart."""
+    """Return what is annotated and where; the digest identifies a replaced file."""
     if not source.annotation:
         return Annotation([], [], ())
     return read_marks(

@@ -1,4 +1,4 @@
-"""What tables of users say of slides or images: groups, splits, cohorts, labels, mpp.
+"""Users' tables of slides or images: groups, splits, cohorts, labels, mpp.
 
 Each is read by `medray.datasets.tables` and joined to slides by
 `medray.datasets.join_tables`; no other module reads such a table. Every error names
@@ -53,7 +53,7 @@ def read_cohorts(uri: str) -> SlideTable:
 
 
 def read_labels(uri: str) -> SlideTable:
-    """Read a CSV (slide,label[,patient]); a patient is "" where nobody says."""
+    """Read a CSV (slide,label[,patient]); a patient is "" where not given."""
     table = read_table(uri, ["label"], optional=[PATIENT])
     table = table.converted("label", _label).converted(PATIENT, _patient)
     return _with_rows(_spelled_alike(table, *table.columns))
@@ -100,7 +100,7 @@ def _with_rows(table: SlideTable) -> SlideTable:
 
 
 def _spelled_alike(table: SlideTable, *columns: str) -> SlideTable:
-    """Refuse values that are one to a reader, and two to a program."""
+    """Raise an error for values that look equal to a reader but differ in spelling."""
     for column in columns:
         first: dict[str, TableRow] = {}
         for row in table.rows if column in table.columns else ():

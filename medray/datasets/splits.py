@@ -1,4 +1,4 @@
-"""Splits of a dataset: train, val and test, never two of one patient apart."""
+"""Splits of a dataset: train, val and test; each patient is in one split only."""
 
 from __future__ import annotations
 

@@ -143,8 +143,8 @@ def write_pyramid(
 
     Args:
         path: The file.
-        height: Level-0 pixels.
-        width: Likewise.
+        height: Height of the slide, level-0 pixels.
+        width: Width of the slide, level-0 pixels.
         seed: Of the field.
         tissue: Share of the fields that show tissue, spread evenly.
         mpp: Microns per pixel of level 0.
