@@ -1,4 +1,4 @@
-"""MODEL made: a recipe and a dataset to weights.
+"""Training: a recipe and a dataset to the weights of a model.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

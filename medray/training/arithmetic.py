@@ -1,4 +1,4 @@
-"""How networks are computed in a training: where, in which numbers and layout."""
+"""How networks are computed in training: device, precision and memory layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Where networks are computed, and in which numbers.
+    """The device on which networks are computed, and the precision.
 
     Attributes:
         device: Of networks and inputs.

@@ -2,8 +2,8 @@
 
 Each crop is changed in its own way, and sampled once: mirrors and right angles are
 exact, everything else that moves pixels is one place to sample for each of them. What
-changes colours is one matrix a crop, in stain densities and in RGB. So a batch takes as
-many operations as a crop, whether the device is a GPU or a CPU.
+changes colours is one matrix per crop, in stain densities and in RGB. So a batch takes
+as many operations as a crop, whether the device is a GPU or a CPU.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _flip(
 def _draw_moves(
     augment: Augment, count: int, side: int, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Say from where in a crop its new pixels are taken.
+    """Return the affine transforms from new pixels of a crop to the old ones.
 
     Returns:
         Matrices (N, 2, 2) and offsets (N, 2) from new to old places (x, y), in halves
@@ -175,7 +175,7 @@ def recolour(augment: Augment, images: torch.Tensor, *, seed: int) -> torch.Tens
     Brightness, contrast (about the crop's mean luma), saturation and hue are linear and
     commute: brightness and contrast scale luma and chroma, saturation scales and hue
     turns the chroma (Haeberli 1993, Matrix Operations for Image Processing). So they
-    are one matrix a crop, and values are cut to 0..255 once, at the end.
+    are one matrix per crop, and values are clipped to 0..255 once, at the end.
 
     Args:
         augment: By how much at most.

@@ -1,11 +1,11 @@
-"""Where a training keeps what it makes, and how that is read again.
+"""The files of a training in its model folder, and how they are read again.
 
 MODEL/
 checkpoints/NAME-last.pt  all that the next step depends on
 checkpoints/NAME-best.pt  weights and metrics of the best epoch
 metrics.jsonl             an entry for each epoch
 examples/                 validation patches as the best epoch saw them
-teacher.json              the student beside its teacher
+teacher.json              the student compared with its teacher
 failures/                 crops of a step that went wrong
 """
 
@@ -27,7 +27,7 @@ from medray.types import Row
 
 
 def history_uri(out: str) -> str:
-    """Return the address of a training's epochs, a JSON object on each line."""
+    """Return the address of a training's epochs: JSON lines, one object per epoch."""
     return files.join(out, "metrics.jsonl")
 
 
@@ -37,7 +37,7 @@ def example_uri(out: str, number: int) -> str:
 
 
 def teacher_uri(out: str) -> str:
-    """Return the address of the student's figures beside the teacher's."""
+    """Return the address of the student's figures next to the teacher's."""
     return files.join(out, "teacher.json")
 
 
@@ -55,7 +55,7 @@ def read_history(out: str) -> list[Row]:
 
 
 def read_best(out: str, name: str) -> Row:
-    """Read what was kept of the best epoch: `model` (weights) and `metrics`.
+    """Read the checkpoint of the best epoch: `model` (weights) and `metrics`.
 
     Raises:
         FormatError: It is absent or damaged.
@@ -95,7 +95,7 @@ class Checkpoints:
         self._write("last", state)
 
     def write_best(self, weights: Row, metrics: Row, pictures: Sequence[bytes]) -> None:
-        """Store what is kept of the best epoch."""
+        """Store the checkpoint of the best epoch."""
         self._write("best", {"model": weights, "metrics": metrics})
         for number, picture in enumerate(pictures):
             files.write_bytes(example_uri(self.out, number), picture)

@@ -20,7 +20,7 @@ _MPP_APART = 0.15  # relative difference of resolutions that is taken for none
 
 
 def check_patches(patches: Mapping[str, Sequence[Row]], data: str) -> None:
-    """Refuse patches that would make a training pointless.
+    """Raise an error for patches that would make a training pointless.
 
     Raises:
         ConfigError: They hold too little, or differ in resolution.
@@ -116,7 +116,7 @@ def check_inputs(settings: Recipe, model_config: ModelConfig, data: str) -> None
 
 
 def check_comparable(recipes: Sequence[Recipe], data: str) -> None:
-    """Refuse to compare trials by losses that are not the same.
+    """Raise an error if trials would be compared by different losses.
 
     Raises:
         ConfigError: Validation has no foreground, so that losses decide, and they

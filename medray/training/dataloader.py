@@ -1,8 +1,8 @@
-"""What the training loop is fed: batches, read by processes beside it, in order.
+"""Batches for the training loop, read by separate processes, in order.
 
 A batch is the few crops that go through the network together: a micro batch of a step,
 or some of the validation patches. The process that reads it writes its arrays into
-memory of the training's process, which looks at them where they lie.
+memory of the training's process, which views them where they lie.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TRIES = 3  # processes that may end of one batch
 _LONGEST_S = 600.0  # that a batch may take: a store may stall
 _ALIGNED = 64  # bytes
 # Of malloc, see mallopt(3): what a crop took is kept for the next one. By itself it is
-# given back and taken anew for each batch, a fifth of a reader's time.
+# given back and taken again for each batch, a fifth of a reader's time.
 _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": f"{64 << 20}",
     "MALLOC_MMAP_THRESHOLD_": f"{32 << 20}",
@@ -128,7 +128,7 @@ def read_epochs(
 def _list_batches(
     source: Source, epochs: range, first_step: int, world: World
 ) -> Iterator[BatchIndex]:
-    """Yield a worker's batches of epochs, of the first one from a step on."""
+    """Yield the indices of a worker's batches of epochs, the first from a step on."""
     micro_batches = world.share(source.sampling.micro_batches)
     checks = world.share(count_val_batches(source.data, source.sampling))
     for epoch in epochs:
@@ -229,8 +229,8 @@ class Readers:
 class _Memory:
     """Memory that a process writes batches into.
 
-    It is used again once nobody looks at it: new pages cost a virtual machine more than
-    what is copied into them.
+    It is reused once no array views it: new pages cost a virtual machine more than what
+    is copied into them.
     """
 
     def __init__(self) -> None:
@@ -241,7 +241,7 @@ class _Memory:
         self.name = f"/proc/{os.getpid()}/fd/{self._file}"
 
     def look(self, free: queue.SimpleQueue[_Memory]) -> UInt8:
-        """Return the bytes; with the last array that looks at them this is free."""
+        """Return the bytes; this is free once the last array that views them is gone."""
         size = os.fstat(self._file).st_size
         if self._map is None or len(self._map) < size:
             self._map = mmap.mmap(self._file, size)

@@ -4,7 +4,7 @@ An encoder's stages are what timm takes for them (its coarse `group_matcher`): l
 layer4 of a ResNet, the blocks of a vision transformer. The stem belongs to the first,
 and what normalises a stage's output to that stage.
 
-How much a stage matters is told by ablation on validation images: its features are
+How much a stage matters is measured by ablation on validation images: its features are
 taken away by setting channels to their mean over all images and places, which leaves
 the layers after them the values they are used to, but nothing of the image (Morcos et
 al. 2018, https://arxiv.org/abs/1803.06959, clamp random channels; here it is the even,

@@ -1,4 +1,4 @@
-"""What is said of a step that went wrong."""
+"""Error messages for a training step that failed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from medray.training.recipe import Recipe
 def explain_error(
     error: Exception, recipe: Recipe, side: int, device: torch.device
 ) -> str:
-    """Say what to do about an error of a forward or backward pass.
+    """Return what to do about an error of a forward or backward pass.
 
     Raises:
-        Exception: `error` itself, if it is none that a setting can mend.
+        Exception: `error` itself, if no setting can fix it.
     """
     crops, text = recipe.crops_per_micro_batch, " ".join(str(error).split())
     of = f"{crops} crops of {side} px at once"
@@ -27,7 +27,7 @@ def explain_error(
 
 
 def explain_loss(recipe: Recipe, step: int) -> str:
-    """Say what to do about a loss that is not a number."""
+    """Return what to do about a loss that is not a number."""
     return (
         f"the loss of step {step} is not a number; lower optimizer.lr "
         f"({recipe.optimizer.lr:g}), clip gradients (optimizer.clip), or set "

@@ -1,4 +1,4 @@
-"""Which part of a network learns in a phase of the training."""
+"""Which part of a network is trained in a phase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from medray.training.settings import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class Phase:
-    """Epochs in which a part of the network learns; the rest stays as it is.
+    """Epochs in which a part of the network is trained; the rest is frozen.
 
     What rests keeps the running statistics of its batch normalisation, too.
 
@@ -62,7 +62,7 @@ class Phase:
 def check_phases(
     network: nn.Module, phases: Sequence[Phase], kind: Architecture, side: int
 ) -> None:
-    """Tell early which phases a network cannot go through.
+    """Raise an error, before training, for phases that a network does not support.
 
     Args:
         network: With an `encoder`.
@@ -100,7 +100,7 @@ def check_phases(
 
 
 def _gives_maps(encoder: nn.Module, stages: Sequence[Stage], side: int) -> bool:
-    """Tell whether each stage gives (N, C, H, W), as convolutions do."""
+    """Return whether each stage outputs (N, C, H, W), as convolutions do."""
     shapes: list[torch.Size] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -122,7 +122,7 @@ def let_learn(
     stages: Sequence[Stage],
     learning: Collection[str] | None,
 ) -> None:
-    """Have a part of a network's encoder learn; the rest is as in inference.
+    """Set `requires_grad` for the trained part of an encoder; the rest is in eval mode.
 
     Args:
         encoder: In training mode or not.
@@ -148,7 +148,7 @@ def let_learn(
 def stages_that_learn(
     phase: Phase | None, stages: Sequence[Stage], weighed: dict[str, float]
 ) -> tuple[str, ...] | None:
-    """Name the encoder's stages that learn; None of a phase that is not about stages.
+    """Return the names of the encoder stages that learn; None for other phases.
 
     Args:
         phase: That an epoch is in, if there are any.

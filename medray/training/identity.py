@@ -1,4 +1,4 @@
-"""What names a training, a recipe and what a dataset holds; and what it has seen."""
+"""The digest that names a training, by recipe and data; and the data it has seen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medray.types import Row
 
 
 def provenance_of(recipe: Recipe, data: str) -> Row:
-    """Name a training: equal digests mean equal recipe and data."""
+    """Return the provenance of a training: equal digests mean equal recipe and data."""
     digest = hashlib.blake2b(digest_size=16)
     plain = to_dict(recipe)
     # By its name when digests began: a training of medray 0.1 goes on.
@@ -65,7 +65,7 @@ def data_parts(data: str, *, morphology: bool) -> Iterator[bytes]:
 
 
 def check_checkpoints(out: str, provenance: Row) -> None:
-    """Refuse a folder where a training of something else was interrupted.
+    """Raise an error for a folder in which a different training was interrupted.
 
     Raises:
         ConfigError: Its checkpoints are there.
@@ -84,7 +84,7 @@ def check_checkpoints(out: str, provenance: Row) -> None:
 def seen_of(
     settings: Recipe, patches: dict[str, list[Row]], data: str
 ) -> dict[str, str]:
-    """Return which images or slides have a part in a model: "train" or "val" by digest.
+    """Return the images or slides that a model has seen: "train" or "val" by digest.
 
     What another model has learned from comes along with its weights, and with what it
     teaches.

@@ -1,4 +1,4 @@
-"""Ray Train around the workers of a training: started, watched, started again."""
+"""Ray Train around the workers of a training: starts, monitoring, restarts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIVES = 3  # times that dead workers are replaced
 def run_workers(
     settings: Recipe, model_config: ModelConfig, data: str, out: str, name: str
 ) -> None:
-    """Have Ray Train run the loop on the workers; what died is started again.
+    """Run the training loop on workers by Ray Train, which restarts those that die.
 
     Raises:
         ConfigError: The cluster never has as many.
@@ -85,7 +85,7 @@ def _kept(out: str) -> str:
 
 
 def _check_workers(settings: Recipe) -> None:
-    """Refuse what the cluster can never give, rather than wait for it."""
+    """Raise an error for workers that the cluster can never provide."""
     kind, there = "GPU", float(cluster.gpus())
     if not there:
         kind, there = "CPU", ray.cluster_resources().get("CPU", 0)

@@ -1,7 +1,7 @@
-"""What a training tells while it runs: TensorBoard, and MLflow where it is set up.
+"""Logging of a training while it runs: TensorBoard, and MLflow where it is set up.
 
 TensorBoard's events lie in MODEL/tensorboard; of a model folder in a bucket they are
-kept in the bucket too. MLflow is told when MLFLOW_TRACKING_URI is set and the extra
+kept in the bucket too. MLflow is used when MLFLOW_TRACKING_URI is set and the extra
 `mlflow` is installed.
 """
 
@@ -24,19 +24,19 @@ _MLFLOW = "MLFLOW_TRACKING_URI"
 
 
 class Tracker:
-    """Tells of one training; only one of its workers does."""
+    """Logs the metrics of one training; only one of its workers does."""
 
     def __init__(
         self, out: str, *, step: int, name: str, settings: dict[str, Any], shown: bool
     ) -> None:
-        """Open what is written to.
+        """Open the loggers.
 
         Args:
             out: Model folder.
-            step: From which the training goes on; what was told of later ones is void.
+            step: From which the training resumes; what was logged of later ones is void.
             name: Of this very training.
             settings: Its recipe.
-            shown: Whether this worker is the one that tells.
+            shown: Whether this worker is the one that logs.
         """
         self._writer: Any = None
         self._mlflow: Any = None
@@ -51,14 +51,14 @@ class Tracker:
             self._mlflow = _start_mlflow(name, settings)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Tell numbers at a step."""
+        """Log scalars of a step."""
         if self._writer is None:
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def epoch(self, step: int, entry: dict[str, Any]) -> None:
-        """Tell an epoch's numbers, and see that all told so far is stored."""
+        """Log an epoch's numbers, and store all that was logged so far."""
         if self._writer is None:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
@@ -71,13 +71,13 @@ class Tracker:
                 files.write_bytes(files.join(self._out, path.name), path.read_bytes())
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
-        """Show (H, W, 3) or (H, W) uint8."""
+        """Log an image, (H, W, 3) or (H, W) uint8."""
         if self._writer is not None:
             layout = "HWC" if pixels.ndim == 3 else "HW"
             self._writer.add_image(name, pixels, step, dataformats=layout)
 
     def close(self) -> None:
-        """End it."""
+        """Close the loggers."""
         if self._writer is not None:
             self._writer.close()
         if self._mlflow is not None:
@@ -85,7 +85,7 @@ class Tracker:
 
 
 def _start_mlflow(name: str, settings: dict[str, Any]) -> Any:
-    """Start or go on with the run of that name."""
+    """Start or resume the MLflow run of that name."""
     try:
         import mlflow
     except ImportError:

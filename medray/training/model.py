@@ -24,7 +24,7 @@ from medray.types import UInt8
 
 
 class TrainingModel:
-    """A network, with what goes into it and what its loss is made of."""
+    """A network with its preprocessing, its augmentation and its losses."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class TrainingModel:
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> tuple[UInt8, float]:
-        """Return what the network that is kept makes of validation patches.
+        """Return the predictions of the kept network on validation patches.
 
         Returns:
             Their classes (N, H, W), of a classifier (N, 1, 1), and the mean loss.
@@ -142,7 +142,7 @@ class TrainingModel:
         return classes, float(self.criterion(logits, labels))
 
     def beside(self, split: str, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """Return what goes into the network beside a batch's pixels, if anything."""
+        """Return the network's inputs in addition to a batch's pixels, if any."""
         if self.model_config.morphology is None:
             return ()
         return (self.measures[split][torch.from_numpy(batch.patches)],)

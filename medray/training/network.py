@@ -1,4 +1,4 @@
-"""The network that a recipe starts from, and what inference must know of it."""
+"""The network that a recipe starts from, and its model_config for inference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _build(recipe: Recipe, classes: int) -> nn.Module:
 
 
 def synchronise(network: nn.Module, recipe: Recipe, world: World) -> nn.Module:
-    """Have a network normalise over the crops of the whole world, if it is to.
+    """Make a network normalise over the crops of all workers, if the recipe says so.
 
     Raises:
         ConfigError: These workers cannot.
@@ -72,7 +72,7 @@ def synchronise(network: nn.Module, recipe: Recipe, world: World) -> nn.Module:
 
 
 def build_model_config(settings: Recipe, patches: list[Row], data: str) -> ModelConfig:
-    """Return what inference must know; training itself uses it too."""
+    """Return the model_config for inference, which training uses too."""
     model_config = ModelConfig(
         architecture=settings.model,
         classes=read_dataset(data).classes,

@@ -1,4 +1,4 @@
-"""What a training hears while it goes on: that it is to stop, or that a node leaves."""
+"""Notices to a running training: a request to stop, or a node that leaves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_asked_to_stop(out: str) -> bool:
 
 
 def withdraw_stop(out: str) -> None:
-    """Take back what was asked of a training, also of one that was killed."""
+    """Withdraw a request to stop, also for a training that was killed."""
     files.remove(_stop_uri(out))
 
 
@@ -42,7 +42,7 @@ def _stop_uri(out: str) -> str:
 
 
 class Notices:
-    """Hears what is new since it was last asked, as one of a world."""
+    """Reads notices that are new since the last call, as one rank of the world."""
 
     def __init__(self, out: str) -> None:
         """Listen for the training that makes a model folder."""

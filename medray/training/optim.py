@@ -1,4 +1,4 @@
-"""How weights change: the optimizer, and their moving average."""
+"""The optimizer, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medray.training.settings import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """How weights are changed.
+    """Settings of the optimizer.
 
     Attributes:
         name: adamw (Loshchilov and Hutter 2019), adam (Kingma and Ba 2015) or sgd
@@ -56,6 +56,6 @@ def build_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set it for all parameters."""
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""The phases of a training: which one it is in, and what learns in it."""
+"""The fine-tuning phases of a training: the current one, and what learns in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medray.types import Row
 
 
 class Phases:
-    """What a schedule's phases make of a network, as the epochs go by.
+    """Applies a schedule's phases to a network, epoch by epoch.
 
     What learns is a function of the epoch, and for adaptive phases of what was decided
     at their start, which is part of the progress.
@@ -44,22 +44,22 @@ class Phases:
         return stages_that_learn(self.now, self.stages, weighed)
 
     def let_learn(self) -> None:
-        """Have the part of the network learn that is to, and nothing else."""
+        """Set `requires_grad` for the current fine-tuning phase."""
         if self.now is not None:
             encoder: Any = self.network.encoder
             let_learn(encoder, self.now, self.stages, self.learning)
 
     def must_weigh(self) -> bool:
-        """Tell whether an adaptive phase begins of which nothing is decided yet."""
+        """Return whether an adaptive phase begins whose stages are not chosen yet."""
         adaptive = self.now is not None and self.now.train == "adaptive"
         return adaptive and self.number not in self.progress.decided
 
     def decide(self, weighed: dict[str, float]) -> None:
-        """Note how much the stages matter; until the phase ends it stays so."""
+        """Record how much the stages matter, for the rest of the phase."""
         self.progress.decided[self.number] = weighed
 
     def entry(self) -> Row:
-        """Return what an epoch's entry says of its phase."""
+        """Return the part of an epoch's entry about its phase."""
         if self.now is None:
             return {}
         entry: Row = {"phase": self.number, "train": self.now.train}

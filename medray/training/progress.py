@@ -1,4 +1,4 @@
-"""How far a training is: all that its next step depends on, beside the weights."""
+"""The progress of a training: all that its next step depends on, except the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEAST_DAMAGED = 3  # damaged patches that are endured in any case
 
 @dataclass
 class Progress:
-    """How far a training is; a checkpoint holds these by their names.
+    """The progress of a training; a checkpoint holds these by their names.
 
     Attributes:
         losses: (N,) float64, of the training patches: what was last known; else NaN.
@@ -57,12 +57,12 @@ class Progress:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def load_state_dict(self, state: Row) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         for each in fields(self):
             setattr(self, each.name, state[each.name])
 
     def note_losses(self, patches: npt.NDArray[np.int64], losses: torch.Tensor) -> None:
-        """Mix the losses (M,) of these patches into what is known of them."""
+        """Mix the losses (M,) of these patches into their running losses."""
         index = torch.from_numpy(patches)
         known, new = self.losses[index], losses.detach().cpu().double()
         mixed = _OLD * known + (1 - _OLD) * new
@@ -86,7 +86,7 @@ class Progress:
             )
 
     def share(self, world: World) -> None:
-        """Bring together what each of the world knows of losses and damage."""
+        """Share losses and damage among all ranks."""
         if world.size == 1:
             return
         for damaged in world.gather(self.damaged):
@@ -129,7 +129,7 @@ class Progress:
         return entry
 
     def is_over(self, schedule: Schedule) -> bool:
-        """Tell whether all epochs are done, or nothing has improved for too long."""
+        """Return whether all epochs are done, or nothing has improved for too long."""
         # What all can do together shows in the last phase.
         best = max(self.best["epoch"], schedule.first_epochs[-1] - 1)
         since_best: int = self.epoch - 1 - best

@@ -1,6 +1,6 @@
 """A recipe: the YAML file that names everything about one training.
 
-What a key such as `loss` may hold stands beside what is done with it, in the module of
+What a key such as `loss` may hold stands next to its use, in the module of
 that component; here they are put together, and what concerns several is checked.
 """
 
@@ -56,7 +56,7 @@ class Prune:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """Everything that decides a training, beside the data.
+    """Everything that decides a training, except the data.
 
     Attributes:
         model: Network and encoder.
@@ -72,12 +72,12 @@ class Recipe:
         optimizer: By what.
         schedule: For how long.
         augment: Random changes of the crops.
-        teacher: Model to learn from, beside the labels.
+        teacher: Model to learn from, in addition to the labels.
         unlabelled: How to learn from unannotated slides.
         prune: Model to thin out, and to train on.
-        batch: Crops a step, over all workers together.
-        micro_batch_size: Crops that go through the network at once on a worker; a step
-            of more is accumulated. None: the batch shared among as many workers as may
+        batch: Crops per step, over all workers together.
+        micro_batch_size: Micro-batch size per worker, in crops; larger batches use
+            gradient accumulation. None: the batch shared among as many workers as may
             be.
         precision: auto, float32, bfloat16 or float16.
         channels_last: Layout of the network's memory; usually the faster one.

@@ -1,6 +1,6 @@
 """The recipes and sweeps that come with medray, by name.
 
-A recipe is a YAML file below `recipes/` beside this module, so it is part of each
+A recipe is a YAML file below `recipes/` next to this module, so it is part of each
 installation; its name is the file without `.yaml`, and its first line, a comment, says
 what it is. Which folder a name is looked up in depends on the command.
 """
@@ -42,7 +42,7 @@ class RecipeFile:
 
 @dataclass(frozen=True)
 class RecipeList:
-    """What `medray recipes` tells.
+    """What `medray recipes` lists.
 
     Attributes:
         recipes: By command, then by name; each with `name`, `command` and `about`.

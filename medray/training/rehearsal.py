@@ -1,4 +1,4 @@
-"""What a training would do, before it is started: a few of its steps, in this process.
+"""Timing of a training before it is started: a few of its steps, in this process.
 
 By the trainer that trains, on the crops that it will get; without Ray, and nothing is
 kept.
@@ -37,7 +37,7 @@ _VAL_PATCHES = 12  # that are predicted, about
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """What this process took for steps of a training.
+    """The time that this process took for steps of a training.
 
     Attributes:
         device: Where.

@@ -91,7 +91,7 @@ def _warnings(history: Sequence[Row]) -> list[str]:
 
 
 def _phases(history: Sequence[Row]) -> list[Row]:
-    """Say of each phase that was reached which epochs it took and what learned."""
+    """Return a row for each phase that was reached: its epochs and what learned."""
     rows: dict[int, Row] = {}
     for entry in history:
         if "phase" not in entry:

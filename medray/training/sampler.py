@@ -57,15 +57,15 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Sampling:
-    """What of a recipe decides which crops come when.
+    """The part of a recipe that decides which crops come when.
 
     Attributes:
         data: Which pixels are seen.
         seed: Of the order and of the crops' places.
         epochs: Of the longest training.
-        batch: Crops a step.
+        batch: Crops per step.
         micro_batch_size: Crops that are read together.
-        unlabelled: Read as many of slides without annotation beside them.
+        unlabelled: Read as many crops of slides without annotation in addition.
     """
 
     data: Data

@@ -1,4 +1,4 @@
-"""By what an epoch is better than another: one scale for a whole training."""
+"""The score by which epochs are compared: one scale for a whole training."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def held_classes(patches: Sequence[Row], *, of_images: bool) -> npt.NDArray[np.i
 
 
 def choose_scale(patches: Sequence[Row], *, of_images: bool) -> Scale:
-    """Return what decides: F1, unless nothing in the validation patches can have one.
+    """Return the scale: F1, unless nothing in the validation patches can have one.
 
-    Of such patches F1 is 0 in an epoch that finds anything and undefined in a better
-    one that does not, so it tells nothing, and the loss decides in every epoch.
+    On such patches F1 is 0 in an epoch that finds anything and undefined in a better
+    one that does not, so it says nothing, and the loss decides in every epoch.
 
     Args:
         patches: Rows of the validation patches.
@@ -48,7 +48,7 @@ def choose_scale(patches: Sequence[Row], *, of_images: bool) -> Scale:
 
 
 def scale_of(data: str, how: Data, *, of_images: bool) -> Scale:
-    """Return what decides in a training on a dataset."""
+    """Return the scale of a training on a dataset."""
     return choose_scale(usable_patches(data, "val", how), of_images=of_images)
 
 
@@ -68,7 +68,7 @@ def score_of(scores: Row, scale: Scale) -> float:
 def warn_of_validation(
     patches: Sequence[Row], names: Sequence[str], *, of_images: bool
 ) -> list[str]:
-    """Return a warning if validation patches cannot tell how good a model is.
+    """Return a warning if validation patches cannot show how good a model is.
 
     Args:
         patches: Their rows.

@@ -27,9 +27,9 @@ class Schedule:
         every: Epochs between two drops of staircase and plateau.
         patience: Epochs without a better validation F1 before it stops early. Where
             validation has no foreground, without a smaller loss.
-        save_minutes: Longest work that a crash can cost, beside an epoch.
+        save_minutes: Minutes between checkpoints within an epoch.
         phases: What learns when, one after the other; none: all learn all the time.
-            A plateau is waited for in each of them anew.
+            Each of them waits for a plateau of its own.
     """
 
     name: Literal["cosine", "staircase", "plateau"] = "cosine"

@@ -27,7 +27,7 @@ class Trial:
     """One combination of a grid's values.
 
     Attributes:
-        name: Tells the values; its folder's name too.
+        name: States the values; its folder's name too.
         values: By key of the recipe.
         recipe: With those values.
     """

@@ -3,7 +3,7 @@
 The way of a patch, top to bottom:
 
     order    which crop of which patch comes when: medray/training/sampler.py
-    feed     processes beside each worker cut the crops from the zarr chunks:
+    feed     processes next to each worker cut the crops from the zarr chunks:
              medray/training/dataloader.py, medray/training/crops.py
     workers  Ray Train starts them and replaces those that die:
              medray/training/launch.py, medray/training/worker.py
@@ -118,7 +118,7 @@ def train_with(
             inference must know, and the training's name.
         settings: The recipe.
         data: Dataset.
-        out: Model folder to make; nobody else may work there.
+        out: Model folder to make; no other process may work there.
 
     Raises:
         ConfigError: The recipe, the dataset or both together are wrong, or OUT holds

@@ -56,7 +56,7 @@ _WEIGHED = 512  # validation images on which an encoder's stages are weighed
 
 
 class Trainer:
-    """A model in training, as one of a world."""
+    """A model in training, as one rank of a world."""
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ class Trainer:
         Args:
             data: Dataset.
             checkpoints: Take the last and the best state.
-            tracker: Is told of steps and epochs.
-            on_epoch_end: Is given the entry of each epoch.
+            tracker: Logs steps and epochs.
+            on_epoch_end: Receives the entry of each epoch.
 
         Raises:
             TrainingError: It cannot go on; all of the world raise it.
@@ -189,7 +189,7 @@ class Trainer:
     def train_step(
         self, micro_batches: Sequence[Batch], failure: str | None = None
     ) -> tuple[float, str | None]:
-        """Learn from this worker's micro batches of a step, together with the others.
+        """Do one optimizer step on this worker's micro batches and those of the others.
 
         Args:
             micro_batches: As many as `World.share` gives this worker.
@@ -247,7 +247,7 @@ class Trainer:
     # --- validation -------------------------------------------------------------------
 
     def validate(self, batches: Iterator[Batch], data: str) -> Validation:
-        """Return what the network that is kept makes of the validation patches.
+        """Return the validation results of the kept network.
 
         Running statistics, and what is known of patches, are then the same in all of
         the world.
@@ -296,7 +296,7 @@ class Trainer:
         return self.progress.state_dict() | states
 
     def load_state_dict(self, state: Row) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         self.progress.load_state_dict(state)
         for name, each in self._stateful().items():
             each.load_state_dict(state[name])

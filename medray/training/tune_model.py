@@ -109,7 +109,7 @@ def tune(
     """Train a recipe with every combination of some values.
 
     Running the same command again goes on with the trials that are not over, each from
-    its last checkpoint, and starts none anew.
+    its last checkpoint, and starts none again.
 
     Args:
         recipe: Name or path of a recipe, with a grid; without, of a sweep.
@@ -140,7 +140,7 @@ def tune(
         log.info("%d trials into %s", len(trials), out)
         todo = [trial for trial in trials if not is_over(out, trial)]
         if todo:
-            # ASHA compares: those that are over tell it again what they reached.
+            # ASHA compares: those that are over report again what they reached.
             _run(trials if asha else todo, data, out, asha)
         rows = [sum_up(out, trial) for trial in trials]
         # Without foreground in validation there is no F1, but a loss.
@@ -175,7 +175,7 @@ def _check_same(
     overrides: Sequence[str],
     data: str,
 ) -> None:
-    """Refuse a folder of another sweep."""
+    """Raise an error for a folder of another sweep."""
     uri = files.join(out, "sweep.json")
     asked = {
         "recipe": recipe.rpartition("/")[2],
@@ -197,7 +197,7 @@ def _check_same(
 
 
 def _run(trials: Sequence[Trial], data: str, out: str, asha: int) -> None:
-    """Have Ray Tune run what is not over."""
+    """Run by Ray Tune the trials that are not over."""
     gpus = cluster.gpus()
     # On CPUs half of them train; the processes that read need some too.
     cpus = int(ray.cluster_resources().get("CPU", 1))

@@ -1,4 +1,4 @@
-"""What the validation patches tell of a model: counts, scores and pictures."""
+"""Validation of a model on patches: counts, scores and pictures."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Validation:
                 self.pictures.append(Picture(shown, batch.images[at].copy()))
 
     def gather(self, world: World) -> None:
-        """Add up what all of the world have counted."""
+        """Sum the counts of all ranks."""
         mine = (self.counts, self.small, self.loss, self.patches)
         totals = [sum(part) for part in zip(*world.gather(mine), strict=True)]
         self.counts, self.small, self.loss, self.patches = totals
@@ -117,7 +117,7 @@ class Validation:
         return scores
 
     def metrics(self) -> Row:
-        """Return what is kept of the best epoch beside its entry."""
+        """Return what the best epoch keeps in addition to its entry."""
         return {
             "per_class": class_scores(self.counts, self.classes.names),
             "confusion": self.counts.tolist(),
@@ -142,7 +142,7 @@ def choose_examples(data: str, sampling: Sampling, world: World) -> list[int]:
 def show_pictures(
     tracker: Tracker, step: int, pictures: Sequence[Picture], model: TrainingModel
 ) -> None:
-    """Show predictions in TensorBoard; with the first, what the network is made of."""
+    """Log predictions to TensorBoard; with the first, kernels and score maps."""
     for number, picture in enumerate(pictures):
         drawn = np.asarray(Image.open(io.BytesIO(picture.shown)))
         tracker.picture(step, f"validation/{number}", drawn)
@@ -157,7 +157,7 @@ def show_pictures(
 
 
 def compare_with_teacher(data: str, model: TrainingModel, teacher: Distillation) -> Row:
-    """Return the teacher's scores and speed on validation patches beside the student's.
+    """Return scores and speed of teacher and student on validation patches.
 
     Returns:
         By `teacher` and `student`: f1, parameters, patches_per_second; of the student

@@ -28,7 +28,7 @@ def run_worker(config: Row) -> str | None:
 
     Returns:
         Why the training cannot go on, or None. An error that is raised makes Ray Train
-        start all workers anew.
+        start all workers again.
     """
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -58,7 +58,7 @@ def train_as(
     name: str,
     on_epoch_end: Callable[[Row], None] = lambda entry: None,
 ) -> None:
-    """Train as one of a world, from the last checkpoint to the end.
+    """Train as one rank of a world, from the last checkpoint to the end.
 
     Args:
         world: Who this is, of how many.

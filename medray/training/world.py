@@ -1,4 +1,4 @@
-"""Who trains together, and what they tell each other."""
+"""The ranks that train together, and what they exchange."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TrainingError(MedrayError):
 
 @dataclass(frozen=True)
 class World:
-    """Who trains together.
+    """The ranks that train together.
 
     Attributes:
-        rank: Of this one, from 0.
+        rank: Of this process, from 0.
         size: How many there are.
-        device: Of this one.
+        device: Of this process.
         local_size: How many of them are on this machine, this one included.
     """
 
@@ -34,7 +34,7 @@ class World:
     local_size: int = 1
 
     def share(self, count: int) -> range:
-        """Return which of `count` things are for this one."""
+        """Return the indices assigned to this rank."""
         return range(self.rank, count, self.size)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
@@ -44,13 +44,13 @@ class World:
         return values
 
     def any(self, asked: bool) -> bool:
-        """Return whether any of the world asks for it."""
+        """Return whether any rank asks for it."""
         if self.size == 1:
             return asked
         return bool(self.add(torch.tensor(float(asked), device=self.device)))
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each of the world has."""
+        """Return the values of all ranks, in their order."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -58,7 +58,7 @@ class World:
         return values
 
     def raise_together(self, failure: str | None) -> None:
-        """Raise what any of the world has to say, on all of them.
+        """Raise the failure of any rank, on all ranks.
 
         Raises:
             TrainingError: Anything failed anywhere.
@@ -72,7 +72,7 @@ class World:
     ) -> float:
         """Sum gradients and a loss over the world; return the loss.
 
-        In one tensor, so that it is one exchange a step.
+        In one tensor, so that it is one exchange per step.
         """
         if self.size == 1:
             return float(loss)
@@ -86,7 +86,7 @@ class World:
         return float(together[-1])
 
     def average_statistics(self, network: nn.Module) -> None:
-        """Set a network's running statistics to the mean of the world's."""
+        """Set a network's running statistics to the mean over all ranks."""
         if self.size == 1:
             return
         for buffer in network.buffers():
