@@ -241,7 +241,7 @@ class _Memory:
         self.name = f"/proc/{os.getpid()}/fd/{self._file}"
 
     def look(self, free: queue.SimpleQueue[_Memory]) -> UInt8:
-        """Return the bytes; this is free once the last array that views them is gone."""
+        """Return the bytes; this is free once no array views them any more."""
         size = os.fstat(self._file).st_size
         if self._map is None or len(self._map) < size:
             self._map = mmap.mmap(self._file, size)

@@ -33,7 +33,7 @@ class Tracker:
 
         Args:
             out: Model folder.
-            step: From which the training resumes; what was logged of later ones is void.
+            step: From which training resumes; what was logged of later ones is void.
             name: Of this very training.
             settings: Its recipe.
             shown: Whether this worker is the one that logs.
