@@ -1,4 +1,4 @@
-"""Bytes, arrays and journals, on a disk or in a bucket.
+"""Storage of bytes, arrays and journals, on a disk or in a bucket.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -25,7 +25,7 @@ _TOP = "zarr.json"
 def write_arrays(
     uri: str, arrays: Mapping[str, Array], attributes: dict[str, Any]
 ) -> None:
-    """Write arrays; what was there is replaced, and the group's own file comes last.
+    """Write arrays; what was there is replaced, and the group's own file is last.
 
     The same arrays give the same bytes.
 

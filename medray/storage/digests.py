@@ -1,4 +1,4 @@
-"""Names of contents: of bytes, and of folders by the files in them."""
+"""Digests of contents: of bytes, and of folders by the files in them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Digests = dict[str, str]
 
 
 def content_digest(data: bytes) -> str:
-    """Name bytes: 32 hex digits of BLAKE2b (RFC 7693)."""
+    """Return the digest of bytes: 32 hex digits of BLAKE2b (RFC 7693)."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def named_digest(data: bytes) -> str:
-    """Name bytes by `blake2b:` and their `content_digest`."""
+    """Return `blake2b:` and the `content_digest` of bytes."""
     return f"blake2b:{content_digest(data)}"
 
 
@@ -29,7 +29,7 @@ def digests_below(folder: str, written: Sequence[tuple[str, Digests]]) -> Digest
 
 
 def merkle_root(digests: Digests) -> str:
-    """Name a folder by its files.
+    """Return the Merkle root of a folder's files.
 
     A file is named by its digest, a folder by the BLAKE2b digest of its entries' lines
     `DIGEST NAME`, sorted by name (Merkle 1987; as Git names trees).

@@ -173,7 +173,7 @@ def _part(file: Any, start: int, length: int) -> bytes:
 def write_bytes(uri: str, data: bytes, *, new: bool = False) -> None:
     """Write a whole file atomically; parent folders are made.
 
-    A local file is written beside its place, synced and renamed; an object store
+    A local file is written next to its place, synced and renamed; an object store
     shows an object only when it is complete.
 
     Args:
@@ -267,7 +267,7 @@ def list_folder(uri: str) -> list[str]:
 
 
 def is_folder(uri: str) -> bool:
-    """Return whether this is a folder, or what stands for one in an object store."""
+    """Return whether this is a folder, or a prefix with objects in an object store."""
     return os.path.isdir(uri) if is_local(uri) else bool(list_folder(uri))
 
 

@@ -1,4 +1,4 @@
-"""What medray notes in the attributes of an OME-Zarr group, and its Merkle root.
+"""What medray writes to the attributes of an OME-Zarr group, and its Merkle root.
 
 A group without a Merkle root is not finalized: shards may be missing or left over.
 """
@@ -36,7 +36,7 @@ def before_finalize(uri: str) -> Any:
 def finalize(
     uri: str, digests: Digests, areas: Sequence[int] | None = None
 ) -> tuple[Digests, str]:
-    """Complete an OME-Zarr: remove what nobody recorded, and write its Merkle root.
+    """Complete an OME-Zarr: remove unrecorded files, and write its Merkle root.
 
     Args:
         uri: The OME-Zarr; all its shards are stored.
@@ -81,7 +81,7 @@ UNREADABLE = "unreadable"
 
 
 def note_unreadable(uri: str, places: Sequence[Sequence[int]]) -> None:
-    """Note in an image what of the slide it was made of could not be read.
+    """Write to an image which parts of its slide could not be read.
 
     Args:
         uri: The OME-Zarr; creating it again takes the note away.

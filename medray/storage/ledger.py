@@ -1,7 +1,7 @@
-"""What of a folder of slides is finished: regions in a journal, slides in a table.
+"""The finished part of a folder of slides: regions in a journal, slides in a table.
 
     FOLDER/
-      slides.parquet    a row a slide that is done or has failed
+      slides.parquet    one row per slide that is done or has failed
       journal/*.jsonl   committed regions of slides that are not done yet
 
 A slide has one content at a time: the records of another, which it had before it was
@@ -32,7 +32,7 @@ from medray.types import Row
 # time. Regions are in the journal by then.
 _FLUSH_S = 0.5
 _TABLE_S, _TABLE_SHARE = 5.0, 0.05
-# Parts of the journal before it is written anew without the slides that are done.
+# Parts of the journal before it is rewritten without the slides that are done.
 _MOST_PARTS = 200
 
 
@@ -165,7 +165,7 @@ class Ledger:
         return files.join(self._journal, f"{part:08d}.jsonl")
 
     def _compact(self) -> None:
-        """Write the journal anew as one part, with unfinished slides only."""
+        """Rewrite the journal as one part, with unfinished slides only."""
         old, self._parts = self._parts, [max(self._parts, default=0)]
         self._pending = [
             _line(key, index, region)
@@ -227,19 +227,19 @@ def _line(key: str, index: int, region: Row) -> str:
 
 
 def storable[V](value: V) -> V | str:
-    """Escape what is no Unicode in a text: names of files may hold any bytes."""
+    """Escape what is not Unicode in a text: names of files may hold any bytes."""
     if not isinstance(value, str):
         return value
     return value.encode(errors="backslashreplace").decode()
 
 
 def add_note(row: Row, said: str) -> None:
-    """Add to what the user should know of a slide."""
+    """Append to the note in a slide's row, which is for the user."""
     row["note"] = f"{row['note']}; {said}" if row.get("note") else said
 
 
 def slide_key(slide: str, digest: str) -> str:
-    """Name a slide with its content: a replaced file never takes over regions."""
+    """Return a key of slide and content: a replaced file never takes over regions."""
     return f"{slide}@{digest}"
 
 

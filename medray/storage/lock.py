@@ -3,7 +3,7 @@
     FOLDER/lock.json    who works in it: what, where, since when
 
 On a disk the operating system holds the lock (flock), so that the lock of a process
-that died is free at once. In an object store the owner writes the object anew every few
+that died is free at once. In an object store the owner rewrites the object every few
 seconds; whoever sees it unchanged for long enough takes it over, by a conditional write
 that only one can win.
 """
@@ -35,11 +35,11 @@ _BEAT_S, _LEASE_S = 5.0, 30.0
 
 @contextlib.contextmanager
 def locked(folder: str, what: str) -> Iterator[Callable[[], None]]:
-    """Have a folder to oneself.
+    """Hold the lock of a folder, as long as the context lasts.
 
     Args:
         folder: Of a run, a dataset or a model; made if needed.
-        what: What is done in it; told to whoever comes second.
+        what: What is done in it; shown to whoever comes second.
 
     Yields:
         A function that raises MedrayError when the lock was lost: when this process
@@ -165,7 +165,7 @@ def _held_in_store(uri: str, owner: dict[str, Any]) -> Iterator[Callable[[], Non
 
 
 def _put(store: Any, path: str, value: dict[str, Any], tag: str | None) -> str:
-    """Write the lock if it is as it was last seen (None: absent); give its tag."""
+    """Write the lock if it is as it was last seen (None: absent); return its tag."""
     mode: Any = "create" if tag is None else {"e_tag": tag}
     result = obstore.put(store, path, json.dumps(value).encode(), mode=mode)
     return str(result["e_tag"])

@@ -1,4 +1,4 @@
-"""What OME-NGFF 0.5 says of an image or a label image beside its pixels.
+"""OME-NGFF 0.5 metadata of an image or a label image.
 
 Specification: https://ngff.openmicroscopy.org/0.5/
 """

@@ -96,7 +96,7 @@ def _new_group(uri: str) -> zarr.Group:
 
 
 def _as_04(ome: dict[str, Any]) -> dict[str, Any]:
-    """Say in the words of version 0.4 what 0.5 says: each part has its version."""
+    """Return 0.5 metadata as 0.4 has them: each part has its version."""
     parts: dict[str, Any] = copy.deepcopy(ome)
     del parts["version"]
     for scales in parts["multiscales"]:

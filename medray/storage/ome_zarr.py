@@ -80,7 +80,7 @@ def _create(
     patch: int,
     fill_value: int,
 ) -> None:
-    """Write the metadata of an empty OME-Zarr, or mend it where it is damaged."""
+    """Write the metadata of an empty OME-Zarr, or repair it where it is damaged."""
     stored: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(stored), zarr_format=3)
     _create_arrays(group, shapes, region=region, patch=patch, fill_value=fill_value)

@@ -1,4 +1,4 @@
-"""The next level of a pyramid: means of an image, majorities of labels."""
+"""The next level of a pyramid: means for images, majorities for labels."""
 
 from __future__ import annotations
 

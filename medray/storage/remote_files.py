@@ -1,4 +1,4 @@
-"""Files that are read from place to place, also those of an object store."""
+"""Random access to files, also those of an object store."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def open_file(uri: str) -> Any:
-    """Open a file to read it from place to place, in binary.
+    """Open a file for random access, in binary.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -53,7 +53,7 @@ def read_part(pixels: Pixels, y: int, x: int, height: int, width: int) -> UInt8:
     except StoreError:
         raise
     except Exception:  # codecs raise exceptions of many kinds
-        # Written anew since its index was read, or damaged: zarr reads it, or says so.
+        # Rewritten since its index was read, or damaged: zarr reads it, or says so.
         _index.cache_clear()
         return pixels[..., y : y + height, x : x + width]
     return part
@@ -84,7 +84,7 @@ def _fill(part: UInt8, level: str, y: int, x: int, side: int, chunk: int) -> Non
 
 
 def _is_ours(array: Any) -> bool:
-    """Tell whether shards are laid out as `omezarr` writes them."""
+    """Return whether shards are laid out as `ome_zarr` writes them."""
     codecs = array.metadata.codecs
     if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
         return False

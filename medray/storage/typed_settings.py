@@ -1,4 +1,4 @@
-"""Plain values as frozen dataclasses: what is wrong is named by its key."""
+"""Plain values as frozen dataclasses, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _number(text: str) -> float | str:
 def _refuse_unknown_keys(
     cls: type[Any], values: dict[str, Any], source: str, prefix: str
 ) -> None:
-    """Name the key and its nearest neighbour; pydantic would take no notice of it."""
+    """Raise an error that names an unknown key and its nearest match."""
     hints = _hints(cls)
     for key, value in values.items():
         if key not in hints:
@@ -232,7 +232,7 @@ def _refuse_unknown_keys(
 
 
 def _refuse_wrong_items(cls: type[Any], items: Any, source: str, name: str) -> None:
-    """Refuse what is no list of mappings with the keys of `cls`."""
+    """Raise an error for what is not a list of mappings with the keys of `cls`."""
     if not isinstance(items, (list, tuple)) or not all(
         item and isinstance(item, dict) for item in items
     ):

@@ -1,4 +1,4 @@
-"""OME-Zarr groups, opened; what is written through them is digested."""
+"""Open OME-Zarr groups that record the digest of what is written through them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUP = "zarr.json"
 
 
 class _Writer(WrapperStore[Any]):
-    """A store of which whole shards are written, with a note of their digests.
+    """A store for whole shards that records their digests.
 
     A shard at the slide's border is only partly within its array, so zarr would read
     what is stored there and merge: one request more, and an error if that is damaged.
