@@ -1,4 +1,4 @@
-"""REPORT: masks and a truth to scores, pictures and pages.
+"""Evaluation: masks and ground truth to scores, pictures and pages.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -1,4 +1,4 @@
-"""How sure a classifier may be: calibration, and the temperature that corrects it.
+"""The calibration of a classifier, and the temperature that corrects it.
 
 Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks".
 """

@@ -166,7 +166,7 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
 
 
 def _verdict(found: Comparison) -> str:
-    """Say in a sentence what the figures mean."""
+    """Return in a sentence what the figures mean."""
     if not found.scored:
         same = found.compared - found.changed
         return (

@@ -30,7 +30,7 @@ _FIELDS, _FIELDS_OF_ONE = 4, 2  # that are shown of a kind, and of them of one s
 
 @dataclass(frozen=True)
 class FieldOfView:
-    """A square of a mask, `FIELD_PX` a side.
+    """A square of a mask, `FIELD_PX` per side.
 
     Attributes:
         amount: What is summed up over its pixels.
@@ -160,7 +160,7 @@ def count_slides(
 
 
 def _reading(row: Row) -> str:
-    """Say how a slide of a run was read."""
+    """Return, in words, how a slide of a run was read."""
     said = row.get("note") or ""
     if row.get("mpp_x"):
         mpp = f"{row['mpp_x']:.4g} um per pixel ({row['mpp_from']})"

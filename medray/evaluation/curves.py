@@ -1,7 +1,7 @@
-"""How good a segmentation would be at other thresholds, and how sure it may be.
+"""A segmentation's scores at other thresholds, and its calibration.
 
-Probabilities are kept as uint8, so histograms of 256 levels tell all there is, and add
-up over regions and slides.
+Probabilities are kept as uint8, so histograms of 256 levels are exact, and add up over
+regions and slides.
 """
 
 from __future__ import annotations

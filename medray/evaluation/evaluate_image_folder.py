@@ -243,7 +243,7 @@ def _common_configs(
 
 
 def _check_unseen(model: str, rows: list[Row], split: str) -> None:
-    """Refuse images whose bytes trained the model or chose its epoch."""
+    """Raise an error for images whose bytes trained the model or chose its epoch."""
     seen = read_seen(model)
     known = [row["image"] for row in rows if row["digest"] in seen]
     if known:

@@ -61,7 +61,7 @@ class Evaluation:
         evaluated: Slides that were counted.
         failed: Reason of each slide that could not be, by slide.
         seen: Slides that the model has seen: `train`, those that it was trained on,
-            and `val`, those that chose its epoch; None: it does not tell.
+            and `val`, those that chose its epoch; None: not recorded.
         unseen_f1: F1 of the other slides; None if there are no others, or none is seen.
     """
 
@@ -199,7 +199,7 @@ def evaluate(
 
 
 def _evaluation(out: str, metrics: Row, failed: dict[str, str]) -> Evaluation:
-    """Return what metrics.json says."""
+    """Return the result of an evaluation by its metrics.json."""
     seen, unseen = metrics["seen_slides"], metrics["unseen"]
     return Evaluation(
         out=out,

@@ -1,4 +1,4 @@
-"""What in an image speaks for a class, and the map of it drawn over the image."""
+"""Grad-CAM: which parts of an image speak for a class, drawn over the image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Explained:
         predicted: Label predicted; of a segmenter the commonest after the background.
         share: Probability of `label`; of a segmenter the share of pixels with it.
         overlay: (S, S, 3) uint8 RGB.
-        attention: Likewise; None of a model without attention.
+        attention: (S, S, 3) uint8 RGB; None for a model without attention.
     """
 
     label: int
@@ -35,13 +35,13 @@ class Explained:
 
 
 class Explainer:
-    """A model that is asked why."""
+    """A model with the hooks that explain its predictions."""
 
     def __init__(self, model: str) -> None:
         """Load a model folder.
 
         Raises:
-            ConfigError: It is exported, takes measures beside pixels, or grad-cam is
+            ConfigError: It is exported, takes measures besides pixels, or grad-cam is
                 missing.
         """
         maps.check_installed()

@@ -20,7 +20,7 @@ from medray.errors import ConfigError
 from medray.storage import files
 
 INK, SOFT, LINE, ACCENT = "#1d2429", "#5c6870", "#dfe4e8", "#0b5c8a"
-"""Colours of text, of what is beside it, of rules and of what matters."""
+"""Colours of text, of secondary text, of rules and of what matters."""
 
 _TABLES = ("per_slide.parquet", "images.csv", "slides.csv")
 

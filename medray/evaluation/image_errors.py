@@ -25,8 +25,8 @@ class ConfidentError:
     Attributes:
         image: Its name.
         picture: Data URI.
-        overlay: Data URI of what spoke for the class that it was taken for; None: that
-            cannot be told.
+        overlay: Data URI of what spoke for the class that it was taken for; None: not
+            known.
         truth: Name of its class.
         predicted: Name of the class that it was taken for.
         confidence: Probability of that class.
@@ -91,8 +91,8 @@ def overlays(model: str, seen: Sequence[tuple[UInt8, int]]) -> list[str | None]:
         seen: (S, S, 3) uint8 and the predicted label of each image.
 
     Returns:
-        None for each where it cannot be told: without grad-cam, of an exported model,
-        of one that takes measures too, of an encoder without a feature map.
+        None for each where it is not known: without grad-cam, for an exported model,
+        for one that takes measures too, for an encoder without a feature map.
     """
     from medray.evaluation.grad_cam import Explainer
 

@@ -146,7 +146,7 @@ def combine(found: ClassifiedImage, *, vote: bool) -> Predicted:
 
 
 def calibrate(rows: Sequence[Predicted], validation: Sequence[Predicted]) -> Row:
-    """Fit a temperature on validation images, and tell what it does for the others."""
+    """Fit a temperature on validation images; return its effect on the others."""
     truth, predicted, shares, logs = image_columns(rows)
     bins = reliability_of_images(shares, predicted, truth)
     found: Row = {"error": calibration_error(bins)}
@@ -167,7 +167,7 @@ def calibrate(rows: Sequence[Predicted], validation: Sequence[Predicted]) -> Row
 
 
 def patients_of(patients: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
-    """Number the patients of images: of each the number, and how many there are."""
+    """Return the number of each image's patient, and how many patients there are."""
     number = {patient: i for i, patient in enumerate(sorted(set(patients)))}
     return np.array([number[one] for one in patients], np.int64), len(number)
 

@@ -82,7 +82,7 @@ def _macro(counts: npt.NDArray[Any]) -> dict[str, Float]:
             # A class that occurs, but was never predicted, has a precision of 0; one
             # that was predicted, but does not occur, has a recall of 0: leaving them
             # out would reward a model for ignoring a class. A class without any
-            # negative pixel tells nothing of specificity.
+            # negative pixel says nothing of specificity.
             used = ~np.isnan(values) if name == "specificity" else present
             used = used & present
             total = np.where(used, np.nan_to_num(values), 0.0).sum(axis=-1)
@@ -286,7 +286,7 @@ def difference(
         f1, other_f1 (pooled, of `before` and `after`), difference (after minus
         before), interval (95 %, of the difference; None with fewer than two slides),
         p_value (two-sided, the share of samples in which the difference is not on the
-        side where it was found, doubled; None likewise); None where undefined.
+        side where it was found, doubled; None as for interval); None where undefined.
 
     Raises:
         ValueError: The two do not have the same shape.

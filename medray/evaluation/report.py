@@ -26,7 +26,7 @@ from medray.storage import files
 
 _SHOWN = 4  # overlays of the worst slides, and as many of the best
 _MAX_ROWS = 500  # slides in a table of the page; per_slide.csv has them all
-_MAX_COHORTS = 50  # values of a column, likewise; metrics.json has them all
+_MAX_COHORTS = 50  # values of a column on the page; metrics.json has them all
 
 
 def read_counts(out: str) -> dict[str, Counts | None]:
@@ -140,7 +140,7 @@ def write_report(
         slides: The slides, in the order of the tables.
         provenance: What made the masks and the truth, for the page and metrics.json.
         date: When, ISO 8601.
-        truth: Where the truth lies, for `medray view`; the page does not tell.
+        truth: Where the truth lies, for `medray view`; the page does not show it.
         levels: Pixels by their probability, see
         `medray.evaluation.curves.count_levels`.
         fields: Captions and pictures of fields of view, under their headings.

@@ -1,4 +1,4 @@
-"""Which slides of an evaluation had a part in the model, and whose slides they are."""
+"""Which slides of an evaluation the model has seen, and whose slides they are."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def describe_slides(
     dataset: Mapping[str, Row],
     patients: Mapping[str, str],
 ) -> str:
-    """Say of which splits and of how many patients slides are, as far as it is known.
+    """Return, in words, the splits and the number of patients of slides, where known.
 
     Args:
         slides: Their ids.
