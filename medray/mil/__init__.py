@@ -1,4 +1,4 @@
-"""Models of whole slides: features of tiles, and what is learned from them.
+"""Models of whole slides: features of tiles, and slide models trained on them.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -1,4 +1,4 @@
-"""What a model of slides is: its recipe, its configuration, its folder; without torch.
+"""Slide models: their recipe, their configuration, their folder; without torch.
 
 The folder holds model.yaml (SlideModel), weights.safetensors, metrics.json, slides.csv
 (which slides trained and chose it) and README.md.
@@ -47,13 +47,13 @@ class SlideHead:
 
 @dataclass(frozen=True)
 class SlideRecipe:
-    """Everything that decides a training on slides' labels, beside the data.
+    """Everything that decides a training on slides' labels, except the data.
 
     Attributes:
         head: What is trained.
         lr: Learning rate of AdamW; constant.
         weight_decay: Of AdamW.
-        batch: Slides a step.
+        batch: Slides per step.
         epochs: Longest training.
         patience: Epochs without a smaller loss on the validation slides before it
             stops.
@@ -113,7 +113,7 @@ class SlideModel:
 
 
 def holds_slide_model(folder: str) -> bool:
-    """Tell a model of slides from one of pixels or images."""
+    """Return whether a folder holds a model of slides, not one of pixels or images."""
     uri = files.join(folder, "model.yaml")
     return files.exists(uri) and "head" in read_yaml(uri)
 
@@ -134,7 +134,7 @@ def read_slide_model(folder: str) -> SlideModel:
 
 
 def slide_model_digest(folder: str) -> str:
-    """Digest what decides a model's answers: weights and configuration."""
+    """Return the digest of what decides predictions: weights and configuration."""
     weights = files.join(folder, "weights.safetensors")
     return digest_of(read_slide_model(folder), weights)
 

@@ -31,7 +31,7 @@ _GPU_BATCH = 64
 
 @dataclass(frozen=True)
 class TilePixels:
-    """What the reader hands to the encoder: (N, side, side, 3) uint8 RGB."""
+    """What the reader passes to the encoder: (N, side, side, 3) uint8 RGB."""
 
     tiles: npt.NDArray[np.uint8]
 
@@ -50,9 +50,9 @@ class TileFeatures:
 
 
 def settle_encoder(name: str, weights: str, *, tile: int, mpp: float) -> Encoder:
-    """Settle how an encoder is built and fed, by building it once.
+    """Return how an encoder is built and fed, found by building it once.
 
-    Beside the weights there may be a `config.json` as timm writes it for the Hugging
+    Next to the weights there may be a `config.json` as timm writes it for the Hugging
     Face hub: its `model_args` and the normalisation of its `pretrained_cfg` count.
 
     Args:
@@ -108,7 +108,7 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _told_beside(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return arguments and normalisation of a config.json beside the weights."""
+    """Return arguments and normalisation of a config.json next to the weights."""
     uri = files.join(weights.rpartition("/")[0], "config.json")
     try:
         config = json.loads(files.read_bytes(uri))
@@ -147,7 +147,7 @@ def _build(name: str, arguments: dict[str, Any], weights: str) -> Any:
     told: Any = network.pretrained_cfg
     heads = told.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    # Beside a head, and what only a training needs.
+    # Besides a head, and what only a training needs.
     known = (*(f"{head}." for head in heads), "head", "fc.", "mask_token")
     strange = [key for key in unused if not key.startswith(known)]
     if strange:

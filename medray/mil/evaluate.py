@@ -211,7 +211,7 @@ class ConfidentError:
 
     Attributes:
         slide: Its id.
-        heatmap: Data URI of where the model looked; "": it does not tell.
+        heatmap: Data URI of where the model looked; "": not known.
         tiles: Data URIs of the most attended tiles.
         truth: Its label.
         predicted: The label that was predicted.
@@ -229,7 +229,7 @@ class ConfidentError:
 def _errors(
     rows: Sequence[Predicted], slides: dict[str, Row], what: Predictions, run: str
 ) -> list[ConfidentError]:
-    """Return the most confident errors: where the model looked, and at what."""
+    """Return the most confident errors, with heatmaps and the most attended tiles."""
     wrong = [row for row in rows if row.truth != row.predicted]
     wrong.sort(key=lambda row: -row.probabilities[row.predicted])
     shown = []

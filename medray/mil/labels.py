@@ -23,7 +23,7 @@ class SlideLabel:
 
     Attributes:
         label: Name of its class.
-        patient: Whose it is; the slide itself where nobody says.
+        patient: Whose it is; the slide itself where the patient is not known.
     """
 
     label: str

@@ -85,13 +85,13 @@ def fit(
     Args:
         model: The configuration.
         recipe: How.
-        bags: Gives the (N, D) float32 features of a slide by its number; N > 0.
+        bags: Returns the (N, D) float32 features of a slide by its number; N > 0.
         labels: Class of each slide.
         train: Numbers of the slides to learn from.
         val: Numbers of the slides that choose.
 
     Returns:
-        The network, on the CPU; a row an epoch: epoch, train_loss, val_loss,
+        The network, on the CPU; one row per epoch: epoch, train_loss, val_loss,
         val_accuracy; and the classes it sees in the validation slides.
 
     Raises:

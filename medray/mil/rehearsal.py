@@ -1,4 +1,4 @@
-"""What a training on slides' labels would do, before it is started: `--dry-run`."""
+"""The plan of a training on slides' labels, before it is started: `--dry-run`."""
 
 from __future__ import annotations
 

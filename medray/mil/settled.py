@@ -53,7 +53,7 @@ class SlideTraining:
 
 @dataclass(frozen=True)
 class SlideRequest:
-    """What a training on slides' labels is asked for, with absolute paths.
+    """The request of a training on slides' labels, with absolute paths.
 
     Attributes:
         recipe: How.
@@ -183,7 +183,7 @@ def _slides(
 
 
 def _check_splits(slides: list[Row], classes: Sequence[str], uri: str) -> None:
-    """Tell early what would make a training pointless."""
+    """Raise an error, before training, for splits that would make it pointless."""
     if not any(row["split"] == "val" for row in slides):
         patients = len({row["patient"] for row in slides})
         raise ConfigError(
@@ -201,7 +201,7 @@ def _check_splits(slides: list[Row], classes: Sequence[str], uri: str) -> None:
 def _provenance(
     settings: SlideRecipe, encoder_digest: str, slides: list[Row], data: str
 ) -> Row:
-    """Name a training: equal digests mean equal recipe, features and labels."""
+    """Return a training's provenance: a digest of recipe, features and labels."""
     plain = [to_dict(settings), encoder_digest, slides]
     return {
         "digest": named_digest(json.dumps(plain).encode()),

@@ -1,4 +1,4 @@
-"""The tiles of a slide: planned, read, and what was made of them written.
+"""The tiles of a slide: planning, reading, and writing their features.
 
 What runs in planners, readers and writers; neither torch nor Ray is imported.
 
@@ -79,7 +79,7 @@ class TilesRecord:
         read_at: When reading began, since 1970.
         read_s: How long it took.
         predict_s: How long encoding took; None: there was nothing to encode.
-        waited_s: How long the device waited for the pixels; None likewise.
+        waited_s: How long the device waited for the pixels; None as for `predict_s`.
         unreadable: Tiles that cannot be read.
         why: What is wrong with the first; "": nothing.
         files: Digest of the file of features by its path below the folder.
@@ -260,7 +260,7 @@ def finish_tiles(
     settings: FeatureSettings,
     out: str,
 ) -> None:
-    """Put the regions of a slide together, and write its small picture.
+    """Join the features of a slide's regions, and write its thumbnail.
 
     Raises:
         MedrayError: Something cannot be read or written, or the slide changed while it
