@@ -49,7 +49,7 @@ class Classes:
 
     @property
     def colors(self) -> tuple[str, ...]:
-        """One #rrggbb colour a class; black for the background."""
+        """One #rrggbb colour per class; black for the background."""
         foreground = (_PALETTE[i % len(_PALETTE)] for i in range(len(self) - 1))
         return ("#000000", *foreground)
 

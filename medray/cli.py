@@ -84,7 +84,7 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
         stopped = _stopped(error)
         code = 128 + stopped.signal
         _print(f"medray: {stopped}", sys.stderr)
-    except OSError as error:  # help that nobody reads, or that has no room
+    except OSError as error:  # stdout is closed before help is printed, or full
         code = _not_printed(error, sys.stdout)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -127,14 +127,14 @@ def _leave_ray(code: int) -> NoReturn:
 
 
 def _stopped(error: KeyboardInterrupt) -> StoppedError:
-    """Return what to say of a signal that nobody else has seen to."""
+    """Return the error for a signal that nothing else has handled."""
     is_sigterm = isinstance(error, TerminatedError)
     number = signal.SIGTERM if is_sigterm else signal.SIGINT
     return StoppedError(number, "what was finished is kept")
 
 
 def _prepare_streams() -> None:
-    """See to it that there are streams to print to, and that each name can be."""
+    """Open missing output streams, and let them print any name."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who called: `>&-`
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -152,8 +152,8 @@ def _say(request: Request, code: int, values: dict[str, Any], words: str) -> int
     """Print the result: JSON on stdout if asked, else words (errors on stderr).
 
     Returns:
-        The exit code; 1 if a result of 0 cannot be printed for other reasons than that
-        nobody reads it any more.
+        The exit code; 1 if a result of 0 cannot be printed for other reasons than a
+        closed stream.
     """
     if request.json:
         words = json.dumps(values | {"exit_code": code}, sort_keys=True)
@@ -171,7 +171,7 @@ def _print(text: str, stream: TextIO) -> int:
 
 
 def _not_printed(error: OSError, stream: TextIO) -> int:
-    """Say why something is not printed, and return the exit code that this makes.
+    """Print why something is not printed, and return the exit code for that.
 
     What is still in the stream goes nowhere, or Python would try once more at its end.
     """

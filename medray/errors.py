@@ -10,7 +10,7 @@ class MedrayError(Exception):
 
 
 class ConfigError(MedrayError, ValueError):
-    """The request is wrong: mend it and run again. Nothing has been done yet."""
+    """The request is wrong: correct it and run again. Nothing has been done yet."""
 
 
 class SlideError(MedrayError):
@@ -26,7 +26,7 @@ class FormatError(MedrayError):
 
 
 class LostError(MedrayError):
-    """What was done could not be: its processes died, or took too long."""
+    """Work was given up: its processes died, or took too long."""
 
 
 class StoppedError(MedrayError):
@@ -46,7 +46,7 @@ class StoppedError(MedrayError):
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM where nothing keeps an eye on signals: as Ctrl-C, Python's own."""
+    """SIGTERM where no stage handles signals: like Python's own for Ctrl-C."""
 
 
 def check_positive(**values: float | None) -> None:

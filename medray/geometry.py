@@ -188,7 +188,7 @@ class RegionWindows:
         halo: The pixels that it reads: the hull of its windows. It reaches beyond the
             slide only where the slide is smaller than one window.
         rows: Half-open range of indices into the vertical `window_starts`.
-        columns: Likewise for the horizontal ones.
+        columns: Half-open range of indices into the horizontal `window_starts`.
     """
 
     region: Rectangle
@@ -254,8 +254,8 @@ def windows_over(
 
     Args:
         plan: The region; its corner is a multiple of `side`.
-        height: Of the slide, pixels.
-        width: Likewise.
+        height: Height of the slide, pixels.
+        width: Width of the slide, pixels.
         windows: Size and stride.
         stitch: How windows become a mask.
         blocks: (rows, columns) of the region's blocks of `side` x `side` pixels.

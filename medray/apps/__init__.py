@@ -1,4 +1,4 @@
-"""What has a user of its own: commands, nights, a service, a viewer, a doctor.
+"""Applications: commands, nightly runs, a service, a viewer, diagnostics.
 
 What other rooms use stands in `__init__.pyi`; it is imported when it is first used.
 """

@@ -20,7 +20,7 @@ def start_quality(limits: QualityLimits | None) -> Row:
 
 
 def quality_facts(slide: Slide, mpp: float | None, limits: QualityLimits | None) -> Row:
-    """Measure a slide, and say what is worse than a limit; nothing without limits."""
+    """Measure a slide and report what is worse than a limit; {} without limits."""
     if limits is None:
         return {}
     values = asdict(measure_quality(slide, mpp))

@@ -1,7 +1,7 @@
 """Slides and annotations as medray understands them, before anything is computed.
 
     look      each slide and its annotation are opened in a process that may die of it
-    tell      a row a slide, and what was refused, in words
+    report    one row per slide, and what was refused, in words
     show      one HTML page: each slide small, with its annotation as it will be drawn
 
 Slides are found, matched and read by the functions that ingest uses, so what is refused
@@ -73,7 +73,7 @@ def check(
     qc: str | None = None,
     out: str | None = None,
 ) -> Checked:
-    """Open slides and annotations, and tell what medray takes them for.
+    """Open slides and annotations, and report how medray understands them.
 
     Args:
         slides: Files, globs, folders, s3:// or gs:// addresses.
@@ -129,7 +129,7 @@ def check_found(
     pictures: bool = False,
     limits: QualityLimits | None = None,
 ) -> tuple[Checked, dict[str, bytes]]:
-    """Return what slides and annotations are, and each slide small where asked for.
+    """Return the rows of slides and annotations, and thumbnails where asked for.
 
     Without `limits` no quality is measured.
 
@@ -168,7 +168,7 @@ def check_found(
 
 @dataclass(frozen=True)
 class _Task:
-    """A slide to look at; `annotation` is "" if it has none."""
+    """A slide to check; `annotation` is "" if it has none."""
 
     file: SlideFile
     annotation: str
@@ -186,7 +186,7 @@ class _Look:
 
 
 def _look_at_all(tasks: Sequence[_Task]) -> dict[str, _Look]:
-    """Return what was seen of each slide; each is opened in some process."""
+    """Return the result for each slide; each is opened in some process."""
     processes = min(len(tasks), os.cpu_count() or 1, _MAX_PROCESSES)
     found: dict[str, _Look] = {}
     with Progress("check", len(tasks)) as progress:
@@ -207,7 +207,7 @@ def _look_at_all(tasks: Sequence[_Task]) -> dict[str, _Look]:
 
 
 def _look(task: _Task) -> Generator[None, None, _Look]:
-    """Open a slide and its annotation; what cannot be used is told in the row.
+    """Open a slide and its annotation; what cannot be used is reported in the row.
 
     Yields:
         While the slide is copied, which may take any time.

@@ -49,11 +49,11 @@ class CheckedTable:
 
 @dataclass(frozen=True)
 class Checked:
-    """What slides and annotations are to medray.
+    """How medray understands slides and annotations.
 
     Attributes:
-        slides: A row a slide, in order of their addresses, with `slide`, `status` (`ok`
-            or `refused`), `message` (why), `uri`, `format`, `height` and `width`
+        slides: One row per slide, in order of their addresses, with `slide`, `status`
+            (`ok` or `refused`), `message` (why), `uri`, `format`, `height` and `width`
             (pixels of level 0), `levels` (how many), `mpp` (microns per pixel of level
             0) and `mpp_from`, `magnification`, `annotation` (its address), `annotated`,
             `partly`, `areas`, of each class but the background `areas_NAME`,
@@ -134,7 +134,7 @@ class SlideTables:
 def match_tables(
     slides: Sequence[SlideFile], given: SlideTables
 ) -> tuple[list[CheckedTable], dict[str, Row]]:
-    """Return how tables match the slides, and the columns of each slide.
+    """Return how tables match the slides, and the columns they add to each slide.
 
     Raises:
         ConfigError: A table cannot be read, or says two things of a slide.

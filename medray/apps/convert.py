@@ -2,11 +2,11 @@
 
     read      the mask and its layers, the image from its slide or dataset; part by part
     write     OME-Zarr 0.5 or 0.4 with the image in it, OME-TIFF, or a plain pyramid
-    commit    a row a slide in OUT/slides.parquet, when its file is complete
+    commit    one row per slide in OUT/slides.parquet, when its file is complete
 
 OUT/
 convert.yaml              what was asked for (ConvertSettings)
-slides.parquet            a row a slide: status, and what it was made of
+slides.parquet            one row per slide: status, and what it was made of
 SLIDE.ome.zarr            or SLIDE.ome.tif, or SLIDE.tif
 """
 
@@ -41,7 +41,7 @@ class ConvertSettings:
     Attributes:
         source: The run or the dataset.
         to: The format.
-        with_image: Put the slide's image beside its mask.
+        with_image: Put the slide's image next to its mask.
     """
 
     source: str
@@ -111,7 +111,7 @@ def convert(
 
 
 def _of_run(run: str, with_image: bool) -> tuple[list[Copy], dict[str, str]]:
-    """Return what is done of a run, and why the rest is not there."""
+    """Return the copies to make of a run, and why the others cannot be made."""
     settings = read_run(run)
     done, failed = _rows(run, "infer")
     copies = []

@@ -56,7 +56,7 @@ class Copy:
         working: How the image is read, so that it lies under the labels.
         layers: Its label images, the first of which stands alone without an image.
         scene: Which of several slides in the image's file, if the user chose.
-        plane: Which of several focal planes, likewise.
+        plane: Which of several focal planes, if the user chose.
     """
 
     slide: str
@@ -69,7 +69,7 @@ class Copy:
 
     @property
     def made_of(self) -> str:
-        """Name the contents: equal names, equal copies."""
+        """Return a digest of the contents: equal digests, equal copies."""
         roots = [group_attributes.read_root(layer.uri) or "" for layer in self.layers]
         return "+".join([self.digest, *roots])
 
@@ -186,7 +186,7 @@ def _write_04(copy: Copy, target: str) -> None:
 
 
 def _provenance(copy: Copy) -> dict[str, Any]:
-    """Return what the copied mask says of itself."""
+    """Return the provenance attributes of the copied mask."""
     found = [group_attributes.read_attributes(layer.uri) for layer in copy.layers]
     return {"kind": "copy", "of": found[0] if found else copy.slide}
 

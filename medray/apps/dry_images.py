@@ -1,4 +1,4 @@
-"""What `medray ingest --side` would do with images in class folders: `--dry-run`.
+"""The plan of `medray ingest --side` for images in class folders: `--dry-run`.
 
 All images are looked at, as ingest does first: only then is known which are copies and
 which cannot be read, and so who goes to which split. Nothing is written into OUT.

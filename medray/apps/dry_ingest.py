@@ -1,4 +1,4 @@
-"""What `medray ingest` would do with slides, before it costs: `--dry-run`.
+"""The plan of `medray ingest` for slides, before any work: `--dry-run`.
 
     settle     the request is checked by ingest's own function
     compare    with what OUT has: what is new, changed, unchanged, not named any more
@@ -6,7 +6,7 @@
     try        some regions of some slides are done in earnest, into a temporary folder
     deal       splits are dealt as they will be
 
-Nothing is written into OUT, and no lock is taken there: what is told is as of now.
+Nothing is written into OUT, and no lock is taken there: the report is as of now.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class IngestPlan:
 
     Attributes:
         out: Folder of the dataset; nothing is written there.
-        checked: The slides, as `medray check` tells of them. `split` is the one that
+        checked: The slides, as `medray check` reports them. `split` is the one that
             each would get, and `balance` what the splits would hold of them.
         new: Slides that would be done for the first time.
         changed: Slides that were done before and would be done again, as they, their

@@ -1,4 +1,4 @@
-"""What `medray train` would do, before it costs: `--dry-run`.
+"""The plan of `medray train`, before any work: `--dry-run`.
 
 The recipe and the dataset are checked by train's own function; the times are those of a
 few real steps on the real patches, in this process. Nothing is written into OUT.
@@ -171,7 +171,7 @@ def dry_train(
 def _epoch_span(found: RehearsedTraining) -> tuple[float, float]:
     """Return least and most seconds of an epoch; crops that grow are averaged.
 
-    At least, workers share steps without loss and crops are read beside them; at most
+    At least, workers share steps without loss and crops are read meanwhile; at most
     each step waits for its crops, and workers without GPUs share one machine.
     """
     times, settings = found.times, found.recipe

@@ -2,7 +2,7 @@
 
 OUT/
 explain.html         the gallery
-explain.json         a row an image: class, probability, files, or why there is none
+explain.json         one row per image: class, probability, files, or why there is none
 overlays/IMAGE.png   what speaks for the class (Grad-CAM)
 overlays/IMAGE.attention.png   of a classifier with self-attention: where it looks
 """

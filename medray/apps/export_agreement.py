@@ -37,7 +37,7 @@ _ROUNDS = 5  # of timing
 
 @dataclass(frozen=True)
 class Comparison:
-    """An export beside its model, on the same windows.
+    """An export compared with its model, on the same windows.
 
     Attributes:
         agreement: Share of pixels (of a classifier: images) with the same class.
@@ -181,7 +181,7 @@ def _f1(counts: npt.NDArray[np.int64], config: ModelConfig) -> float | None:
 
 
 def _seconds(runs: Sequence[Run], pixels: torch.Tensor) -> list[float]:
-    """Time a batch, in turn; give the medians."""
+    """Time a batch, in turn; return the medians."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(_ROUNDS):
         for taken, run in zip(times, runs, strict=True):

@@ -1,4 +1,4 @@
-"""What a command says of an exception that nobody expected."""
+"""The message of a command for an unexpected exception."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def explain_failure(error: Exception, command: str, *, verbose: bool = False) ->
 
 
 def _of_the_world(error: BaseException) -> str:
-    """Return what to say of an exception that medray has no part in; empty: it may."""
+    """Return the message for an exception from outside medray; "" for any other."""
     # Ray wraps up what its tasks raise.
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception) and cause is not error:

@@ -1,6 +1,6 @@
-"""What a worker's pod does before it ends: `python -m medray.apps.leave SECONDS`.
+"""The preStop hook of a worker's pod: `python -m medray.apps.leave SECONDS`.
 
-Kubernetes calls it as the pod's preStop hook. Ray is told that this node goes, so that
+Kubernetes calls it before it ends the pod. This node is drained in Ray, so that
 its GPU workers finish the regions in hand and give back the rest
 (`medray.execution.pool_state`); the pod may end once they have. It is over at once
 where there is nothing to give back: no Ray here, or no head that could take it.
@@ -21,14 +21,14 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# Seconds to see whether the head is there, and for Ray to be told. `ray drain-node`
+# Seconds to see whether the head is there, and to drain the node. `ray drain-node`
 # waits for good for a head that has gone; one that is there takes 5 to 10 s.
 _KNOCK_S, _TELL_S = 2.0, 15.0
 _GPU_WORKER = "ray::GpuWorker"  # as Ray titles the processes of that class
 
 
 def leave(within: float) -> str:
-    """Tell Ray that this node goes, and wait until its GPU workers have ended.
+    """Drain this node in Ray, and wait until its GPU workers have ended.
 
     Args:
         within: Seconds until the node is ended.

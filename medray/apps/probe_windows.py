@@ -35,7 +35,7 @@ class ProbeWindows:
 
     Attributes:
         pixels: (N, S, S, 3) uint8 RGB.
-        labels: (N, S, S) uint8, of a classifier (N, 1, 1); None where nobody knows.
+        labels: (N, S, S) uint8, of a classifier (N, 1, 1); None where not known.
         source: Where they come from, in words.
     """
 

@@ -1,4 +1,4 @@
-"""Submit a command to a Ray cluster as a job, and see it through.
+"""Submit a command to a Ray cluster as a job, and follow it to its end.
 
 A job lives on the head. When the head is lost, so are the job and all that Ray knew of
 it; KubeRay starts another head, and the command is submitted to that one. Every command

@@ -38,7 +38,7 @@ def map_rows[R](
         executor: Where it runs.
         device: A process has a GPU, or where there is none most of a node's cores; else
             there are two per core, so that one works while another waits.
-        bounded: A process may allocate 4 GiB and no more, for files of strangers.
+        bounded: A process may allocate 4 GiB and no more, for untrusted files.
         timeout: Seconds that one row may take.
         check: Is called again and again; raises if it may not go on.
 

@@ -1,4 +1,4 @@
-"""A page of help that fits a screen: a line for each option, without frames."""
+"""A page of help that fits a screen: one line per option, without frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line from functions, and what it gives to them.
+"""Command lines generated from functions, and the arguments that they pass.
 
 What a function takes by position is an argument, what it takes by name an option. A
 parameter that is a dataclass becomes the options of its fields. A sequence takes
@@ -77,7 +77,7 @@ class Command:
 
 
 def call(place: str, given: Given) -> Any:
-    """Call a function with what a command line gives.
+    """Call a function with the arguments of a command line.
 
     Raises:
         ConfigError: An option is given that this function does not have.
@@ -97,7 +97,7 @@ def call(place: str, given: Given) -> Any:
 
 
 def _taken(name: str, hint: Any, rest: Given) -> Any:
-    """Take what is given for a parameter, or for the fields of one that is a dataclass.
+    """Take the arguments for a parameter, or for the fields of a dataclass.
 
     None is nothing: what has a default keeps it.
     """
@@ -188,7 +188,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _dataclass_of(annotation: Any) -> type[Any] | None:
-    """Return the dataclass that a type is, or is beside None."""
+    """Return the dataclass that a type is, also as an optional one."""
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     found = (m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m))
     return next(found, None)

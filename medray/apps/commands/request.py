@@ -1,4 +1,4 @@
-"""A command line parsed: which command, and what is given to it."""
+"""A parsed command line: which command, and its arguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Request:
     partial_ok: bool = False
 
     def run(self, announce: Callable[[Any], None]) -> Any:
-        """Call what the command calls, and return its result.
+        """Call the command's function, and return its result.
 
         Args:
             announce: Prints what is there before the command ends.
@@ -54,7 +54,7 @@ _Verbose = Annotated[bool, Parameter(alias="-v")]
 
 
 def _every_command(*, json: bool = False, verbose: _Verbose = False) -> None:
-    """Every command has these.
+    """Define the options of every command.
 
     Args:
         json: Print the result as JSON.
@@ -63,7 +63,7 @@ def _every_command(*, json: bool = False, verbose: _Verbose = False) -> None:
 
 
 def _of_slides(*, partial_ok: bool = False) -> None:
-    """Commands over slides that schedulers start have this.
+    """Define the option of commands over slides that schedulers start.
 
     Args:
         partial_ok: Exit with 0, not 3, if some slides failed.
@@ -71,10 +71,10 @@ def _of_slides(*, partial_ok: bool = False) -> None:
 
 
 def _tried_before(*, dry_run: bool = False) -> None:
-    """Commands that cost hours have this.
+    """Define the option of commands that take hours.
 
     Args:
-        dry_run: Only tell what would be done and what it would take; nothing is
+        dry_run: Only report what would be done and what it would take; nothing is
             written.
     """
 
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     except CycloptsError as error:
         error.verbose = False
         place = f"medray {name}" if name in COMMANDS else "medray"
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # stderr is closed
             print(f"{place}: {error}\nHelp: {place} --help", file=sys.stderr)
         raise SystemExit(2) from None
     # rich ends a process whose reader has gone; that is no failure.
@@ -131,7 +131,7 @@ def _build_app(name: str) -> App:
 
 
 def _request_of(name: str) -> Callable[..., Request]:
-    """Return the function of a command's parameters that gives the request."""
+    """Return the function from a command's parameters to the request."""
     command = COMMANDS[name]
     shared: list[Callable[..., Any]] = [_every_command]
     if command.partial_ok:

@@ -1,4 +1,4 @@
-"""The commands of `medray`: what each calls, and where their options differ.
+"""The commands of `medray`: the function of each, and where their options differ.
 
 One file, because a command and the function that chooses what it calls are read
 together.

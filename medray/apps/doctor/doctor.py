@@ -1,7 +1,7 @@
-"""Whether this machine, its storage and a Ray cluster can do what medray asks of them.
+"""Checks whether this machine, its storage and a Ray cluster can run medray.
 
-Nothing is changed; in OUT a file is written and removed. Each check tells what it found
-and, where that is not enough, what to do about it.
+Nothing is changed; in OUT a file is written and removed. Each check reports what it
+found and, where that is not enough, what to do about it.
 """
 
 from __future__ import annotations

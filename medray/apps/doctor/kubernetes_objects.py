@@ -107,7 +107,7 @@ def check_pods(cluster: Cluster) -> Iterator[Finding]:
                     "asks for with what nodes have, their taints and labels",
                 )
     for event in cluster.mine("events"):
-        # KubeRay deletes a pod whose Ray has ended; only the event tells how.
+        # KubeRay deletes a pod whose Ray has ended; only the event says how.
         if (
             event.get("reason") == "DeletedHeadPod"
             and _OUT_OF_MEMORY in event["message"]

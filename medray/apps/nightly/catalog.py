@@ -1,4 +1,4 @@
-"""What has ever been processed: a row a content, in catalog.parquet.
+"""All contents that were ever processed: one row per content, in catalog.parquet.
 
 A content is named by its digest. A file name may stand for one content after the other,
 and one content may lie under several names, so a row lists its names, each with the
@@ -68,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one content in a night.
+    """The outcome of one content in a night.
 
     Attributes:
         digest: Of its bytes.
@@ -136,7 +136,7 @@ def current(catalog: Catalog) -> dict[str, Found]:
 
 
 def note_files(catalog: Catalog, found: Iterable[Found], night: str) -> None:
-    """Note which names stand for which bytes now; what they stood for is replaced."""
+    """Record which names stand for which bytes now; earlier bytes are replaced."""
     named: dict[str, list[Row]] = {}
     for row in catalog.values():
         for name in row["names"]:
@@ -176,7 +176,7 @@ def _set_fingerprint(row: Row, name: str, fingerprint: str) -> None:
 def note_outcomes(
     catalog: Catalog, outcomes: Iterable[Outcome], night: str, tries: int
 ) -> None:
-    """Note what became of contents that are in the catalog.
+    """Record the outcomes of contents that are in the catalog.
 
     Args:
         catalog: Is changed.

@@ -22,12 +22,12 @@ from medray.slides import HED, Slide, find_tissue, open_slide, read_thumbnail
 NIGHTS = 30
 """How many nights before tonight are the reference."""
 LEAST = 20
-"""A reference of fewer slides tells nothing."""
+"""A reference of fewer slides is not used."""
 MOST_Z = 5.0
-"""So many spreads from the median are flagged."""
+"""A distance of more spreads than this from the median is flagged."""
 
 # All values lie near 0 to 1 (shares, optical densities). Where they hardly vary, less
-# than this is no change that anybody could see.
+# than this is no visible change.
 _LEAST_SPREAD = 0.01
 _THUMBNAIL = 1024
 _LEAST_TISSUE_PX = 100
@@ -131,7 +131,7 @@ class SlideValues:
 
 @dataclass(frozen=True)
 class Drift:
-    """One value of one scanner's slides tonight, beside a reference.
+    """One value of one scanner's slides tonight, compared with a reference.
 
     Attributes:
         scanner: Whose slides.
@@ -207,7 +207,7 @@ def watch(
         against: What the reference is called.
 
     Returns:
-        A row a scanner and value of which the reference has at least `LEAST` slides.
+        One row per scanner and value with at least `LEAST` slides in the reference.
     """
     reference = _by_scanner_and_value(before)
     found = []

@@ -38,7 +38,7 @@ def evaluate_late(
     """Evaluate earlier nights again whose slides have got a ground truth since."""
     if not watch.truth:
         return []
-    # Written first: a night that is finished again evaluates, and tells of, the same.
+    # Written first: a night that is finished again evaluates and reports the same.
     plan = files.join(night_folder(watch.out, night), "late.json")
     if not files.exists(plan):
         try:

@@ -1,4 +1,4 @@
-"""What is new in an inbox, and what a night does about it; no Ray.
+"""The plan of a night for what is new in an inbox; without Ray.
 
 A file is new by its bytes, not by its name: files whose size and time are not those of
 the last night are digested, and the catalog says whether their content is known. What
@@ -43,7 +43,7 @@ class Watch:
         out: Where all nights are; not inside the inbox.
         models: Folders of the models.
         truth: Dataset, or folder of annotations named like the slides; None: none.
-        reference: Dataset that the model was trained on; None: not told.
+        reference: Dataset that the model was trained on; None: not given.
         settle: Seconds in which a file must not change to count as complete.
         tries: After so many nights a slide that fails is given up.
         options: How slides are predicted.
@@ -219,7 +219,7 @@ def _digest(slide: SlideFile) -> tuple[str, str]:
 def _digested(
     settled: dict[str, SlideFile], fingerprints: dict[str, str]
 ) -> tuple[list[Found], dict[str, str]]:
-    """Digest files; give what they are, and why some could not be read."""
+    """Return the digests of files, and why some could not be read."""
     found, unread = [], {}
     with ThreadPoolExecutor(_READERS) as readers:
         digests = readers.map(_digest, settled.values())

@@ -120,7 +120,7 @@ def nightly(
     tries: int = 3,
     options: Options | None = None,
 ) -> Night:
-    """Predict what is new in an inbox, and say what came of it.
+    """Predict what is new in an inbox, and summarise the results.
 
     The night is committed even if single slides fail: they are in its summary, and the
     next night tries them again. The same command again does nothing new.

@@ -67,7 +67,7 @@ def check_webhook(address: str) -> None:
 
 
 def send_summary(webhook: str | None, summary: dict[str, Any]) -> None:
-    """POST a summary; that nobody takes it is no fault of the night."""
+    """POST a summary; the night does not fail if it is not delivered."""
     if not webhook:
         return
     host = urllib.parse.urlsplit(webhook).hostname

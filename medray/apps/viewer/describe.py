@@ -1,4 +1,4 @@
-"""What the viewer's pages are told of a run and its slides, as JSON."""
+"""The JSON that the viewer's pages show of a run and its slides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may look at the viewer's pages, and what browsers must keep to."""
+"""Access control of the viewer's pages, and security headers for browsers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLICY = (
 
 
 def guarded_app(app: ASGIApp, token: str) -> ASGIApp:
-    """Let in who may come in, and tell browsers to keep pages to themselves."""
+    """Wrap an app with access control, and with headers that keep pages private."""
     cookie = f"medray_{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
     def is_token(said: str) -> bool:
@@ -39,7 +39,7 @@ def guarded_app(app: ASGIApp, token: str) -> ASGIApp:
         if is_token(connection.query_params.get("token", "")):
             rest = parse_qsl(connection.url.query, keep_blank_values=True)
             query = urlencode([(key, value) for key, value in rest if key != "token"])
-            # By path alone, and not `//elsewhere`, so that nobody is sent elsewhere.
+            # By path alone, and not `//elsewhere`: the redirect stays on this host.
             path = "/" + connection.url.path.lstrip("/\\")
             answer = RedirectResponse(path + (f"?{query}" if query else ""), 303)
             answer.set_cookie(cookie, token, httponly=True, samesite="lax")

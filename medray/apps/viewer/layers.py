@@ -17,7 +17,7 @@ from medray.storage import ome_zarr
 from medray.types import UInt8
 
 KINDS = ("nothing", "correct", "wrongly marked", "missed", "another class")
-"""What `differences` tells of a pixel, by value."""
+"""The meaning of each value of `differences`."""
 STRIDES = 5
 """A mask whose coarse levels are yet to be built is shown down to 1 / 2^5."""
 
@@ -95,7 +95,7 @@ def difference_tile(
 ) -> UInt8:
     """Compare mask and truth: (height, width) uint8, see `KINDS`.
 
-    Where nobody annotated there is no difference.
+    Where nothing is annotated there is no difference.
 
     Raises:
         MedrayError: One of them is damaged, or of another slide.

@@ -30,7 +30,7 @@ def as_jpeg(pixels: UInt8, *, side: int = 0) -> bytes:
 
 
 def as_overlay(values: UInt8, colors: Sequence[str], shown: Collection[int]) -> bytes:
-    """Write (h, w) uint8 as a PNG tile: a colour a value, the rest transparent.
+    """Write (h, w) uint8 as a PNG tile: one colour per value, the rest transparent.
 
     Args:
         values: At most 256 x 256.

@@ -38,7 +38,7 @@ class ViewedRun:
         uri: Its folder.
         settings: Of run.yaml.
         report: Folder of an evaluation of it; empty when there is none.
-        truth: Where the truth lies; empty when nobody said.
+        truth: Where the truth lies; empty when not given.
         ground_truths: Names of each truth, by its address.
         kind: What they are: annotation or labels.
         scores: Row of each slide in the report.
@@ -58,7 +58,7 @@ class ViewedRun:
     _read_at: float = -math.inf
 
     def rows(self) -> dict[str, Row]:
-        """Return a row a slide: of slides.parquet, or of what is under way."""
+        """Return one row per slide: of slides.parquet, or of what is under way."""
         if time.monotonic() - self._read_at > _FRESH_S:
             self._rows = read_rows(self.uri)
             slides = [SlideFile(slide, row["uri"]) for slide, row in self._rows.items()]
@@ -90,7 +90,7 @@ def open_viewed(
 
     Args:
         run: Folder of a run.
-        report: Folder of a report on it; None: `report` beside it, if it is there.
+        report: Folder of a report on it; None: `report` next to it, if it is there.
         truth: Dataset or folder of annotations; None: what the report was made of.
         slides: Folder with the slides, where they were moved; None: as the run says.
 
@@ -172,7 +172,7 @@ def source_of(viewed: ViewedRun, row: Row) -> SlideSource:
     """Find where a slide's pixels, mask and truth lie.
 
     Raises:
-        MedrayError: There is nothing that tells how large the slide is.
+        MedrayError: Nothing states the size of the slide.
     """
     slide, settings = row["slide"], viewed.settings
     moved = name_in(slide, viewed.moved)
@@ -246,6 +246,6 @@ def _chosen(digest: str) -> dict[str, int]:
 
 
 def version_of(row: Row) -> str:
-    """Name what is shown of a slide: another name, other pixels."""
+    """Return a version of what is shown of a slide: another version, other pixels."""
     parts = [row.get(key) for key in ("slide", "digest", "merkle_root", "committed_at")]
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()

@@ -88,13 +88,13 @@ def view(
 
     Args:
         run: Folder of a run, as `medray infer` writes it; it may be half done.
-        report: Folder of its report (`report` beside the run, if it is there).
+        report: Folder of its report (`report` next to the run, if it is there).
         truth: Dataset or folder of annotations (what the report was made of).
         slides: Folder that the slides were moved to.
         host: Address to listen on; any but a loopback one asks for a token.
         port: Port to listen on (0: any that is free).
         token: Ask for a token on loopback too, where others use this machine.
-        announce: Told once what is served, and where.
+        announce: Receives once what is served, and where.
 
     Raises:
         ConfigError: There is no such run, or the port cannot be had.
@@ -191,7 +191,7 @@ def build_app(viewed: ViewedRun, *, token: str = "") -> ASGIApp:
 
 
 def _answered(answer: Callable[[Request], Response]) -> Callable[[Request], Any]:
-    """Run a route in a thread; say in words what it cannot give."""
+    """Run a route in a thread; answer errors in words."""
 
     async def endpoint(request: Request) -> Response:
         try:

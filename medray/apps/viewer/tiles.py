@@ -54,12 +54,12 @@ class SlideSource:
         slide: Its id.
         uri: The file.
         fingerprint: Of the file when it was planned.
-        digest: Likewise.
-        height: Level-0 pixels of the slide.
-        width: Likewise.
-        mpp: Microns per level-0 pixel; None when nobody knows.
+        digest: Of the file when it was planned.
+        height: Height of the slide, level-0 pixels.
+        width: Width of the slide, level-0 pixels.
+        mpp: Microns per level-0 pixel; None when not known.
         mask: OME-Zarr of the classes.
-        mask_step: Level-0 pixels of the slide a pixel of the mask, a side.
+        mask_step: Level-0 pixels of the slide per pixel of the mask, per side.
         mask_shape: (height, width) of the mask.
         coarsest: The coarsest level of the mask that is filled.
         probabilities: OME-Zarr of the class probabilities.
@@ -68,7 +68,7 @@ class SlideSource:
         kind: Which of the two: annotation or labels.
         version: Another one, other pixels.
         scene: Which of several slides in the file, if the user chose.
-        plane: Which of several focal planes, likewise.
+        plane: Which of several focal planes, if the user chose.
     """
 
     slide: str
@@ -167,7 +167,7 @@ def _opened(
     scene: int | None,
     plane: int | None,
 ) -> Slide:
-    """Keep the slides at hand open; the fingerprint tells a replaced file apart."""
+    """Keep the slides at hand open; the fingerprint identifies a replaced file."""
     # With an annotation that restricts the run, both have its fingerprint and digest
     # behind.
     same = f"{fingerprint} ".startswith(f"{now} ")

@@ -21,8 +21,8 @@ def worst_regions(
 ) -> list[dict[str, float]]:
     """Find the squares of a slide in which most is wrong, or least certain.
 
-    What is wrong is told by the truth; without one the uncertainty counts. Both are
-    taken at a coarse level, of at most some 2000 pixels a side.
+    What is wrong is known from the truth; without one the uncertainty counts. Both are
+    taken at a coarse level, of at most some 2000 pixels per side.
 
     Args:
         source: With a mask, and a truth or uncertainty.
