@@ -35,7 +35,7 @@ Stitch = Literal["crop", "blend"]
 """How overlapping windows become one mask: each pixel from the window in whose core it
 lies, or from the weighted mean of all windows that cover it."""
 
-# Slides of up to so many strides a side are one region; see `window_starts`.
+# Slides of up to so many strides per side are one region; see `window_starts`.
 _SMALL = 8
 
 

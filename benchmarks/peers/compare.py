@@ -1,7 +1,7 @@
-"""medray beside a plain loop, TIAToolbox, MONAI and ratiopath: same slides and weights.
+"""medray against a plain loop, TIAToolbox, MONAI, ratiopath: same slides and weights.
 
-Interleaved runs in one go, each system in a process of its own, which nothing else runs
-beside:
+Interleaved runs in one go, each system in a process of its own, with nothing else
+running:
 
     seconds          without the start (imports, the model, Ray); of medray, by its
                      default executor, from the first read to the last commit (without

@@ -1,4 +1,4 @@
-r"""Reading regions of JPEG tiles: medray beside OpenSlide, cuCIM, fastslide and zarr.
+r"""Reading regions of JPEG tiles: medray, OpenSlide, cuCIM, fastslide and zarr compared.
 
 Interleaved rounds: the same rectangles of the same files by each reader,
 by one process and by two at once (medray reads in processes). What each has read is
@@ -202,7 +202,7 @@ def main(
     """Compare readers of JPEG tiles, by one process and by two at once.
 
     Args:
-        slides: Files beside the generated pyramid.
+        slides: Files in addition to the generated pyramid.
         sides: Of the regions, pixels.
         rounds: Number of rounds.
     """

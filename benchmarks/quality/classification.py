@@ -152,7 +152,7 @@ def folds_of(images: Sequence[Image], count: int, seed: int = 0) -> dict[str, in
 
 
 def splits_of(name: str, images: Sequence[Image], folds: int) -> list[dict[str, str]]:
-    """Give what is train, val and test in each fold, by image."""
+    """Return the split (train, val, test) of each image, in each fold."""
     if name == "malaria-random":  # as published: 70 to 30 by image, patients mixed
         ten = StratifiedKFold(10, shuffle=True, random_state=0)
         labels = [image.label for image in images]

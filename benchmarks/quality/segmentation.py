@@ -98,7 +98,7 @@ def folds_of(fields: Fields, count: int, seed: int = 0) -> dict[str, int]:
 
 
 def roles_of(fields: Fields, fold: dict[str, int], test: int) -> dict[str, str]:
-    """Give each image its split: half of the sources of the next fold are val."""
+    """Return each image's split: half of the sources of the next fold are val."""
     source = {
         image.stem: fields.source.get(image.stem, image.stem) for image in fields.images
     }
@@ -124,7 +124,7 @@ def one_fold(
     """Train without fold `test`, and count what the model finds in it.
 
     `choices` are further overrides by a name: each is trained, and the model of the
-    best validation F1 is tested; beside it the ensemble of all, with flips. `ways` are
+    best validation F1 is tested; also the ensemble of all, with flips. `ways` are
     those of inference, by a name; each is counted. `record` is a file of the fold's
     result from an earlier sitting, or where to put it.
     """
@@ -455,7 +455,7 @@ def ablation(
 
 @contextmanager
 def ready() -> Iterator[None]:
-    """Say how trainings go, on a Ray of this machine."""
+    """Log how trainings go, on a local Ray of this machine."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("medray").setLevel(logging.INFO)
     cluster.connect()

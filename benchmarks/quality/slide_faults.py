@@ -9,7 +9,7 @@ were first drawn on the same four real slides.
     python -m benchmarks.quality.slide_faults --record faults.json
     python -m benchmarks.quality.slide_faults --real SLIDE.svs FIELD.tiff
 
-Faults are drawn by the same hands as the measures, so the figures say that the measures
+Faults were drawn by the authors of the measures, so the figures say that the measures
 do what they should and where their limits lie, not how good they are in a laboratory.
 """
 

@@ -49,7 +49,7 @@ BATCH = 8  # regions, without GPUs
 
 
 class Nodes:
-    """A cluster of two nodes, which can be broken and mended."""
+    """A cluster of two nodes, which can be broken and repaired."""
 
     def __init__(self) -> None:
         self.start()
@@ -82,7 +82,7 @@ class Nodes:
             self.cluster.shutdown()
 
     def titled(self, start: bytes) -> list[int]:
-        """Give this cluster's processes whose title begins so."""
+        """Return the ids of this cluster's processes whose title begins so."""
         ours = {
             process.pid
             for node in (self.head, self.second)
@@ -141,7 +141,7 @@ def outputs(out: Path) -> dict[str, bytes]:
 
 
 def strays(out: Path) -> list[str]:
-    """Give files that a finished run has no use for."""
+    """Return the files that a finished run has no use for."""
     known = ("masks/", "commits/", "run.yaml", "slides.parquet")
     names = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
     return [n for n in names if not n.startswith(known) or "partial" in n]

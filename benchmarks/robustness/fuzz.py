@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads files of strangers.
+"""Coverage-guided fuzzing of the readers of untrusted files.
 
 Needs atheris (pip install atheris). An input that ends in anything but a success or an
 error of medray's is a finding; it is written to the working directory as crash-DIGEST,

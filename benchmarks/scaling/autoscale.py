@@ -150,7 +150,7 @@ def scaled(
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
-        # As k8s/base sets it: what no node can ever meet is told, not awaited.
+        # As k8s/base sets it: what no node can ever meet is reported, not awaited.
         "RAY_enable_infeasible_task_early_exit": "true",
     }
     environment.pop("RAY_ADDRESS", None)
@@ -159,7 +159,7 @@ def scaled(
         *("--num-cpus=0", "--node-ip-address=127.0.0.1", f"--port={PORT}"),
         "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()),
         *("--include-dashboard=false", f"--temp-dir={folder}/ray"),
-        # An agent that may choose has 15 s to tell, too little on a busy machine.
+        # An agent that may choose has 15 s to report, too little on a busy machine.
         f"--dashboard-agent-listen-port={AGENT_PORT}",
         f"--dashboard-agent-grpc-port={AGENT_PORT + 1}",
         f"--metrics-export-port={AGENT_PORT + 2}",

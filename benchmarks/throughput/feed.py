@@ -1,9 +1,9 @@
-"""What feeds a training, reading crops and changing them, beside the libraries' ways.
+"""Feeding a training: reading crops and augmenting them, compared with libraries.
 
 Interleaved, on the same crops, in one process of two threads:
 
-    read      parts of shards (`read_part`) beside slicing the same arrays with zarr
-    change    a batch at once (`move`, `recolour`) beside torchvision, crop by crop
+    read      parts of shards (`read_part`), and slices of the same arrays with zarr
+    change    a batch at once (`move`, `recolour`), and torchvision, crop by crop
 
 Run: python -m benchmarks.throughput.feed --sides 64 256 512 --rounds 5
 """

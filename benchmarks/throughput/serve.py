@@ -1,4 +1,4 @@
-"""What a request costs beside the bare model: latency and requests a second under load.
+"""Serving compared with the bare model: latency and requests per second under load.
 
 Interleaved, on the same images, in memory as PNG or TIFF:
 

@@ -7,7 +7,7 @@ In one run, interleaved, the same model, recipe, crops and step (augmentation in
     loader  fed by torch's DataLoader: as many processes, the same crops and zarr
 
 With --workers: whole trainings by Ray Train with one and with two workers, the same
-batch in all. With --files: patches a second read by one process from zarr chunks, and
+batch in all. With --files: patches per second read by one process from zarr chunks, and
 from loose PNG and TIFF files of the same pixels and labels.
 
 Run: python -m benchmarks.throughput.train --rounds 3 --steps 30 --workers --files
@@ -81,7 +81,7 @@ def by_loader(data: str, recipe: Recipe, steps: int, readers: int) -> Iterator[B
 
 
 def timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
-    """Give crops a second of `steps` steps, after some that warm up."""
+    """Return the crops per second of `steps` steps, after some that warm up."""
     for batch in itertools.islice(batches, _WARM):
         trainer.train_step([batch])
     synchronise()

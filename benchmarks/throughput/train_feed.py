@@ -1,13 +1,13 @@
 """How much of what a process reads a training's feed delivers, by ways to feed.
 
-For each batch and number of readers, in one run, interleaved, crops a second of
+For each batch and number of readers, in one run, interleaved, crops per second of
 
     read here   a loop over read_train in this process: what one reader can do
     medray      medray.training.dataloader, and a consumer that only counts
     Ray Data    tasks of Ray Data that return each batch as a row of Arrow
 
 counted after some batches, once the readers run; `a reader`: divided by their number.
-`core ms/crop` is the CPU time of all processes: it tells what a way costs also where
+`core ms/crop` is the CPU time of all processes: it shows what a way costs also where
 other programs take the cores, and Ray's own processes count.
 
 Run: python -m benchmarks.throughput.train_feed --rounds 5

@@ -324,7 +324,7 @@ _PLAIN = 32  # of 255, that a person sees without searching
 
 
 def seen(picture: Path, mask: Any, scale: float) -> str:
-    """Tell how well a mask stands out where it should.
+    """Return, in words, how well a mask stands out where it should.
 
     Where the colours of mask and background differ plainly: of the share of its pixels
     on one side of a threshold of one colour channel, and of the share of the others,

@@ -28,12 +28,12 @@ class Show(Protocol):
     def __call__(
         self, place: Path, *, mpp: float, factor: int, middle: tuple[int, int]
     ) -> npt.NDArray[np.uint8]:
-        """Give (SIDE, SIDE) label values, as the screen shows them.
+        """Return (SIDE, SIDE) label values, as the screen shows them.
 
         Args:
             place: The OME-Zarr's folder.
-            mpp: Its microns a pixel.
-            factor: Its pixels a pixel of the picture: the viewer takes that level.
+            mpp: Its microns per pixel.
+            factor: Its pixels per pixel of the picture: the viewer takes that level.
             middle: (y, x) of the picture's middle, in pixels of the picture.
         """
 

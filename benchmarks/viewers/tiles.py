@@ -1,4 +1,4 @@
-"""Latency of the viewer's tiles beside a plain read of the same pixels.
+"""Latency of the viewer's tiles, compared with a plain read of the same pixels.
 
 A slide of gigapixels (JPEG tiles of 512 px, levels of 1/4) whose mask is written in
 one corner; `medray view` serves it on loopback. For random tiles of each zoom, in turn:

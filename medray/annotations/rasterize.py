@@ -39,7 +39,7 @@ def rasterise(
         x: First column.
         height: Rows.
         width: Columns.
-        downsample: Level-0 pixels a pixel of the level, a side.
+        downsample: Level-0 pixels per pixel of the level, per side.
 
     Returns:
         (height, width) uint8 label values.

@@ -75,7 +75,7 @@ def submit(
     """Submit a command as a job and follow it to its end.
 
     What the job writes goes to stderr. If a job of this id is there already it is
-    followed, not submitted: one id a night makes it one job a night.
+    followed, not submitted: one id per night makes it one job per night.
 
     Args:
         command: What the job runs, after --. The head's shell gets the words quoted.

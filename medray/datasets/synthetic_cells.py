@@ -55,7 +55,7 @@ def generate_cells(
 
     Args:
         folder: To make.
-        clusters: Images a class.
+        clusters: Cluster images per class.
         each: Cells a cluster.
         seed: Decides everything.
         crops: Write the folders CROPPED too; else only clusters and their contours.

@@ -34,7 +34,7 @@ def write_outlines(
         mask: The OME-Zarr.
         target: The GeoJSON file to write.
         classes: Names and colours; class 0 is no object.
-        downsample: Level-0 pixels a pixel of the mask, a side.
+        downsample: Level-0 pixels per pixel of the mask, per side.
         bounds: The scanned part of the slide, if it is not all of it: QuPath counts
             from its corner (`medray.slides.bounds`).
 
@@ -63,7 +63,7 @@ def trace(mask: Any, classes: Classes, *, downsample: float = 1.0) -> list[Area]
     Args:
         mask: (height, width) uint8, an array or a zarr array, read in parts.
         classes: Names by label value.
-        downsample: Level-0 pixels a pixel of the mask, a side.
+        downsample: Level-0 pixels per pixel of the mask, per side.
 
     Returns:
         The objects in level-0 pixels, by class and then from top to bottom.

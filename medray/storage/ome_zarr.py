@@ -326,7 +326,7 @@ def open_mask(uri: str, level: int = 0) -> da.Array:
 
     Args:
         uri: The OME-Zarr, such as RUN/masks/SLIDE.ome.zarr.
-        level: Level of the pyramid; level k has 1/2^k of the pixels a side.
+        level: Level of the pyramid; level k has 1/2^k of the pixels per side.
 
     Returns:
         (y, x) uint8 label values, or (channel, y, x) of an image; read when computed.

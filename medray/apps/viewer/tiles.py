@@ -2,7 +2,7 @@
 
 A view has zooms: at zoom 0 the whole slide fits into one tile, at the last one a pixel
 of a tile is a pixel of the slide's level 0. In between a pixel of a tile spans `step`
-= 2^k level-0 pixels a side. Tile (y, x) begins at pixel (256 y, 256 x) of its zoom.
+= 2^k level-0 pixels per side. Tile (y, x) begins at pixel (256 y, 256 x) of its zoom.
 
     level 0 of the slide   0 1 2 3 4 5 6 7 …
     step 2                  0   1   2   3  …
