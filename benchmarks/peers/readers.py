@@ -1,4 +1,4 @@
-r"""Reading regions of JPEG tiles: medray, OpenSlide, cuCIM, fastslide and zarr compared.
+r"""Reading regions of JPEG tiles: medray, OpenSlide, cuCIM, fastslide, zarr compared.
 
 Interleaved rounds: the same rectangles of the same files by each reader,
 by one process and by two at once (medray reads in processes). What each has read is
