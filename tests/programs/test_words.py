@@ -1,0 +1,155 @@
+"""The words of docstrings, comments and pages: plain English, see docs/glossary.md.
+
+Docstrings and comments of medray/, benchmarks/, cluster/ and jobs/; the prose of
+README.md, CONTRIBUTING.md and docs/*.md, without code and generated links.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from documents import ROOT
+
+FIRST = {
+    "Give": "Return",
+    "Gives": "Return",
+    "Tell": "Return whether",
+    "Tells": "Return whether",
+    "Say": "Return, Log, Print",
+    "Says": "Return, Log, Print",
+}
+WORDS = {
+    r"anew": "again",
+    r"likewise": "what it is, again",
+    r"beside": "next to, besides, in addition to, compared with",
+    r"told": "reported, given, asked",
+    r"nobody": "no user, no process; not known, not given",
+    r"mend(s|ed)?": "repair, correct",
+    r"strangers": "untrusted",
+    r"(row|line|file|mask|column) an? (slide|image|patch|region|class|epoch|point|node)": (
+        "one row per slide"
+    ),
+}
+# Not yet rewritten.
+LATER = {
+    "docs/operations.md",
+    "docs/reliability.md",
+    "medray/inference/classify_images.py",
+    "medray/inference/infer_run.py",
+    "medray/inference/run.py",
+    "medray/mil/features.py",
+    "medray/mil/infer.py",
+    "medray/models/config.py",
+    "medray/models/predict.py",
+    "medray/apps/serve",
+}
+CODE = [
+    path
+    for folder in ("medray", "benchmarks", "cluster", "jobs")
+    for path in sorted((ROOT / folder).rglob("*.py*"))
+    if path.suffix in (".py", ".pyi")
+]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def docstrings(text: str) -> Iterator[tuple[int, str]]:
+    """Yield each docstring with its first line's number, those of attributes too."""
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(said))):
+                yield node.lineno, said
+
+
+def comments(text: str) -> Iterator[tuple[int, str]]:
+    """Yield each comment with its line's number."""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """Yield a page without its blocks of code; lines keep their numbers."""
+    blocks = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    yield 1, blocks.sub(lambda block: "\n" * block[0].count("\n"), text)
+
+
+def prose(text: str) -> str:
+    """Blank what is no prose: `code`, addresses of links, names of attributes."""
+    blank = re.compile(r"`[^`]*`|\]\([^)]*\)|^ *\w+: ", re.MULTILINE)
+    return blank.sub(lambda code: re.sub(r"[^\n]", "_", code[0]) + " ", text)
+
+
+def wrong_words(path: Path) -> list[str]:
+    """Return the forbidden words of a file, each with its line and what to write."""
+    text, found = path.read_text(), []
+    parts = [*paragraphs(text)]
+    if path.suffix != ".md":
+        parts = [*docstrings(text), *comments(text)]
+        for line, said in docstrings(text):
+            first = re.match(r"\s*(\w*)", said)
+            if first and (better := FIRST.get(first[1])):
+                found.append(f"{path}:{line}: docstring begins with {first[1]!r}")
+                found[-1] += f"; write: {better}"
+    for start, said in parts:
+        cleaned = prose(said)
+        for word, better in WORDS.items():
+            for hit in re.finditer(rf"\b{word}\b", cleaned, re.IGNORECASE):
+                line = start + cleaned.count("\n", 0, hit.start())
+                found.append(f"{path}:{line}: {hit[0]!r}; write: {better}")
+    return sorted(found)
+
+
+def is_later(path: Path) -> bool:
+    """Return whether a file is not yet rewritten."""
+    name = path.relative_to(ROOT)
+    return any(f"{part}" in LATER for part in (name, *name.parents))
+
+
+def test_words_are_plain_english() -> None:
+    found = [
+        said.removeprefix(f"{ROOT}/")
+        for path in (*CODE, *PAGES)
+        if not is_later(path)
+        for said in wrong_words(path)
+    ]
+    assert found == [], "\n".join(found)
+
+
+def test_what_is_left_out_is_there() -> None:
+    assert [name for name in sorted(LATER) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.py", '"""Give it."""\n', "1: docstring begins with 'Give'; write: Return"),
+        ("a.py", 'x = 1\n"""Made\nanew."""\n', "3: 'anew'; write: again"),
+        ("a.py", "\nx = 1  # told so\n", "2: 'told'; write: reported, given, asked"),
+        ("a.md", "A\n```\nanew\n```\nA line a slide.", "5: 'line a slide'; write: one"),
+    ],
+)
+def test_a_forbidden_word_is_named(
+    tmp_path: Path, name: str, text: str, expected: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    (found,) = wrong_words(path)
+    assert found.startswith(f"{path}:{expected}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", 'told = "told anew"\n'),
+        ("a.py", '"""Values.\n\nAttributes:\n    beside: `beside`, `told`.\n"""\n'),
+        ("a.md", "`medray evaluate --beside` and [a page](page.md#told)."),
+    ],
+)
+def test_code_is_no_prose(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert wrong_words(path) == []
