@@ -86,7 +86,7 @@ class AnyClass(Classes):
         super().__init__(("outside", "inside"))
 
     def value(self, name: str | None) -> int:
-        """Return 1, whatever the name."""
+        """Return 1 for any name."""
         return 1
 
 

@@ -130,7 +130,7 @@ def export(
 
 
 def _check(model: str, config: ModelConfig, format: str, out: str) -> None:
-    """Refuse what cannot be done, before anything is done."""
+    """Raise an error for what cannot be exported, before any work."""
     if format not in FORMATS:
         raise ConfigError(f"format: expected one of {list(FORMATS)}, found {format!r}")
     if is_exported(model):

@@ -151,6 +151,6 @@ def _window(slide: Slide, working: Working, size: int, row: int, column: int) ->
 
 
 def _spread[T](items: Sequence[T], count: int) -> list[T]:
-    """Take so many, at equal distances."""
+    """Return so many of them, at equal distances."""
     chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[i] for i in chosen]

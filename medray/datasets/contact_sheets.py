@@ -1,4 +1,4 @@
-"""Images of one split side by side in one slide of a dataset, each in its own patch."""
+"""Contact sheets: images of one split as one slide of a dataset, one per patch."""
 
 from __future__ import annotations
 

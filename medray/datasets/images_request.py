@@ -30,7 +30,7 @@ _SHEET_PX = 2048  # side of a sheet, at most
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesRequest:
-    """What is to become of which images.
+    """Which images to ingest, and how.
 
     Attributes:
         out: Folder of the dataset.

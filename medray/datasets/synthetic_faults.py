@@ -144,6 +144,6 @@ def _along(
 
 
 def _darkened(rgb: UInt8, cover: Float, transmits: tuple[float, ...]) -> UInt8:
-    """Let light through ink, where it covers."""
+    """Return pixels darkened by ink, where it covers them."""
     ink = 1 - cover[..., None] * (1 - np.asarray(transmits, np.float32))
     return np.clip(rgb * ink, 0, 255).astype(np.uint8)

@@ -32,7 +32,7 @@ def fit_temperature(logits: Floats, truth: Ints) -> float | None:
         truth: (N,) label values.
 
     Returns:
-        The temperature, from 1e-4 to 1e4; None where none can be had: every image is
+        The temperature, from 1e-4 to 1e4; None where none can be fitted: every image is
         right, so the surer the better the fit.
     """
     if not len(truth) or bool((logits.argmax(axis=1) == truth).all()):

@@ -35,7 +35,7 @@ class Explained:
 
 
 class Explainer:
-    """A model with the hooks that explain its predictions."""
+    """A model whose predictions can be explained."""
 
     def __init__(self, model: str) -> None:
         """Load a model folder.

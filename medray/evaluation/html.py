@@ -26,7 +26,7 @@ _TABLES = ("per_slide.parquet", "images.csv", "slides.csv")
 
 
 def check_folder(out: str, table: str) -> None:
-    """Refuse a folder with a report that has another table, which would stay in it.
+    """Raise an error for a folder with a report whose other table would stay in it.
 
     Raises:
         ConfigError: It holds another kind of report.

@@ -48,7 +48,7 @@ def find_ground_truth(
 def _check_same_images(
     slides: Sequence[SlideFile], matched: Mapping[str, str], truth: str
 ) -> None:
-    """Refuse a truth that was made of another image of a slide's file."""
+    """Raise an error for a truth made of another image of a slide's file."""
     rows = files.read_table(files.join(truth, "slides.parquet")).to_pylist()
     chosen_of = {labels_uri(truth, row["slide"]): row for row in rows}
     for file in slides:

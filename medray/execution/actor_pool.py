@@ -140,7 +140,7 @@ class Pool:
         self._decide(Give(tuple(rows)))
 
     def take(self, ready: Any) -> list[tuple[Any, Any]]:
-        """Take what is ready of what is awaited.
+        """Return the results that are ready.
 
         Returns:
             Rows with their results; a LostError for a row that was lost too often.
@@ -239,7 +239,7 @@ def why_lost(error: RayError) -> str:
 def poll(
     *pools: Pool, wait: bool = True, seconds: float = 1.0
 ) -> list[tuple[Pool, Any, Any]]:
-    """Take results of several pools as they come: (pool, row, result).
+    """Return the results of several pools that are ready: (pool, row, result).
 
     Args:
         pools: Where to take from; with `wait`, one of them is busy or starting.

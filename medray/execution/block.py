@@ -153,7 +153,7 @@ def _watch(feed: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def _traced(path: Path) -> Iterator[IO[str]]:
-    """Have a file in which Python writes how this process ends, if it does now."""
+    """Open a file into which Python writes how this process ends, if it dies now."""
     with _opened(path) as file:
         faulthandler.enable(file, all_threads=False)
         try:

@@ -137,7 +137,7 @@ def _input_columns(slide: SlideInput) -> Columns:
 
 
 def _check_known_once(wanted: list[SlideFile], ledger: Ledger) -> None:
-    """Refuse to do a slide a second time under another id.
+    """Raise an error for a slide that was done before under another id.
 
     An id is made of the path below what was named, and of the whole address too if two
     of a request would be equal. So it changes when a request names more, or less. A
@@ -181,7 +181,7 @@ def _is_of(file: SlideFile, before: Mapping[str, Any]) -> bool:
 def _check_same_slide(
     file: SlideFile, before: Mapping[str, Any] | None, out: str
 ) -> None:
-    """Refuse to put a slide in the place of another one that has the same id.
+    """Raise an error if a slide would replace another one that has the same id.
 
     A slide that was moved, copied or replaced is the same slide, as is one of a folder
     that was copied with OUT in it, and replaced there.

@@ -39,7 +39,7 @@ class Feed:
         self._closed = self._stopped = False
 
     async def give(self, block: int, content: bytes) -> None:
-        """Take the next block."""
+        """Add the next block."""
         async with self._news:
             self._blocks[block] = content
             while self._given in self._blocks:
@@ -64,7 +64,7 @@ class Feed:
     async def begin(
         self, done: int | None, row: Head | None, node: str, trace: str | None
     ) -> Verdict:
-        """Note that a row is done, and that the next one is begun.
+        """Record that a row is done, and that the next one is begun.
 
         Args:
             done: Number of the row that is done; None: none.
@@ -107,7 +107,7 @@ class Feed:
         return node in self._leaving
 
     async def goes_on(self, row: int) -> None:
-        """Note that a row waits for something, and does not hang."""
+        """Record that a row waits for something, and does not hang."""
         self._called_at = time.monotonic()
         self._tries.goes_on(row, time.monotonic())
 
@@ -118,7 +118,7 @@ class Feed:
             self._tries.forget(row)
 
     async def enter(self, process: Any, node: str) -> None:
-        """Note that an actor has started, maybe once more, on a node."""
+        """Record that an actor has started, or restarted, on a node."""
         self._processes[process._actor_id.hex()] = process, node
 
     async def processes(self) -> list[Any]:

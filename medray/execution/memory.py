@@ -44,7 +44,7 @@ def io_workers_of(gpu: bool) -> int:
 def bounds_of(
     halo: int, written: int, canvas: int, worker_bytes: int = GPU_WORKER_BYTES
 ) -> tuple[int, int]:
-    """Bound a node's memory, whatever its GPU workers make of regions.
+    """Bound a node's memory, for any stage with a device.
 
     Args:
         halo: Bytes that are read of a region.

@@ -137,7 +137,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Dismiss:
-    """Let an actor end that has nothing to do."""
+    """End an actor that has nothing to do."""
 
     actor: int
 

@@ -97,7 +97,7 @@ class PredictingStream:
         return self
 
     def __exit__(self, *args: object) -> None:
-        """End the processes, with what they have at hand."""
+        """End the processes, with the tasks in progress."""
         self._closed = True
         self._reads.put(None)
         self._processes.__exit__(*args)
@@ -126,7 +126,7 @@ class PredictingStream:
         self._processes.give(rows)
 
     def stop(self) -> None:
-        """Begin no other task: `busy` ends once what is at hand is done."""
+        """Begin no other task: `busy` ends once the tasks in progress are done."""
         for row in self._processes.withdraw():
             if isinstance(row, _Write):
                 self._processes.give([row])

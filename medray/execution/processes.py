@@ -23,7 +23,7 @@ from medray.execution.isolation import Isolated
 from medray.execution.rows import sendable, steps_of
 from medray.execution.tries import Tries, Verdict
 
-_AHEAD = 4  # rows for each process that wait or are at hand
+_AHEAD = 4  # rows for each process that wait or are in progress
 _PAUSE_S = 0.2  # before a row is tried again that another one has to precede
 
 
@@ -70,7 +70,7 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes, with what they have at hand."""
+        """End the processes, with the rows in progress."""
         with self._news:
             self._closed = True
             self._news.notify_all()
@@ -108,7 +108,7 @@ class Processes:
             self._news.notify_all()
 
     def stop(self) -> None:
-        """Begin no other row: `busy` ends once what is at hand is done."""
+        """Begin no other row: `busy` ends once the rows in progress are done."""
         self.withdraw()
 
     def withdraw(self) -> list[Any]:

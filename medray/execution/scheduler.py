@@ -38,7 +38,7 @@ class SlideWorker:
     """An actor for the work on whole slides: plans them first, finishes them last."""
 
     def __init__(self, stage: AnyStage) -> None:
-        """Take what is done."""
+        """Keep the stage, and bound this process' memory."""
         bound_memory()
         self._stage = stage
 

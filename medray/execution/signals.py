@@ -24,7 +24,7 @@ class Stopping:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stopping]:
-    """Note SIGTERM and SIGINT instead of ending at once; the second one ends at once.
+    """Record SIGTERM and SIGINT instead of ending at once; a second one ends at once.
 
     Signals reach the main thread only; elsewhere nothing is changed.
     """

@@ -191,7 +191,7 @@ class Stream:
             self._given += 1
 
     def stop(self) -> None:
-        """Begin no other row: `busy` ends once what is at hand is done."""
+        """Begin no other row: `busy` ends once the rows in progress are done."""
         for number in self._waiting:
             del self._rows[number]
         self._waiting.clear()
@@ -224,7 +224,7 @@ class Stream:
         return found
 
     def _renew(self) -> None:
-        """Have another execution do what is under way, on the nodes that are left."""
+        """Start another execution of what is under way, on the nodes that are left."""
         self._renewed = True
         self._end.set()
         self._kill_processes()

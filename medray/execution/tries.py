@@ -1,7 +1,7 @@
 """How often a row may kill its process, and which deaths count against no row.
 
 Ray Data repeats a task whose process died without end, and does not say at which row:
-so what each process has at hand is noted before it is touched.
+so the row that each process works on is recorded before it is touched.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _AtHand:
 
 @dataclass
 class Tries:
-    """Which rows are at hand, and how often each ended its process."""
+    """Which rows are in progress, and how often each ended its process."""
 
     _at_hand: dict[int, _AtHand] = field(default_factory=dict)
     _lost_on: dict[int, list[str]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Tries:
     ) -> Verdict:
         """Record that a row is begun, or return why it is not.
 
-        A row that is begun while it is at hand ended the process that had it. Of a
+        A row that is begun while in progress ended the process that had it. Of a
         group whose rows end processes one row is tried at a time, the first of those at
         hand, so that a slide costs few processes however many there are.
 
@@ -129,12 +129,12 @@ class Tries:
             self._given_up[row] = f"{how}, {times} times"
 
     def goes_on(self, row: int, now: float) -> None:
-        """Note that a row at hand waits for something, and does not hang."""
+        """Record that a row in progress waits for something, and does not hang."""
         if row in self._at_hand:
             self._at_hand[row].since = now
 
     def end(self, row: int) -> None:
-        """Note that a row at hand is done."""
+        """Record that a row in progress is done."""
         if had := self._at_hand.pop(row, None):
             self._lost_on.pop(row, None)
             self._suspects.discard(had.group)
@@ -143,11 +143,11 @@ class Tries:
 
     @property
     def nodes(self) -> set[str]:
-        """On which rows are at hand."""
+        """Nodes on which rows are in progress."""
         return {one.node for one in self._at_hand.values()}
 
     def let_go(self) -> None:
-        """Note that processes are ended for no fault of their rows."""
+        """Record that processes are ended for no fault of their rows."""
         self._at_hand.clear()
 
     def forget(self, row: int) -> None:

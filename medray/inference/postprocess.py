@@ -88,7 +88,7 @@ def _modules(labels: Any) -> tuple[ModuleType, ModuleType]:
 
 
 def _smoothed(labels: Any, radius: int, classes: int, xp: Any, ndimage: Any) -> Any:
-    """Take the commonest class of each square; of equally common ones the pixel's own.
+    """Return the commonest class of each square; of equally common ones the pixel's.
 
     Past the border of the array there is nothing to count.
     """

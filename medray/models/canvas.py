@@ -124,7 +124,7 @@ class Canvas:
     def add(
         self, row: int, column: int, scores: torch.Tensor, labels: torch.Tensor
     ) -> None:
-        """Take a window's (C, S, S) scores and (S, S) classes where it decides.
+        """Add a window's (C, S, S) scores and (S, S) classes where it decides.
 
         Windows come in the order of the slide's grid, so with blending a pixel's
         float32 sum has the same terms in the same order however the slide is cut.

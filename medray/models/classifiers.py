@@ -100,7 +100,7 @@ def build_classifier(
             or a file of them.
 
     Raises:
-        ConfigError: The network or its weights are not to be had.
+        ConfigError: The network or its weights are not available.
     """
     name = architecture.encoder.removeprefix("tu-")
     pretrained = weights is not None and not is_file(weights)

@@ -25,7 +25,7 @@ def build_segmenter(
             timm or segmentation-models-pytorch bring them, or a file of them.
 
     Raises:
-        ConfigError: The network or its weights are not to be had.
+        ConfigError: The network or its weights are not available.
     """
     name = weights if not is_file(weights) else None
     try:

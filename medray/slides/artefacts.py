@@ -109,7 +109,7 @@ def find_folds(density: Float, tissue: Bool, ink: Bool, um: float) -> Bool:
 def find_bubbles(density: Float, ink: Bool, um: float) -> Bool:
     """Find air bubbles: what thin dark rims without colour enclose.
 
-    The rim of a bubble refracts light out of the objective, whatever its colour: it
+    The rim of a bubble refracts light out of the objective, for any colour: it
     adds about the same density to red, green and blue, on tissue too.
 
     Args:

@@ -124,7 +124,7 @@ class Slide(Protocol):
 def check_rectangle(
     levels: tuple[Level, ...], y: int, x: int, height: int, width: int, level: int
 ) -> None:
-    """Refuse a rectangle that does not lie inside its level.
+    """Raise an error for a rectangle that does not lie inside its level.
 
     Raises:
         ValueError: It does not, or there is no such level.

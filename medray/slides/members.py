@@ -141,7 +141,7 @@ def _named_by_mrxs(ini: str, fingerprint: str) -> tuple[str, ...]:
 def _named_by_vms(
     uri: str, fingerprint: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files that a VMS or VMU needs, and those that it can do without."""
+    """Return the files that a VMS or VMU needs, and the optional ones."""
     said = _read_ini(uri)
     section = next((said[name] for name in _VMS if name in said), None)
     images = [

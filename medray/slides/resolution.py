@@ -47,7 +47,7 @@ class Working:
 
 
 def working_of(row: dict[str, Any]) -> Working:
-    """Take the working level out of a slide's or region's row."""
+    """Return the working level of a slide's or region's row."""
     names = ("level", "scale", "height", "width", "downsample", "mpp")
     return Working(**{name: row[name] for name in names})
 

@@ -52,7 +52,7 @@ class ChosenImage:
 
 
 def check_choice(uri: str, what: str, asked: int | None, count: int) -> None:
-    """Refuse a scene or plane that a file does not have.
+    """Raise an error for a scene or plane that a file does not have.
 
     Args:
         uri: Of the file, for the message.

@@ -49,7 +49,7 @@ def _companion(xml: str | None) -> str:
 def choose_ome(
     uri: str, tiff: Any, scene: int | None, plane: int | None
 ) -> ChosenImage:
-    """Take the image of the finest resolution that no name makes a label or macro."""
+    """Return the image of the finest resolution that is no label or macro by name."""
     if companion := _companion(tiff.ome_metadata):
         raise SlideError(
             f"{uri}: its OME-XML, with its resolution and channels, lies in another "
@@ -110,7 +110,7 @@ def _ome_mpp(tiff: Any, series: Any) -> tuple[float | None, float | None]:
 def choose_generic(
     uri: str, tiff: Any, scene: int | None, plane: int | None
 ) -> ChosenImage:
-    """Take the first image in full resolution, and what is a level of it.
+    """Return the first image in full resolution, with its levels.
 
     As OpenSlide does; where it opens nothing, for the first image is of strips, the
     largest.

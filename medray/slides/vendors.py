@@ -89,7 +89,7 @@ def _has_iscan(tiff: Any) -> bool:
 
 
 def _choose_svs(uri: str, tiff: Any, plane: int | None) -> ChosenImage:
-    """Take the first page, and as its levels the tiled pages of its proportions.
+    """Return the first page, and as its levels the tiled pages of its proportions.
 
     The thumbnail, the label and the macro are stored as strips.
     """
@@ -123,7 +123,7 @@ def _focal_planes(count: int, read: str, chosen: int | None) -> str:
 
 
 def _choose_ndpi(uri: str, tiff: Any, plane: int | None) -> ChosenImage:
-    """Take the pages of an objective, in the focal plane nearest to offset 0.
+    """Return the pages of an objective, in the focal plane nearest to offset 0.
 
     The macro and the map have a negative magnification.
     """
@@ -171,7 +171,7 @@ def _offset(page: Any) -> float:
 def _choose_scn(
     uri: str, tiff: Any, scene: int | None, plane: int | None
 ) -> ChosenImage:
-    """Take the scan; the macro is the image whose view is the whole collection's."""
+    """Return the scan; the macro is the image whose view is the whole collection's."""
     series = list(tiff.series)
     views = _scn_views(tiff.scn_metadata or "")
     if len(views) != len(series) or series[0].kind != "scn":
@@ -239,7 +239,7 @@ def _scn_views(xml: str) -> list[tuple[tuple[float, float] | None, bool]]:
 
 
 def _choose_philips(uri: str, tiff: Any) -> ChosenImage:
-    """Take the tiled pages; the XML says the sizes of levels without their padding."""
+    """Return the tiled pages; the XML states the sizes of levels without padding."""
     series = tiff.series[0]
     if series.kind != "philips":
         raise NeedsOpenSlideError(

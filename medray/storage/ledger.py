@@ -205,7 +205,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Make durable what is committed within, whatever ends the work."""
+        """Make durable what is committed within the context, however it ends."""
         try:
             yield
         except BaseException:

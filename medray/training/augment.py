@@ -156,7 +156,7 @@ def _waves(pixels: float, images: torch.Tensor, seed: int) -> torch.Tensor:
 def _sample(
     images: torch.Tensor, masks: torch.Tensor, places: torch.Tensor, fill: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take pixels from places (N, S, S, 2): images between four, masks the nearest."""
+    """Sample pixels at places (N, S, S, 2): bilinear for images, nearest for masks."""
     padding = _PADDING.get(fill, "zeros")
     pixels = 255 - images if fill == "white" else images
     found = functional.grid_sample(

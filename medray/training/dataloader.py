@@ -163,7 +163,7 @@ class Readers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes, with what they have at hand."""
+        """End the processes, with the batches in progress."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for reader in self._all:
             reader.close()
@@ -209,7 +209,7 @@ class Readers:
     def _read_by(
         self, reader: Isolated, source: Source, indices: Sequence[BatchIndex]
     ) -> list[Batch | Exception]:
-        """Have a process read batches."""
+        """Read batches in one of the processes."""
         try:
             memory = self._free.get_nowait()
         except queue.Empty:
@@ -268,7 +268,7 @@ class _Shared:
         self._offsets: dict[int, int] = {}  # of arrays, by their address
 
     def clear(self) -> None:
-        """Put what comes where the first array was."""
+        """Reuse the memory from the first array on."""
         self._end, self._offsets = 0, {}
 
     def stack(self, arrays: Sequence[UInt8]) -> UInt8:

@@ -170,7 +170,7 @@ def hooked(
     stages: Sequence[Stage],
     hook_of: Callable[[Stage], Callable[..., Any]],
 ) -> Iterator[None]:
-    """Have the outputs of stages go through hooks."""
+    """Register hooks on the outputs of stages, as long as the context lasts."""
     handles = [
         encoder.get_submodule(stage.name).register_forward_hook(hook_of(stage))
         for stage in stages

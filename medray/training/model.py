@@ -45,7 +45,7 @@ class TrainingModel:
                 them (`model_config.morphology`).
 
         Raises:
-            ConfigError: It, its weights or its teacher are not to be had.
+            ConfigError: It, its weights or its teacher are not available.
         """
         self.recipe, self.model_config, self.device = recipe, model_config, world.device
         self.total_steps = total_steps

@@ -27,7 +27,7 @@ def build_network(recipe: Recipe, classes: int) -> nn.Module:
     """Build the network that a recipe starts from.
 
     Raises:
-        ConfigError: It, its weights or the model to prune are not to be had, or it
+        ConfigError: It, its weights or the model to prune are not available, or it
             cannot go through the phases.
     """
     network = _build(recipe, classes)

@@ -69,7 +69,7 @@ class Progress:
         self.losses[index] = torch.where(known.isnan(), new, mixed)
 
     def note_damage(self, batches: Sequence[Batch]) -> None:
-        """Note damaged training patches.
+        """Record damaged training patches.
 
         Raises:
             FormatError: They are too many to be left out.
@@ -100,7 +100,7 @@ class Progress:
     def end_epoch(
         self, steps: int, crops: int, seconds: float, scores: Row, scale: Scale
     ) -> Row:
-        """Note the end of an epoch, and return its entry.
+        """Record the end of an epoch, and return its entry.
 
         Args:
             steps: Of an epoch.

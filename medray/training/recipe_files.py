@@ -76,7 +76,7 @@ def list_recipes() -> RecipeList:
 def is_path(recipe: str) -> bool:
     """Return whether a recipe is given by path: with a `/` or the ending `.yaml`.
 
-    All else is a name, whatever lies in the working directory.
+    All else is a name, even if the working directory has such a file.
     """
     return "/" in recipe or recipe.endswith(".yaml")
 

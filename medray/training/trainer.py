@@ -79,7 +79,7 @@ class Trainer:
                 them (`model_config.morphology`).
 
         Raises:
-            ConfigError: The model, its weights or its teacher are not to be had.
+            ConfigError: The model, its weights or its teacher are not available.
         """
         self.world, self.recipe, self.steps = world, recipe, steps
         torch.manual_seed(recipe.seed)
@@ -165,7 +165,7 @@ class Trainer:
         now.seconds += time.perf_counter() - start
 
     def _next_step(self, batches: Iterator[Batch], out: str) -> float:
-        """Take this worker's micro batches, do a step, and return its loss."""
+        """Do a step on this worker's next micro batches, and return its loss."""
         now, share = self.progress, self.world.share(self.recipe.micro_batches)
         name = f"epoch-{now.epoch}-step-{now.step}-rank-{self.world.rank}"
         micro_batches: list[Batch] = []

@@ -97,7 +97,7 @@ def view(
         announce: Receives once what is served, and where.
 
     Raises:
-        ConfigError: There is no such run, or the port cannot be had.
+        ConfigError: There is no such run, or the port is not available.
         StoppedError: A signal ended it.
     """
     viewed = open_viewed(run, report=report, truth=truth, slides=slides)

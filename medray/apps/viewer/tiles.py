@@ -167,7 +167,7 @@ def _opened(
     scene: int | None,
     plane: int | None,
 ) -> Slide:
-    """Keep the slides at hand open; the fingerprint identifies a replaced file."""
+    """Keep recently used slides open; the fingerprint identifies a replaced file."""
     # With an annotation that restricts the run, both have its fingerprint and digest
     # behind.
     same = f"{fingerprint} ".startswith(f"{now} ")
