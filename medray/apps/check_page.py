@@ -31,7 +31,7 @@ _MAX_PICTURES = 500  # of a page, some 50 kB each; slides.csv has all slides
 
 
 def draw_marks(slide: Slide, marks: Annotation, classes: Classes) -> bytes:
-    """Draw a slide small, with the outlines of what `rasterise` makes of its areas.
+    """Draw a thumbnail of a slide, with its areas outlined as `rasterise` draws them.
 
     Areas too small to be seen are dots. A dashed line is the border of what is
     annotated if the slide is so only in part; hatched is what cannot be read.

@@ -34,7 +34,7 @@ def leave(within: float) -> str:
         within: Seconds until the node is ended.
 
     Returns:
-        What came of it, in words.
+        The result, in words.
     """
     deadline = time.monotonic() + within
     raylet = _raylet_here()

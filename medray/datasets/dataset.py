@@ -1,4 +1,4 @@
-"""A dataset: what ingest makes of slides and annotations, and train reads.
+"""A dataset: what ingest writes from slides and annotations, and train reads.
 
 DATASET/
 dataset.yaml              classes and how the slides were cut (DatasetSettings)

@@ -47,7 +47,7 @@ from medray.types import Columns, Executor, Row
 
 @dataclass(frozen=True)
 class Images:
-    """What became of images in class folders.
+    """The result of an ingest of images in class folders.
 
     Attributes:
         out: Folder of the dataset.
@@ -165,7 +165,7 @@ def ingested_before(out: str, request: str) -> Images | None:
 
 
 def _counted(out: str, rows: Sequence[Row], seconds: float) -> Images:
-    """Return what became of the images of images.parquet."""
+    """Return the counts of the images of images.parquet."""
     failed = {r["image"]: r["message"] for r in rows if r["status"] == "failed"}
     done = sum(row["status"] == "done" for row in rows)
     return Images(out, done, 0, len(rows) - done - len(failed), failed, seconds)

@@ -61,7 +61,7 @@ def draw_overlay(
 
 
 def draw_change(rgb: UInt8, truth: UInt8, before: UInt8, after: UInt8) -> bytes:
-    """Draw how two predictions agree with the truth, and what became of their errors.
+    """Draw how two predictions agree with the truth, and how their errors changed.
 
     Args:
         rgb: (h, w, 3) uint8, the slide at any coarse level.

@@ -27,7 +27,7 @@ from medray.slides import bounded_memory
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a row.
+    """The result of a row.
 
     Attributes:
         kind: `done`; `bug`: the function raised what it may not; `lost`: the row was
@@ -173,7 +173,7 @@ def _opened(path: Path) -> IO[str]:
 def _answer(
     feed: Any, function: Callable[[Any], Any], head: Head, row: Any, file: IO[str]
 ) -> bytes:
-    """Return what became of a row, pickled; end this process if it hangs."""
+    """Return the result of a row, pickled; end this process if it hangs."""
     # A thread of C's: it also fires while native code holds the interpreter's lock.
     arm = functools.partial(
         faulthandler.dump_traceback_later, head.timeout, exit=True, file=file

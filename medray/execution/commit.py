@@ -402,7 +402,7 @@ class Commit:
 def outcome_columns(
     slide: SlideInput, digest: str, status: str, message: str
 ) -> Columns:
-    """Return the columns of slides.parquet that say what became of a slide."""
+    """Return the columns of slides.parquet with the outcome of a slide."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "slide": slide.slide,

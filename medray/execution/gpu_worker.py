@@ -178,7 +178,7 @@ class GpuWorker:
     def _predicted(
         self, ahead: _ReadAhead
     ) -> Iterator[_Predicted | Failure | HandedBack]:
-        """Yield what became of each region, in their order."""
+        """Yield the result of each region, in their order."""
         waiting: deque[_Read] = deque()  # their results are to come, in their order
         passing: deque[list[_Predicted | Failure | HandedBack]] = deque([[]])
 

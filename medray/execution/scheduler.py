@@ -87,7 +87,7 @@ def run_on_ray(
     Args:
         stage: What is done.
         todo: The slides.
-        commit: Notes what came of each task.
+        commit: Records the result of each task.
         check: Raises if it may not go on.
 
     Raises:
@@ -136,7 +136,7 @@ def schedule(
         todo: The slides.
         slide_workers: Plan and finish slides.
         gpu_workers: Do regions.
-        commit: Notes what came of each task.
+        commit: Records the result of each task.
         batch: How many regions a worker is given at once.
         check: Raises if it may not go on.
 

@@ -137,7 +137,7 @@ class FinishTask[Facts, Record]:
 
     Attributes:
         slide: The slide.
-        records: What came of each region, by its index.
+        records: The record of each region, by its index.
     """
 
     slide: PlannedSlide[Facts]

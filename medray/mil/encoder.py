@@ -38,7 +38,7 @@ class TilePixels:
 
 @dataclass(frozen=True)
 class TileFeatures:
-    """What the encoder makes of a region.
+    """The features of a region's tiles.
 
     Attributes:
         features: (N, D) float16 or float32.

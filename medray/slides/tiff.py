@@ -101,7 +101,7 @@ class TiffSlide(Slide):
                 )
 
     def _check_33007(self, page: Any) -> None:
-        """Raise an error for Aperio's raw YCbCr, which is numbered as a kind of JPEG."""
+        """Raise an error for Aperio's raw YCbCr, numbered as a kind of JPEG."""
         if page.keyframe.compression != _ALT_JPEG:
             return
         places = zip(page.dataoffsets, page.databytecounts, strict=False)
