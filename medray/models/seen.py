@@ -1,4 +1,4 @@
-"""Which images or slides a model was trained on: a list in its folder. No torch."""
+"""Which images or slides a model has seen: a list in its folder. No torch."""
 
 from __future__ import annotations
 
