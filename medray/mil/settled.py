@@ -201,7 +201,7 @@ def _check_splits(slides: list[Row], classes: Sequence[str], uri: str) -> None:
 def _provenance(
     settings: SlideRecipe, encoder_digest: str, slides: list[Row], data: str
 ) -> Row:
-    """Return a training's provenance: a digest of recipe, features and labels."""
+    """Return a training's provenance; its digest names recipe, features and labels."""
     plain = [to_dict(settings), encoder_digest, slides]
     return {
         "digest": named_digest(json.dumps(plain).encode()),
