@@ -82,7 +82,7 @@ class Stage[Facts, Part, Seen, Record, Finished]:
 
     What they raise is the slide's failure, if it is a MedrayError or OSError. A
     StoreError that `plan` and `read` raise is the fault of the slides' store; one of
-    `create`, `write` and `finish` that of the stage's, which then stops.
+    `create`, `write` and `finish` that of the stage's store; the stage then stops.
 
     Attributes:
         name: Of the command, for progress and logs.
