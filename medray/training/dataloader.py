@@ -3,6 +3,8 @@
 A batch is the few crops that go through the network together: a micro batch of a step,
 or some of the validation patches. The process that reads it writes its arrays into
 memory of the training's process, which views them where they lie.
+
+One file, because what writes and what views that memory must agree on its layout.
 """
 
 from __future__ import annotations
