@@ -152,6 +152,18 @@ def gpus() -> int:
     return gpus_of(ray.nodes())
 
 
+def predicts_on_gpus() -> bool:
+    """Tell whether GPU workers have GPUs, there or to come on request.
+
+    A GPU that Ray only pretends to have is none: of a real one its node says the type.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = [node for node in nodes if node.get("GPU")]
+    if not there:
+        return bool(gpus())
+    return any(name.startswith("accelerator_type:") for n in there for name in n)
+
+
 def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of GPUs that a cluster of these nodes has, or may have.
 

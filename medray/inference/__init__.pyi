@@ -21,6 +21,7 @@ from .run import LAYERS as LAYERS
 from .run import Options as Options
 from .run import RunSettings as RunSettings
 from .run import against_plan as against_plan
+from .run import choose_compile as choose_compile
 from .run import layer_uri as layer_uri
 from .run import mask_uri as mask_uri
 from .run import probabilities_uri as probabilities_uri

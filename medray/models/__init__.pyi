@@ -3,9 +3,11 @@ from . import exported as exported
 from .canvas import RegionClasses as RegionClasses
 from .canvas import RegionPixels as RegionPixels
 from .classifiers import build_classifier as build_classifier
+from .compiled import Compiled as Compiled
 from .config import TURNS as TURNS
 from .config import WEIGHTS as WEIGHTS
 from .config import Architecture as Architecture
+from .config import Compile as Compile
 from .config import ModelConfig as ModelConfig
 from .config import Morphology as Morphology
 from .config import Precision as Precision
@@ -24,6 +26,7 @@ from .network import Network as Network
 from .network import Normalise as Normalise
 from .network import choose_device as choose_device
 from .network import choose_precision as choose_precision
+from .network import chooses_to_compile as chooses_to_compile
 from .network import folded as folded
 from .network import standardise as standardise
 from .pictures import first_kernels as first_kernels
