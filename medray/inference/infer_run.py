@@ -37,6 +37,7 @@ from medray.execution import (
     settle_executor,
 )
 from medray.geometry import Rectangle, region_side, region_windows
+from medray.inference.compiling import settle_compile
 from medray.inference.plan import coarse_mask, plan_slide
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import (
@@ -60,7 +61,6 @@ from medray.inference.run import (
     create_mask,
     open_run,
     raw_uri,
-    settle_compile,
 )
 from medray.inference.slide_rows import slide_row
 from medray.models import (

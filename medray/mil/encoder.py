@@ -210,7 +210,6 @@ class Embedder:
             self._pool = ThreadPoolExecutor(
                 threads, "embed", torch.set_num_threads, (1,)
             )
-        self._compiled = compiled
         if compiled:
             side = encoder.tile
             self._network = Compiled(
@@ -283,15 +282,11 @@ class Embedder:
     @torch.inference_mode()
     def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Map (N, S, S, 3) uint8 to (N, D) float32."""
-        count = len(tiles)
-        if self._compiled and count < self._batch:  # which takes whole batches only
-            rest = tiles.new_zeros((self._batch - count, *tiles.shape[1:]))
-            tiles = torch.cat([tiles, rest])
         pixels = tiles.to(self._device).permute(0, 3, 1, 2)
         inputs = pixels.float().mul_(self._scale).add_(self._shift)
         enabled = self._autocast != torch.float32
         with torch.autocast(self._device.type, self._autocast, enabled=enabled):
-            features = self._network(inputs)[:count]
+            features = self._network(inputs)
         return features.float()
 
 

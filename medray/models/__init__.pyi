@@ -26,7 +26,6 @@ from .network import Network as Network
 from .network import Normalise as Normalise
 from .network import choose_device as choose_device
 from .network import choose_precision as choose_precision
-from .network import chooses_to_compile as chooses_to_compile
 from .network import folded as folded
 from .network import standardise as standardise
 from .pictures import first_kernels as first_kernels

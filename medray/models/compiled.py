@@ -1,7 +1,7 @@
 """A network compiled for one device by AOTInductor, kept on this machine's disk.
 
     CACHE/KEY/          a package and the digests of its files; whole if it is there
-    CACHE/KEY.new/      one that is being made, and all that its compiler writes
+    CACHE/KEY.new-X/    one that is being made, and all that its compiler writes
     CACHE/KEY.lock      held by who makes or loads it
 
 KEY is made of all that decides a package: the exported network, its weights, the shape
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -30,7 +28,6 @@ import shutil
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,15 +36,13 @@ import torch
 from torch import nn
 
 from medray.errors import ConfigError, MedrayError, StoreError
+from medray.models.compiler import OPTIONS, in_a_line, write_package
 
 log = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "MEDRAY_COMPILE_CACHE"
 """Folder of the packages, on a disk of this machine."""
 
-# A package that is made again gives the same bits: no choice is made by timing, and
-# kernels for processors are of one thread (the predictor's threads share nothing).
-_OPTIONS = {"deterministic": True, "max_autotune": False, "cpp.threads": 1}
 _LOOK_S, _WAIT_S = 0.2, 1800.0
 _DIGESTS = "digests.json"
 _ADVICE = f"set {FOLDER_VARIABLE} to a folder on another disk, or give --compile off"
@@ -67,7 +62,7 @@ def cache_folder() -> Path:
 
 
 class Compiled:
-    """A compiled network, to be called with batches of the one shape it is made for."""
+    """A compiled network, to be called with batches of the shape it is made for."""
 
     def __init__(
         self,
@@ -107,10 +102,17 @@ class Compiled:
             self._run = self._load(entry, program, device, name, threads)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map a batch of the shape, of any float dtype, to the network's output."""
-        if inputs.shape != self._shape:
+        """Map a batch, of any float dtype, to the network's output.
+
+        One with fewer images than the shape has is filled up with zeros for the while.
+        """
+        count, most = len(inputs), self._shape[0]
+        if count > most or inputs.shape[1:] != self._shape[1:]:
             raise ValueError(f"compiled for {self._shape}, found {tuple(inputs.shape)}")
-        return self._run(self._inputs(inputs))
+        if count < most:
+            rest = inputs.new_zeros((most - count, *inputs.shape[1:]))
+            inputs = torch.cat([inputs, rest])
+        return self._run(self._inputs(inputs))[:count]
 
     def _inputs(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.to(self._dtype, memory_format=torch.channels_last)
@@ -123,14 +125,16 @@ class Compiled:
             try:
                 return self._tried(entry, device, threads)
             except Exception as error:  # of another machine's libraries, say
-                log.warning("%s: cannot be loaded, made again (%s)", entry, _one(error))
+                log.warning(
+                    "%s: cannot be loaded, made again (%s)", entry, in_a_line(error)
+                )
         _make(entry, program, device, name)
         try:
             return self._tried(entry, device, threads)
         except Exception as error:
             raise ConfigError(
                 f"compile: {name} was compiled to {entry}, which cannot be loaded: "
-                f"{_one(error)}; give --compile off"
+                f"{in_a_line(error)}; give --compile off"
             ) from error
 
     def _tried(self, entry: Path, device: torch.device, threads: int) -> _Run:
@@ -157,14 +161,8 @@ def _export(network: nn.Module, example: torch.Tensor, name: str) -> Any:
     except Exception as error:  # whatever the network's author wrote
         raise ConfigError(
             f"compile: torch.export cannot follow {name} in {example.dtype}: "
-            f"{_one(error)}; give --compile off"
+            f"{in_a_line(error)}; give --compile off"
         ) from error
-
-
-def _one(error: BaseException) -> str:
-    """Return what an error says, on one line, without a compiler's command."""
-    said = str(error).split("\nOutput:\n")[-1]
-    return " ".join(f"{type(error).__name__}: {said}".split())[:300]
 
 
 # --- names ----------------------------------------------------------------------------
@@ -187,7 +185,7 @@ def _key(
         "processor": sorted(name for name, has in able.items() if has is True),
         "machine": (platform.machine(), platform.libc_ver(), sys.version_info[:2]),
         "torch": (torch.__version__, str(torch.version.git_version)),
-        "options": _OPTIONS,
+        "options": OPTIONS,
     }
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     for of in (program.state_dict, program.constants):
@@ -255,32 +253,25 @@ def _written(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _not_written(folder, error) from error
-
-
-def _not_written(folder: Path, error: BaseException) -> StoreError:
-    return StoreError(
-        f"{folder}: compiled networks are kept here, and it cannot be written "
-        f"({_one(error)}); free space or give this user permission, {_ADVICE}"
-    )
+        raise StoreError(
+            f"{folder}: compiled networks are kept here, and it cannot be written "
+            f"({in_a_line(error)}); free space or give this user permission, {_ADVICE}"
+        ) from error
 
 
 def _make(entry: Path, program: Any, device: torch.device, name: str) -> None:
     """Compile a network; the entry is there, whole, when this returns."""
-    _check_compiler(name)
-    new = entry.with_suffix(".new")
     start = time.monotonic()
+    with _written(entry.parent):
+        if entry.exists():  # broken
+            shutil.rmtree(entry)
+        # Of a process that was killed; its compiler may be at work for a while yet.
+        for left in entry.parent.glob(f"{entry.name}.new-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(prefix=f"{entry.name}.new-", dir=entry.parent))
     try:
         with _written(entry.parent):
-            for left in (entry, new):  # broken, or of a process that was killed
-                if left.exists():
-                    shutil.rmtree(left)
-            new.mkdir()
-        _compile(program, new, device, name)
-        with _written(entry.parent):
-            package = new / "package"
-            with zipfile.ZipFile(new / "network.pt2") as archive:
-                archive.extractall(package)
+            package = write_package(program, new, device, name)
             (package / _DIGESTS).write_text(json.dumps(_digests(package)))
             for path in package.rglob("*"):
                 _flush(path)
@@ -297,106 +288,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _compile(program: Any, new: Path, device: torch.device, name: str) -> None:
-    from torch._inductor.utils import fresh_cache
-
-    tempfile.gettempdir()  # is chosen once, and not to be what is set here
-    search = _cuda_links(new) if device.type == "cuda" else {}
-    with contextlib.ExitStack() as stack:
-        # Compilers' files lie here too, for a process that is killed leaves them.
-        stack.enter_context(_environment({"TMPDIR": str(new)} | search))
-        stack.enter_context(_cuda_headers() if search else contextlib.nullcontext())
-        # With nothing of an earlier compilation, and nothing left for a later one.
-        stack.enter_context(fresh_cache(dir=str(new), delete=False))
-        try:
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(new / "network.pt2"),
-                inductor_configs={**_OPTIONS},  # which it adds to
-            )
-        except Exception as error:  # of torch, of Triton, of the compiler
-            if _is_of_disk(error):
-                raise _not_written(new.parent, error) from error
-            raise ConfigError(
-                f"compile: torch cannot compile {name} for {device}: {_one(error)}; "
-                f"give --compile off"
-            ) from error
-
-
-def _is_of_disk(error: BaseException) -> bool:
-    """Tell whether a compiler could not write; it says so in words alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    return any(os.strerror(code) in str(error) for code in codes)
-
-
-def _check_compiler(name: str) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"compile: {name} is to be compiled, and there is no C++ compiler "
-            f"{compiler} on this machine ({platform.node()}); install one (Debian: "
-            f"apt-get install g++), name one in CXX, or give --compile off"
-        )
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-# --- CUDA -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _cuda_headers() -> Iterator[None]:
-    """Show the compiler the headers that come with torch.
-
-    A machine without CUDA's toolkit has no others, and one with it may have those of
-    another version.
-    """
-    from torch.utils import cpp_extension
-
-    before, found = cpp_extension.CUDA_HOME, cuda_home()
-    if found is not None:
-        cpp_extension.CUDA_HOME = str(found)
-    try:
-        yield
-    finally:
-        cpp_extension.CUDA_HOME = before
-
-
-def cuda_home() -> Path | None:
-    """Return the folder of CUDA's headers that PyTorch's packages bring."""
-    found = importlib.util.find_spec("nvidia")
-    for place in (found.submodule_search_locations or ()) if found else ():
-        for header in sorted(Path(place).glob("cu*/include/cuda.h")):
-            return header.parent.parent
-    return None
-
-
-def _cuda_links(new: Path) -> dict[str, str]:
-    """Show the linker the driver's library: where it finds it, for the environment.
-
-    A driver often comes without the name (libcuda.so) that a linker looks for; torch
-    has loaded it.
-    """
-    links = new / "driver"
-    links.mkdir()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if os.path.basename(path).startswith("libcuda.so"):
-            (links / "libcuda.so").symlink_to(path)
-            break
-    others = os.environ.get("LIBRARY_PATH")
-    return {"LIBRARY_PATH": f"{links}:{others}" if others else f"{links}"}

@@ -142,7 +142,7 @@ class Predictor:
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S).
 
-        Compiled it takes whole batches only: N is `batch`.
+        N is `batch` at most where it is compiled.
         """
         return self._networks[0](pixels)
 

@@ -1,10 +1,12 @@
 """Compiled networks: equal to eager ones, made once, and never half made."""
 
+import ctypes
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,13 @@ from torch import nn
 from medray.classes import Classes
 from medray.errors import ConfigError, StoreError
 from medray.geometry import Windows
-from medray.models.compiled import Compiled, cuda_home
+from medray.models.compiled import Compiled
+from medray.models.compiler import (
+    _cuda_headers,
+    _cuda_links,
+    _environment,
+    cuda_home,
+)
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.exported import Exported
 from medray.models.folder import _build
@@ -102,9 +110,12 @@ def test_it_is_the_network(own: Path) -> None:
     assert {path.suffix for path in own.iterdir()} == {"", ".lock"}
 
 
-def test_it_takes_batches_of_its_shape_only(own: Path) -> None:
-    with pytest.raises(ValueError, match=r"compiled for \(2, 3, 64, 64\)"):
-        compiled()(images((1, 3, 64, 64)))
+def test_it_takes_batches_of_its_shape_or_shorter_ones(own: Path) -> None:
+    made, inputs = compiled(), images()
+    assert torch.equal(run(made, inputs[:1]), run(made, inputs)[:1])
+    for shape in ((3, 3, 64, 64), (2, 3, 32, 64)):
+        with pytest.raises(ValueError, match=r"compiled for \(2, 3, 64, 64\)"):
+            made(images(shape))
 
 
 def test_a_package_that_is_there_is_loaded(
@@ -171,7 +182,7 @@ def test_a_package_made_elsewhere_gives_the_same_bits(
 def test_what_is_left_of_a_compiler_is_removed(own: Path) -> None:
     entry = entry_of(own)
     shutil.rmtree(entry)
-    left = entry.with_suffix(".new")
+    left = entry.with_suffix(".new-x")
     left.mkdir()
     (left / "network.pt2").write_bytes(b"half")
     compiled()
@@ -209,6 +220,32 @@ def test_a_disk_that_is_full_is_named(
     compiled()  # with room it is made
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of little room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount file systems")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_file_system_that_is_full_or_read_only_is_named(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(disk))
+    with pytest.raises(StoreError, match="No space left.*free space"):
+        compiled()
+    assert {path.suffix for path in disk.iterdir()} == {".lock"}
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(StoreError, match="Read-only.*MEDRAY_COMPILE_CACHE"):
+        compiled()
+    subprocess.run(["mount", "-o", "remount,rw,size=50m", str(disk)], check=True)
+    compiled()
+
+
 PROGRAM = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -237,7 +274,7 @@ def test_one_process_compiles_and_others_wait_for_it(
     folder = tmp_path / "cache"
     monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(folder))
     first = start()
-    wait_for(folder, "*.new")
+    wait_for(folder, "*.new-*")
     monkeypatch.setenv("CXX", "no-compiler")
     second = start()
     said = [process.communicate(timeout=200)[0] for process in (first, second)]
@@ -251,7 +288,7 @@ def test_a_compiler_that_is_killed_costs_itself_alone(
     folder = tmp_path / "killed"
     monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(folder))
     process = start()
-    new = wait_for(folder, "*.new/*/**/*.cpp").relative_to(folder).parts[0]
+    new = wait_for(folder, "*.new-*/*/**/*.cpp").relative_to(folder).parts[0]
     process.kill()
     process.communicate()
     assert (folder / new).exists()
@@ -367,8 +404,45 @@ def test_what_is_chosen_where() -> None:
         chooses_to_compile("on", exported, gpu)
 
 
+CUDA = """
+#include <torch/csrc/inductor/aoti_include/cuda.h>
+extern "C" int version() {
+    int found = 0;
+    cuDriverGetVersion(&found);
+    return found;
+}
+"""
+
+
 @pytest.mark.skipif(cuda_home() is None, reason="torch is built without CUDA")
-def test_the_headers_of_cuda_that_come_with_torch_are_found() -> None:
-    home = cuda_home()
-    assert home is not None
-    assert (home / "include" / "cuda_runtime_api.h").exists()
+def test_a_package_for_cuda_can_be_linked_by_what_comes_with_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch compiles and links one, without CUDA's toolkit, with a stand-in for the
+    driver: the one thing that a machine with a GPU brings."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *v) { return 0; }")
+    driver = tmp_path / "libcuda.so.1"
+    link = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(driver)]
+    subprocess.run([*link, str(tmp_path / "driver.c")], check=True)
+    ctypes.CDLL(str(driver))  # as torch has loaded the real one
+    source = tmp_path / "program.cpp"
+    source.write_text(CUDA)
+    new = tmp_path / "new"
+    new.mkdir()
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    search = _cuda_links(new)
+    assert (new / "driver" / "libcuda.so").resolve() == driver
+    with _environment(search), _cuda_headers():
+        options = CppTorchDeviceOptions(device_type="cuda", aot_mode=True)
+        assert str(cuda_home()) in " ".join(options.get_include_dirs())
+        builder = CppBuilder("program", [str(source)], options, str(tmp_path))
+        builder.build()
+    needed = subprocess.run(
+        ["readelf", "-d", builder.get_target_file_path()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "libcuda.so.1" in needed.stdout
