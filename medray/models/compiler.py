@@ -17,9 +17,15 @@ import torch
 
 from medray.errors import ConfigError
 
-OPTIONS = {"deterministic": True, "max_autotune": False, "cpp.threads": 1}
-"""So that a package that is made again gives the same bits: no choice is made by
-timing, and kernels for processors are of one thread, as the predictor's are."""
+OPTIONS = {
+    "deterministic": True,
+    "max_autotune": False,
+    "cpp.threads": 1,
+    "compile_threads": 1,
+}
+"""A package that is made again gives the same bits: no choice that rounds is made by
+timing, and kernels for processors are of one thread, as the predictor's are. There are
+no processes beside the one that compiles: they would stay, with memory of theirs."""
 
 
 def write_package(program: Any, new: Path, device: torch.device, name: str) -> Path:
@@ -104,7 +110,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cuda_headers() -> Iterator[None]:
-    """Show the compiler the headers that come with torch.
+    """Show the compiler the headers that come with Triton, which comes with torch.
 
     A machine without CUDA's toolkit has no others, and one with it may have those of
     another version.
@@ -121,11 +127,15 @@ def _cuda_headers() -> Iterator[None]:
 
 
 def cuda_home() -> Path | None:
-    """Return the folder of CUDA's headers that PyTorch's packages bring."""
-    found = importlib.util.find_spec("nvidia")
+    """Return the folder of CUDA's headers that Triton brings; None: it brings none.
+
+    PyTorch's own packages of CUDA lack some (crt/host_defines.h).
+    """
+    found = importlib.util.find_spec("triton")
     for place in (found.submodule_search_locations or ()) if found else ():
-        for header in sorted(Path(place).glob("cu*/include/cuda.h")):
-            return header.parent.parent
+        home = Path(place, "backends", "nvidia")
+        if (home / "include" / "cuda_runtime.h").exists():
+            return home
     return None
 
 
