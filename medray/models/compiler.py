@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -44,10 +45,9 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
     _check_compiler(name)
     from torch._inductor.utils import fresh_cache
 
-    search = _cuda_links(new) if device.type == "cuda" else {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(search))
-        stack.enter_context(_cuda_headers() if search else contextlib.nullcontext())
+        if device.type == "cuda":
+            stack.enter_context(cuda_toolkit(new))
         # With nothing of an earlier compilation, and nothing left for a later one.
         stack.enter_context(fresh_cache(dir=str(new), delete=False))
         try:
@@ -58,7 +58,8 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
             )
         except Exception as error:  # of torch, of Triton, of the compiler
             if (code := _code_of(error)) is not None:
-                raise OSError(code, in_a_line(error)) from error
+                said = f"{os.strerror(code)}: {in_a_line(error)}"
+                raise OSError(code, said) from error
             raise ConfigError(
                 f"compile: torch cannot compile {name} for {device}: "
                 f"{in_a_line(error)}; give --compile off"
@@ -91,10 +92,53 @@ def _check_compiler(name: str) -> None:
         )
 
 
+# --- CUDA -----------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def cuda_toolkit(new: Path) -> Iterator[None]:
+    """Show compiler and linker what of CUDA they need, where it is no matter what.
+
+    A machine may have no toolkit, or one of another version, so the headers are those
+    of Triton and of CUDA's package `cccl`, which come with torch; PyTorch's other
+    packages of CUDA lack some (crt/host_defines.h). A driver often comes without the
+    name that a linker looks for (libcuda.so); torch has loaded it.
+    """
+    from torch.utils import cpp_extension
+
+    links = new / "driver"
+    links.mkdir()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if os.path.basename(path).startswith("libcuda.so"):
+            (links / "libcuda.so").symlink_to(path)
+            break
+    search = {"LIBRARY_PATH": str(links)}
+    for target in _packaged("nvidia", "**/include/**/nv/target"):
+        search["CPATH"] = str(target.parent.parent)
+    before = cpp_extension.CUDA_HOME
+    for header in _packaged("triton", "backends/nvidia/include/cuda_runtime.h"):
+        cpp_extension.CUDA_HOME = str(header.parent.parent)
+    try:
+        with _environment(search):
+            yield
+    finally:
+        cpp_extension.CUDA_HOME = before
+
+
+def _packaged(package: str, pattern: str) -> Iterator[Path]:
+    """Yield a file of an installed package, the first that there is."""
+    found = importlib.util.find_spec(package)
+    for place in (found.submodule_search_locations or ()) if found else ():
+        yield from itertools.islice(sorted(Path(place).glob(pattern)), 1)
+
+
+@contextlib.contextmanager
+def _environment(first: dict[str, str]) -> Iterator[None]:
+    """Have paths searched before those that environment variables name."""
+    before = {name: os.environ.get(name) for name in first}
+    for name, path in first.items():
+        os.environ[name] = os.pathsep.join(filter(None, (path, before[name])))
     try:
         yield
     finally:
@@ -103,54 +147,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-# --- CUDA -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _cuda_headers() -> Iterator[None]:
-    """Show the compiler the headers that come with Triton, which comes with torch.
-
-    A machine without CUDA's toolkit has no others, and one with it may have those of
-    another version.
-    """
-    from torch.utils import cpp_extension
-
-    before, found = cpp_extension.CUDA_HOME, cuda_home()
-    if found is not None:
-        cpp_extension.CUDA_HOME = str(found)
-    try:
-        yield
-    finally:
-        cpp_extension.CUDA_HOME = before
-
-
-def cuda_home() -> Path | None:
-    """Return the folder of CUDA's headers that Triton brings; None: it brings none.
-
-    PyTorch's own packages of CUDA lack some (crt/host_defines.h).
-    """
-    found = importlib.util.find_spec("triton")
-    for place in (found.submodule_search_locations or ()) if found else ():
-        home = Path(place, "backends", "nvidia")
-        if (home / "include" / "cuda_runtime.h").exists():
-            return home
-    return None
-
-
-def _cuda_links(new: Path) -> dict[str, str]:
-    """Show the linker the driver's library: where it finds it, for the environment.
-
-    A driver often comes without the name (libcuda.so) that a linker looks for; torch
-    has loaded it.
-    """
-    links = new / "driver"
-    links.mkdir()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if os.path.basename(path).startswith("libcuda.so"):
-            (links / "libcuda.so").symlink_to(path)
-            break
-    others = os.environ.get("LIBRARY_PATH")
-    return {"LIBRARY_PATH": f"{links}:{others}" if others else f"{links}"}

@@ -1,4 +1,7 @@
-"""Trained models over regions: windows in, classes out, all on the device."""
+"""Trained models over regions: windows in, classes out, all on the device.
+
+One file, because it is the way of a window through the device, top to bottom.
+"""
 
 from __future__ import annotations
 

@@ -19,12 +19,7 @@ from medray.classes import Classes
 from medray.errors import ConfigError, StoreError
 from medray.geometry import Windows
 from medray.models.compiled import Compiled
-from medray.models.compiler import (
-    _cuda_headers,
-    _cuda_links,
-    _environment,
-    cuda_home,
-)
+from medray.models.compiler import cuda_toolkit
 from medray.models.config import Architecture, ModelConfig, Prediction
 from medray.models.exported import Exported
 from medray.models.folder import _build
@@ -414,7 +409,7 @@ extern "C" int version() {
 """
 
 
-@pytest.mark.skipif(cuda_home() is None, reason="torch is built without CUDA")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is without CUDA")
 def test_a_package_for_cuda_can_be_linked_by_what_comes_with_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,11 +427,10 @@ def test_a_package_for_cuda_can_be_linked_by_what_comes_with_torch(
     new = tmp_path / "new"
     new.mkdir()
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    search = _cuda_links(new)
-    assert (new / "driver" / "libcuda.so").resolve() == driver
-    with _environment(search), _cuda_headers():
+    with cuda_toolkit(new):
+        assert (new / "driver" / "libcuda.so").resolve() == driver
         options = CppTorchDeviceOptions(device_type="cuda", aot_mode=True)
-        assert str(cuda_home()) in " ".join(options.get_include_dirs())
+        assert not any("/usr/local" in path for path in options.get_include_dirs())
         builder = CppBuilder("program", [str(source)], options, str(tmp_path))
         builder.build()
     needed = subprocess.run(
