@@ -92,8 +92,7 @@ def embed(
         tissue: Least share of tissue of a tile.
         precision: Of the encoder's arithmetic; with float32 features are stored as
             float32, else as float16.
-        compile: Run the encoder compiled for the device (on), or as it is (off). auto:
-            compiled on a GPU.
+        compile: Compile the encoder for the device; auto: for a GPU.
         region: Side of a region in tiles; 0: about 3584 pixels.
         executor: Where it runs: Ray, processes of this machine, or this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.

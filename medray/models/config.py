@@ -134,8 +134,7 @@ class Prediction:
 
     Attributes:
         precision: Precision of the arithmetic. Blending is always float32.
-        compile: Run the networks compiled for the device (on), or as they are (off).
-            auto: compiled on a GPU.
+        compile: Compile the networks for the device; auto: for a GPU.
         stitch: Keep the core of each window, or average overlaps.
         tta: Predict mirrored (flips), turned (all) windows too. Takes the mean, and 4
             or 8 times as long.

@@ -70,8 +70,7 @@ def serve(
         token_file: File of the token that requests must carry, unless
             MEDRAY_SERVE_TOKEN has it.
         precision: Precision of the model's arithmetic.
-        compile: Run the network compiled for the device (on), or as it is (off). auto:
-            compiled on a GPU.
+        compile: Compile the network for the device; auto: for a GPU.
 
     Raises:
         ConfigError: The request is wrong, there is no model, or the port is taken.

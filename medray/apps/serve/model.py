@@ -138,8 +138,8 @@ class Served:
             report: Of `medray evaluate` of this classifier, for its temperature; "":
                 probabilities are not calibrated.
             precision: Of the arithmetic; classifiers of whole images take float32.
-            compile: Run the network compiled for the device, or as it is; classifiers
-                of whole images are not compiled. auto: compiled on a GPU.
+            compile: Compile the network for the device; auto: for a GPU. Classifiers of
+                whole images are not compiled.
             max_pixels: That an image may have, and that are worked on.
             threads: That predict on a CPU; by default one a core.
 

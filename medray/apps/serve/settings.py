@@ -25,7 +25,7 @@ class ServeSettings:
         model: Folder of the model.
         report: Of `medray evaluate` of a classifier of images, for its temperature.
         precision: Of the arithmetic.
-        compile: Run the network compiled for the device, or as it is.
+        compile: Compile the network for the device; auto: for a GPU.
         min_replicas: That are always there.
         max_replicas: That there are at most.
         cpus: Cores of a replica; 0: shares of the smallest node.
