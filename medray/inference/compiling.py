@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from medray.inference.run import RunSettings, read_run
+from medray.inference.run import RunSettings, open_run, read_run
 from medray.models import Compile
-from medray.storage import files
+from medray.storage import Ledger, files
 from medray.types import Executor
 
 
@@ -27,6 +27,24 @@ def settle_compile(settings: RunSettings, out: str, executor: Executor) -> RunSe
     chosen = choose_compile(kept, executor)
     options = replace(settings.options, prediction=replace(prediction, compile=chosen))
     return replace(settings, options=options)
+
+
+def is_empty(out: str) -> bool:
+    """Return whether a run has no region yet, and may be settled otherwise."""
+    ledger = Ledger(out)
+    done = any(row["status"] == "done" for row in ledger.slides.values())
+    return not done and not any(ledger.regions.values())
+
+
+def begin_not_compiled(settings: RunSettings, out: str) -> RunSettings:
+    """Begin an empty run again with its networks as they are; return its settings."""
+    prediction = replace(settings.options.prediction, compile="off")
+    settings = replace(
+        settings, options=replace(settings.options, prediction=prediction)
+    )
+    files.remove(files.join(out, "run.yaml"))
+    open_run(out, settings)
+    return settings
 
 
 def choose_compile(kept: Compile | None, executor: Executor) -> Compile:

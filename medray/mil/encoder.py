@@ -195,8 +195,8 @@ class Embedder:
             threads: That encode on a CPU; by default one a core.
 
         Raises:
-            ConfigError: float16 on a CPU, or a network that cannot be compiled.
-            StoreError: What is compiled cannot be kept.
+            ConfigError: float16 on a CPU.
+            CompileError: The network cannot be compiled.
         """
         self._device = choose_device()
         self._autocast = choose_precision(precision, self._device)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medray.errors import ConfigError, MedrayError, StoreError
+from medray.errors import CompileError, MedrayError
 from medray.models.compiler import OPTIONS, in_a_line, write_package
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ FOLDER_VARIABLE = "MEDRAY_COMPILE_CACHE"
 
 _LOOK_S, _WAIT_S = 0.2, 1800.0
 _DIGESTS = "digests.json"
+# Of a batch's outputs, relative (L2). Rounding in bfloat16 makes about 0.01 of it.
+_MOST_ERROR = 0.1
 _ADVICE = f"set {FOLDER_VARIABLE} to a folder on another disk, or give --compile off"
 
 type _Run = Callable[[torch.Tensor], torch.Tensor]
@@ -86,8 +88,9 @@ class Compiled:
             threads: That may call it at once.
 
         Raises:
-            ConfigError: It cannot be exported or compiled, or there is no compiler.
-            StoreError: The folder of packages cannot be written.
+            CompileError: It cannot be exported or compiled, or there is no compiler, or
+                the folder of packages cannot be written, or the package gives other
+                numbers than the network.
         """
         self._shape, self._dtype = shape, dtype
         # A copy: its caller may have it in another dtype.
@@ -99,7 +102,9 @@ class Compiled:
         """Of its weights on the device."""
         entry = cache_folder() / _key(program, shape, device, dtype)
         with _locked(entry):
-            self._run = self._load(entry, program, device, name, threads)
+            self._run, made = self._load(entry, program, device, name, threads)
+            if made:
+                self._check(network, entry, name)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map a batch, of any float dtype, to the network's output.
@@ -119,23 +124,42 @@ class Compiled:
 
     def _load(
         self, entry: Path, program: Any, device: torch.device, name: str, threads: int
-    ) -> _Run:
-        """Return the package of an entry that is locked; a broken one is made again."""
+    ) -> tuple[_Run, bool]:
+        """Return the package of an entry that is locked, and whether it was made now.
+
+        A broken one is made again.
+        """
         if entry.is_dir():
             try:
-                return self._tried(entry, device, threads)
+                return self._tried(entry, device, threads), False
             except Exception as error:  # of another machine's libraries, say
                 log.warning(
                     "%s: cannot be loaded, made again (%s)", entry, in_a_line(error)
                 )
         _make(entry, program, device, name)
         try:
-            return self._tried(entry, device, threads)
+            return self._tried(entry, device, threads), True
         except Exception as error:
-            raise ConfigError(
+            raise CompileError(
                 f"compile: {name} was compiled to {entry}, which cannot be loaded: "
                 f"{in_a_line(error)}; give --compile off"
             ) from error
+
+    def _check(self, network: nn.Module, entry: Path, name: str) -> None:
+        """Compare what was made with the network itself, on noise."""
+        noise = torch.Generator().manual_seed(0)
+        inputs = torch.randn(self._shape, generator=noise)
+        inputs = self._inputs(inputs.to(next(network.parameters()).device))
+        with torch.inference_mode():
+            wanted, found = network(inputs).float(), self._run(inputs).float()
+        error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-6))
+        if not error < _MOST_ERROR:
+            shutil.rmtree(entry)
+            raise CompileError(
+                f"compile: {name} was compiled, and gives other numbers than the "
+                f"network itself (relative error {error:.2g} on noise, at most "
+                f"{_MOST_ERROR}); give --compile off"
+            )
 
     def _tried(self, entry: Path, device: torch.device, threads: int) -> _Run:
         """Load a package and run it once, so that all of its files are in memory."""
@@ -159,7 +183,7 @@ def _export(network: nn.Module, example: torch.Tensor, name: str) -> Any:
         with torch.no_grad():
             return torch.export.export(network, (example,))
     except Exception as error:  # whatever the network's author wrote
-        raise ConfigError(
+        raise CompileError(
             f"compile: torch.export cannot follow {name} in {example.dtype}: "
             f"{in_a_line(error)}; give --compile off"
         ) from error
@@ -221,7 +245,7 @@ def _locked(entry: Path) -> Iterator[None]:
     """Have an entry to oneself.
 
     Raises:
-        StoreError: The folder cannot be written.
+        CompileError: The folder cannot be written.
         MedrayError: Whoever has it does not end.
     """
     with _written(entry.parent):
@@ -253,7 +277,7 @@ def _written(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(
+        raise CompileError(
             f"{folder}: compiled networks are kept here, and it cannot be written "
             f"({in_a_line(error)}); free space or give this user permission, {_ADVICE}"
         ) from error

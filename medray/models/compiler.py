@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from medray.errors import ConfigError
+from medray.errors import CompileError
 
 OPTIONS = {
     "deterministic": True,
@@ -39,7 +39,7 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
         name: What the network is called in errors.
 
     Raises:
-        ConfigError: It cannot be compiled, or there is no compiler.
+        CompileError: It cannot be compiled, or there is no compiler.
         OSError: The folder cannot be written.
     """
     _check_compiler(name)
@@ -60,7 +60,7 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
             if (code := _code_of(error)) is not None:
                 said = f"{os.strerror(code)}: {in_a_line(error)}"
                 raise OSError(code, said) from error
-            raise ConfigError(
+            raise CompileError(
                 f"compile: torch cannot compile {name} for {device}: "
                 f"{in_a_line(error)}; give --compile off"
             ) from error
@@ -85,7 +85,7 @@ def in_a_line(error: BaseException) -> str:
 def _check_compiler(name: str) -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise ConfigError(
+        raise CompileError(
             f"compile: {name} is to be compiled, and there is no C++ compiler "
             f"{compiler} on this machine ({platform.node()}); install one (Debian: "
             f"apt-get install g++), name one in CXX, or give --compile off"

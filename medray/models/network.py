@@ -154,8 +154,7 @@ class Network:
             threads: That call a compiled one.
 
         Raises:
-            ConfigError: It cannot be compiled.
-            StoreError: What is compiled cannot be kept.
+            CompileError: It cannot be compiled.
         """
         model = model.eval()
         if not isinstance(model, Exported):

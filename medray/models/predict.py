@@ -66,8 +66,8 @@ class Predictor:
             device: By default the GPU if there is one.
 
         Raises:
-            ConfigError: The models do not fit each other, or cannot be compiled.
-            StoreError: What is compiled cannot be kept.
+            ConfigError: The models do not fit each other.
+            CompileError: They cannot be compiled.
         """
         self.how = how or Prediction()
         self.device = device or choose_device()

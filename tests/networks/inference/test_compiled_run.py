@@ -9,12 +9,15 @@ import yaml
 
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
-from medray.errors import ConfigError
+from medray.errors import CompileError, ConfigError
+from medray.execution import Summary
 from medray.inference.compiling import choose_compile
 from medray.inference.infer_run import infer, settings_of
 from medray.inference.run import Options, read_run
 from medray.models.config import Compile, Prediction
 from medray.models.predict import Predictor
+from medray.storage import ledger
+from medray.types import Executor
 
 
 def options_of(how: Compile) -> Options:
@@ -108,6 +111,61 @@ def test_what_was_chosen_stands_in_the_run(
             executor="local",
         )
     assert masks(tmp_path) == before
+
+
+@pytest.mark.parametrize("executor", ["local", "processes"])
+def test_a_run_that_cannot_be_compiled_begins_again_not_compiled(
+    slides: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    executor: Executor,
+) -> None:
+    monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-compiler")
+
+    def run(how: Compile, out: str) -> Summary:
+        return infer(
+            [str(slides)],
+            model=str(model),
+            out=str(tmp_path / out),
+            options=options_of(how),
+            executor=executor,
+        )
+
+    with pytest.raises(CompileError, match="no-compiler"):
+        run("on", "run")
+    assert read_run(str(tmp_path / "run")).options.prediction.compile == "on"
+    done = run("auto", "run")  # which would go on compiled
+    assert (done.done, done.failed) == (1, {})
+    assert read_run(str(tmp_path / "run")).options.prediction.compile == "off"
+    run("off", "other")
+    assert masks(tmp_path / "run") == masks(tmp_path / "other")
+
+
+def test_a_run_with_compiled_regions_stays_compiled(
+    compiled: tuple[Path, Predictor],
+    slides: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, predictor = compiled
+    out = tmp_path / "run"
+    monkeypatch.setattr(ledger, "_FLUSH_S", 0)  # each region is durable at once
+    with pytest.raises(serial.CrashError):
+        serial.infer(slides, predictor, model, out, options_of("on"), crash_after=2)
+    monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(CompileError, match="--compile off"):
+        infer(
+            [str(slides)],
+            model=str(model),
+            out=str(out),
+            options=options_of("auto"),
+            executor="local",
+        )
+    assert read_run(str(out)).options.prediction.compile == "on"
 
 
 def test_the_digest_names_the_choice(model: Path) -> None:

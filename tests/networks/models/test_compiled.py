@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from medray.classes import Classes
-from medray.errors import ConfigError, StoreError
+from medray.errors import CompileError, ConfigError
 from medray.geometry import Windows
 from medray.models.compiled import Compiled
 from medray.models.compiler import cuda_toolkit
@@ -133,7 +133,7 @@ def test_another_network_or_dtype_has_another_package(
         (small(), (1, 3, 64, 64), torch.float32),
         (small(), SHAPE, torch.bfloat16),
     ):
-        with pytest.raises(ConfigError, match="no C\\+\\+ compiler no-compiler"):
+        with pytest.raises(CompileError, match="no C\\+\\+ compiler no-compiler"):
             Compiled(network, shape, CPU, dtype, name="small")
 
 
@@ -186,7 +186,7 @@ def test_what_is_left_of_a_compiler_is_removed(own: Path) -> None:
 
 
 def test_a_network_that_cannot_be_exported_is_named(own: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot follow deciding.*--compile off"):
+    with pytest.raises(CompileError, match="cannot follow deciding.*--compile off"):
         Compiled(Deciding().eval(), SHAPE, CPU, torch.float32, name="deciding")
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(StoreError, match="MEDRAY_COMPILE_CACHE .* --compile off"):
+    with pytest.raises(CompileError, match="MEDRAY_COMPILE_CACHE .* --compile off"):
         compiled()
 
 
@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_is_named(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(StoreError, match="free space .* --compile off"):
+        with pytest.raises(CompileError, match="free space .* --compile off"):
             compiled()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -231,11 +231,11 @@ def test_a_file_system_that_is_full_or_read_only_is_named(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(disk))
-    with pytest.raises(StoreError, match="No space left.*free space"):
+    with pytest.raises(CompileError, match="No space left.*free space"):
         compiled()
     assert {path.suffix for path in disk.iterdir()} == {".lock"}
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(StoreError, match="Read-only.*MEDRAY_COMPILE_CACHE"):
+    with pytest.raises(CompileError, match="Read-only.*MEDRAY_COMPILE_CACHE"):
         compiled()
     subprocess.run(["mount", "-o", "remount,rw,size=50m", str(disk)], check=True)
     compiled()
