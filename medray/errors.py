@@ -13,6 +13,10 @@ class ConfigError(MedrayError, ValueError):
     """The request is wrong: correct it and run again. Nothing has been done yet."""
 
 
+class CompileError(ConfigError):
+    """A network cannot be compiled for its device; without that it can be run."""
+
+
 class SlideError(MedrayError):
     """One slide or its annotation cannot be used: record it, go on with the others."""
 

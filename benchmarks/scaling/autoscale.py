@@ -299,7 +299,8 @@ def infer(
     """`medray infer`; gives what it answers."""
     command = [sys.executable, "-m", "medray.cli", "infer", str(slides), "--json"]
     command += ["--model", str(model), "--out", str(run), "--everywhere"]
-    command += ["--region", str(REGION), "--precision", "float32"]
+    # Its GPUs are none: what predicts are cores, for which compiling does not pay.
+    command += ["--region", str(REGION), "--precision", "float32", "--compile", "off"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:

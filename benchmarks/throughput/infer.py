@@ -5,7 +5,9 @@ precision and batch:
 
     bare    the model's forward over the windows, counted once, pixels in memory
     loop    one process: read the whole slide, predict, write the zarr (flat slides)
-    medray  `medray.infer`, Ray up: from the first read to the last commit, and whole
+    Ray, processes
+            `medray.infer`, Ray up, or by processes of this machine: from the first read
+            to the last commit, and whole
 
 Run: python -m benchmarks.throughput.infer --slides 16 --rounds 3 [--model MODEL]
      python -m benchmarks.throughput.infer --pyramid 20480 --rounds 1
@@ -41,6 +43,12 @@ from medray.models.predict import Predictor
 from medray.slides.opening import open_slide
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
+from medray.types import Executor
+
+EXECUTORS: tuple[tuple[str, Executor], ...] = (
+    ("Ray", "ray"),
+    ("processes", "processes"),
+)
 
 
 def count_windows(slides: list[Path], windows: Windows) -> int:
@@ -113,7 +121,7 @@ def loop(predictor: Predictor, slides: list[Path], out: Path) -> float:
 
 
 def medray(
-    model: str, slides: list[Path], out: Path, how: Prediction
+    model: str, slides: list[Path], out: Path, how: Prediction, executor: Executor
 ) -> dict[str, float]:
     start = time.perf_counter()
     infer(
@@ -121,6 +129,7 @@ def medray(
         model=model,
         out=str(out),
         options=Options(prediction=how, everywhere=True),
+        executor=executor,
     )
     whole = time.perf_counter() - start
     rows = read_table(str(out / "slides.parquet")).to_pylist()
@@ -186,14 +195,20 @@ def main(
             if not pyramid:
                 out = folder / f"loop{index}"
                 seconds["plain loop"] = loop(predictor, paths, out)
-            figures = medray(model, paths, folder / f"run{index}", how)
-            seconds["medray, first read to last commit"] = figures.pop("read_to_commit")
-            seconds["medray, whole stage"] = figures.pop("whole")
+            others: dict[str, dict[str, float]] = {}
+            for name, executor in EXECUTORS[:: -1 if index % 2 else 1]:
+                out = folder / f"{executor}{index}"
+                figures = medray(model, paths, out, how, executor)
+                read_to_commit = figures.pop("read_to_commit")
+                seconds[f"{name}, first read to last commit"] = read_to_commit
+                seconds[f"{name}, whole stage"] = figures.pop("whole")
+                others[f"{name}, whole stage"] = figures
             # Before and after: the machine's speed drifts.
             seconds["bare"] = (before + bare(predictor, paths, sample)) / 2
             for variant, one in seconds.items():
                 found.add(variant, **{"seconds": one, "windows/s": windows / one})
-            found.add("medray, whole stage", **figures)
+            for variant, figures in others.items():
+                found.add(variant, **figures)
         ray.shutdown()
     yield found
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import shapely
-from rasterio import features
-from rasterio.transform import Affine
 
 from medray.annotations.polygons import Area
 from medray.classes import Classes
@@ -57,6 +55,10 @@ def rasterise(
     parts, owners = parts[filled], owners[filled]
     rings, ring_parts = shapely.get_rings(parts, return_index=True)
     shells = np.searchsorted(ring_parts, np.arange(len(parts)))
+    # Imported here, where it is a process that draws: it brings boto3.
+    from rasterio import features
+    from rasterio.transform import Affine
+
     lengths = shapely.get_num_coordinates(rings)
     extents = shapely.bounds(rings).reshape(-1, 4).T / downsample
     for top in range(y // _BLOCK * _BLOCK, y + height, _BLOCK):

@@ -165,6 +165,7 @@ def evaluate(
     ids = [result.slide for result in results if result.status == "done"]
     about = describe_slides(ids, dataset, values.get(PATIENT, {}))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    prediction = settings.options.prediction
     metrics = write_report(
         out,
         title=f"Evaluation of {run.rsplit('/', 1)[-1]}",
@@ -184,11 +185,12 @@ def evaluate(
             "truth": truth.rsplit("/", 1)[-1],
             "slides": about,
             "inputs": inputs,
-            "precision": settings.options.prediction.precision,
+            "precision": prediction.precision,
             "window": f"{settings.windows.size} px, every {settings.windows.stride}",
-            "stitching": settings.options.prediction.stitch,
+            "stitching": prediction.stitch,
             "resolution": f"{settings.model_mpp or 'level 0'} um per pixel",
         }
+        | ({"compiled": "yes"} if prediction.compile == "on" else {})
         | against_plan(run, rows)
         | {f"version of {name}": v for name, v in settings.versions.items()},
         date=date,

@@ -152,6 +152,22 @@ def gpus() -> int:
     return gpus_of(ray.nodes())
 
 
+def predicts_on_gpus(nodes: Sequence[Mapping[str, Any]] | None = None) -> bool:
+    """Tell whether GPU workers have GPUs, there or to come on request.
+
+    A GPU that Ray only pretends to have is none: of a real one its node says the type.
+
+    Args:
+        nodes: As `ray.nodes` gives them, which it is asked for by default.
+    """
+    nodes = ray.nodes() if nodes is None else nodes
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    there = [node for node in alive if node.get("GPU")]
+    if not there:
+        return bool(gpus_of(nodes))
+    return any(name.startswith("accelerator_type:") for n in there for name in n)
+
+
 def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of GPUs that a cluster of these nodes has, or may have.
 

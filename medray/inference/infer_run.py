@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from medray.errors import ConfigError
+from medray.errors import CompileError, ConfigError
 from medray.execution import (
     Device,
     PlannedRegion,
@@ -37,6 +37,7 @@ from medray.execution import (
     settle_executor,
 )
 from medray.geometry import Rectangle, region_side, region_windows
+from medray.inference.compiling import begin_not_compiled, is_empty, settle_compile
 from medray.inference.plan import coarse_mask, plan_slide
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import (
@@ -64,6 +65,7 @@ from medray.inference.run import (
 from medray.inference.slide_rows import slide_row
 from medray.models import (
     check_runtime,
+    is_exported,
     model_digest,
     read_config,
     seen_by,
@@ -101,6 +103,8 @@ def infer(
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
             other settings, or another process works there.
+        CompileError: Networks cannot be compiled, as was asked for, or as what is there
+            was. Where it was left open (`auto`) the run is then not compiled.
         StoreError: OUT cannot be written, or the slides' store does not answer.
         StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
     """
@@ -108,12 +112,21 @@ def infer(
     settings = settings_of([model] if isinstance(model, str) else model, options)
     out = files.absolute(out)
     with locked(out, "infer") as check:
+        wanted = _wanted(slides, options)
+        executor = settle_executor(executor, [slide.uri for slide in wanted])
+        asked = settings.options.prediction.compile
+        settings = settle_compile(settings, out, executor)
         open_run(out, settings)
         # Kept with the run: its models may be gone when it is evaluated.
         if (seen := seen_by(settings.models)) is not None:
             write_seen(out, seen)
-        wanted = _wanted(slides, options)
-        executor = settle_executor(executor, [slide.uri for slide in wanted])
+        try:
+            return _infer(wanted, settings, out, executor, check)
+        except CompileError as error:
+            if asked != "auto" or not is_empty(out):
+                raise
+            log.warning("%s; nothing is done yet: it begins again not compiled", error)
+        settings = begin_not_compiled(settings, out)
         return _infer(wanted, settings, out, executor, check)
 
 
@@ -263,6 +276,8 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
     side = options.region or region_side(config.window, ome_zarr.PATCH)
     for folder in folders:
         check_runtime(folder)
+    if any(map(is_exported, folders)):
+        options = _not_compiled(options)
     deciding = ["medray", "torch", "tifffile", "imagecodecs", "zarr"]
     if any(weights_uri(folder).endswith(".onnx") for folder in folders):
         deciding.append("onnxruntime")
@@ -277,6 +292,17 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
         options=replace(options, region=side),
         versions={name: importlib.metadata.version(name) for name in deciding},
     )
+
+
+def _not_compiled(options: Options) -> Options:
+    """Return the options of a run of which a model is another runtime's."""
+    prediction = options.prediction
+    if prediction.compile == "on":
+        raise ConfigError(
+            "compile: a model of `medray export` is another runtime's and not "
+            "compiled; give --compile off, or the model that was trained"
+        )
+    return replace(options, prediction=replace(prediction, compile="off"))
 
 
 def _first_pass(

@@ -136,8 +136,6 @@ def _measure(settings: RunSettings, threads: int) -> _Measured:
     """Load the models as a GPU worker does, and time their windows for some seconds."""
     import resource
 
-    import torch
-
     from medray.models import Predictor
 
     predictor = Predictor.from_folders(
@@ -150,9 +148,8 @@ def _measure(settings: RunSettings, threads: int) -> _Measured:
         while time.perf_counter() - start < 1.0:
             windows += predictor.time_batches()
         each.append((time.perf_counter() - start) / windows)
-    gpu = predictor.device.type == "cuda"
     return _Measured(
         window_s=tuple(each),
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
-        device_bytes=torch.cuda.max_memory_allocated() if gpu else 0,
+        device_bytes=predictor.device_bytes,
     )

@@ -135,6 +135,9 @@ class RunSettings:
         # `patience` is what the timeout was called when digests of runs began.
         del options["timeout"]
         options |= {"patience": None, "mpp": None}
+        # Runs were not compiled when their digests began.
+        if options["prediction"]["compile"] != "on":
+            del options["prediction"]["compile"]
         return values
 
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from medray.datasets import with_overrides
@@ -25,7 +26,7 @@ from medray.execution import (
     run_stage,
     settle_executor,
 )
-from medray.inference import SlideFacts
+from medray.inference import SlideFacts, choose_compile
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     Bool,
@@ -40,9 +41,16 @@ from medray.mil.tiles import (
     tile_bytes,
     write_tiles,
 )
-from medray.models import Precision
+from medray.models import Compile, Precision
 from medray.slides import Slide, SlideFile, find_slides
-from medray.storage import Ledger, files, keep_settings, locked
+from medray.storage import (
+    Ledger,
+    files,
+    from_dict,
+    keep_settings,
+    locked,
+    read_yaml,
+)
 from medray.types import Executor, Layers
 
 # Side of a region in pixels, about.
@@ -62,6 +70,7 @@ def embed(
     tile: int = 224,
     tissue: float = 0.25,
     precision: Precision = "auto",
+    compile: Compile = "auto",
     region: int = 0,
     executor: Executor = "auto",
 ) -> Summary:
@@ -83,6 +92,7 @@ def embed(
         tissue: Least share of tissue of a tile.
         precision: Of the encoder's arithmetic; with float32 features are stored as
             float32, else as float16.
+        compile: Compile the encoder for the device; auto: for a GPU.
         region: Side of a region in tiles; 0: about 3584 pixels.
         executor: Where it runs: Ray, processes of this machine, or this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
@@ -110,7 +120,18 @@ def embed(
     with locked(out, "embed") as check:
         found = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
         executor = settle_executor(executor, [slide.uri for slide in found])
+        if compile == "auto":
+            compile = choose_compile(_kept(out), executor)
+        settings = replace(settings, compile=compile)
         return _embed(found, settings, out, executor, check)
+
+
+def _kept(out: str) -> Compile | None:
+    """Return whether what was begun is compiled; None: nothing was begun."""
+    uri = files.join(out, "features.yaml")
+    if not files.exists(uri):
+        return None
+    return from_dict(FeatureSettings, read_yaml(uri), uri).compile
 
 
 def _embed(
@@ -196,6 +217,7 @@ def _load(settings: FeatureSettings, threads: int) -> Any:
         settings.weights,
         settings.precision,
         settings.dtype,
+        compiled=settings.compile == "on",
         threads=threads,
     )
 

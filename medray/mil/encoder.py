@@ -21,7 +21,13 @@ from torch import nn
 
 from medray.errors import ConfigError
 from medray.mil.features import Encoder, Features
-from medray.models import Precision, choose_device, choose_precision, load_encoder
+from medray.models import (
+    Compiled,
+    Precision,
+    choose_device,
+    choose_precision,
+    load_encoder,
+)
 from medray.storage import files, named_digest
 
 # Pixels of a batch on a CPU, see medray.models.predict; tiles of one on a GPU.
@@ -175,6 +181,7 @@ class Embedder:
         precision: Precision,
         dtype: np.dtype[Any],
         *,
+        compiled: bool = False,
         threads: int | None = None,
     ) -> None:
         """Move the network to its device.
@@ -184,15 +191,18 @@ class Embedder:
             encoder: How it is fed.
             precision: Of its arithmetic.
             dtype: Of the features.
+            compiled: Compile the network for the device.
             threads: That encode on a CPU; by default one a core.
 
         Raises:
             ConfigError: float16 on a CPU.
+            CompileError: The network cannot be compiled.
         """
         self._device = choose_device()
         self._autocast = choose_precision(precision, self._device)
-        self._network, self._encoder, self._dtype = network, encoder, dtype
-        self._network = network.eval().to(self._device)
+        self._encoder, self._dtype = encoder, dtype
+        network = network.eval().to(self._device)
+        self._network: Callable[[torch.Tensor], torch.Tensor] = network
         self._batch, self._pool = _GPU_BATCH, None
         if self._device.type == "cpu":
             self._batch = max(1, _CPU_BATCH_PIXELS // encoder.tile**2)
@@ -200,6 +210,17 @@ class Embedder:
             self._pool = ThreadPoolExecutor(
                 threads, "embed", torch.set_num_threads, (1,)
             )
+        if compiled:
+            side = encoder.tile
+            self._network = Compiled(
+                network,
+                (self._batch, 3, side, side),
+                self._device,
+                self._autocast,
+                name=f"the encoder {encoder.name}",
+                threads=threads or 1,
+            )
+            self._autocast = torch.float32  # of none: it has cast all there is
         std = torch.tensor(encoder.std, device=self._device).reshape(1, 3, 1, 1)
         mean = torch.tensor(encoder.mean, device=self._device).reshape(1, 3, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -212,17 +233,20 @@ class Embedder:
         precision: Precision,
         dtype: np.dtype[Any],
         *,
+        compiled: bool = False,
         threads: int | None = None,
     ) -> Embedder:
         """Build the encoder with its weights.
 
         Raises:
-            ConfigError: The file is not there, or is not the one it was.
+            ConfigError: The file is not there, or is not the one it was; or as above.
         """
         network = _build(encoder.name, encoder.arguments, weights)
         if named_digest(files.read_bytes(weights)) != encoder.weights_digest:
             raise ConfigError(f"{weights}: changed while it was used; run again")
-        return cls(network, encoder, precision, dtype, threads=threads)
+        return cls(
+            network, encoder, precision, dtype, compiled=compiled, threads=threads
+        )
 
     def warm_up(self) -> None:
         """Run a batch: what is chosen at first use is then ready."""
@@ -262,7 +286,7 @@ class Embedder:
         inputs = pixels.float().mul_(self._scale).add_(self._shift)
         enabled = self._autocast != torch.float32
         with torch.autocast(self._device.type, self._autocast, enabled=enabled):
-            features: torch.Tensor = self._network(inputs)
+            features = self._network(inputs)
         return features.float()
 
 

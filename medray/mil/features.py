@@ -21,7 +21,7 @@ import numpy.typing as npt
 from medray.errors import ConfigError, FormatError, check_positive
 from medray.execution import PlannedSlide
 from medray.inference import SlideFacts
-from medray.models import Precision
+from medray.models import Compile, Precision
 from medray.storage import (
     files,
     from_dict,
@@ -77,6 +77,7 @@ class FeatureSettings:
         weights: File of its weights (absolute, or an address).
         tissue: Least share of tissue of a tile, 0 to 1.
         precision: Of the encoder's arithmetic.
+        compile: Whether it is compiled for the device.
         region: Side of a region in tiles.
         timeout: Seconds after which a process that reads or writes a region is taken
             to hang; decides nothing.
@@ -88,6 +89,7 @@ class FeatureSettings:
     tissue: float
     precision: Precision
     region: int
+    compile: Compile = "off"
     timeout: float = 300.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -110,6 +112,9 @@ class FeatureSettings:
         """Return what decides the features, as plain values."""
         values = to_dict(self) | {"weights": None, "patience": None}
         del values["timeout"]
+        # Encoders were not compiled when features began.
+        if self.compile != "on":
+            del values["compile"]
         return values
 
 
@@ -205,4 +210,4 @@ def provenance(
         "level0_height": facts.level0_height,
         "level0_width": facts.level0_width,
         "level0_tile": settings.encoder.tile * working.downsample,
-    }
+    } | ({"compile": "on"} if settings.compile == "on" else {})

@@ -3,9 +3,11 @@ from . import exported as exported
 from .canvas import RegionClasses as RegionClasses
 from .canvas import RegionPixels as RegionPixels
 from .classifiers import build_classifier as build_classifier
+from .compiled import Compiled as Compiled
 from .config import TURNS as TURNS
 from .config import WEIGHTS as WEIGHTS
 from .config import Architecture as Architecture
+from .config import Compile as Compile
 from .config import ModelConfig as ModelConfig
 from .config import Morphology as Morphology
 from .config import Precision as Precision

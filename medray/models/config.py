@@ -13,6 +13,7 @@ from medray.geometry import Stitch, Windows
 from medray.storage import files, read_folder_settings, to_dict
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Compile = Literal["auto", "on", "off"]
 Tta = Literal["none", "flips", "all"]
 Stain = Literal["none", "macenko"]
 
@@ -133,6 +134,7 @@ class Prediction:
 
     Attributes:
         precision: Precision of the arithmetic. Blending is always float32.
+        compile: Compile the networks for the device; auto: for a GPU.
         stitch: Keep the core of each window, or average overlaps.
         tta: Predict mirrored (flips), turned (all) windows too. Takes the mean, and 4
             or 8 times as long.
@@ -145,6 +147,7 @@ class Prediction:
     """
 
     precision: Precision = "auto"
+    compile: Compile = "auto"
     stitch: Stitch = "crop"
     tta: Tta = "none"
     vote: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from medray.errors import ConfigError
-from medray.models.config import ModelConfig, Precision
+from medray.models.compiled import Compiled
+from medray.models.config import Compile, ModelConfig, Precision
 from medray.models.exported import Exported
 from medray.models.stain import macenko
 
@@ -34,6 +37,23 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
         raise ConfigError("precision float16 needs a GPU; use bfloat16 or float32")
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
+
+
+def chooses_to_compile(
+    asked: Compile, models: Sequence[nn.Module], device: torch.device
+) -> bool:
+    """Tell whether models are compiled; `auto`: on a GPU, where all of them can be.
+
+    Raises:
+        ConfigError: A model that is another runtime's is to be compiled.
+    """
+    exported = any(isinstance(model, Exported) for model in models)
+    if asked == "on" and exported:
+        raise ConfigError(
+            "compile: a model that `medray export` made for another runtime is not "
+            "compiled; give --compile off, or the model that was trained"
+        )
+    return asked == "on" or (asked == "auto" and device.type == "cuda" and not exported)
 
 
 def _cpu_is_fast_in_bfloat16() -> bool:
@@ -118,13 +138,44 @@ class Network:
         config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        batch: int | None = None,
+        threads: int = 1,
     ) -> None:
-        """Fold what can be folded, and move the model."""
+        """Fold what can be folded, and move the model.
+
+        Args:
+            model: As it was loaded.
+            config: Its configuration.
+            device: Where it is to run.
+            dtype: Of its arithmetic: of autocast, or of the weights when compiled.
+            batch: Compile it for batches of so many windows, without measures of
+                cells; None: it is run as it is.
+            threads: That call a compiled one.
+
+        Raises:
+            CompileError: It cannot be compiled.
+        """
         model = model.eval()
         if not isinstance(model, Exported):
             model = folded(model)
         model = model.to(device)
-        self._model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+        self._run: Callable[..., torch.Tensor] = model
+        self.compiled_bytes = 0
+        """Of compiled weights on the device, which torch does not count."""
+        if batch is not None:
+            size, name = config.window.size, config.architecture
+            compiled = Compiled(
+                model,
+                (batch, 3, size, size),
+                device,
+                dtype,
+                name=f"{name.name} on {name.encoder}",
+                threads=threads,
+            )
+            self._run, self.compiled_bytes = compiled, compiled.bytes
+            dtype = torch.float32  # of no autocast: it has cast all there is
         self._device, self._dtype = device, dtype
         self._normalise = Normalise(config).to(device)
         self._config = config
@@ -141,7 +192,7 @@ class Network:
         with torch.autocast(
             self._device.type, self._dtype, enabled=self._dtype != torch.float32
         ):
-            logits: torch.Tensor = self._model(inputs, *beside)
+            logits = self._run(inputs, *beside)
         if logits.ndim == 2:
             logits = logits[:, :, None, None].expand(-1, -1, *inputs.shape[2:])
         return logits

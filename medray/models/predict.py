@@ -1,4 +1,7 @@
-"""Trained models over regions: windows in, classes out, all on the device."""
+"""Trained models over regions: windows in, classes out, all on the device.
+
+One file, because it is the way of a window through the device, top to bottom.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,12 @@ from medray.models.canvas import Canvas, RegionClasses, RegionPixels
 from medray.models.config import TURNS, ModelConfig, Prediction
 from medray.models.crf import refine
 from medray.models.folder import load_model
-from medray.models.network import Network, choose_device, choose_precision
+from medray.models.network import (
+    Network,
+    choose_device,
+    choose_precision,
+    chooses_to_compile,
+)
 
 # Pixels of a batch on a CPU: what it needs then fits the caches, and malloc keeps it
 # (larger blocks go back to the system and are faulted in again, a sixth of the time).
@@ -59,6 +67,7 @@ class Predictor:
 
         Raises:
             ConfigError: The models do not fit each other.
+            CompileError: They cannot be compiled.
         """
         self.how = how or Prediction()
         self.device = device or choose_device()
@@ -76,8 +85,19 @@ class Predictor:
             self._pool = ThreadPoolExecutor(
                 self.threads, "predict", torch.set_num_threads, (1,)
             )
+        self.compiled = chooses_to_compile(
+            self.how.compile, [model for model, _ in models], self.device
+        )
         self._networks = [
-            Network(model, config, self.device, self.dtype) for model, config in models
+            Network(
+                model,
+                config,
+                self.device,
+                self.dtype,
+                batch=self.batch if self.compiled else None,
+                threads=self.threads,
+            )
+            for model, config in models
         ]
         self._soft = (
             len(models) > 1
@@ -114,8 +134,19 @@ class Predictor:
             torch.cuda.synchronize()
         return self.threads * self.batch
 
+    @property
+    def device_bytes(self) -> int:
+        """Return the most memory of a GPU that it took so far; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        compiled = sum(network.compiled_bytes for network in self._networks)
+        return torch.cuda.max_memory_allocated() + compiled
+
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S)."""
+        """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S).
+
+        N is `batch` at most where it is compiled.
+        """
         return self._networks[0](pixels)
 
     def scores(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,18 @@ def test_gpus_that_may_come_are_counted_by_the_heads_label() -> None:
         gpus_of([node("many")])
 
 
+def test_a_gpu_that_ray_only_pretends_to_have_is_none() -> None:
+    from medray.execution.cluster import predicts_on_gpus
+
+    real = node(gpus=1.0)
+    real["Resources"]["accelerator_type:H200"] = 1.0
+    assert predicts_on_gpus([node(), real])
+    assert not predicts_on_gpus([node(), node(gpus=2.0)])
+    assert not predicts_on_gpus([node(), real | {"Alive": False}])
+    assert predicts_on_gpus([node("4"), node()])  # they come on request
+    assert not predicts_on_gpus([node("4"), node(gpus=2.0)])
+
+
 # --- the image ------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from medray.apps.serve.requests import Bounds
 from medray.apps.serve.settings import LEAST_TOKEN, TOKEN, ServeSettings, read_token
 from medray.errors import ConfigError, MedrayError, StoppedError
 from medray.execution import cluster, stopping
-from medray.models import Precision
+from medray.models import Compile, Precision
 from medray.storage import files
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def serve(
     timeout_s: float = 120.0,
     token_file: str = "",
     precision: Precision = "auto",
+    compile: Compile = "auto",
 ) -> Any:
     """Serve a model over HTTP until a signal comes.
 
@@ -69,6 +70,7 @@ def serve(
         token_file: File of the token that requests must carry, unless
             MEDRAY_SERVE_TOKEN has it.
         precision: Precision of the model's arithmetic.
+        compile: Compile the network for the device; auto: for a GPU.
 
     Raises:
         ConfigError: The request is wrong, there is no model, or the port is taken.
@@ -79,6 +81,7 @@ def serve(
         model=files.absolute(model),
         report=files.absolute(report) if report else "",
         precision=precision,
+        compile=compile,
         min_replicas=replicas[0],
         max_replicas=replicas[1],
         bounds=Bounds(max_mpixel=max_mpixel, max_mbyte=max_mbyte, timeout_s=timeout_s),
@@ -92,7 +95,9 @@ def serve(
         )
     _check_free(host, port)
     # What is wrong with the model is said before anything starts.
-    kind = check_model(settings.model, settings.report, settings.precision)
+    kind = check_model(
+        settings.model, settings.report, settings.precision, settings.compile
+    )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     cluster.connect()
     target = ray_serve.RunTarget(_deploy(settings, digest), APP, "/")

@@ -42,6 +42,7 @@ from medray.inference import (
     trace,
 )
 from medray.models import (
+    Compile,
     ModelConfig,
     Precision,
     Prediction,
@@ -126,6 +127,7 @@ class Served:
         *,
         report: str = "",
         precision: Precision = "auto",
+        compile: Compile = "auto",
         max_pixels: int = 64_000_000,
         threads: int | None = None,
     ) -> None:
@@ -136,6 +138,8 @@ class Served:
             report: Of `medray evaluate` of this classifier, for its temperature; "":
                 probabilities are not calibrated.
             precision: Of the arithmetic; classifiers of whole images take float32.
+            compile: Compile the network for the device; auto: for a GPU. Classifiers of
+                whole images are not compiled.
             max_pixels: That an image may have, and that are worked on.
             threads: That predict on a CPU; by default one a core.
 
@@ -144,7 +148,7 @@ class Served:
                 the report is another model's.
             FormatError: The weights are damaged.
         """
-        self._settings, self._config = _read_config(model, precision)
+        self._settings, self._config = _read_config(model, precision, compile)
         self._max = max_pixels
         self._whole = self._config.classifies and self._config.mpp is None
         self.temperature = _temperature(report, self._settings) if report else None
@@ -338,24 +342,35 @@ def _check_finite(finite: bool) -> None:
         )
 
 
-def check_model(model: str, report: str, precision: Precision) -> Kind:
+def check_model(
+    model: str, report: str, precision: Precision, compile: Compile = "auto"
+) -> Kind:
     """Check that a model can be served, without a device; give what it can be asked.
 
     Raises:
         ConfigError: As `Served`.
         FormatError: Likewise.
     """
-    settings, config = _read_config(model, precision)
+    settings, config = _read_config(model, precision, compile)
     if report:
         _temperature(report, settings)
     load_model(model)
     return "classify" if config.classifies else "segment"
 
 
-def _read_config(model: str, precision: Precision) -> tuple[RunSettings, ModelConfig]:
+def _read_config(
+    model: str, precision: Precision, compile: Compile
+) -> tuple[RunSettings, ModelConfig]:
     config = read_config(model)
+    if compile == "on" and config.classifies and config.mpp is None:
+        raise ConfigError(
+            f"compile: {model} is a classifier of whole images, which is not compiled: "
+            f"its answers are those of `medray evaluate`; leave --compile out"
+        )
     # A classifier says something of glass too, and how sure it is.
-    prediction = Prediction(precision=precision, probabilities=config.classifies)
+    prediction = Prediction(
+        precision=precision, compile=compile, probabilities=config.classifies
+    )
     options = Options(prediction=prediction, everywhere=config.classifies)
     return settings_of([model], options), config
 

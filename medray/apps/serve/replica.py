@@ -36,6 +36,7 @@ class Endpoint:
             settings.model,
             report=settings.report,
             precision=settings.precision,
+            compile=settings.compile,
             max_pixels=int(settings.bounds.max_mpixel * 1e6),
             threads=cpus,
         )

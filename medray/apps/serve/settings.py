@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from medray.apps.serve.api import token_digest
 from medray.apps.serve.requests import Bounds
 from medray.errors import ConfigError, StoreError
-from medray.models import Precision
+from medray.models import Compile, Precision
 from medray.storage import files
 
 TOKEN = "MEDRAY_SERVE_TOKEN"
@@ -25,6 +25,7 @@ class ServeSettings:
         model: Folder of the model.
         report: Of `medray evaluate` of a classifier of images, for its temperature.
         precision: Of the arithmetic.
+        compile: Compile the network for the device; auto: for a GPU.
         min_replicas: That are always there.
         max_replicas: That there are at most.
         cpus: Cores of a replica; 0: shares of the smallest node.
@@ -36,6 +37,7 @@ class ServeSettings:
     model: str
     report: str = ""
     precision: Precision = "auto"
+    compile: Compile = "auto"
     min_replicas: int = 1
     max_replicas: int = 1
     cpus: int = 0
