@@ -153,12 +153,12 @@ def gpus() -> int:
 
 
 def predicts_on_gpus(nodes: Sequence[Mapping[str, Any]] | None = None) -> bool:
-    """Tell whether GPU workers have GPUs, there or to come on request.
+    """Return whether GPU workers have GPUs, there or to come on request.
 
     A GPU that Ray only pretends to have is none: of a real one its node says the type.
 
     Args:
-        nodes: As `ray.nodes` gives them, which it is asked for by default.
+        nodes: As `ray.nodes` returns them; by default it is called.
     """
     nodes = ray.nodes() if nodes is None else nodes
     alive = [node["Resources"] for node in nodes if node["Alive"]]

@@ -43,7 +43,9 @@ LATER = {
     "medray/inference/run.py",
     "medray/mil/features.py",
     "medray/mil/infer.py",
+    "medray/models/compiler.py",
     "medray/models/config.py",
+    "medray/models/network.py",
     "medray/models/predict.py",
     "medray/apps/serve",
 }
