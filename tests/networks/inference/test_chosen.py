@@ -6,6 +6,7 @@ The images of a file are of one size, so that only their pixels tell which was r
 import functools
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -313,6 +314,10 @@ def test_each_stage_is_told_what_was_chosen(
     class ToldError(BaseException):
         """Far enough; the command line answers an Exception in words."""
 
+    @dataclass(frozen=True)
+    class Unsettled:
+        compile: str = "auto"
+
     def take(*given: Any, **_: Any) -> Any:
         slides = next(one for one in given if isinstance(one, (list, tuple)))
         told.append([(file.scene, file.plane) for file in slides])
@@ -328,7 +333,7 @@ def test_each_stage_is_told_what_was_chosen(
         stage = importlib.import_module(f"medray.{module}")
         name = module.partition(".")[2].partition("_")[0]
         if name == "embed":
-            monkeypatch.setattr(stage, "FeatureSettings", lambda **_: None)
+            monkeypatch.setattr(stage, "FeatureSettings", lambda **_: Unsettled())
         monkeypatch.setattr(stage, function, take)
         command = [name, slides, "--out", str(tmp_path / name), f"--{kind}", "1"]
         with pytest.raises(ToldError):
