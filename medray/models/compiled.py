@@ -11,8 +11,9 @@ wait. The system frees the lock of a process that is killed, and what that left
 unfinished is removed by the next. What another process has loaded stays mapped when its
 files are removed.
 
-Why AOTInductor, and why a folder: docs/decisions/0019-compiled-networks.md. One file,
-because a package's folder, its lock and what is loaded of it are one thing.
+Why AOTInductor, and why a folder: docs/decisions/0019-compiled-networks.md.
+
+One file, because a package's folder, its lock and what is loaded of it are one thing.
 """
 
 from __future__ import annotations
