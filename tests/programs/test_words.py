@@ -41,8 +41,6 @@ WORDS = {
 }
 # Not yet rewritten.
 LATER = {
-    "docs/operations.md",
-    "docs/reliability.md",
     "medray/inference/classify_images.py",
     "medray/inference/infer_run.py",
     "medray/inference/run.py",
