@@ -75,7 +75,7 @@ def convert(
         out: Folder to make; TIFF needs one on a disk.
         with_image: Write the slide's image too. As the model read it, with the mask in
             its `labels`. A dataset has it in any case.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

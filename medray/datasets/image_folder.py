@@ -118,7 +118,7 @@ def ingest_images(
             classifiers that take this with the pixels, see
             medray.annotations.morphology.
         mpp: Microns per pixel of the images, for those measures; None: in pixels.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

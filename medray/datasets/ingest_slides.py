@@ -72,8 +72,7 @@ def ingest(
         annotations: Folder of SVG, GeoJSON, ASAP or ImageScope XML or mask images,
             named like their slides.
         classes: Names by label value, the background first.
-        mpp: Microns per pixel of level 0, over what the files say; or a CSV (slide,mpp)
-            with those of some.
+        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
         groups: CSV (slide,group): slides of one group (patient) stay in one split.
@@ -85,7 +84,7 @@ def ingest(
         fractions: Shares of slides in train, val and test.
         seed: Decides the splits.
         remove_missing: Take slides that are not named out of OUT, with their pixels.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

@@ -124,7 +124,7 @@ def evaluate_images(
             many votes the class of higher mean probability.
         tta: Predict mirrored (flips), turned (all) images too. Takes the mean.
         compare: Report of another classifier on the same images, to compare with.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

@@ -115,7 +115,7 @@ def evaluate(
             of slides. A blank cell is a value that is not known.
         ignore_unknown: Leave out rows of a table that name no slide. Without it they
             are refused.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

@@ -84,8 +84,7 @@ def embed(
         weights: File of its weights: safetensors, or a state dict by torch.save.
         out: Folder to make.
         tile_mpp: Microns per pixel of the tiles.
-        mpp: Microns per pixel of level 0 of the slides, over what their files say; or a
-            CSV (slide,mpp) with those of some.
+        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
         tile: Their side, pixels.
@@ -94,7 +93,7 @@ def embed(
             float32, else as float16.
         compile: Compile the encoder for the device; auto: for a GPU.
         region: Side of a region in tiles; 0: about 3584 pixels.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:

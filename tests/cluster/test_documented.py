@@ -66,12 +66,18 @@ def made(cluster: None, slides: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = lay_out(tmp_path_factory.mktemp("readme"), slides)
     with contextlib.chdir(folder):
         names = run(lines_of("README.md", "medray ingest"))
-    assert names == ["check", "ingest", "train", "infer", "evaluate"]
+    assert names == ["ingest", "train", "infer", "evaluate"]
     return folder
 
 
 def test_the_first_commands_end_in_a_report(made: Path) -> None:
     assert "F1" in (made / "report" / "report.html").read_text()
+
+
+def test_a_look_before_the_work(slides: Path, tmp_path: Path) -> None:
+    with contextlib.chdir(lay_out(tmp_path, slides)):
+        assert run(lines_of("docs/annotations.md")) == ["check"]
+    assert (tmp_path / "checked" / "check.html").exists()
 
 
 def test_the_tutorial(made: Path, slides: Path, tmp_path: Path) -> None:

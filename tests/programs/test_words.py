@@ -1,18 +1,23 @@
 """The words of docstrings, comments and pages: plain English, see docs/glossary.md.
 
 Docstrings and comments of medray/, benchmarks/, cluster/ and jobs/; the prose of
-README.md, CONTRIBUTING.md and docs/*.md, without code and generated links.
+README.md, CONTRIBUTING.md and docs/*.md, without code and generated links. No sentence
+of README.md, the tutorial and the help of commands is longer than 35 words.
 """
 
 import ast
 import io
 import re
 import tokenize
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from documents import ROOT
+
+from medray.apps.commands.parser import signature_of
+from medray.apps.commands.table import COMMANDS
 
 FIRST = {
     "Give": "Return",
@@ -36,8 +41,6 @@ WORDS = {
 }
 # Not yet rewritten.
 LATER = {
-    "docs/operations.md",
-    "docs/reliability.md",
     "medray/inference/classify_images.py",
     "medray/inference/infer_run.py",
     "medray/inference/run.py",
@@ -55,6 +58,8 @@ CODE = [
     for path in sorted((ROOT / folder).rglob("*.py*"))
     if path.suffix in (".py", ".pyi")
 ]
+MOST_WORDS = 35
+SHORT = [ROOT / "README.md", *(ROOT / f"docs/{n}.md" for n in ("tutorial", "python"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
@@ -105,6 +110,28 @@ def wrong_words(path: Path) -> list[str]:
     return sorted(found)
 
 
+def long_sentences(text: str) -> list[str]:
+    """Return the sentences of a page with too many words, each with their number.
+
+    A cell of a table, an item of a list and a heading are sentences of their own; what
+    stands in `code` is one word.
+    """
+    ((_, text),) = paragraphs(re.sub(r"<!--.*?-->", "", text))
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", text))
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\d+\. |#|\|))|\|", text)
+    sentences = [
+        sentence
+        for part in parts
+        for sentence in re.split(r"(?<=[.!?])[*)\"']*\s", part)
+    ]
+    counted = ((len(re.findall(r"\S*\w\S*", said)), said) for said in sentences)
+    return [
+        f"{count} words: {' '.join(said.split())}"
+        for count, said in counted
+        if count > MOST_WORDS
+    ]
+
+
 def is_later(path: Path) -> bool:
     """Return whether a file is not yet rewritten."""
     name = path.relative_to(ROOT)
@@ -123,6 +150,35 @@ def test_words_are_plain_english() -> None:
 
 def test_what_is_left_out_is_there() -> None:
     assert [name for name in sorted(LATER) if not (ROOT / name).exists()] == []
+
+
+def test_sentences_are_short() -> None:
+    found = [said for page in SHORT for said in long_sentences(page.read_text())]
+    for command in COMMANDS.values():
+        for option in signature_of(command, ()).parameters.values():
+            _, how = typing.get_args(option.annotation)
+            found += long_sentences(f"{how.help}.")
+        found += long_sentences(command.text)
+    assert found == [], "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 36 + ".",
+        "- It is.\n- " + "word " * 36,
+        "It is. " + "word, " * 17 + "`one two`: [" + "word " * 18 + "](page.md).",
+    ],
+)
+def test_a_long_sentence_is_named(text: str) -> None:
+    (found,) = long_sentences(text)
+    assert found.startswith("36 words: ")
+
+
+def test_what_is_no_long_sentence() -> None:
+    half = "word " * 20
+    assert long_sentences(f"| {half} | {half} |\n| {half} |\n\n{half}\n\n{half}") == []
+    assert long_sentences(f"- {half}\n- {half}. {half}\n```sh\n{half * 2}\n```") == []
 
 
 @pytest.mark.parametrize(

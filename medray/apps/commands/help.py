@@ -21,14 +21,33 @@ def page() -> Console:
     return Console(width=width, highlight=False)
 
 
-def print_group(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-    """Print a group of commands or options, as cyclopts asks for it."""
+class Page:
+    """Prints the parts of a page of help, as cyclopts asks for them."""
+
+    def render_usage(
+        self, console: Console, options: ConsoleOptions, text: Any
+    ) -> None:
+        """Print how the command is called, on one line."""
+        console.print(str(text).strip())
+
+    def render_description(
+        self, console: Console, options: ConsoleOptions, text: Any
+    ) -> None:
+        """Print what the command does, and an empty line."""
+        console.print(text)
+
+    def __call__(
+        self, console: Console, options: ConsoleOptions, panel: HelpPanel
+    ) -> None:
+        """Print a group of commands or options."""
+        if panel.entries:
+            _print_group(console, panel)
+
+
+def _print_group(console: Console, panel: HelpPanel) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    del options  # cyclopts gives them
-    if not panel.entries:
-        return
     table = Table.grid(padding=(0, 2))
     table.add_column(max_width=console.width * 2 // 5)
     table.add_column()

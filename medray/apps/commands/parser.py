@@ -3,7 +3,7 @@
 What a function takes by position is an argument, what it takes by name an option. A
 parameter that is a dataclass becomes the options of its fields. A sequence takes
 several words, a tuple values between commas. Help is the first sentence of each
-description.
+description; `groups.py` says where in the page it stands.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Parameter, Token
 
-from medray.apps.commands.signature import (
-    descriptions,
-    first_sentence,
-    read_function,
-)
+from medray.apps.commands.groups import GROUPS
+from medray.apps.commands.signature import descriptions, read_function
 from medray.errors import ConfigError
 
 Given = dict[str, Any]
@@ -117,7 +114,7 @@ def signature_of(command: Command, shared: Sequence[Callable[..., Any]]) -> Any:
     functions = [read_function(place, left_out) for place in command.functions]
     functions += shared
     for number, function in enumerate(functions):
-        for parameter in _options(function, _GENERAL):
+        for parameter in _options(function):
             if number and parameter.default is _EMPTY:  # what only others need
                 kind, how = typing.get_args(parameter.annotation)
                 parameter = parameter.replace(
@@ -132,23 +129,20 @@ def signature_of(command: Command, shared: Sequence[Callable[..., Any]]) -> Any:
 
 
 _EMPTY = inspect.Parameter.empty
-_GENERAL = Group("Options", sort_key=1)
 
 
-def _options(documented: Any, group: Group) -> Iterable[inspect.Parameter]:
+def _options(documented: Any) -> Iterable[inspect.Parameter]:
     """Yield the parameters of a function, those of dataclasses field by field."""
     helps = descriptions(documented)
     hints = typing.get_type_hints(documented, include_extras=True)
     for parameter in inspect.signature(documented).parameters.values():
         name, hint = parameter.name, hints[parameter.name]
         if cls := _dataclass_of(hint):
-            title = first_sentence(cls.__doc__ or "").split(";")[0]
-            yield from _options(cls, Group.create_ordered(title))
+            yield from _options(cls)
             continue
         by_name = parameter.kind is BY_NAME or dataclasses.is_dataclass(documented)
         kind, words = _words_of(hint)
-        place = Parameter(group=group) if by_name else Parameter()
-        how = Parameter.combine(Parameter(help=helps[name]), place, words)
+        how = Parameter.combine(Parameter(help=helps[name], group=GROUPS[name]), words)
         yield parameter.replace(
             kind=BY_NAME if by_name else POSITIONAL, annotation=Annotated[kind, how]
         )
@@ -171,9 +165,6 @@ def _changed(parameter: inspect.Parameter, change: Change) -> inspect.Parameter:
     kind = change.kind or parameter.kind
     type_, how = typing.get_args(parameter.annotation)
     more = Parameter(name=change.name) if change.name else Parameter()
-    if kind != parameter.kind:
-        group = _GENERAL if kind is BY_NAME else Group.create_default_arguments()
-        more = Parameter.combine(more, Parameter(group=group))
     return parameter.replace(
         kind=kind,
         annotation=Annotated[

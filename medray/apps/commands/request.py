@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from medray.apps.commands.help import page, print_group, shown_default
+from medray.apps.commands.help import Page, page, shown_default
 from medray.apps.commands.parser import Given, call, signature_of
 from medray.apps.commands.table import COMMANDS
 
@@ -108,11 +108,17 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     raise SystemExit(0 if words else 2)
 
 
+_ABOUT = """Pathology slides on Ray: ingest, train, infer, evaluate.
+
+RAY_ADDRESS=HOST:6379 medray ... runs it on that cluster. The same command again goes on
+where one was stopped. Exit codes: 0, 3 (some slides failed), 2 (wrong request), 1."""
+
+
 def _build_app(name: str) -> App:
     """Build the parser of all commands; only one has its options."""
     app = App(
         name="medray",
-        help="Pathology slides on Ray: ingest, train, infer, evaluate.",
+        help=_ABOUT,
         version=lambda: f"medray {importlib.metadata.version('medray')}",
         default_parameter=Parameter(
             allow_repeating=True,  # the last one counts, as scripts expect it
@@ -120,7 +126,7 @@ def _build_app(name: str) -> App:
             show_default=shown_default,
         ),
         help_format="plaintext",
-        help_formatter=print_group,
+        help_formatter=Page(),
     )
     for number, (command, what) in enumerate(COMMANDS.items()):
         sub = App(name=command, help=what.text, version_flags=(), sort_key=number)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cyclopts import Parameter, Token
 
+from medray.apps.commands.groups import GROUPS
 from medray.apps.commands.parser import (
     ANYWHERE,
     BY_NAME,
@@ -166,9 +167,37 @@ def _view(given: Given) -> Any:
         ) from error
 
 
-_RUN = Change(name="RUN")
+def _help(text: str) -> Change:
+    return Change(parameter=Parameter(help=text))
+
+
+_RUN = Change(
+    name="RUN", parameter=Parameter(help="Folder of the run", group=GROUPS["run"])
+)
+_FILES = _help("Files (of a list: `$(cat LIST)`), globs, folders, addresses of buckets")
+_SLIDES = _help(
+    "Files (of a list: `$(cat LIST)`), globs, folders, addresses, a dataset"
+)
+_OUT = _help("Folder to make; the same command again does what is missing there")
+# Of infer, plan and nightly.
+_PREDICTION = {
+    "mpp": _help("Correct level 0's microns per pixel, or CSV; masks have the model's"),
+    "region": _help(
+        "Side of a region, n x 512 pixels; less takes less memory (0: auto)"
+    ),
+}
+_EXECUTOR = _help(
+    "On the Ray of RAY_ADDRESS, in processes here, or in this one (local)"
+)
 _OPTION = Change(kind=BY_NAME)
-_OVERRIDES = Change(name="key=value", kind=ANYWHERE, type=str)
+_OVERRIDES = Change(
+    name="key=value",
+    kind=ANYWHERE,
+    type=str,
+    parameter=Parameter(
+        help="Keys of the recipe to change: schedule.epochs=50 optimizer.lr=1e-4"
+    ),
+)
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -179,11 +208,12 @@ COMMANDS: dict[str, Command] = {
     "check": Command(
         "slides and annotations as medray understands them",
         ("medray.apps.check_slides:check",),
+        {"slides": _FILES},
     ),
     "ingest": Command(
         "slides and annotations into a dataset",
         ("medray.datasets:ingest", "medray.datasets:ingest_images"),
-        {"folder": LEFT_OUT},
+        {"folder": LEFT_OUT, "slides": _FILES, "out": _OUT},
         run=_ingest,
         partial_ok=True,
         dry_run=(
@@ -197,7 +227,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "a recipe and a dataset into a model",
         ("medray.training:train", "medray.mil:train_slides"),
-        {"overrides": _OVERRIDES},
+        {"overrides": _OVERRIDES, "out": _OUT},
         run=_train,
         dry_run=("medray.apps.dry_train:dry_train", "medray.mil:dry_train_slides"),
     ),
@@ -216,19 +246,26 @@ COMMANDS: dict[str, Command] = {
     "infer": Command(
         "slides and a model into masks",
         ("medray.inference:infer", "medray.mil:infer_slides"),
-        {"features": LEFT_OUT},
+        {
+            "features": LEFT_OUT,
+            "slides": _SLIDES,
+            "out": _OUT,
+            "executor": _EXECUTOR,
+            **_PREDICTION,
+        },
         run=_infer,
         partial_ok=True,
     ),
     "embed": Command(
         "slides and a frozen encoder into features of tiles",
         ("medray.mil:embed",),
-        {"region": LEFT_OUT},
+        {"region": LEFT_OUT, "slides": _SLIDES, "out": _OUT},
         partial_ok=True,
     ),
     "plan": Command(
         "what infer would take: windows, memory, time, cost",
         ("medray.inference:estimate",),
+        {"slides": _SLIDES, "executor": _EXECUTOR, **_PREDICTION},
     ),
     "evaluate": Command(
         "a run and the truth into a report",
@@ -310,7 +347,7 @@ COMMANDS: dict[str, Command] = {
     "nightly": Command(
         "what is new in an inbox into masks, a summary",
         ("medray.apps.nightly.night:nightly",),
-        {"inbox": _OPTION},
+        {"inbox": _OPTION, **_PREDICTION},
     ),
     "submit": Command(
         "a command to a Ray cluster as a job, and see it through",

@@ -10,6 +10,7 @@ import pytest
 
 from medray import cli
 from medray.apps import parse
+from medray.apps.commands.groups import GROUPS
 from medray.apps.commands.parser import (
     call,
     signature_of,
@@ -26,6 +27,7 @@ ELSEWHERE = {
     ("evaluate", "data"): "--truth, of classifiers",
 }
 """Parameters that another word of the command gives."""
+TITLES = ["Input", "Model", "Output", "Where it runs", "Advanced"]
 PYTHON_ONLY = {
     ("demo", "recipe"): "tests make it shorter",
     ("demo", "options"): "tests make it shorter",
@@ -45,9 +47,11 @@ def test_help_fits_a_screen(
         cli.main([command, "--help"])
     assert ended.value.code == 0
     page = capsys.readouterr().out.splitlines()
-    assert len(page) <= 41
+    assert len(page) <= 40
     assert max(map(len, page)) <= 100
     assert f"medray {command}" in page[0]
+    groups = [line.removesuffix(":") for line in page[3:] if line[0] != " "]
+    assert groups == [title for title in TITLES if title in groups]
 
 
 def test_all_commands_fit_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +88,12 @@ def fields_of(annotation: object) -> set[str]:
                 if not name.isupper():
                     names |= fields_of(hint) or {name}
     return names
+
+
+def test_every_option_has_a_group_and_every_group_options() -> None:
+    shared = {"json", "verbose", "partial_ok", "dry_run"}
+    names = shared.union(*(signature_of(c, ()).parameters for c in COMMANDS.values()))
+    assert names == GROUPS.keys()
 
 
 def test_every_option_is_described() -> None:
