@@ -1,4 +1,6 @@
-"""medray against a plain loop, TIAToolbox, MONAI, ratiopath: same slides and weights.
+"""medray beside a plain loop, TIAToolbox, MONAI, ratiopath, LazySlide.
+
+The same slides, weights, windows and precision.
 
 Interleaved runs in one go, each system in a process of its own, with nothing else
 running:
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import harness
 from benchmarks.peak_memory import run_watched
@@ -40,11 +43,12 @@ from medray.datasets.synthetic_scene import draw_scene
 from medray.evaluation.metrics import class_scores, confusion
 from medray.inference.run import mask_uri
 from medray.models.config import Precision, Prediction
+from medray.models.network import choose_precision
 from medray.models.predict import Predictor
 from medray.storage import ome_zarr
 from medray.storage.files import read_table
 
-PEERS = ("tiatoolbox", "monai", "ratiopath")
+PEERS = ("tiatoolbox", "monai", "ratiopath", "lazyslide")
 SEED = 11
 Masks = Mapping[str, np.ndarray]
 
@@ -56,9 +60,10 @@ def run_command(command: list[str], model: str, out: Path) -> dict[str, Any]:
 
 
 def run_peer(
-    python: str, name: str, model: str, slides: list[Path], out: Path
+    python: str, name: str, precision: str, model: str, slides: list[Path], out: Path
 ) -> tuple[dict[str, float], Masks]:
     command = [python, "-m", "benchmarks.peers.run", "--system", name]
+    command += ["--precision", precision]
     figures = run_command([*command, "--slides", *map(str, slides)], model, out)
     figures["overhead"] = figures["seconds"] - figures.pop("forward")
     return figures, {p.stem: np.load(out / f"{p.stem}.npy") for p in slides}
@@ -112,10 +117,10 @@ def main(
         slides: Number of generated slides of 2048 px.
         rounds: Number of rounds.
         systems: Only these of the others; none: all.
-        precisions: Of medray and the loop; the others have float32.
+        precisions: Of medray and the loop; the others have the first.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         paths = generate(folder / "data", slides=slides, seed=SEED)
         truth = {  # as `generate` draws them
             path.stem: draw_scene(SEED + index, tumour=index % 6 != 5).mask
@@ -131,10 +136,14 @@ def main(
             for key, run in (("medray", run_medray), ("plain loop", run_loop)):
                 runs[key + called] = functools.partial(run, precision, uri, paths)
                 forward[key + called] = functools.partial(bare, predictor, paths, 10**6)
+        python = os.path.abspath(peers)
+        dtype = choose_precision(precisions[0], torch.device("cpu"))
+        name = str(dtype).removeprefix("torch.")
         for system in (systems or PEERS) if peers else ():
-            python = os.path.abspath(peers)
-            runs[system] = functools.partial(run_peer, python, system, uri, paths)
-        found = harness.Rounds(next(iter(runs)), {"slides": slides})
+            runs[system] = functools.partial(run_peer, python, system, name, uri, paths)
+        found = harness.Rounds(
+            next(iter(runs)), {"slides": slides, "precision of the others": name}
+        )
         for index in range(rounds):
             masks: dict[str, Masks] = {}
             told: dict[str, dict[str, float]] = {}

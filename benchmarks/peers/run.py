@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -33,8 +34,9 @@ BATCH = 4
 class Model(nn.Module):
     """The model of a medray folder: pixels of 0 to 255 in, probabilities out."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, precision: torch.dtype) -> None:
         super().__init__()
+        self.precision = precision
         config = yaml.safe_load((folder / "model.yaml").read_text())
         self.network = smp.create_model(
             config["architecture"]["name"],
@@ -53,8 +55,10 @@ class Model(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
-        logits = self.network(pixels * self.scale + self.shift)
-        probabilities = torch.softmax(logits, dim=1)
+        low = self.precision != torch.float32
+        with torch.autocast("cpu", self.precision, enabled=low):
+            logits = self.network(pixels * self.scale + self.shift)
+        probabilities = torch.softmax(logits.float(), dim=1)
         self.seconds += time.perf_counter() - start
         self.windows += len(pixels)
         return probabilities
@@ -139,6 +143,56 @@ def run_ratiopath(slides: list[Path], model: Model, out: Path, w: Windows) -> No
         save(out, Path(path), scores.argmax(axis=0).astype(np.uint8))
 
 
+class Segmenter:
+    """The model as LazySlide calls one."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def to(self, device: str) -> None:
+        self.model.to(device)
+
+    def get_transform(self) -> Callable[[np.ndarray], torch.Tensor]:
+        return lambda image: torch.from_numpy(image).permute(2, 0, 1).float()
+
+    def segment(self, images: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(probability_map=self.model(images))
+
+
+def run_lazyslide(slides: list[Path], model: Model, out: Path, w: Windows) -> None:
+    """semantic over tiles of the whole slide; its polygons are drawn as a mask."""
+    import cv2
+    import lazyslide
+    from wsidata import open_wsi
+
+    for path in slides:
+        wsi = open_wsi(path)
+        lazyslide.pp.tile_tissues(
+            wsi, w.size, stride_px=w.stride, edge=True, background_filter=False
+        )
+        lazyslide.seg.semantic(
+            wsi,
+            Segmenter(model),
+            batch_size=BATCH,
+            num_workers=0,
+            device="cpu",
+            amp=False,  # the model casts itself
+            class_names=["background", "tumour"],
+            ignore_index=[0],
+            pbar=False,
+            key_added="found",
+        )
+        mask = np.zeros(tifffile.TiffFile(path).pages[0].shape[:2], np.uint8)
+        for shape in wsi["found"].geometry:
+            for part in getattr(shape, "geoms", [shape]):
+                rings = [part.exterior, *part.interiors]
+                points = [
+                    np.round(np.asarray(r.coords)).astype(np.int32) for r in rings
+                ]
+                cv2.fillPoly(mask, points, 1)
+        save(out, path, mask)
+
+
 def save(out: Path, slide: Path, mask: np.ndarray) -> None:
     stored = out / f"{slide.stem}.zarr"
     shutil.rmtree(stored, ignore_errors=True)  # of a run that was killed
@@ -150,14 +204,16 @@ SYSTEMS: dict[str, Callable[[list[Path], Model, Path, Windows], None]] = {
     "tiatoolbox": run_tiatoolbox,
     "monai": run_monai,
     "ratiopath": run_ratiopath,
+    "lazyslide": run_lazyslide,
 }
 
 
 def main(
-    system: Literal["tiatoolbox", "monai", "ratiopath"],
+    system: Literal["tiatoolbox", "monai", "ratiopath", "lazyslide"],
     model: Path,
     out: Path,
     slides: tuple[Path, ...],
+    precision: Literal["float32", "bfloat16"] = "float32",
     windows: tuple[int, int] = (512, 384),
 ) -> Iterator[harness.Result]:
     """Segment slides with another system; the last line is what it took, as JSON.
@@ -167,10 +223,11 @@ def main(
         model: Model folder of medray.
         out: Folder for masks.
         slides: Files.
+        precision: Of the model.
         windows: Size and stride, pixels.
     """
     out.mkdir(parents=True, exist_ok=True)
-    network = Model(model)
+    network = Model(model, getattr(torch, precision))
     if system == "ratiopath":
         import ray
 

@@ -6,6 +6,8 @@ In one run, interleaved, the same model, recipe, crops and step (augmentation in
     medray  fed by medray.training.dataloader: its processes cut the crops from zarr
     loader  fed by torch's DataLoader: as many processes, the same crops and zarr
 
+With --compiled also `limit` of the recipe with `compile: true`.
+
 With --workers: whole trainings by Ray Train with one and with two workers, the same
 batch in all. With --files: patches per second read by one process from zarr chunks, and
 from loose PNG and TIFF files of the same pixels and labels.
@@ -98,7 +100,9 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> harness.Rounds:
+def feeding(
+    data: str, recipe: Recipe, rounds: int, steps: int, compiled: bool
+) -> harness.Rounds:
     contract = ModelConfig(
         architecture=recipe.model,
         classes=read_dataset(data).classes,
@@ -120,6 +124,13 @@ def feeding(data: str, recipe: Recipe, rounds: int, steps: int) -> harness.Round
         name: lambda feed=feed: {"crops/s": timed(trainer, feed(), steps)}
         for name, feed in feeds.items()
     }
+    if compiled:
+        other = Trainer(
+            World(0, 1, device), replace(recipe, compile=True), contract, 1, total
+        )
+        variants["one resident batch, compiled network"] = lambda: {
+            "crops/s": timed(other, itertools.repeat(resident), steps)
+        }
     return harness.interleaved(
         variants, rounds, warmup=0, device=str(device), readers=readers
     )
@@ -194,6 +205,7 @@ def main(
     recipe: str = "unet",
     workers: bool = False,
     files: bool = False,
+    compiled: bool = False,
 ) -> Iterator[harness.Result]:
     """Compare the training loop with its own step on one resident batch.
 
@@ -204,6 +216,7 @@ def main(
         recipe: Name or file of a recipe.
         workers: Train with one and with two workers, too.
         files: Read patches from zarr, PNG and TIFF, too.
+        compiled: Time the step with the network compiled, too.
     """
     logging.getLogger("medray").setLevel(logging.ERROR)
     settings = read_recipe(recipe)
@@ -218,7 +231,7 @@ def main(
             fractions=(0.8, 0.2, 0.0),
             out=data,
         )
-        yield feeding(data, settings, rounds, steps)
+        yield feeding(data, settings, rounds, steps, compiled)
         if files:
             yield reading(data, folder, rounds)
         if workers:

@@ -4,6 +4,7 @@ from .classify_images import classify as classify
 from .classify_images import image_of_row as image_of_row
 from .classify_images import load_classifier as load_classifier
 from .compiling import choose_compile as choose_compile
+from .compiling import with_fallback as with_fallback
 from .conformance_medray import check_conformance as check_conformance
 from .estimate_run import estimate as estimate
 from .infer_run import infer as infer

@@ -1,13 +1,18 @@
-"""Whether a run's networks are compiled: settled once, when it begins."""
+"""Whether networks are compiled: settled once, when a run or its features begin."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 
-from medray.inference.run import RunSettings, open_run, read_run
-from medray.models import Compile
+from medray.errors import CompileError
+from medray.inference.run import RunSettings, read_run
+from medray.models import Compile, has_gpu_driver
 from medray.storage import Ledger, files
 from medray.types import Executor
+
+log = logging.getLogger(__name__)
 
 
 def settle_compile(settings: RunSettings, out: str, executor: Executor) -> RunSettings:
@@ -24,27 +29,48 @@ def settle_compile(settings: RunSettings, out: str, executor: Executor) -> RunSe
     kept = None
     if files.exists(files.join(out, "run.yaml")):
         kept = read_run(out).options.prediction.compile
-    chosen = choose_compile(kept, executor)
-    options = replace(settings.options, prediction=replace(prediction, compile=chosen))
-    return replace(settings, options=options)
+    return with_compile(settings, choose_compile(kept, executor))
 
 
-def is_empty(out: str) -> bool:
-    """Return whether a run has no region yet, and may be settled otherwise."""
+def with_fallback[S, T](
+    work: Callable[[S], T], settings: S, fallback: S | None, uri: str
+) -> T:
+    """Work with compiled networks; where they cannot be compiled, without.
+
+    Args:
+        work: Takes settings, keeps them in its folder, and works.
+        settings: To begin with.
+        fallback: The same, not compiled; None: compiling was asked for.
+        uri: File of the settings in the folder of the work.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        CompileError: The networks cannot be compiled, and that was asked for, or a
+            region is done already: nothing is mixed.
+    """
+    try:
+        return work(settings)
+    except CompileError as error:
+        out = uri.rpartition("/")[0]
+        if fallback is None or fallback == settings or not _is_empty(out):
+            raise
+        log.warning("%s; nothing is done yet: it begins again not compiled", error)
+    files.remove(uri)
+    return work(fallback)
+
+
+def _is_empty(out: str) -> bool:
     ledger = Ledger(out)
     done = any(row["status"] == "done" for row in ledger.slides.values())
     return not done and not any(ledger.regions.values())
 
 
-def begin_not_compiled(settings: RunSettings, out: str) -> RunSettings:
-    """Begin an empty run again with its networks as they are; return its settings."""
-    prediction = replace(settings.options.prediction, compile="off")
-    settings = replace(
-        settings, options=replace(settings.options, prediction=prediction)
-    )
-    files.remove(files.join(out, "run.yaml"))
-    open_run(out, settings)
-    return settings
+def with_compile(settings: RunSettings, compile: Compile) -> RunSettings:
+    """Return settings with another choice."""
+    prediction = replace(settings.options.prediction, compile=compile)
+    return replace(settings, options=replace(settings.options, prediction=prediction))
 
 
 def choose_compile(kept: Compile | None, executor: Executor) -> Compile:
@@ -66,7 +92,9 @@ def choose_compile(kept: Compile | None, executor: Executor) -> Compile:
 
         cluster.connect()
         return "on" if cluster.predicts_on_gpus() else "off"
-    # Imported here: with it comes torch, which what is gone on with can do without.
+    if not has_gpu_driver():
+        return "off"
+    # Imported here: with it comes torch, a second before anything is read.
     from medray.models import choose_device
 
     return "on" if choose_device().type == "cuda" else "off"

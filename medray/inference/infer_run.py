@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from medray.errors import CompileError, ConfigError
+from medray.errors import ConfigError
 from medray.execution import (
     Device,
     PlannedRegion,
@@ -37,7 +37,7 @@ from medray.execution import (
     settle_executor,
 )
 from medray.geometry import Rectangle, region_side, region_windows
-from medray.inference.compiling import begin_not_compiled, is_empty, settle_compile
+from medray.inference.compiling import settle_compile, with_compile, with_fallback
 from medray.inference.plan import coarse_mask, plan_slide
 from medray.inference.postprocess import Cleaning
 from medray.inference.regions import (
@@ -114,20 +114,13 @@ def infer(
     with locked(out, "infer") as check:
         wanted = _wanted(slides, options)
         executor = settle_executor(executor, [slide.uri for slide in wanted])
-        asked = settings.options.prediction.compile
-        settings = settle_compile(settings, out, executor)
-        open_run(out, settings)
-        # Kept with the run: its models may be gone when it is evaluated.
-        if (seen := seen_by(settings.models)) is not None:
-            write_seen(out, seen)
-        try:
-            return _infer(wanted, settings, out, executor, check)
-        except CompileError as error:
-            if asked != "auto" or not is_empty(out):
-                raise
-            log.warning("%s; nothing is done yet: it begins again not compiled", error)
-        settings = begin_not_compiled(settings, out)
-        return _infer(wanted, settings, out, executor, check)
+        open_ended = settings.options.prediction.compile == "auto"
+        return with_fallback(
+            lambda settings: _infer(wanted, settings, out, executor, check),
+            settle_compile(settings, out, executor),
+            with_compile(settings, "off") if open_ended else None,
+            files.join(out, "run.yaml"),
+        )
 
 
 def _wanted(slides: Sequence[str | SlideFile], options: Options) -> list[SlideFile]:
@@ -152,6 +145,10 @@ def _infer(
     executor: Executor,
     check: Callable[[], None],
 ) -> Summary:
+    open_run(out, settings)
+    # Kept with the run: its models may be gone when it is evaluated.
+    if (seen := seen_by(settings.models)) is not None:
+        write_seen(out, seen)
     wanted, areas = slides_within(wanted, settings.options.within)
 
     def prepare(todo: list[SlideFile]) -> None:

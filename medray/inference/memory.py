@@ -6,6 +6,7 @@ Ray is imported by what is about nodes alone.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,18 @@ class RegionBytes:
 def _region_bytes(settings: RunSettings) -> RegionBytes:
     pixels = settings.options.region**2
     how = settings.options.prediction
-    # Scores are float32 on the device; on a CPU that is the host.
-    scored = how.probabilities or how.quality or how.stitch == "blend"
+    size, stride = settings.windows.size, settings.windows.stride
+    # What whole windows show, stacked until they are laid side by side; scores that are
+    # summed are float32. On a CPU the device is the host.
+    stacked = size * math.ceil((settings.options.region + 2 * size) / stride)
+    kept = kept_layers(settings)
+    canvas = 3 * pixels + kept * (pixels + stacked**2)
+    if how.stitch == "blend":
+        canvas += 4 * len(settings.classes) * pixels
     return RegionBytes(
-        halo=3 * (settings.options.region + 2 * settings.windows.size) ** 2,
-        written=kept_layers(settings) * pixels,
-        canvas=pixels * (3 + 1 + 4 * len(settings.classes) * scored),
+        halo=3 * (settings.options.region + 2 * size) ** 2,
+        written=kept * pixels,
+        canvas=canvas,
     )
 
 

@@ -26,7 +26,7 @@ from medray.execution import (
     run_stage,
     settle_executor,
 )
-from medray.inference import SlideFacts, choose_compile
+from medray.inference import SlideFacts, choose_compile, with_fallback
 from medray.mil.features import FeatureSettings, parts_uri
 from medray.mil.tiles import (
     Bool,
@@ -100,6 +100,8 @@ def embed(
     Raises:
         ConfigError: The request is wrong, or OUT holds features of another encoder or
             of other settings, or another process works there.
+        CompileError: The encoder cannot be compiled, as was asked for, or as what is
+            there was. Where it was left open (`auto`) it is then not compiled.
         StoreError: OUT cannot be written, or the slides' store does not answer.
         StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
     """
@@ -120,10 +122,13 @@ def embed(
     with locked(out, "embed") as check:
         found = with_overrides(find_slides(slides), mpp=mpp, scene=scene, plane=plane)
         executor = settle_executor(executor, [slide.uri for slide in found])
-        if compile == "auto":
-            compile = choose_compile(_kept(out), executor)
-        settings = replace(settings, compile=compile)
-        return _embed(found, settings, out, executor, check)
+        chosen = choose_compile(_kept(out), executor) if compile == "auto" else compile
+        return with_fallback(
+            lambda settings: _embed(found, settings, out, executor, check),
+            replace(settings, compile=chosen),
+            replace(settings, compile="off") if compile == "auto" else None,
+            files.join(out, "features.yaml"),
+        )
 
 
 def _kept(out: str) -> Compile | None:

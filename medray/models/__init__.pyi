@@ -20,6 +20,7 @@ from .config import is_exported as is_exported
 from .config import model_digest as model_digest
 from .config import read_config as read_config
 from .config import weights_uri as weights_uri
+from .driver import has_gpu_driver as has_gpu_driver
 from .folder import load_model as load_model
 from .folder import save_model as save_model
 from .network import Network as Network

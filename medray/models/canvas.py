@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +63,30 @@ class RegionClasses:
     finite: bool = True
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Streams of a GPU on which pixels come and results go while it computes."""
+
+    up: torch.cuda.Stream
+    down: torch.cuda.Stream
+
+    @classmethod
+    def of(cls, device: torch.device) -> Streams:
+        """Make two streams of a GPU."""
+        up, down = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        return cls(up, down)
+
+
 class Canvas:
-    """The state of one region so far, on the device."""
+    """The state of one region so far, on the device.
+
+    Where windows are cropped, what they show is stacked, a batch at once, and laid side
+    by side when the region is complete: one window costs the device nothing of its own.
+    Where they are blended, scores are summed window by window.
+    """
 
     def __init__(
         self,
@@ -73,6 +95,7 @@ class Canvas:
         how: Prediction,
         choose: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
+        streams: Streams | None = None,
     ) -> None:
         """Bring the pixels to the device.
 
@@ -82,105 +105,97 @@ class Canvas:
             how: How windows become classes.
             choose: Returns (h, w) uint8 classes of (C, h, w) scores.
             device: Where the model is.
+            streams: Of a GPU.
         """
         plan, self._how = source.plan, how
         self._region, self._halo = plan.region, plan.halo
         self._windows = config.window
         self._choose = choose
-        self._pixels = _upload(source.pixels, device)
+        self._streams = streams
+        self._pixels = _upload(source.pixels, device, streams)
         self._rows = _axis(source.height, self._windows, plan.rows, self._how, device)
         self._columns = _axis(
             source.width, self._windows, plan.columns, self._how, device
         )
         wanted = source.wanted
         shape = (len(self._rows), len(self._columns))
-        self._wanted = np.ones(shape, bool) if wanted is None else wanted
-        self.missing = int(self._wanted.sum())
-        area = (plan.region.height, plan.region.width)
-        classes = len(config.classes)
-        self._labels = torch.zeros(area, dtype=torch.uint8, device=device)
-        keep_scores = self._how.stitch == "blend" or how.probabilities
-        keep_scores = keep_scores or self._how.quality
-        self._scores = (
-            torch.zeros((classes, *area), device=device) if keep_scores else None
-        )
-        self.sums: list[torch.Tensor] = []
-        self._seen: list[tuple[Rectangle, torch.Tensor]] = []
+        todo = np.argwhere(np.ones(shape, bool) if wanted is None else wanted)
+        self._todo: list[tuple[int, int]] = [(int(y), int(x)) for y, x in todo]
+        self.missing = self.count = len(self._todo)
+        self._area = (plan.region.height, plan.region.width)
+        self._classes = len(config.classes)
+        self._scores: torch.Tensor | None = None
+        if how.stitch == "blend":
+            self._scores = torch.zeros((self._classes, *self._area), device=device)
+        side, uint8 = (config.window.size,) * 2, torch.uint8
+        stacks = {"labels": ()} if how.stitch == "blend" else shown(how, self._classes)
+        if how.stitch == "blend" and not how.quality:
+            stacks = {}
+        self._stacks = {
+            name: torch.empty((self.count, *leading, *side), dtype=uint8, device=device)
+            for name, leading in stacks.items()
+        }
+        self._sums = torch.zeros(self.count, device=device)
         self._fetched: dict[str, torch.Tensor] = {}
         self._arrived: torch.cuda.Event | None = None
 
-    def todo(self) -> Iterator[tuple[int, int]]:
-        """Yield the wanted windows, row by row."""
-        for row, column in np.argwhere(self._wanted):
-            yield int(row), int(column)
-
-    def cut(self, row: int, column: int) -> torch.Tensor:
-        """Return the (S, S, 3) uint8 pixels of a window."""
+    def cut(self, index: int) -> torch.Tensor:
+        """Return the (S, S, 3) uint8 pixels of a wanted window, a view."""
+        row, column = self._todo[index]
         y = self._rows[row].start - self._halo.y
         x = self._columns[column].start - self._halo.x
         size = self._windows.size
         return self._pixels[y : y + size, x : x + size]
 
-    def add(
-        self, row: int, column: int, scores: torch.Tensor, labels: torch.Tensor
+    def keep(
+        self, first: int, layers: Mapping[str, torch.Tensor], sums: torch.Tensor
     ) -> None:
-        """Add a window's (C, S, S) scores and (S, S) classes where it decides.
+        """Keep what N wanted windows show.
 
-        Windows come in the order of the slide's grid, so with blending a pixel's
-        float32 sum has the same terms in the same order however the slide is cut.
+        Args:
+            first: The first of them; they follow each other, row by row.
+            layers: As of `RegionClasses`, each (N, ..., S, S).
+            sums: (N,) sums of their scores: not finite if a score is not.
         """
-        down, across = self._rows[row], self._columns[column]
-        size, region = self._windows.size, self._region
-        decided = _common(down.decides, across.decides, region)
-        source = decided.slices(origin=Rectangle(down.start, across.start, size, size))
-        target = decided.slices(origin=region)
-        if self._how.stitch == "crop":
-            self._labels[target] = labels[source]
-        if self._scores is not None and self._how.stitch == "crop":
-            self._scores[:, *target] = scores[:, *source]
-        elif self._scores is not None:
-            weight = down.weights[source[0], None] * across.weights[source[1]]
-            self._scores[:, *target].addcmul_(scores[:, *source], weight)
-        if self._how.quality:
-            covered = _common(
-                (down.start, down.start + size),
-                (across.start, across.start + size),
-                region,
-            )
-            part = covered.slices(
-                origin=Rectangle(down.start, across.start, size, size)
-            )
-            self._seen.append((covered, labels[part].clone()))
+        end = first + len(sums)
+        self._sums[first:end] = sums
+        for name, stack in self._stacks.items():
+            stack[first:end] = layers[name]
 
-    def count_down(self) -> None:
-        """Count one more window as predicted."""
-        self.missing -= 1
-        if self.missing == 0 and self._how.stitch == "blend":
-            if self._scores is None:
-                raise RuntimeError("blending keeps scores")
-            self._labels = self._choose(self._scores)
+    def blend(self, index: int, scores: torch.Tensor) -> None:
+        """Add a wanted window's (C, S, S) scores by their weights.
+
+        Windows come in the order of the slide's grid, so a pixel's float32 sum has the
+        same terms in the same order however the slide is cut.
+        """
+        if self._scores is None:
+            raise RuntimeError("blending keeps scores")
+        row, column = self._todo[index]
+        down, across = self._rows[row], self._columns[column]
+        decided = _common(down.decides, across.decides, self._region)
+        source = decided.slices(origin=self._window(down, across))
+        target = decided.slices(origin=self._region)
+        weight = down.weights[source[0], None] * across.weights[source[1]]
+        self._scores[:, *target].addcmul_(scores[:, *source], weight)
 
     def fetch(self) -> None:
-        """Start to copy the region's result back from the device."""
-        layers = {"labels": self._labels}
-        if self.sums:
-            layers["finite"] = torch.isfinite(torch.stack(self.sums).sum())
-            self.sums.clear()
-        if self._scores is not None and self._how.probabilities:
-            layers["probabilities"] = _as_uint8(self._scores)
-        if self._scores is not None and self._how.quality:
-            layers["uncertainty"] = _as_uint8(_entropy(self._scores))
-            differs = torch.zeros_like(self._labels)
-            for covered, seen in self._seen:
-                place = covered.slices(origin=self._region)
-                differs[place] |= seen != self._labels[place]
-            layers["disagreement"] = differs
-        self._seen.clear()
+        """Complete the region, and start to copy it back from the device."""
+        if self._scores is None:
+            layers = {
+                name: self._side_by_side(stack) for name, stack in self._stacks.items()
+            }
+        else:
+            layers = as_layers(self._scores, self._choose(self._scores), self._how)
+        layers["finite"] = torch.isfinite(self._sums.sum())
+        if self._how.quality:
+            layers["disagreement"] = self._disagreement(layers["labels"])
+        self._stacks.clear()
         self._scores = None
-        self._fetched = {name: _download(layer) for name, layer in layers.items()}
-        if self._labels.is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        self._fetched = {
+            name: _download(layer, self._streams) for name, layer in layers.items()
+        }
+        if self._streams is not None:
+            self._arrived = self._streams.down.record_event()
 
     def result(self) -> RegionClasses:
         """Return what was fetched, once it is here."""
@@ -190,31 +205,107 @@ class Canvas:
         finite = bool(layers.pop("finite", True))
         return RegionClasses(**layers, finite=finite)
 
+    def _window(self, down: _Window, across: _Window) -> Rectangle:
+        size = self._windows.size
+        return Rectangle(down.start, across.start, size, size)
+
+    def _side_by_side(self, stack: torch.Tensor) -> torch.Tensor:
+        """Return a layer of the region, (..., height, width), 0 where none is wanted.
+
+        What a row of windows decides is one copy on the device.
+        """
+        indices = {place: index for index, place in enumerate(self._todo)}
+        rows = []
+        for row, down in enumerate(self._rows):
+            parts = []
+            for column, across in enumerate(self._columns):
+                decided = _common(down.decides, across.decides, self._region)
+                index = indices.get((row, column))
+                if index is None:
+                    area = (decided.height, decided.width)
+                    parts.append(stack.new_zeros((*stack.shape[1:-2], *area)))
+                else:
+                    place = decided.slices(origin=self._window(down, across))
+                    parts.append(stack[index, ..., *place])
+            rows.append(torch.cat(parts, dim=-1))
+        return torch.cat(rows, dim=-2)
+
+    def _disagreement(self, labels: torch.Tensor) -> torch.Tensor:
+        differs = torch.zeros_like(labels)
+        for (row, column), seen in zip(self._todo, self._stacks["labels"], strict=True):
+            window = self._window(self._rows[row], self._columns[column])
+            covered = _common(
+                (window.y, window.bottom), (window.x, window.right), self._region
+            )
+            here = covered.slices(origin=self._region)
+            differs[here] |= seen[covered.slices(origin=window)] != labels[here]
+        return differs
+
+
+def shown(how: Prediction, classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the layers that scores become, each with its leading dimensions."""
+    layers: dict[str, tuple[int, ...]] = {"labels": ()}
+    if how.probabilities:
+        layers["probabilities"] = (classes,)
+    if how.quality:
+        layers["uncertainty"] = ()
+    return layers
+
+
+def as_layers(
+    scores: torch.Tensor, labels: torch.Tensor, how: Prediction
+) -> dict[str, torch.Tensor]:
+    """Return what scores become, as uint8.
+
+    Args:
+        scores: (..., C, h, w); probabilities, where more than labels is asked for.
+        labels: (..., h, w) uint8 classes.
+        how: What is asked for.
+    """
+    layers = {"labels": labels}
+    if how.probabilities:
+        layers["probabilities"] = _as_uint8(scores)
+    if how.quality:
+        layers["uncertainty"] = _as_uint8(_entropy(scores))
+    return layers
+
 
 def _common(
     rows: tuple[int, int], columns: tuple[int, int], region: Rectangle
 ) -> Rectangle:
     y0, y1 = max(rows[0], region.y), min(rows[1], region.bottom)
     x0, x1 = max(columns[0], region.x), min(columns[1], region.right)
-    return Rectangle(y0, x0, y1 - y0, x1 - x0)
+    return Rectangle(y0, x0, max(0, y1 - y0), max(0, x1 - x0))
 
 
-def _upload(pixels: UInt8, device: torch.device) -> torch.Tensor:
-    """Bring pixels to the device; to a GPU through pinned memory, without waiting."""
-    if device.type == "cpu":
+def _upload(
+    pixels: UInt8, device: torch.device, streams: Streams | None
+) -> torch.Tensor:
+    """Bring pixels to the device; to a GPU through pinned memory, while it computes."""
+    if streams is None:
         # The array may be a read-only view of Ray's store; it is only ever read.
-        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
+    # torch keeps pinned memory for the next region, once the copy is done.
     pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
     np.copyto(pinned.numpy(), pixels)
-    return pinned.to(device, non_blocking=True)
+    with torch.cuda.stream(streams.up):
+        there = pinned.to(device, non_blocking=True)
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(streams.up)
+    there.record_stream(computing)
+    return there
 
 
-def _download(layer: torch.Tensor) -> torch.Tensor:
-    """Start a copy to the host; from a GPU into pinned memory, without waiting."""
-    if not layer.is_cuda:
-        return layer
+def _download(layer: torch.Tensor, streams: Streams | None) -> torch.Tensor:
+    """Start a copy to the host; from a GPU into pinned memory, while it computes."""
+    if streams is None:
+        return layer.cpu()
     pinned = torch.empty(layer.shape, dtype=layer.dtype, pin_memory=True)
-    return pinned.copy_(layer, non_blocking=True)
+    streams.down.wait_stream(torch.cuda.current_stream(layer.device))
+    with torch.cuda.stream(streams.down):
+        pinned.copy_(layer, non_blocking=True)
+    layer.record_stream(streams.down)
+    return pinned
 
 
 def _as_uint8(share: torch.Tensor) -> torch.Tensor:
@@ -222,9 +313,9 @@ def _as_uint8(share: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return the entropy of (C, h, w) as a share of the greatest possible: (h, w)."""
-    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=0)
-    return total / float(np.log(max(2, len(probabilities))))
+    """Return the entropy of (..., C, h, w) as a share of the most: (..., h, w)."""
+    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=-3)
+    return total / float(np.log(max(2, probabilities.shape[-3])))
 
 
 @dataclass(frozen=True)

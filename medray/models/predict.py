@@ -5,16 +5,24 @@ One file, because it is the way of a window through the device, top to bottom.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
 from medray.errors import ConfigError
-from medray.models.canvas import Canvas, RegionClasses, RegionPixels
+from medray.models.canvas import (
+    Canvas,
+    RegionClasses,
+    RegionPixels,
+    Streams,
+    as_layers,
+)
 from medray.models.config import TURNS, ModelConfig, Prediction
 from medray.models.crf import refine
 from medray.models.folder import load_model
@@ -29,7 +37,7 @@ from medray.models.network import (
 # (larger blocks go back to the system and are faulted in again, a sixth of the time).
 _CPU_BATCH_PIXELS = 512 * 512
 
-_Windows = Sequence[tuple[Canvas, int, int]]
+_Windows = Sequence[tuple[Canvas, int]]  # and which of its wanted windows
 _Scored = tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -78,6 +86,10 @@ class Predictor:
         size = self.config.window.size
         fitting = max(1, _CPU_BATCH_PIXELS // size**2)
         self.batch = batch or (fitting if self.device.type == "cpu" else 25)
+        self._blank = torch.zeros((size, size, 3), dtype=torch.uint8).to(self.device)
+        self._streams: Streams | None = None
+        if self.device.type == "cuda":
+            self._streams = Streams.of(self.device)
         self.threads = 1
         self._pool: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
@@ -212,39 +224,48 @@ class Predictor:
             The class of every pixel of `plan.region`.
         """
         canvases: deque[Canvas] = deque()
-        pending: list[tuple[Canvas, int, int]] = []
+        pending: list[tuple[Canvas, int]] = []
         under_way: deque[tuple[_Windows, Callable[[], _Scored]]] = deque()
-        fetched: deque[Canvas] = deque()
+        fetched: deque[tuple[int, Canvas]] = deque()
+        batches = 0
         # On a CPU each thread finds its next batch waiting. A GPU works behind the
-        # caller's back anyhow: there a region is taken once the next batch is under
-        # way, so that the GPU has work while the caller sees to the region.
-        most = 2 * self.threads if self._pool else 0
+        # caller's back: what is waited for is two batches old, so that it has work
+        # while the caller sees to a region.
+        most, age = (2 * self.threads, 0) if self._pool else (0, 2)
 
         def start() -> Iterator[RegionClasses]:
-            ready = len(fetched)
+            nonlocal batches
             under_way.append((tuple(pending), self._start(pending)))
             pending.clear()
+            batches += 1
             while len(under_way) > most:
                 finish()
-            for _ in range(len(fetched) if self._pool else ready):
-                yield fetched.popleft().result()
+            while fetched and fetched[0][0] <= batches - age:
+                yield fetched.popleft()[1].result()
 
         def finish() -> None:
             windows, finished = under_way.popleft()
             scored = finished()
             if scored:
-                _add(windows, *scored)
-            for canvas, _, _ in windows:
-                canvas.count_down()
+                _blend(windows, *scored)
+            for canvas, _ in windows:
+                canvas.missing -= 1
             while canvases and not canvases[0].missing:
-                fetched.append(canvases.popleft())
-                fetched[-1].fetch()
+                fetched.append((batches, canvases.popleft()))
+                fetched[-1][1].fetch()
 
         for region in regions:
-            canvas = Canvas(region, self.config, self.how, self.choose, self.device)
+            canvas = Canvas(
+                region,
+                self.config,
+                self.how,
+                self.choose,
+                self.device,
+                self._streams,
+            )
             canvases.append(canvas)
-            for row, column in canvas.todo():
-                pending.append((canvas, row, column))
+            for index in range(canvas.count):
+                pending.append((canvas, index))
                 if len(pending) == self.batch:
                     yield from start()
         if pending:
@@ -253,7 +274,7 @@ class Predictor:
             finish()
         for canvas in canvases:  # of which no window is wanted
             canvas.fetch()
-        for canvas in (*fetched, *canvases):
+        for canvas in (*(canvas for _, canvas in fetched), *canvases):
             yield canvas.result()
 
     def _start(self, windows: _Windows) -> Callable[[], _Scored]:
@@ -268,34 +289,40 @@ class Predictor:
     def _score(self, windows: _Windows) -> _Scored:
         """Predict a batch.
 
-        Where windows are cropped each decides pixels of its own, so this thread notes
-        them at once (to hand them over costs a tenth of the time: memory that another
-        thread frees is not used again). Where they are blended, their scores are given
-        back, to be summed in the windows' order whichever thread was faster.
+        Where windows are cropped, what they show is kept with their regions at once.
+        Where they are blended, their scores are returned, to be summed in the windows'
+        order whichever thread was faster.
 
         Returns:
             None, or (N, C, S, S) scores and (N, S, S) uint8 classes.
         """
-        size = self.config.window.size
-        shape = (self.batch, size, size, 3)
-        batch = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        for i, (canvas, row, column) in enumerate(windows):
-            batch[i] = canvas.cut(row, column)
-        batch[len(windows) :] = 0
-        scores = self.scores(batch)
+        cuts = [canvas.cut(index) for canvas, index in windows]
+        cuts.extend([self._blank] * (self.batch - len(cuts)))
+        scores = self.scores(torch.stack(cuts))
         labels = self.choose(scores)
         if self.how.stitch == "blend":
             return scores, labels
-        _add(windows, scores, labels)
+        _keep(windows, as_layers(scores, labels, self.how), scores)
         return None
 
 
-def _add(windows: _Windows, scores: torch.Tensor, labels: torch.Tensor) -> None:
+def _keep(
+    windows: _Windows, layers: Mapping[str, torch.Tensor], scores: torch.Tensor
+) -> None:
     # One number a window tells whether all are finite: NaN and infinity carry over.
     sums = scores.sum((1, 2, 3), dtype=torch.float32)
-    for i, (canvas, row, column) in enumerate(windows):
-        canvas.add(row, column, scores[i], labels[i])
-        canvas.sums.append(sums[i])
+    end = 0
+    for canvas, group in itertools.groupby(windows, operator.itemgetter(0)):
+        (_, first), *others = group
+        start, end = end, end + 1 + len(others)
+        parts = {name: layer[start:end] for name, layer in layers.items()}
+        canvas.keep(first, parts, sums[start:end])
+
+
+def _blend(windows: _Windows, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    _keep(windows, {"labels": labels}, scores)
+    for (canvas, index), one in zip(windows, scores, strict=False):  # filled up
+        canvas.blend(index, one)
 
 
 def _check_alike(one: ModelConfig, other: ModelConfig) -> None:

@@ -14,6 +14,7 @@ import ray
 from packaging.requirements import Requirement
 
 from medray.apps.doctor.findings import Finding
+from medray.models import has_gpu_driver
 
 GIB = 1 << 30
 
@@ -22,10 +23,6 @@ _LEAST_MEMORY = 4 * GIB
 
 # What Ray gives its object store by default, and where that lies.
 _STORE_SHARE, SHARED_MEMORY = 0.3, "/dev/shm"
-
-# What there is of a GPU that torch could use: NVIDIA's driver, that of Windows under
-# its Linux, AMD's.
-_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
 
 def check_packages(requirements: Iterable[str]) -> Finding:
@@ -94,7 +91,7 @@ def check_memory(limit: int, shared: int) -> list[Finding]:
 
 def gpus_here() -> tuple[int, int, str]:
     """Return how many GPUs this machine has, how many torch can use, and in words."""
-    if not any(Path(device).exists() for device in _DRIVERS):
+    if not has_gpu_driver():
         return 0, 0, "none"
     import torch  # it takes seconds
 

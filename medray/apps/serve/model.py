@@ -15,8 +15,9 @@ One file, because reading, predicting and finishing share the settings of one mo
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from medray.apps.serve.images import as_png, check_header, check_pixels
 from medray.datasets import read_resized
-from medray.errors import ConfigError, SlideError
+from medray.errors import CompileError, ConfigError, SlideError
 from medray.evaluation import scaled
 from medray.geometry import Rectangle
 from medray.inference import (
@@ -55,6 +56,8 @@ from medray.models import (
 from medray.slides import open_slide
 from medray.storage import files
 from medray.types import Row, UInt8
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 Format = Literal["png", "geojson"]
@@ -147,6 +150,8 @@ class Served:
             ConfigError: The folder is no model, the model takes more than pixels, or
                 the report is another model's.
             FormatError: The weights are damaged.
+            CompileError: The network cannot be compiled, as was asked for; where it was
+                left open (`auto`) it is then not compiled.
         """
         self._settings, self._config = _read_config(model, precision, compile)
         self._max = max_pixels
@@ -156,7 +161,14 @@ class Served:
             self._classify = load_classifier(model)
         else:
             how = self._settings.options.prediction
-            self._predictor = Predictor.from_folders([model], how, threads=threads)
+            try:
+                self._predictor = Predictor.from_folders([model], how, threads=threads)
+            except CompileError as error:
+                if compile != "auto":
+                    raise
+                log.warning("%s; it is served not compiled", error)
+                how = replace(how, compile="off")
+                self._predictor = Predictor.from_folders([model], how, threads=threads)
             self._predictor.warm_up()
 
     @property

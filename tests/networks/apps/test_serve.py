@@ -38,7 +38,8 @@ from medray.apps.serve import deployment as serve
 from medray.apps.serve.api import build_api, token_digest
 from medray.apps.serve.model import Answer, Served
 from medray.cli import main
-from medray.errors import ConfigError
+from medray.errors import CompileError, ConfigError
+from medray.models import predict
 
 
 class Direct:
@@ -277,6 +278,18 @@ def test_resolution_is_asked_for_and_the_mask_fits(client: TestClient) -> None:
     headers = {"Content-Type": "image/tiff"}
     found = client.post("/segment", content=data, headers=headers)
     assert found.headers["medray-mpp-from"] == "image"
+
+
+def test_what_cannot_be_compiled_is_served_not_compiled_unless_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    # As where there is a GPU: a choice that is left open is to compile.
+    monkeypatch.setattr(predict, "chooses_to_compile", lambda how, *_: how != "off")
+    assert Served(str(model), precision="float32").kind == "segment"
+    with pytest.raises(CompileError, match="no-compiler"):
+        Served(str(model), precision="float32", compile="on")
 
 
 def test_a_classifier_of_windows_gives_mean_probabilities(tmp_path: Path) -> None:

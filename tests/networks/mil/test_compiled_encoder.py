@@ -10,7 +10,7 @@ import torch
 
 from medray.datasets.synthetic import write_slide
 from medray.datasets.synthetic_scene import draw_scene
-from medray.errors import ConfigError
+from medray.errors import CompileError, ConfigError
 from medray.execution.commit import Summary
 from medray.mil.embed_slides import embed
 from medray.mil.features import read_features, read_slide
@@ -65,3 +65,18 @@ def test_a_choice_stands_in_the_folder_and_is_kept(folder: Path) -> None:
         run(folder, "on", "off")
     with pytest.raises(ConfigError, match="compile: None -> on"):
         run(folder, "auto", "on")
+
+
+def test_features_that_cannot_be_compiled_begin_again_not_compiled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDRAY_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(CompileError, match="no-compiler"):
+        run(folder, "begun", "on")
+    assert "compile: 'on'" in (folder / "begun" / "features.yaml").read_text()
+    done = run(folder, "begun", "auto")  # which would go on compiled
+    assert (done.done, done.failed) == (1, {})
+    assert read_features(str(folder / "begun"))[0].compile == "off"
+    begun, off = (read_slide(str(folder / name), "s0") for name in ("begun", "auto"))
+    np.testing.assert_array_equal(begun.features, off.features)
