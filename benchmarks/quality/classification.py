@@ -12,7 +12,10 @@ those that are run are added.
     python -m benchmarks.quality.classification folds --dataset malaria --out results
     python -m benchmarks.quality.classification table --out results
 
-X-rays and SIPaKMeD from random weights: --overrides weights=null schedule.phases=[].
+From random weights: --overrides weights=null. With --record FILE the page's row, and
+what it was made of, is written; `make figures` puts it into docs/results.md.
+
+One file, because a set, its deal and its recipe belong together.
 """
 
 import csv
@@ -23,7 +26,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +42,7 @@ from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.evaluation.image_metrics import Predicted, score
 from medray.execution import cluster
-from medray.models.config import Tta
+from medray.models.config import Tta, model_digest
 from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
 from medray.training.checkpoint import read_history
@@ -54,14 +57,16 @@ class Cells:
     Attributes:
         folder: Of class folders, or of train and test with class folders.
         classes: By label value; of two the second is looked for.
-        patients: Finds the patient in an image's name; "": each image is one.
+        patients: Finds the patient in CLASS/IMAGE; "": each image is one.
         recipe: That is taken if no other is asked for.
+        many: Images enough for an eighth of what is not tested to choose; else a fold.
     """
 
     folder: Path
     classes: tuple[str, ...]
     patients: str
     recipe: str
+    many: bool = False
 
 
 def unpacked(archive: Path, out: Path) -> Path:
@@ -80,7 +85,7 @@ def malaria(data: Path, out: Path) -> Cells:
     return Cells(
         unpacked(data / "malaria.zip", out) / "cell_images",
         ("Uninfected", "Parasitized"),
-        "^(.*?)_?[Tt]hin",
+        "/(.*?)_?[Tt]hin",
         "malaria-resnet50v2",
     )
 
@@ -94,8 +99,8 @@ def xray(data: Path, out: Path) -> Cells:
     return Cells(
         unpacked(data / "chest_xray.zip", out) / "chest_xray",
         ("NORMAL", "PNEUMONIA"),
-        r"^(person\d+|(?:NORMAL2-)?IM-\d+)",
-        "pneumonia-transfer",
+        r"/(person\d+|(?:NORMAL2-)?IM-\d+)",
+        "pneumonia",
     )
 
 
@@ -103,7 +108,28 @@ def sipakmed(data: Path, out: Path) -> Cells:
     del out
     folder = data / "sipakmed" / "jpeg128"
     names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    return Cells(folder, names, r"^(\d+)_", "cervical-resnet50v2-attention")
+    return Cells(folder, names, r"/(\d+)_", "cervical-resnet50v2-attention")
+
+
+def sipakmed_full(data: Path, out: Path) -> Cells:
+    folder = unpacked(data / "sipakmed_full128.zip", out) / "sipakmed"
+    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    # The images of each class are numbered by themselves.
+    return Cells(folder, names, r"^([^/]+/\d+)_", "cervical", many=True)
+
+
+def sipakmed_full_random(data: Path, out: Path) -> Cells:
+    return replace(sipakmed_full(data, out), patients="")
+
+
+def malaria_colour(data: Path, out: Path) -> Cells:
+    return Cells(
+        unpacked(data / "malaria_rgb80.zip", out) / "cell_images",
+        ("Uninfected", "Parasitized"),
+        "/(.*?)_?[Tt]hin",
+        "malaria",
+        many=True,
+    )
 
 
 SETS = {
@@ -111,6 +137,9 @@ SETS = {
     "malaria-random": malaria_random,
     "xray": xray,
     "sipakmed": sipakmed,
+    "sipakmed-full": sipakmed_full,
+    "sipakmed-full-random": sipakmed_full_random,
+    "malaria-colour": malaria_colour,
 }
 
 
@@ -133,7 +162,7 @@ def list_images(cells: Cells, limit: int | None) -> list[Image]:
         counts[kind] = counts.get(kind, 0) + 1
         if limit is not None and counts[kind] > limit:
             continue
-        name = file.image.rpartition("/")[2]
+        name = "/".join(file.image.split("/")[-2:])
         match = re.search(cells.patients, name) if cells.patients else None
         patient = match[1] if match else file.patient
         found.append(Image(file.image, file.class_name, patient, file.split))
@@ -151,7 +180,9 @@ def folds_of(images: Sequence[Image], count: int, seed: int = 0) -> dict[str, in
     return found
 
 
-def splits_of(name: str, images: Sequence[Image], folds: int) -> list[dict[str, str]]:
+def splits_of(
+    name: str, images: Sequence[Image], folds: int, many: bool
+) -> list[dict[str, str]]:
     """Return the split (train, val, test) of each image, in each fold."""
     if name == "malaria-random":  # as published: 70 to 30 by image, patients mixed
         ten = StratifiedKFold(10, shuffle=True, random_state=0)
@@ -171,6 +202,17 @@ def splits_of(name: str, images: Sequence[Image], folds: int) -> list[dict[str, 
         chosen = {name: "train" if k else "val" for name, k in tenths.items()}
         return [tests | chosen]
     fold = folds_of(images, folds)
+    if many:
+        found = []
+        for k in range(folds):
+            rest = [image for image in images if fold[image.name] != k]
+            eighths = folds_of(rest, 8, seed=1)
+            chosen = {
+                name: "train" if part else "val" for name, part in eighths.items()
+            }
+            tests = {image.name: "test" for image in images if fold[image.name] == k}
+            found.append(tests | chosen)
+        return found
     return [
         {
             name: {k: "test", (k + 1) % folds: "val"}.get(part, "train")
@@ -194,8 +236,7 @@ def one_fold(
 
     `record` is a file of the fold's result from an earlier sitting, or where to put it.
     """
-    path = str(ROOT / "recipes" / f"{recipe}.yaml")
-    settings = read_recipe(path, overrides)
+    settings = read_recipe(recipe, overrides)
     parts = [to_dict(settings), sorted(split.items())]
     made_of = digest_of(parts if tta == "none" else [*parts, tta])
     places = [out / "result.json", *([record] if record else [])]
@@ -219,7 +260,7 @@ def one_fold(
         splits=str(out / "splits.csv"),
     )
     start = time.perf_counter()
-    train(path, data=data, out=model, overrides=overrides)
+    train(recipe, data=data, out=model, overrides=overrides)
     wall = time.perf_counter() - start
     found = evaluate_images(model, data=data, out=str(out / "report"), tta=tta)
     network, _ = load_model(model)
@@ -240,6 +281,8 @@ def one_fold(
         "rows": rows,
         "f1": found.f1,
         "calibration": found.calibration,
+        "at_threshold": found.at_threshold,
+        "digest": model_digest(model),
         "seconds": sum(epoch["seconds"] for epoch in read_history(model)),
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -264,7 +307,15 @@ def predicted(row: dict[str, Any]) -> Predicted:
 
 
 def folds(
-    dataset: Literal["malaria", "malaria-random", "xray", "sipakmed"],
+    dataset: Literal[
+        "malaria",
+        "malaria-random",
+        "malaria-colour",
+        "xray",
+        "sipakmed",
+        "sipakmed-full",
+        "sipakmed-full-random",
+    ],
     out: Path,
     data: Path = ROOT.parent / "shared" / "data",
     recipe: str | None = None,
@@ -299,7 +350,7 @@ def folds(
     cells = SETS[dataset](data, out)
     recipe = recipe or cells.recipe
     images = list_images(cells, limit)
-    splits = splits_of(dataset, images, folds)
+    splits = splits_of(dataset, images, folds, cells.many)
     name = f"{dataset}-{recipe}" + (f"-{title}" if title else "")
     results = [
         one_fold(
@@ -326,7 +377,49 @@ def folds(
     }
     (out / f"{name}.json").write_text(json.dumps(line, indent=2))
     ray.shutdown()
-    yield line
+    yield row_of(line, results, cells)
+    if len(cells.classes) == 2 and all(result["at_threshold"] for result in results):
+        moved = [
+            replace(row, predicted=int(row.probabilities[1] >= threshold))
+            for result in results
+            for threshold in [result["at_threshold"]["threshold"]]
+            for row in map(predicted, result["rows"])
+        ]
+        line |= score(moved, cells.classes)
+        line["title"] += ", threshold chosen on validation"
+        yield row_of(line, results, cells)
+
+
+def row_of(line: dict, results: Sequence[dict], cells: Cells) -> dict[str, object]:
+    """Return a row of docs/results.md, and what the table leaves out below it."""
+
+    def cell(name: str) -> str:
+        low, high = (line["intervals"] or {}).get(name) or (None, None)
+        return f"{number(line[name])} [{number(low)}, {number(high)}]"
+
+    shown = (
+        *(("accuracy", "accuracy"), ("f1", "F1"), ("recall", "sensitivity")),
+        *(("specificity", "specificity"), ("auc", "AUC")),
+    )
+    scaled = [result["calibration"].get("error_scaled") for result in results]
+    return {
+        "trained": line["title"],
+        "images, groups": f"{line['images']}, {line['patients']}",
+        **{f"{title} [95 %]": cell(name) for name, title in shown},
+        "ECE": number(line["calibration_error"]),
+        "ECE at the temperature": ", ".join(number(error) for error in scaled),
+        "folds": f"{len(results)} of {line['of']}",
+        "weights": ", ".join(result["digest"].split(":")[1][:8] for result in results),
+        "s per training": round(line["seconds_a_fold"]),
+        "confusion": {
+            truth: {"truth": truth} | dict(zip(cells.classes, counts, strict=True))
+            for truth, counts in zip(cells.classes, line["confusion"], strict=True)
+        },
+        "per_class": line["per_class"],
+        "at_threshold": [result["at_threshold"] for result in results],
+        "overrides": list(line["overrides"]),
+        "digests": [result["digest"] for result in results],
+    }
 
 
 def table(out: Path) -> None:

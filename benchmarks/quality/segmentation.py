@@ -52,7 +52,7 @@ from medray.evaluation.metrics import (
 from medray.execution import cluster
 from medray.inference.infer_run import infer
 from medray.inference.run import Options, mask_uri
-from medray.models.config import Prediction
+from medray.models.config import Prediction, model_digest
 from medray.models.folder import load_model
 from medray.storage.yaml_config import to_dict
 from medray.training.checkpoint import read_history
@@ -188,6 +188,7 @@ def one_fold(
         "fields": found,
         "chosen": chosen,
         "validation": scores,
+        "digest": model_digest(str(out / chosen)),
         "seconds": seconds,
         "wall": wall,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -262,7 +263,39 @@ def run(
         line |= {"chosen": [result["chosen"] for result in results]}
         line |= pooled(results, fields.classes, way)
         (out / f"{title}{way}.json").write_text(json.dumps(line, indent=2))
-        yield line
+        yield row_of(line, results, way)
+
+
+def row_of(line: dict, results: Sequence[dict], way: str) -> dict[str, object]:
+    """Return a row of docs/results.md, and what the table leaves out below it."""
+
+    def cell(name: str) -> str:
+        low, high = line[f"{name}_interval"] or (None, None)
+        return f"{number(line[name])} [{number(low)}, {number(high)}]"
+
+    counts = [
+        np.sum([row["counts"] for row in result["fields"][way].values()], axis=0)
+        for result in results
+    ]
+    of_folds = [summary(count, [""] * len(count))["f1"] for count in counts]
+    # Folds of earlier sittings may be from before the digest was kept.
+    digests = [result["digest"] for result in results if "digest" in result]
+    return {
+        "trained": line["title"],
+        "fields": line["fields"],
+        "F1 [95 %]": cell("f1"),
+        "IoU [95 %]": cell("iou"),
+        "precision": number(line["precision"]),
+        "recall": number(line["recall"]),
+        "mean Dice of fields": number(line["mean_dice_of_fields"]),
+        "small: found": number(line["small_recall"], 2),
+        "F1 by fold": ", ".join(number(f1) for f1 in of_folds),
+        "weights": ", ".join(digest.split(":")[1][:8] for digest in digests),
+        "s per training": round(line["seconds_a_fold"]),
+        "overrides": line["overrides"],
+        "digests": digests,
+        "fields of folds": [result["fields"][way] for result in results],
+    }
 
 
 def nuclei_fields(data: Path) -> Fields:

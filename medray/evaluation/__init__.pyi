@@ -33,6 +33,7 @@ from .metrics import small_scores as small_scores
 from .metrics import summary as summary
 from .overlay import AGREEMENT as AGREEMENT
 from .overlay import draw_overlay as draw_overlay
+from .review_images import review_images as review_images
 from .review_run import review as review
 from .truth_files import list_ground_truth as list_ground_truth
 from .truth_files import name_in as name_in

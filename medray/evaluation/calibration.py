@@ -1,4 +1,4 @@
-"""The calibration of a classifier, and the temperature that corrects it.
+"""The calibration of a classifier, the temperature that corrects it, and a threshold.
 
 Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks".
 """
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from sklearn.metrics import roc_curve
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -47,6 +48,27 @@ def fit_temperature(logits: Floats, truth: Ints) -> float | None:
         loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
     return float(np.exp(found.x))
+
+
+def fit_threshold(probabilities: Floats, is_label: npt.NDArray[Any]) -> float | None:
+    """Find the probability from which on an image is best called one of the class.
+
+    That is where sensitivity + specificity is greatest (Youden 1950), halfway to the
+    next image below.
+
+    Args:
+        probabilities: (N,) of the class, of images that have not trained the model.
+        is_label: (N,) whether an image is of the class.
+
+    Returns:
+        The threshold; None where all images, or none, are of the class.
+    """
+    if not 0 < np.count_nonzero(is_label) < len(is_label):
+        return None
+    false, true, values = roc_curve(is_label, probabilities, drop_intermediate=False)
+    best = int(np.argmax(true - false))
+    # roc_curve begins above all values: no image is called one of the class.
+    return float(np.mean(values[best : best + 2])) if best else 1.0
 
 
 def scaled(logits: Floats, temperature: float) -> Floats:

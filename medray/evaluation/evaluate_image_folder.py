@@ -29,7 +29,7 @@ from medray.errors import ConfigError, MedrayError
 from medray.evaluation.figures import draw_image_curves
 from medray.evaluation.html import check_folder, render
 from medray.evaluation.image_errors import confident_errors
-from medray.evaluation.image_metrics import calibrate, combine, score
+from medray.evaluation.image_metrics import at_threshold, calibrate, combine, score
 from medray.evaluation.metrics import f1_line
 from medray.evaluation.significance import (
     beside,
@@ -64,6 +64,8 @@ class ImageEvaluation:
         images: That were counted.
         calibration: `error` as it is; where a `temperature` could be fitted, it, the
             `images` that it was fitted on and `error_scaled` with it; else `why` not.
+        at_threshold: Of two classes the scores with the `threshold` that validation
+            images choose, see medray.evaluation.image_metrics; None: too few of them.
         beside: The comparison with another report, see
             medray.evaluation.significance; None: unasked.
         failed: Reason of each sheet that could not be, by its name.
@@ -75,6 +77,7 @@ class ImageEvaluation:
     interval: list[float] | None
     images: int
     calibration: Row
+    at_threshold: Row | None
     beside: Row | None
     failed: dict[str, str]
 
@@ -89,6 +92,12 @@ class ImageEvaluation:
             f1_line(self.f1, self.interval),
             f"calibration error  {found['error']:.4f}; {scaled}",
         ]
+        if (at := self.at_threshold) is not None:
+            lines.append(
+                f"threshold          {at['threshold']:.3f}, chosen on {at['images']} "
+                f"validation images: accuracy {at['accuracy']:.4f}, sensitivity "
+                f"{at['recall']:.4f}, specificity {at['specificity']:.4f}"
+            )
         if beside:
             lines.append(
                 f"beside {beside['report']}  accuracy {beside['accuracy']:.4f} and "
@@ -157,10 +166,13 @@ def evaluate_images(
             f"{next(iter(failed.values()), 'nothing is said why')}"
         )
     metrics = score(found, classes.names)
-    calibration = calibrate(found, [row for of, row in pairs if of != split])
+    choosing = [row for of, row in pairs if of != split]
+    calibration = calibrate(found, choosing)
+    threshold = at_threshold(found, choosing, classes.names)
     digests = ", ".join(model_digest(folder) for folder in models)
     metrics |= {"split": split, "model_digest": digests}
     metrics |= {"vote": vote, "tta": tta, "calibration": calibration, "beside": None}
+    metrics["at_threshold"] = threshold
     if others is not None and compare:
         metrics["beside"] = beside(found, others, classes.names, compare)
     write_image_predictions(found, classes.names, files.join(out, "images.csv"))
@@ -202,6 +214,7 @@ def evaluate_images(
         interval,
         len(found),
         calibration,
+        threshold,
         metrics["beside"],
         failed,
     )

@@ -61,7 +61,7 @@ def confident_errors(
     wrong.sort(key=lambda row: -row.probabilities[row.predicted])
     of_digest = {image.digest: image for image in images}
     shown = wrong[:_SHOWN]
-    seen = [(_pixels(of_digest[row.digest], data), row.predicted) for row in shown]
+    seen = [(read_pixels(of_digest[row.digest], data), row.predicted) for row in shown]
     drawn = overlays(model, seen) if model else [None] * len(seen)
     return [
         ConfidentError(
@@ -76,8 +76,8 @@ def confident_errors(
     ]
 
 
-def _pixels(image: DatasetImage, data: str) -> UInt8:
-    """Read an image (H, W, 3) from its sheet."""
+def read_pixels(image: DatasetImage, data: str) -> UInt8:
+    """Return an image (H, W, 3), read from its sheet."""
     sheet = ome_zarr.open_level(slide_uri(data, image.sheet))
     pixels: UInt8 = np.moveaxis(sheet[(slice(None), *image.place.slices())], 0, 2)
     return pixels

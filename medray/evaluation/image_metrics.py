@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from medray.evaluation.calibration import (
     calibration_error,
     fit_temperature,
+    fit_threshold,
     reliability_of_images,
     scaled,
 )
@@ -164,6 +165,36 @@ def calibrate(rows: Sequence[Predicted], validation: Sequence[Predicted]) -> Row
     bins = reliability_of_images(scaled(logs, temperature), predicted, truth)
     found |= {"temperature": temperature, "images": len(validation)}
     return found | {"error_scaled": calibration_error(bins)}
+
+
+def at_threshold(
+    rows: Sequence[Predicted], validation: Sequence[Predicted], names: Sequence[str]
+) -> Row | None:
+    """Score predictions of two classes at a threshold that validation images choose.
+
+    Returns:
+        `threshold` of the second class's probability, validation `images`, and
+        accuracy, f1, recall, specificity and their `intervals` with it; None where
+        there are more classes, or too few validation images to choose by.
+    """
+    if len(names) != 2 or not validation:
+        return None
+    truth, _, shares, _ = image_columns(validation)
+    threshold = fit_threshold(shares[:, 1], truth == 1)
+    if threshold is None:
+        return None
+    moved = [
+        replace(row, predicted=int(row.probabilities[1] >= threshold)) for row in rows
+    ]
+    found = score(moved, names)
+    scores = ("accuracy", "f1", "recall", "specificity")
+    intervals = found["intervals"]
+    return {
+        "threshold": threshold,
+        "images": len(validation),
+        **{name: found[name] for name in scores},
+        "intervals": {name: intervals[name] for name in scores} if intervals else None,
+    }
 
 
 def patients_of(patients: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:

@@ -14,6 +14,7 @@ from medray.models import ModelConfig, Normalise, choose_precision, standardise
 from medray.training.arithmetic import Arithmetic
 from medray.training.augment import move, recolour
 from medray.training.crops import Batch
+from medray.training.depthwise import quicken
 from medray.training.distillation import Distillation, consistency, rise
 from medray.training.losses import SegmentationLoss
 from medray.training.network import build_network, synchronise
@@ -52,6 +53,8 @@ class TrainingModel:
         dtype = choose_precision(recipe.precision, world.device)
         self.arithmetic = Arithmetic(world.device, dtype, recipe.channels_last)
         network = build_network(recipe, len(model_config.classes))
+        if world.device.type == "cpu" and dtype == torch.bfloat16:
+            network = quicken(network)
         self.network = synchronise(self.arithmetic.place(network), recipe, world)
         self.compiled: nn.Module = self.network
         if recipe.compile:

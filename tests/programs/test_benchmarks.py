@@ -20,6 +20,7 @@ HELPERS = {
     "benchmarks.quality.folds",
     "benchmarks.viewers.shown",
 }
+WEIGHTS = "results/lite0.safetensors"
 # Benchmarks import torch, so this is run in a process of its own; the last line tells
 # the exit code of each command line.
 PARSE = """
@@ -65,6 +66,23 @@ def documented() -> Iterator[tuple[str, list[str]]]:
         ):
             name, *words = shlex.split(re.sub(r"[\[\]]", " ", command), comments=True)
             yield name, words
+    for recipe in ("cervical", "malaria", "pneumonia", "nuclei"):
+        yield from made(recipe)
+
+
+def made(recipe: str) -> list[tuple[str, list[str]]]:
+    """Return the benchmarks that `make results` runs, each with its words."""
+    there = [f"--old-file={file}" for file in (".venv/.complete", WEIGHTS)]
+    done = subprocess.run(
+        ["make", "--dry-run", *there, "results", f"NAME={recipe}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.replace("\\\n", " ")
+    found = re.findall(r"python -m (benchmarks\.quality\..*)", text)
+    return [(words[0], words[1:]) for words in map(shlex.split, found)]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +121,31 @@ def test_documented_command_lines_are_accepted(
     others = {k: v for k, v in answers.items() if not k.endswith("--help")}
     assert len(others) > 30
     assert {k: said for k, (code, said) in others.items() if code} == {}
+
+
+def test_results_are_made_by_splits_and_a_model_of_all_from_the_same_weights() -> None:
+    for recipe in ("cervical", "malaria", "pneumonia", "nuclei"):
+        splits, (whole, words) = made(recipe)
+        assert whole == "benchmarks.quality.whole"
+        assert words[0] == recipe
+        assert f"weights={WEIGHTS}" in splits[1]
+        assert words[words.index("--weights") + 1] == WEIGHTS
+        encoders = [
+            {word for word in line if word.startswith("model.encoder=")}
+            for line in (splits[1], words)
+        ]
+        assert encoders[0] == encoders[1], "of another network than was tested"
+
+
+def test_results_of_an_unknown_name_are_refused() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", f"--old-file={WEIGHTS}", "results", "NAME=lung"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert "lung is none of cervical, malaria, pneumonia, nuclei" in done.stderr
 
 
 def tiny(rounds: int = 2, sides: tuple[int, ...] = (8,)) -> Iterator[harness.Result]:

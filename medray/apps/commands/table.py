@@ -140,6 +140,18 @@ def _evaluate(given: Given) -> Any:
     return call("medray.evaluation:evaluate", {"run": run, **given})
 
 
+def _review(given: Given) -> Any:
+    runs = given.pop("run")
+    if "by_loss" in given:
+        return call("medray.evaluation:review_images", {"reports": runs, **given})
+    if len(runs) > 1:
+        raise ConfigError(
+            f"expected one run, found {len(runs)}; several reports go with --by-loss "
+            f"DATASET"
+        )
+    return call("medray.evaluation:review", {"run": runs[0], **given})
+
+
 def _parse_span(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
     """Parse `MIN:MAX`, or one number for both."""
     least, _, most = tokens[0].value.partition(":")
@@ -309,7 +321,20 @@ COMMANDS: dict[str, Command] = {
         "which of two runs is better, and is it chance", ("medray.evaluation:compare",)
     ),
     "review": Command(
-        "the most uncertain places, to correct in QuPath", ("medray.evaluation:review",)
+        "the most uncertain places, to correct in QuPath; the hardest images",
+        ("medray.evaluation:review", "medray.evaluation:review_images"),
+        {
+            "run": Change(
+                type=list[str],
+                parameter=Parameter(
+                    help="From infer; with --by-loss reports of evaluate, of all folds",
+                    consume_multiple=True,
+                ),
+            ),
+            "reports": LEFT_OUT,
+            "by_loss": Change(type=str | None),
+        },
+        run=_review,
     ),
     "verify": Command(
         "read a run against the digests of its commits",
