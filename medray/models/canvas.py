@@ -1,4 +1,7 @@
-"""The state of a region while its windows are predicted, on the device."""
+"""The state of a region while its windows are predicted, on the device.
+
+One file, because a region's way onto the device, there and back is one thing.
+"""
 
 from __future__ import annotations
 
