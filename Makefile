@@ -74,8 +74,8 @@ results: $(LITE) ## NAME=cervical, malaria, pneumonia or nuclei: its figures, an
 	$(if $(FOLDS_$(NAME)),,$(error NAME=$(NAME) is none of cervical, malaria, pneumonia, nuclei))
 	$(BIN)/python -m benchmarks.quality.$(FOLDS_$(NAME)) --data $(DATA) --out results \
 		--overrides weights=$(LITE) $(ENCODER_$(NAME)) \
-		--record benchmarks/records/$(NAME)-$$(date -u +%F).json
-	$(BIN)/python -m benchmarks.quality.whole $(NAME) --weights $(LITE) --data $(DATA) --out results/$(NAME) \
+		--record "benchmarks/records/$(NAME)-$$(date -u +%F).json"
+	$(BIN)/python -m benchmarks.quality.whole --recipe $(NAME) --weights $(LITE) --data $(DATA) --out results/$(NAME) \
 		$(if $(ENCODER_$(NAME)),--overrides $(ENCODER_$(NAME)) $(WHOLE_$(NAME)))
 	$(BIN)/python -m benchmarks.figures
 

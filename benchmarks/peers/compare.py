@@ -1,4 +1,4 @@
-"""medray beside a plain loop, TIAToolbox, MONAI, ratiopath, LazySlide.
+"""medray next to a plain loop, TIAToolbox, MONAI, ratiopath, LazySlide.
 
 The same slides, weights, windows and precision.
 

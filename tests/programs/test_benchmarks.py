@@ -127,7 +127,7 @@ def test_results_are_made_by_splits_and_a_model_of_all_from_the_same_weights() -
     for recipe in ("cervical", "malaria", "pneumonia", "nuclei"):
         splits, (whole, words) = made(recipe)
         assert whole == "benchmarks.quality.whole"
-        assert words[0] == recipe
+        assert words[:2] == ["--recipe", recipe]
         assert f"weights={WEIGHTS}" in splits[1]
         assert words[words.index("--weights") + 1] == WEIGHTS
         encoders = [

@@ -10,7 +10,7 @@ _OPTIONS = {
         *("annotations", "truth", "report", "compare", "reference", "classes"),
         *("mpp", "scene", "plane", "groups", "splits", "split", "cohorts", "labels"),
         *("ignore_unknown", "fractions", "seed", "remove_missing", "side", "patients"),
-        *("contours", "qc", "settle", "everywhere", "within", "coarse"),
+        *("by_loss", "contours", "qc", "settle", "everywhere", "within", "coarse"),
     ),
     "Model": (
         *("recipe", "overrides", "model", "encoder", "weights", "grid", "asha"),
