@@ -12,6 +12,8 @@ A page marks by comments, which do not show once it is rendered, what a record s
 
     and within a line <!-- figure ingest-flat 0:ratios:here:busy .2f -->1.01<!-- end -->
 
+    and ](confusion-NAME.svg), which is drawn (benchmarks/pictures.py).
+
 The first word is NAME of `benchmarks/records/NAME-DATE.json`; the newest counts. A path
 is keys and positions with colons between them, from the results if the first is a
 number, else from the record (`date`, `machine:cpu`); the last word is a format spec.
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.pictures import PICTURE, counts_of, draw_confusion, is_of
 
 BLOCK = re.compile(
     r"(?P<start><!-- figures (?P<name>\S+)(?: (?P<path>[^\n]+?))? -->\n)(?P<old>.*?)"
@@ -269,6 +272,29 @@ def _first_change(old: str, new: str) -> tuple[str, str]:
     return next((a, b) for a, b in pairs if a != b)
 
 
+def draw_pictures(
+    page: Path, text: str, records: Path, check: bool
+) -> list[tuple[int, str]]:
+    """Draw a page's confusion matrices, or only compare; return what is wrong."""
+    wrong = []
+    for mark in PICTURE.finditer(text):
+        line, file = text.count("\n", 0, mark.start()) + 1, page.parent / mark["file"]
+        try:
+            newest, record = read_newest(records, mark["name"])
+            counts = counts_of(record)
+        except ValueError as error:
+            wrong.append((line, f"found {mark['file']}: {error}"))
+            continue
+        if file.exists() and is_of(file.read_text(), counts):
+            continue
+        if check:
+            told = f"found {file.name}, expected the counts of {newest.name}"
+            wrong.append((line, f"{told}; do: make figures"))
+        else:
+            file.write_text(draw_confusion(counts))
+    return wrong
+
+
 def pages(root: Path) -> list[Path]:
     """Return the pages whose marks are filled."""
     some = (root / "docs").glob("*.md"), (root / "benchmarks").glob("*.md")
@@ -292,6 +318,7 @@ def main(root: Path = harness.ROOT, words: list[str] | None = None) -> int:
             told_of = "found a figure that starts a line, which ends the paragraph"
             line = new.count("\n", 0, first.start()) + 1
             wrong.append((line, f"{told_of}; do: put a word before it"))
+        wrong += draw_pictures(page, new, root / "benchmarks" / "records", check)
         left = INLINE.sub("", BLOCK.sub("", new))
         if found := LEFT.search(left):
             line = text.count("\n", 0, text.find(found[0])) + 1

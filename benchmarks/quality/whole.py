@@ -4,7 +4,7 @@ The figures of docs/results.md are of trainings that have not seen the tested im
 (classification.py, segmentation.py). Here nothing is kept for a test but the official
 test images of the X-rays; an eighth, whole patients, chooses the epoch.
 
-    python -m benchmarks.quality.whole --recipe cervical --weights lite0.safetensors --out out
+    python -m benchmarks.quality.whole --recipe cervical --weights FILE --out out
 """
 
 import csv

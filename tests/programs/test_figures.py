@@ -225,3 +225,41 @@ def test_dated_and_other_pages_are_left_alone(root: Path) -> None:
 
 def test_the_pages_have_the_figures_of_the_records() -> None:
     assert figures.main(words=["--check"]) == 0
+
+
+def confused(right: int) -> dict[str, object]:
+    counts = {"ill": {"truth": "ill", "ill": right, "well": 3}}
+    counts["well"] = {"truth": "well", "ill": 1, "well": 90}
+    return record() | {"results": [{"confusion": counts}]}
+
+
+def test_a_confusion_matrix_is_drawn_and_drawn_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(root, "2026-12-01", confused(80), name="cells")
+    page, picture = root / "docs" / "page.md", root / "docs" / "confusion-cells.svg"
+    page.write_text("![What cells were taken for](confusion-cells.svg)\n")
+    assert figures.main(root, ["--check"]) == 1
+    assert not picture.exists(), "--check writes nothing"
+    assert figures.main(root, []) == 0
+    drawn = picture.read_text()
+    assert figures.main(root, ["--check"]) == 0
+    write(root, "2026-12-02", confused(81), name="cells")
+    capsys.readouterr()
+    figures.main(root, ["--check"])
+    assert (
+        "page.md:1: found confusion-cells.svg, expected the counts of cells-2026-12-02.json"
+        in capsys.readouterr().err
+    )
+    assert figures.main(root, []) == 0
+    assert picture.read_text() != drawn
+
+
+@pytest.mark.parametrize("name", ["tiny", "none"])
+def test_a_confusion_matrix_of_no_record_is_named(
+    root: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "docs" / "page.md").write_text(f"![It](confusion-{name}.svg)\n")
+    assert figures.main(root, []) == 1
+    said = {"tiny": "no confusion matrix", "none": "no record"}[name]
+    assert said in capsys.readouterr().err
