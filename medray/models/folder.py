@@ -15,10 +15,12 @@ import safetensors.torch
 from torch import nn
 
 from medray.errors import FormatError
+from medray.models.card import model_card
 from medray.models.config import (
     WEIGHTS,
     Architecture,
     ModelConfig,
+    digest_of,
     is_exported,
     read_config,
 )
@@ -34,24 +36,10 @@ def save_model(
     weights = safetensors.torch.save(state, {"format": "pt"})
     files.write_bytes(files.join(folder, WEIGHTS), weights)
     files.write_json(files.join(folder, "metrics.json"), metrics)
-    card = _card(config, metrics)
+    digest = digest_of(config, files.join(folder, WEIGHTS))
+    card = model_card(config, metrics, digest)
     files.write_bytes(files.join(folder, "README.md"), card.encode())
     write_settings(files.join(folder, "model.yaml"), config)
-
-
-def _card(config: ModelConfig, metrics: dict[str, Any]) -> str:
-    f1 = metrics.get("f1")
-    names = ", ".join(config.classes.names)
-    resolution = f"{config.mpp} um per pixel" if config.mpp else "level 0"
-    return (
-        "---\nlibrary_name: medray\npipeline_tag: image-segmentation\n"
-        "tags: [pathology]\nmetrics: [f1]\n---\n\n"
-        f"# {config.architecture.name} on {config.architecture.encoder}\n\n"
-        f"- classes: {names}\n- resolution: {resolution}\n"
-        f"- window: {config.window.size} px, stride {config.window.stride} px\n"
-        f"- validation F1: {'none' if f1 is None else f'{f1:.4f}'}\n\n"
-        "Made by medray; `model.yaml` says from what. Not a medical device.\n"
-    )
 
 
 def _build(architecture: Architecture, classes: int) -> nn.Module:

@@ -176,6 +176,26 @@ def test_damaged_weights_are_named(model: Path, tmp_path: Path) -> None:
         read_config(str(tmp_path / "absent"))
 
 
+def test_the_model_card_says_what_is_handed_over(model: Path, tmp_path: Path) -> None:
+    network, config = load_model(str(model))
+    made = {"epochs": 3, "digest": "blake2b:1", "recipe": {"weights": "/a/lite.st"}}
+    of_class = {"class": "tumour", "f1": 0.5, "precision": 0.4, "recall": None}
+    metrics = {"f1": 0.5, "epoch": 1, "per_class": [of_class], "warnings": ["few"]}
+    save_model(str(tmp_path), replace(config, provenance=made), network, metrics)
+    lines = (tmp_path / "README.md").read_text().split("\n")
+    assert "pipeline_tag: image-segmentation" in lines
+    for said in (
+        f"| digest | {model_digest(str(tmp_path))} |",
+        f"| classes | {', '.join(config.classes.names)} |",
+        "| first weights | lite.st |",
+        "| epochs | 3; taken: 2 |",
+        "| F1 | 0.5000 |",
+        "| tumour | 0.5000 | 0.4000 | - | - |",
+        "- Warning: few",
+    ):
+        assert said in lines
+
+
 def test_a_training_keeps_the_name_that_medray_0_1_gave_it(tmp_path: Path) -> None:
     """So a finished one is known, and one that was killed goes on."""
     (tmp_path / "dataset.yaml").write_text("classes:\n  names: [a, b]\n")
