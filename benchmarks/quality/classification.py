@@ -41,6 +41,7 @@ from medray.datasets.find_images import find_images
 from medray.datasets.image_folder import ingest_images
 from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.evaluation.image_metrics import Predicted, score
+from medray.evaluation.review_images import SURE
 from medray.execution import cluster
 from medray.models.config import Tta, model_digest
 from medray.models.folder import load_model
@@ -306,6 +307,18 @@ def predicted(row: dict[str, Any]) -> Predicted:
     )
 
 
+def without_doubted(rows: Sequence[Predicted]) -> dict[str, Any]:
+    """Return how many labels `medray review --by-loss` doubts, and the rest's accuracy.
+
+    That accuracy is no result: what is left out was wrong by the model's own word.
+    """
+    right = np.array([row.predicted == row.truth for row in rows])
+    surest = np.array([row.probabilities.max() for row in rows])
+    doubted = ~right & (surest >= SURE)
+    left = float(right[~doubted].mean()) if not doubted.all() else None
+    return {"doubted": int(doubted.sum()), "undoubted": left}
+
+
 def folds(
     dataset: Literal[
         "malaria",
@@ -368,6 +381,7 @@ def folds(
     rows = [predicted(row) for result in results for row in result["rows"]]
     line = {"title": name, "recipe": recipe, "overrides": overrides}
     line |= score(rows, cells.classes)
+    line |= without_doubted(rows)
     line |= {
         "folds": [result["f1"] for result in results],
         "of": len(splits),
@@ -408,6 +422,8 @@ def row_of(line: dict, results: Sequence[dict], cells: Cells) -> dict[str, objec
         **{f"{title} [95 %]": cell(name) for name, title in shown},
         "ECE": number(line["calibration_error"]),
         "ECE at the temperature": ", ".join(number(error) for error in scaled),
+        "labels doubted": line["doubted"],
+        "accuracy without them, which is too high": number(line["undoubted"]),
         "folds": f"{len(results)} of {line['of']}",
         "weights": ", ".join(result["digest"].split(":")[1][:8] for result in results),
         "s per training": round(line["seconds_a_fold"]),
