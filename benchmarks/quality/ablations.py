@@ -90,7 +90,7 @@ OTHERS: dict[str, dict[str, tuple[str, ...]]] = {
 def main(
     recipe: Literal["cervical", "malaria", "pneumonia"],
     out: Path,
-    weights: Path | None = None,
+    weights: Path,
     data: Path = ROOT.parent / "shared" / "data",
     only: tuple[str, ...] = (),
     limit: int | None = None,
@@ -101,7 +101,7 @@ def main(
     Args:
         recipe: Which one.
         out: Folder of results.
-        weights: File of the encoder's weights; none: random ones.
+        weights: File of the encoder's weights.
         data: Folder with the sets.
         only: Changes to try, by what they change; all if there are none.
         limit: Images per class, to try it.
@@ -116,14 +116,18 @@ def main(
     cells = classification.SETS[name](data, out)
     images = untested(name, classification.list_images(cells, limit))
     split = split_of(images)
-    start = (f"weights={weights}",) if weights else ("weights=null",)
     changes = CHANGES[recipe] | OTHERS[recipe]
     for change in only or changes:
         changed = changes[change]
         trained = change.split(",")[0] if change in OTHERS[recipe] else recipe
         place = out / f"ablation-{recipe}" / change.replace(" ", "-")
         result = classification.one_fold(
-            cells, images, split, trained, [*start, *overrides, *changed], place
+            cells,
+            images,
+            split,
+            trained,
+            [f"weights={weights}", *overrides, *changed],
+            place,
         )
         rows = [classification.predicted(row) for row in result["rows"]]
         found = score(rows, cells.classes)
