@@ -76,7 +76,7 @@ results: $(LITE) ## NAME=cervical, malaria, pneumonia or nuclei: its figures, an
 		--overrides weights=$(LITE) $(ENCODER_$(NAME)) \
 		--record "benchmarks/records/$(NAME)-$$(date -u +%F).json"
 	$(BIN)/python -m benchmarks.quality.whole --recipe $(NAME) --weights $(LITE) --data $(DATA) --out results/$(NAME) \
-		$(if $(ENCODER_$(NAME)),--overrides $(ENCODER_$(NAME)) $(WHOLE_$(NAME)))
+		--record "benchmarks/records/model-$(NAME)-$$(date -u +%F).json" $(if $(ENCODER_$(NAME)),--overrides $(ENCODER_$(NAME)) $(WHOLE_$(NAME)))
 	$(BIN)/python -m benchmarks.figures
 
 golden: $(STAMP) ## is what medray makes of fixed inputs still the same?

@@ -8,9 +8,9 @@ test images of the X-rays; an eighth, whole patients, chooses the epoch.
 """
 
 import csv
-import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,15 @@ import ray
 from benchmarks import harness
 from benchmarks.harness import ROOT
 from benchmarks.quality import classification, segmentation
+from benchmarks.quality.folds import number
 from medray.apps.export import export
+from medray.datasets import read_patches
 from medray.datasets.image_folder import ingest_images
 from medray.datasets.ingest_slides import ingest
 from medray.evaluation.evaluate_image_folder import evaluate_images
 from medray.execution import cluster
 from medray.models.config import model_digest
+from medray.training.checkpoint import read_history
 from medray.training.recipe import read_recipe
 from medray.training.train_model import train
 
@@ -38,7 +41,7 @@ def main(
     data: Path = ROOT.parent / "shared" / "data",
     format: Literal["pt2", "onnx"] = "onnx",
     overrides: tuple[str, ...] = (),
-) -> None:
+) -> Iterator[harness.Result]:
     """Train a recipe on all that is given, and export the model.
 
     Args:
@@ -61,13 +64,24 @@ def main(
         _nuclei(data, out)
     else:
         _images(recipe, data, out, read_recipe(recipe, changed).window.size)
-    train(recipe, data=dataset, out=model, overrides=changed)
+    trained = train(recipe, data=dataset, out=model, overrides=changed)
     if recipe == "pneumonia":
         evaluate_images(model, data=dataset, out=str(out / "report"))
     shutil.rmtree(out / "export", ignore_errors=True)
-    export(model, format=format, out=str(out / "export"), data=dataset)
+    exported = export(model, format=format, out=str(out / "export"), data=dataset)
     ray.shutdown()
-    print(json.dumps({"model": model, "digest": model_digest(model)}))
+    yield {
+        "recipe": recipe,
+        "trained on": len(read_patches(dataset, "train")),
+        "epoch chosen by": len(read_patches(dataset, "val")),
+        "F1 of those": number(trained.f1),
+        "s": round(sum(epoch["seconds"] for epoch in read_history(model))),
+        "weights": model_digest(model),
+        "export": exported.format,
+        "export agrees on": number(exported.agreement),
+        "export, MiB": round(exported.file_bytes / 2**20, 1),
+        "overrides": list(overrides),
+    }
 
 
 def _images(recipe: str, data: Path, out: Path, side: int) -> None:
