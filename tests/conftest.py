@@ -23,13 +23,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- so Ray spells it
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads that spin while they wait for one another take the cores of the tests
-    # beside them: two trainings at once were 1.8 times as slow as one after the other.
+    # next to them: two trainings at once were 1.8 times as slow as one after the other.
     os.environ["OMP_WAIT_POLICY"] = "passive"
 # Large tensors in large pages: a fifth less work for a network on a CPU, where each
 # page costs a virtual machine much.
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 # By it benchmarks/peak_memory.py finds the processes that Ray started for these tests, not for
-# those beside them.
+# those next to them.
 os.environ["MEDRAY_BENCHMARK"] = os.environ.get("PYTEST_XDIST_WORKER", "1")
 
 pytest_plugins = ["selection", "costs"]
@@ -75,7 +75,7 @@ def without_torch(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real slides beside the checkout, or a skip with the reason."""
+    """The folder of real slides next to the checkout, or a skip with the reason."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         message = "the real slides are not beside this checkout (../shared/data)"
@@ -247,7 +247,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(
     config: pytest.Config, log: Any
 ) -> LoadFileScheduling | None:
-    """Give all quick tests of tests/cluster to one process: they share one Ray.
+    """Assign all quick tests of tests/cluster to one process: they share one Ray.
 
     The long ones are most of a run's work, and so go to all processes, by files.
     """

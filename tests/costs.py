@@ -27,7 +27,7 @@ BEGIN, END = "<!-- costs: made by `make costs` -->", "<!-- end of costs -->"
 _INTERVAL_S = 1.0
 # Every so many of these they are noted, for the case that pytest itself is killed.
 _NOTED = 30
-# Fixtures that took less in all are told together, s.
+# Fixtures that took less in all are printed together, s.
 _LEAST_S = 1.0
 _FILES = 20
 
@@ -243,7 +243,7 @@ def _by_span(notes: list[Row], kinds: Mapping[str, str]) -> str:
 
 
 def _by_fixture(notes: list[Row]) -> str:
-    """Tell of each fixture of a session or a file how often it was built."""
+    """Print how often each fixture of a session or a file was built."""
     built = [row for row in notes if row["kind"] == "fixture"]
     rows, others = [], [0, 0, 0.0]
     for name, members in _grouped(built, lambda row: row["name"]).items():
@@ -260,7 +260,7 @@ def _by_fixture(notes: list[Row]) -> str:
 
 
 def _by_file(notes: list[Row]) -> str:
-    """Tell what is left: the tests of each file, with the fixtures of single tests."""
+    """Print the rest: the tests of each file, with the fixtures of single tests."""
     kept = [row for row in notes if row["kind"] in ("test", "setup")]
     rows = []
     for file, members in _grouped(kept, lambda r: r["name"].split("::")[0]).items():

@@ -156,7 +156,7 @@ class _Reached:
 
 
 def whole(path: Path) -> Iterator[tuple[Path, str]]:
-    """Give every definition of a file."""
+    """Yield each definition of a file."""
     yield from ((path, name) for name in read_definitions(path))
 
 
@@ -345,7 +345,7 @@ def _conftests(folder: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def _helper(module: str) -> Path | None:
-    """Return the file of a module beside the tests, of benchmarks or of jobs."""
+    """Return the file of a module next to the tests, of benchmarks or of jobs."""
     if module.startswith(HELPERS) and "." in module:
         path = ROOT / (module.replace(".", "/") + ".py")
         return path if path.is_file() else None
@@ -439,7 +439,7 @@ def _data() -> dict[str, set[str]]:
     """Return the files of medray that are no modules, by the modules that name them.
 
     A file that none names (a template that others extend) belongs to those that name a
-    file beside it. The name of a folder counts in modules of its room only.
+    file next to it. The name of a folder counts in modules of its room only.
     """
     sources = {m: _path_of(m).read_text() for m in _modules()}
     files = [p for p in (ROOT / "medray").rglob("*.*") if p.parent != ROOT / "medray"]

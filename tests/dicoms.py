@@ -70,7 +70,7 @@ def picture(height: int, width: int, seed: int = 0) -> UInt8:
 
 
 def half(pixels: UInt8) -> UInt8:
-    """Give the next level."""
+    """Return the next level."""
     height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
     p = pixels[:height, :width].astype(np.uint16)
     mean = (p[::2, ::2] + p[1::2, ::2] + p[::2, 1::2] + p[1::2, 1::2] + 2) // 4

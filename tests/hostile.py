@@ -76,7 +76,7 @@ def tiff_seeds() -> list[bytes]:
 
 
 def _entries(data: bytes) -> Iterator[tuple[int, int, int, str]]:
-    """Give (offset, tag, size of the value field, byte order) of a TIFF's entries."""
+    """Yield (offset, tag, size of the value field, byte order) of a TIFF's entries."""
     order = "<" if data[:2] == b"II" else ">"
     big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
     at = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)[0]
@@ -275,7 +275,7 @@ def annotations(count: int, rng: random.Random) -> Iterator[Mutant]:
 
 
 def safetensors(count: int, rng: random.Random) -> Iterator[Mutant]:
-    """Give weights files whose headers lie."""
+    """Yield weights files whose headers lie."""
     header = {"conv.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
     for index in range(count):
         kind = rng.choice(
@@ -302,7 +302,7 @@ def safetensors(count: int, rng: random.Random) -> Iterator[Mutant]:
 
 
 def yamls(count: int, rng: random.Random) -> Iterator[Mutant]:
-    """Give recipes with tags, aliases and values of the wrong kind."""
+    """Yield recipes with tags, aliases and values of the wrong kind."""
     text = "window: {size: 512, stride: 384}\ndata: {crop: 256}\nbatch: 8\nseed: 0\n"
     tags = (
         "!!python/object/apply:os.system ['touch pwned']",
@@ -326,7 +326,7 @@ def yamls(count: int, rng: random.Random) -> Iterator[Mutant]:
 def zarrs(
     count: int, rng: random.Random, seed: dict[str, bytes]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Give OME-Zarr slides whose metadata lie, as files by name."""
+    """Yield OME-Zarr slides whose metadata lie, as files by name."""
     for index in range(count):
         store = dict(seed)
         name = rng.choice([n for n in store if n.endswith("zarr.json")])
@@ -415,7 +415,7 @@ def _probes(out: str) -> dict[str, Callable[[str], str]]:
 
 
 def _peak_mib() -> int:
-    """Give this program's own peak: ru_maxrss begins with its parent's."""
+    """Return this program's own peak: ru_maxrss begins with its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) >> 10
 

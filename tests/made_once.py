@@ -75,7 +75,7 @@ def _contents(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _remove_old(made: Path) -> None:
-    """Remove what versions made that nobody used for a day."""
+    """Remove what versions made that were not used for a day."""
     for version in made.iterdir():
         if version.stat().st_mtime < time.time() - _DAY_S:
             shutil.rmtree(version, ignore_errors=True)

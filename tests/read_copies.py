@@ -23,7 +23,7 @@ def upload(folder: Path, address: str) -> None:
 
 
 def copies(tmp_path: Path) -> list[Path]:
-    """What lies in the cache beside its locks."""
+    """What lies in the cache, apart from its locks."""
     root = tmp_path / "cache"
     return sorted(p for p in root.iterdir() if p.suffix != ".lock")
 

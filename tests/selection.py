@@ -43,7 +43,7 @@ class Test:
     file: str  # from the root
     name: str  # with its parameters
     seconds: float
-    alone: bool  # no other test runs beside it
+    alone: bool  # no other test runs at the same time
     depends: frozenset[str]  # files
 
     @property

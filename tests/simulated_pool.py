@@ -39,7 +39,7 @@ class Actor:
 
 @dataclass
 class Work:
-    """A call as its actor sees it: rows to be done, answers that nobody has heard."""
+    """A call as its actor sees it: rows to be done, answers that were not received."""
 
     actor: int
     node: str
@@ -57,7 +57,7 @@ class World:
         self.most, self.limit, self.wanted = max(actors, most), calls, actors
         self.state = PoolState("work", self.most, calls, lambda _: TIMEOUT, 0.0)
         self.nodes = {f"n{i}": "alive" for i in range(nodes)}
-        self.told: set[str] = set()  # leaving nodes that the state has been told of
+        self.told: set[str] = set()  # leaving nodes that the state has been given
         self.actors: dict[int, Actor] = {}
         self.calls: dict[int, Work] = {}
         self.kinds: dict[int, str] = {}  # of rows
@@ -75,7 +75,7 @@ class World:
             self.happen(Grow())
 
     def happen(self, event: object) -> None:
-        """Tell the state, and do what it decides."""
+        """Hand an event to the state, and do what it decides."""
         for decision in self.state.decide(event, self.now):
             match decision:
                 case Start(actor):
@@ -215,7 +215,7 @@ class World:
             self.happen(Ended(call))
 
     def look(self, seconds: float) -> None:
-        """Let time pass, in which whoever can answer does, and every death is told."""
+        """Let time pass, in which calls that can end do, and every death is reported."""
         for call in self.working():
             if self.can_work(self.calls[call]):
                 self.work(call)

@@ -1,4 +1,4 @@
-"""A stream over nodes that come, die and are told to go; see test_nodes.py."""
+"""A stream over nodes that join, die and are drained; see test_nodes.py."""
 
 import os
 import signal

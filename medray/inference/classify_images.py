@@ -1,6 +1,6 @@
-"""Classifiers and images of a dataset -> the logits of each.
+"""Run classifiers over the images of a dataset: models and images -> logits.
 
-A process for each device keeps the models loaded and gets one sheet after the other.
+One process per device keeps the models loaded and is given one sheet after another.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ class DatasetImage:
     """An image of a dataset.
 
     Attributes:
-        image: Its name.
-        digest: Of its bytes.
-        patient: Whose it is.
-        split: In which it is.
-        sheet: Id of the sheet that it is on.
-        place: Where on it.
+        image: Name of the image.
+        digest: Digest of the file's bytes.
+        patient: Patient that it is of.
+        split: Split that it is in.
+        sheet: Id of the sheet that holds its pixels.
+        place: Position on the sheet.
         truth: Label value.
-        measures: (F,) that a model takes beside the pixels; None: none does.
+        measures: (F,) second input of a model, in addition to the pixels; None: no
+            model takes one.
     """
 
     image: str
@@ -59,7 +60,7 @@ class DatasetImage:
 
 @dataclass(frozen=True, eq=False)
 class ClassifiedImage:
-    """An image and what models make of it.
+    """An image and the models' logits for it.
 
     Attributes:
         image: The image.
@@ -94,15 +95,15 @@ def classify(
     """Run classifiers over images.
 
     Args:
-        models: Model folders of classifiers, whose windows are as large as the images.
+        models: Model folders of classifiers whose input is as large as the images.
         data: Dataset of the images.
-        images: With their measures, if a model takes them.
-        tta: Test-time augmentation, as `load_classifier` has it.
+        images: Images to classify, with measures if a model takes them.
+        tta: Test-time augmentation, see `load_classifier`.
         executor: On a Ray cluster, or in this process.
 
     Returns:
-        The images by their sheets, those of sheets that cannot be read left out; and
-        why, by sheet.
+        The classified images, in the order of their sheets; and the error of each sheet
+        that could not be read, whose images are left out.
 
     Raises:
         MedrayError: A model cannot be loaded, or the store does not answer.
@@ -144,16 +145,16 @@ def classify(
 def load_classifier(
     folder: str, tta: Tta = "none"
 ) -> Callable[[UInt8, Floats | None], Floats]:
-    """Load a model that maps (N, S, S, 3) uint8 RGB and (N, F) to (N, C) logits.
+    """Return a function from (N, S, S, 3) uint8 RGB and (N, F) to (N, C) logits.
 
-    It works in float32, whatever the device would be faster in: a report must not
-    depend on where it was made.
+    It computes in float32 on every device, so that a report does not depend on the
+    machine that made it.
 
     Args:
-        folder: Of a classifier; if it has `morphology`, F are the measures as a dataset
-            has them, else they are passed over.
-        tta: Also classify images mirrored (`flips`) or mirrored and turned (`all`); the
-            logits are then the logarithm of the mean probability.
+        folder: Model folder of a classifier. If the model has `morphology`, (N, F) are
+            the measures as stored in the dataset; otherwise they are ignored.
+        tta: Also classify images mirrored (`flips`) or mirrored and rotated (`all`);
+            the logits are then the logarithm of the mean probability.
 
     Raises:
         ConfigError: The folder is no model folder.
@@ -191,7 +192,7 @@ def load_classifier(
 
 @dataclass(frozen=True)
 class _Models:
-    """Which models a process has loaded; their digests tell retrained ones apart."""
+    """Models to load in a process; digests distinguish a retrained model."""
 
     folders: tuple[str, ...]
     digests: tuple[str, ...]
@@ -200,7 +201,7 @@ class _Models:
 
 @functools.lru_cache(maxsize=1)
 def _classifiers(models: _Models, tta: Tta) -> tuple[Any, ...]:
-    """Load the models onto this process's device."""
+    """Return the models, loaded on this process's device."""
     import torch
 
     if models.threads:
@@ -225,5 +226,5 @@ def _logits(
 
 
 def _cut(sheet: UInt8, image: DatasetImage) -> UInt8:
-    """Take an image out of (3, H, W): (h, w, 3)."""
+    """Return an image (h, w, 3) of a sheet (3, H, W)."""
     return np.moveaxis(sheet[(slice(None), *image.place.slices())], 0, 2)

@@ -1,20 +1,20 @@
-"""Slides and models -> one OME-Zarr mask a slide, and slides.parquet.
+"""Segment slides: slides and models -> one OME-Zarr mask per slide, slides.parquet.
 
-The way of a region, top to bottom:
+The path of a region, top to bottom:
 
-    plan       slides become regions, numbers only: which hold tissue
-    GPU worker an actor for each GPU takes batches of them and keeps its device busy:
-      read     its processes read regions and their halos ahead, some bytes of them
-      predict  windows of successive regions share batches; classes come out
-      write    the same processes write the classes as the region's shards
-    commit     the driver notes the region; with its last region a slide is finished
+    plan       list each slide's regions and which of them hold tissue; no pixels yet
+    GPU worker one actor per GPU takes batches of regions and keeps its device busy:
+      read     I/O processes read regions and their halos ahead, up to a byte limit
+      predict  windows of successive regions share batches; the result is classes
+      write    the same I/O processes write the classes as the region's shards
+    commit     the driver records the region; the last one finishes its slide
 
-Pixels go from the readers to the GPU worker and from the GPU worker to the writers; the
-driver only sees numbers. No two processes write one shard, and work that is done twice
-writes the same bytes, so any process may die or be repeated. What the driver has noted
-is not computed again.
+Pixels travel from readers to the GPU worker and from there to writers; the driver only
+handles coordinates and counts. No two processes write the same shard, and work done
+twice writes the same bytes, so any process may die and be restarted. Regions that the
+driver has recorded are not computed again.
 
-One file, because it is the way of a slide through `medray infer`, top to bottom.
+One file, because it is the path of a slide through `medray infer`, top to bottom.
 """
 
 from __future__ import annotations
@@ -87,25 +87,25 @@ def infer(
     options: Options | None = None,
     executor: Executor = "auto",
 ) -> Summary:
-    """Segment slides with a model: one OME-Zarr mask a slide in OUT/masks.
+    """Segment slides with a model: one OME-Zarr mask per slide in OUT/masks.
 
-    Running the same command again finishes what is missing and does nothing twice.
+    Running the same command again computes what is missing and nothing twice.
 
     Args:
-        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset; or the
-            very files, with their ids.
+        slides: Files, globs, folders, s3:// or gs:// addresses, or a dataset; or slide
+            files with ids.
         model: Model folder, as `medray train` writes it, or several: an ensemble.
         out: Folder of the run; made if needed.
-        options: How; by default the model's way.
-        executor: Where it runs: Ray, processes of this machine, or this one (local).
+        options: What is predicted and how; by default as the model was trained.
+        executor: Where to run: Ray, processes of this machine, or this process (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
     Raises:
         ConfigError: The request is wrong, or OUT holds a run of another model or of
             other settings, or another process works there.
-        CompileError: Networks cannot be compiled, as was asked for, or as what is there
-            was. Where it was left open (`auto`) the run is then not compiled.
-        StoreError: OUT cannot be written, or the slides' store does not answer.
+        CompileError: Networks cannot be compiled, although this was requested or the
+            run in OUT was compiled. With `auto` a new run goes on without.
+        StoreError: OUT cannot be written, or the store of the slides does not answer.
         StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
     """
     options = options or Options()
@@ -124,8 +124,8 @@ def infer(
 
 
 def _wanted(slides: Sequence[str | SlideFile], options: Options) -> list[SlideFile]:
-    """Return the slides of a request, with what it says of them."""
-    # Imported here: with it come readers of annotations, which no I/O worker needs.
+    """Return the requested slides, with the resolution that the request gives."""
+    # Imported here: it imports annotation readers, which I/O workers do not need.
     from medray.datasets import with_overrides
 
     ready = [slide for slide in slides if isinstance(slide, SlideFile)]
@@ -146,14 +146,14 @@ def _infer(
     check: Callable[[], None],
 ) -> Summary:
     open_run(out, settings)
-    # Kept with the run: its models may be gone when it is evaluated.
+    # Copied into the run: its models may be gone when it is evaluated.
     if (seen := seen_by(settings.models)) is not None:
         write_seen(out, seen)
     wanted, areas = slides_within(wanted, settings.options.within)
 
     def prepare(todo: list[SlideFile]) -> None:
         if executor == "ray":
-            # Imported here: without Ray there is no cluster whose memory counts.
+            # Imported here: only a cluster's memory matters.
             from medray.inference.memory import check_memory
 
             check_memory(settings)
@@ -181,17 +181,17 @@ def _infer(
 def slides_within(
     wanted: list[SlideFile], within: str | None
 ) -> tuple[list[SlideFile], dict[str, str]]:
-    """Leave the slides that have an annotation to stay within.
+    """Keep the slides that have an annotation to predict within.
 
     Args:
         wanted: The slides of the request.
-        within: Folder of the annotations; None leaves all slides.
+        within: Folder of the annotations; None keeps all slides.
 
     Returns:
-        Those slides, and the annotation of each by its id.
+        The kept slides, and their annotation files by slide id.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No slide has an annotation.
     """
     if within is None:
         return wanted, {}
@@ -208,7 +208,7 @@ type InferStage = Stage[SlideFacts, Blocks, SeenRegion, RegionRecord, FinishedMa
 
 
 def stage_of(settings: RunSettings, out: str, name: str = "infer") -> InferStage:
-    """Return what a run does with slides; `name` is shown in its progress."""
+    """Return the work of a run on its slides; `name` is shown in its progress."""
     return Stage(
         name=name,
         out=out,
@@ -230,7 +230,7 @@ def stage_of(settings: RunSettings, out: str, name: str = "infer") -> InferStage
 
 
 def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:
-    """Remove the masks before cleaning of slides that are done for good."""
+    """Remove the uncleaned masks of finished slides."""
     if settings.options.clean:
         for slide, row in ledger.slides.items():
             if row["status"] == "done":
@@ -238,10 +238,10 @@ def _remove_raw(out: str, settings: RunSettings, ledger: Ledger) -> None:
 
 
 def settings_of(models: Sequence[str], options: Options) -> RunSettings:
-    """Settle what a run of these models will be.
+    """Return the settings of a run of these models.
 
     Raises:
-        ConfigError: A folder is no model, or the models do not fit each other.
+        ConfigError: A folder is not a model, or the models do not match.
     """
     folders = tuple(files.absolute(model) for model in models)
     configs = [read_config(folder) for folder in folders]
@@ -292,7 +292,7 @@ def settings_of(models: Sequence[str], options: Options) -> RunSettings:
 
 
 def _not_compiled(options: Options) -> Options:
-    """Return the options of a run of which a model is another runtime's."""
+    """Return the options of a run with an exported model of another runtime."""
     prediction = options.prediction
     if prediction.compile == "on":
         raise ConfigError(
@@ -309,7 +309,7 @@ def _first_pass(
     executor: Executor,
     check: Callable[[], None],
 ) -> None:
-    """Predict at a coarser level, to know where it is worth looking closely."""
+    """Predict at a coarser level first, to find where to predict at full resolution."""
     options = settings.options
     if settings.model_mpp is None:
         raise ConfigError("coarse needs a model that names its microns per pixel")
@@ -343,7 +343,7 @@ def _plan(
 
 
 def _create(slide: InferSlide, settings: RunSettings, out: str) -> None:
-    """Make a slide's mask, empty."""
+    """Create a slide's empty mask."""
     create_mask(slide.slide, slide.digest, slide.facts.working, settings, out)
 
 
@@ -371,7 +371,7 @@ def region_pixels(
     seen: SeenRegion,
     pixels: UInt8,
 ) -> Any:
-    """Return a region as the model takes it (`RegionPixels`)."""
+    """Return a region as the predictor's input (`RegionPixels`)."""
     from medray.models import RegionPixels
 
     size = (working.height, working.width)
@@ -382,7 +382,7 @@ def region_pixels(
 
 
 def _layers(result: Any) -> Layers:
-    """Return what of a `RegionClasses` is written."""
+    """Return the arrays of a `RegionClasses` to write."""
     names = ("labels", "probabilities", "uncertainty", "disagreement")
     layers = {name: getattr(result, name) for name in names}
     return {name: layer for name, layer in layers.items() if layer is not None}

@@ -2,16 +2,16 @@
 
 RUN/
 run.yaml                    what decides the bytes of its masks (RunSettings)
-slides.parquet              a row a slide: status, digests, timings
-seen.txt                    slides that had a part in the models, by their digests
-masks/SLIDE.ome.zarr        class of every pixel
+slides.parquet              one row per slide: status, digests, timings
+seen.txt                    digests of the slides that trained or chose the models
+masks/SLIDE.ome.zarr        class of each pixel
     labels/LAYER            on request: uncertainty, disagreement, unreadable
 masks/SLIDE.probabilities.ome.zarr   on request
-raw/SLIDE.ome.zarr          masks that are yet to be cleaned
+raw/SLIDE.ome.zarr          masks that are not cleaned yet
 outlines/SLIDE.geojson      on request
 commits/SLIDE.json          records of its regions, and the digest of each of its files
 plan.json                   what `medray plan --out RUN` expected
-coarse/                     the run of the first pass, when there is one
+coarse/                     the run of the first pass, if there is one
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LAYERS = {
     "disagreement": Classes(("agreed", "disagreed")),
     "unreadable": Classes(("readable", "unreadable")),
 }
-"""The quality layers of a mask, and what their values mean (uncertainty: 0..255)."""
+"""Quality layers of a mask, and the meaning of their values (uncertainty: 0..255)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +96,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What decides the bytes of a run's masks; stored as `run.yaml`.
+    """Everything that determines the bytes of a run's masks; stored as `run.yaml`.
 
     Attributes:
         models: Folders of the models (absolute, or addresses).
         model_digest: Digest of their weights and configurations.
         classes: Names by label value.
         windows: Size and stride of the models' input, pixels.
-        model_mpp: Microns per pixel to work at; None: level 0 as it is.
-        options: What was asked for.
-        versions: Of the packages that decide the result.
+        model_mpp: Microns per pixel at which to predict; None: level 0 as it is.
+        options: Options of the request.
+        versions: Versions of the packages that determine the result.
     """
 
     models: tuple[str, ...]
@@ -118,7 +118,7 @@ class RunSettings:
 
     @property
     def names(self) -> str:
-        """What the models are called."""
+        """Names of the models."""
         return ", ".join(model.rsplit("/", 1)[-1] for model in self.models)
 
     @property
@@ -127,7 +127,7 @@ class RunSettings:
         return tuple(LAYERS) if self.options.prediction.quality else ()
 
     def decisive(self) -> dict[str, Any]:
-        """Return what decides the masks, as plain values."""
+        """Return what determines the masks, as plain values."""
         values = to_dict(self) | {"models": None}
         options = values["options"]
         # What is said of single slides is part of their digests.
@@ -147,7 +147,7 @@ class RunSettings:
 
 
 def open_run(out: str, settings: RunSettings) -> None:
-    """Make the run's folder, or check that it is a run of the same settings."""
+    """Create the run's folder, or check that it holds a run of the same settings."""
     keep_settings(files.join(out, "run.yaml"), settings)
 
 
@@ -162,14 +162,14 @@ def read_run(out: str) -> RunSettings:
 
 
 def against_plan(out: str, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Set what `medray plan` expected of a run beside what it took.
+    """Compare what `medray plan` expected of a run with what it took.
 
     Args:
-        out: The run.
-        rows: Of its slides.parquet.
+        out: Folder of the run.
+        rows: Rows of its slides.parquet.
 
     Returns:
-        Words by what they are about; empty when nothing was planned or done.
+        One sentence per subject; empty if nothing was planned or done.
     """
     uri = files.join(out, "plan.json")
     done = [row for row in rows if row["status"] == "done" and row["windows"]]
@@ -217,14 +217,14 @@ def record_uri(out: str, slide: str) -> str:
 
 
 def groups_of(settings: RunSettings, out: str, slide: str) -> list[str]:
-    """Return the OME-Zarrs of a slide that are sealed; layers lie within the mask's."""
+    """Return the sealed OME-Zarrs of a slide; quality layers lie within the mask's."""
     probabilities = settings.options.prediction.probabilities
     mask = mask_uri(out, slide)
     return [mask, probabilities_uri(out, slide)] if probabilities else [mask]
 
 
 def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
-    """Return every OME-Zarr that a slide has in a run."""
+    """Return all OME-Zarrs that a slide can have in a run."""
     layers = [layer_uri(out, slide, layer) for layer in settings.layers]
     return groups_of(settings, out, slide) + layers
 
@@ -232,10 +232,10 @@ def stores_of(settings: RunSettings, out: str, slide: str) -> list[str]:
 def create_mask(
     slide: str, digest: str, working: Working, settings: RunSettings, out: str
 ) -> None:
-    """Make the empty mask, unless it is there for this very slide and run.
+    """Create the empty mask, unless it exists for the same slide and run.
 
-    A plan may be repeated while regions are already being written, so what is there
-    with the right attributes is kept.
+    A plan may be repeated while regions are being written, so a mask with the same
+    attributes is kept.
     """
     provenance = {
         "kind": "mask",

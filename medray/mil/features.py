@@ -1,11 +1,11 @@
-"""A folder of features: what it holds, what decides it, reading and writing it.
+"""A folder of features: its layout and settings, reading and writing it.
 
 FEATURES/
-features.yaml               what decides the features (FeatureSettings)
-slides.parquet              a row a slide: status, tiles, digests, timings
+features.yaml               what determines the features (FeatureSettings)
+slides.parquet              one row per slide: status, tiles, digests, timings
 features/SLIDE.zarr         zarr v3: `features` (tiles, dimensions), `coords` (tiles, 2)
 thumbnails/SLIDE.jpg        the slide, at most 1024 px
-parts/SLIDE/INDEX.safetensors    regions of slides that are under way
+parts/SLIDE/INDEX.safetensors    finished regions of unfinished slides
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Features = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A frozen network of timm that makes a vector of a tile; decides what it means.
+    """A frozen timm network that maps a tile to a vector.
 
     Attributes:
-        name: As timm has it.
-        arguments: Of timm.create_model, beside the name.
-        weights_digest: Of the file of weights.
+        name: timm's name of it.
+        arguments: Keyword arguments of timm.create_model.
+        weights_digest: Digest of the weights file.
         dimensions: Length of a vector.
         tile: Side of a tile in pixels at `mpp`, the network's input.
         mpp: Microns per pixel of the tiles.
@@ -63,25 +63,25 @@ class Encoder:
         check_positive(mpp=self.mpp)
 
     def digest(self) -> str:
-        """Name it: features of equal digests may be mixed."""
+        """Return the encoder's digest: features of equal digests may be mixed."""
         text = json.dumps(to_dict(self), sort_keys=True)
         return named_digest(text.encode())
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """What decides a folder of features; stored as `features.yaml`.
+    """Everything that determines a folder of features; stored as `features.yaml`.
 
     Attributes:
-        encoder: What makes a vector of a tile.
-        weights: File of its weights (absolute, or an address).
-        tissue: Least share of tissue of a tile, 0 to 1.
-        precision: Of the encoder's arithmetic.
+        encoder: The network that maps a tile to a vector.
+        weights: File of its weights (absolute path, or an address).
+        tissue: Least share of tissue in a tile, 0 to 1.
+        precision: Precision of the encoder's arithmetic.
         compile: Whether it is compiled for the device.
-        region: Side of a region in tiles.
-        timeout: Seconds after which a process that reads or writes a region is taken
-            to hang; decides nothing.
-        versions: Of the packages that decide the result.
+        region: Side of a region, tiles.
+        timeout: Timeout for reading or writing a region, seconds. Does not change the
+            result.
+        versions: Versions of the packages that determine the result.
     """
 
     encoder: Encoder
@@ -104,12 +104,12 @@ class FeatureSettings:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """How features are stored: float16, which is what encoders are precise to."""
+        """Data type of stored features: float16, the precision that encoders have."""
         name = "float32" if self.precision == "float32" else "float16"
         return np.dtype(name)
 
     def decisive(self) -> dict[str, Any]:
-        """Return what decides the features, as plain values."""
+        """Return what determines the features, as plain values."""
         values = to_dict(self) | {"weights": None, "patience": None}
         del values["timeout"]
         # Encoders were not compiled when features began.
@@ -124,8 +124,8 @@ class SlideFeatures:
 
     Attributes:
         features: (N, D) float16 or float32.
-        coords: (N, 2) int32: y and x of a tile's first pixel at level 0.
-        attributes: What made them, and the slide's size.
+        coords: (N, 2) int32: y and x of a tile's top left pixel at level 0.
+        attributes: The settings that made them, and the slide's size.
     """
 
     features: Features
@@ -134,28 +134,28 @@ class SlideFeatures:
 
 
 def features_uri(folder: str, slide: str) -> str:
-    """Return the place of a slide's features."""
+    """Return the address of a slide's features."""
     return files.join(folder, "features", f"{slide}.zarr")
 
 
 def thumbnail_uri(folder: str, slide: str) -> str:
-    """Return the place of a slide's small picture."""
+    """Return the address of a slide's thumbnail."""
     return files.join(folder, "thumbnails", f"{slide}.jpg")
 
 
 def parts_uri(folder: str, slide: str) -> str:
-    """Return the folder of a slide's regions while it is under way."""
+    """Return the folder of an unfinished slide's regions."""
     return files.join(folder, "parts", slide)
 
 
 def read_features(folder: str) -> tuple[FeatureSettings, dict[str, dict[str, Any]]]:
-    """Read what a folder of features is.
+    """Read a folder of features.
 
     Returns:
         Its settings, and the rows of slides.parquet by slide.
 
     Raises:
-        ConfigError: It is no such folder, or holds no slide yet.
+        ConfigError: It is not a folder of features, or holds no slide yet.
     """
     uri = files.join(folder, "features.yaml")
     if not files.exists(uri):
@@ -173,7 +173,7 @@ def read_features(folder: str) -> tuple[FeatureSettings, dict[str, dict[str, Any
 
 
 def read_slide(folder: str, slide: str) -> SlideFeatures:
-    """Read the features of a slide that is done.
+    """Read the features of a finished slide.
 
     Raises:
         FormatError: They are damaged.

@@ -1,10 +1,10 @@
-"""Features of slides and a model of slides -> probabilities, and where it looked.
+"""Classify slides by their features: class probabilities and attention maps.
 
 RUN/
-predictions.yaml            what made it (Predictions)
-slides.parquet              a row a slide: status, label, p_CLASS, digests
+predictions.yaml            settings of the run (Predictions)
+slides.parquet              one row per slide: status, label, p_CLASS, digests
 attention/SLIDE.parquet     y, x (level 0) and attention of each tile; sums to 1
-heatmaps/SLIDE.png          the same over the slide's small picture
+heatmaps/SLIDE.png          the same over the slide's thumbnail
 seen.csv                    slides that trained and chose the model
 """
 
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What made predictions of slides; stored as `predictions.yaml`.
+    """Settings of a run over features; stored as `predictions.yaml`.
 
     Attributes:
         features: Folder of the features.
         model: Folder of the model.
-        model_digest: Of its weights and configuration.
-        encoder_digest: Of the encoder that both share.
+        model_digest: Digest of the model's weights and configuration.
+        encoder_digest: Digest of the encoder, the same for features and model.
         classes: Names of the classes.
     """
 
@@ -53,7 +53,7 @@ class Predictions:
     classes: tuple[str, ...]
 
     def decisive(self) -> dict[str, Any]:
-        """Return what decides the predictions, as plain values."""
+        """Return what determines the predictions, as plain values."""
         return to_dict(self) | {"model": None, "features": None}
 
 
@@ -83,11 +83,12 @@ def infer_slides(features: str, *, model: str, out: str) -> Summary:
 
     Args:
         features: Folder that `medray embed` wrote.
-        model: Folder of a model of slides.
-        out: Folder of the run; made if needed. Running again does all slides again.
+        model: Folder of a model of whole slides.
+        out: Folder of the run; created if needed. Running again classifies all slides
+            again.
 
     Raises:
-        ConfigError: The features are not those that the model takes, OUT holds another
+        ConfigError: Features and model have different encoders, OUT holds another
             run, or another process works there.
     """
     features, model, out = (files.absolute(p) for p in (features, model, out))
@@ -144,7 +145,7 @@ def _infer(rows: dict[str, Row], what: Predictions, out: str, check: Any) -> Sum
 
 
 class _NothingError(Exception):
-    """There is nothing to classify."""
+    """No slide can be classified."""
 
 
 def _classify(row: Row, classifier: Any, what: Predictions, out: str) -> Row:
@@ -177,12 +178,12 @@ def _classify(row: Row, classifier: Any, what: Predictions, out: str) -> Row:
 def draw_heatmap(
     thumbnail: UInt8, bag: SlideFeatures, attention: npt.NDArray[np.float32]
 ) -> UInt8:
-    """Draw attention over a slide, from dark (least) to light (most) by its rank.
+    """Draw attention over a slide, from dark (least) to light (most), by rank.
 
     Args:
         thumbnail: (h, w, 3) uint8 RGB of the slide.
-        bag: Places of its tiles.
-        attention: (N,).
+        bag: Features and coordinates of its tiles.
+        attention: (N,), one value per tile.
 
     Returns:
         (h, w, 3) uint8.

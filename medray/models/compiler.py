@@ -1,4 +1,4 @@
-"""AOTInductor: an exported network becomes a package for a device, in a folder."""
+"""Compile an exported network for a device into a package (AOTInductor)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ OPTIONS = {
     "cpp.threads": 1,
     "compile_threads": 1,
 }
-"""A package that is made again gives the same bits: no choice that rounds is made by
-timing, and kernels for processors are of one thread, as the predictor's are. There are
-no processes beside the one that compiles: they would stay, with memory of theirs."""
+"""Options under which a package that is compiled again gives the same bits: kernels are
+not chosen by timing where that changes rounding, and CPU kernels use one thread, as the
+predictor does. No further compiler processes: they would stay alive and keep memory."""
 
 
 def write_package(program: Any, new: Path, device: torch.device, name: str) -> Path:
     """Compile an exported network; return the folder of its package.
 
     Args:
-        program: Of torch.export.
-        new: Empty folder, in which all lies that is written.
-        device: Where it is to run.
-        name: What the network is called in errors.
+        program: The network, from torch.export.
+        new: Empty folder that receives all files.
+        device: Device that it will run on.
+        name: Name of the network in errors.
 
     Raises:
-        CompileError: It cannot be compiled, or there is no compiler.
+        CompileError: The network cannot be compiled, or there is no compiler.
         OSError: The folder cannot be written.
     """
     _check_compiler(name)
@@ -48,7 +48,7 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(cuda_toolkit(new))
-        # With nothing of an earlier compilation, and nothing left for a later one.
+        # Start without state of an earlier compilation, and leave none.
         stack.enter_context(fresh_cache(dir=str(new), delete=False))
         try:
             torch._inductor.aoti_compile_and_package(
@@ -71,13 +71,13 @@ def write_package(program: Any, new: Path, device: torch.device, name: str) -> P
 
 
 def _code_of(error: BaseException) -> int | None:
-    """Return why a compiler could not write, which it says in words alone."""
+    """Return the OSError behind a compiler's message, which is only text."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     return next((code for code in codes if os.strerror(code) in str(error)), None)
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return what an error says, on one line, without a compiler's command."""
+    """Return an error's message on one line, without the compiler's command."""
     said = str(error).split("\nOutput:\n")[-1]
     return " ".join(f"{type(error).__name__}: {said}".split())[:300]
 
@@ -97,12 +97,12 @@ def _check_compiler(name: str) -> None:
 
 @contextlib.contextmanager
 def cuda_toolkit(new: Path) -> Iterator[None]:
-    """Show compiler and linker what of CUDA they need, where it is no matter what.
+    """Let compiler and linker find CUDA's headers and libraries on any machine.
 
-    A machine may have no toolkit, or one of another version, so the headers are those
-    of Triton and of CUDA's package `cccl`, which come with torch; PyTorch's other
-    packages of CUDA lack some (crt/host_defines.h). A driver often comes without the
-    name that a linker looks for (libcuda.so); torch has loaded it.
+    A machine may have no CUDA toolkit, or another version, so the headers are those of
+    Triton and of the package `cccl`, both installed with torch; other CUDA packages of
+    torch lack some (crt/host_defines.h). Drivers often lack the file name that a linker
+    looks for (libcuda.so), although torch has loaded the library.
     """
     from torch.utils import cpp_extension
 
@@ -127,7 +127,7 @@ def cuda_toolkit(new: Path) -> Iterator[None]:
 
 
 def _packaged(package: str, pattern: str) -> Iterator[Path]:
-    """Yield a file of an installed package, the first that there is."""
+    """Yield the first existing file of an installed package."""
     found = importlib.util.find_spec(package)
     for place in (found.submodule_search_locations or ()) if found else ():
         yield from itertools.islice(sorted(Path(place).glob(pattern)), 1)
@@ -135,7 +135,7 @@ def _packaged(package: str, pattern: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _environment(first: dict[str, str]) -> Iterator[None]:
-    """Have paths searched before those that environment variables name."""
+    """Put paths first in environment variables of search paths."""
     before = {name: os.environ.get(name) for name in first}
     for name, path in first.items():
         os.environ[name] = os.pathsep.join(filter(None, (path, before[name])))

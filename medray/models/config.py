@@ -1,4 +1,4 @@
-"""What a model folder says about its model; without torch, so quick to import."""
+"""The configuration of a model folder; without torch, so quick to import."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ TURNS: dict[Tta, tuple[tuple[int, bool], ...]] = {
     "flips": ((0, False), (0, True), (2, False), (2, True)),
     "all": tuple((turns, mirror) for mirror in (False, True) for turns in range(4)),
 }
-"""Quarter turns, then mirrored: the symmetries of a square, the identity first."""
+"""Symmetries of a square as (quarter turns, mirrored), the identity first."""
 
 WEIGHTS = "weights.safetensors"
 EXPORTED = ("model.pt2", "model.onnx", "tensorrt.pt2")
-"""Files that stand for a model's weights: as it was trained, or as `medray export`
-made it."""
+"""Files that hold a model's weights: trained, or made by `medray export`."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,13 @@ class Architecture:
             or `classifier`: one class for a whole window.
         encoder: Any encoder of segmentation-models-pytorch or `tu-` + any of timm.
         attention: Of a classifier: units of self-attention over the last features,
-            which stands beside them; 0: none.
+            which is concatenated to them; 0: none.
         hidden: Of a classifier: units of a layer (ReLU) before the last; 0: none.
         norm: Of a classifier: batch normalisation of that layer, before its ReLU.
         dropout: Of a classifier: share of what reaches the last layer that is dropped
             in training.
-        morphology: A classifier takes what contours measure of a cell beside its
-            pixels (see medray.annotations.morphology).
+        morphology: Whether a classifier takes measures of a cell's contours in addition
+            to its pixels (see medray.annotations.morphology).
     """
 
     name: str = "unet"
@@ -78,12 +77,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Morphology:
-    """How measures of a cell become a model's second input.
+    """How measures of a cell are normalised to a model's second input.
 
     Attributes:
-        names: Of the measures, with their units; those of a dataset must be the same.
-        mean: Of each over the training images; it is subtracted.
-        std: Standard deviation that they are then divided by.
+        names: Names of the measures, with units; a dataset's must be the same.
+        mean: Mean of each over the training images, which is subtracted.
+        std: Standard deviation of each, by which they are then divided.
     """
 
     names: tuple[str, ...]
@@ -93,19 +92,19 @@ class Morphology:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model is and how it must be fed; the one configuration of train and infer.
+    """A model and its input; the same configuration for training and inference.
 
     Attributes:
         architecture: Network and encoder.
         classes: Names by label value.
         window: Size and stride of the model's input, pixels at `mpp`.
         mpp: Microns per pixel that the model was trained at; None: whatever level 0 is.
-        stain: What the pixels' staining is brought to first, window by window.
-        zscore: Then each channel of a window is brought to mean 0 and deviation 1 by
-            its own.
+        stain: Stain normalisation of each window, which comes first.
+        zscore: Whether each channel of a window is then brought to mean 0 and standard
+            deviation 1 by its own values.
         mean: RGB mean subtracted from pixels scaled to 0..1.
         std: RGB standard deviation they are then divided by.
-        morphology: Of a model that takes measures of cells too; else None.
+        morphology: Normalisation of a cell's measures; None: the model takes none.
         provenance: Digests, versions and settings of the training.
     """
 
@@ -124,7 +123,7 @@ class ModelConfig:
 
     @property
     def classifies(self) -> bool:
-        """Tell whether a whole window has one class."""
+        """Whether a whole window gets one class."""
         return self.architecture.name == "classifier"
 
 
@@ -136,9 +135,9 @@ class Prediction:
         precision: Precision of the arithmetic. Blending is always float32.
         compile: Compile the networks for the device; auto: for a GPU.
         stitch: Keep the core of each window, or average overlaps.
-        tta: Predict mirrored (flips), turned (all) windows too. Takes the mean, and 4
-            or 8 times as long.
-        vote: Of several models take the commonest class, not the mean probability.
+        tta: Predict mirrored (flips) or also rotated (all) windows and take the mean.
+            4 or 8 times as long.
+        vote: Take the class that most models predict, not the mean probability.
         thresholds: Least probability of each class, by label value. A pixel that
             reaches none is class 0. Empty: the likeliest class.
         crf: Iterations of boundary refinement. 0: none; see medray.models.crf.
@@ -175,7 +174,7 @@ def read_config(folder: str) -> ModelConfig:
 
 
 def weights_uri(folder: str) -> str:
-    """Return the file with a model's weights, be it trained or exported."""
+    """Return the file with a model's weights, trained or exported."""
     for name in (WEIGHTS, *EXPORTED):
         uri = files.join(folder, name)
         if files.exists(uri):
@@ -184,7 +183,7 @@ def weights_uri(folder: str) -> str:
 
 
 def is_exported(folder: str) -> bool:
-    """Tell whether a model folder comes from `medray export`."""
+    """Return whether a model folder was made by `medray export`."""
     return weights_uri(folder).endswith(EXPORTED)
 
 
@@ -204,7 +203,7 @@ def check_runtime(folder: str) -> None:
 
 
 def model_digest(folder: str) -> str:
-    """Digest what decides a model's predictions: weights and configuration."""
+    """Digest what determines a model's predictions: weights and configuration."""
     return digest_of(read_config(folder), weights_uri(folder))
 
 

@@ -1,4 +1,4 @@
-"""A network on its device: where it runs, in which precision, fed with uint8."""
+"""A network on its device: choice of device and precision, normalisation of input."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from medray.models.stain import macenko
 
 
 def choose_device() -> torch.device:
-    """Take the GPU if there is one (a GPU that Ray only pretends to have is none)."""
+    """Return the GPU if there is one (not one that Ray only declares), else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of autocast; `auto`: bfloat16 where the device is good at it.
+    """Return the dtype of autocast; `auto`: bfloat16 where the hardware supports it.
 
     Raises:
         ConfigError: float16 on a CPU.
@@ -42,10 +42,10 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
 def chooses_to_compile(
     asked: Compile, models: Sequence[nn.Module], device: torch.device
 ) -> bool:
-    """Tell whether models are compiled; `auto`: on a GPU, where all of them can be.
+    """Return whether models are compiled; `auto`: on a GPU, if all of them can be.
 
     Raises:
-        ConfigError: A model that is another runtime's is to be compiled.
+        ConfigError: `on`, but a model is exported for another runtime.
     """
     exported = any(isinstance(model, Exported) for model in models)
     if asked == "on" and exported:
@@ -61,20 +61,20 @@ def _cpu_is_fast_in_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-_LEAST_DEVIATION = 10.0  # of 255; added, so that the noise of glass stays small
+_LEAST_DEVIATION = 10.0  # of 255; added, so that the noise of empty glass stays small
 
 
 class Normalise(nn.Module):
-    """What makes a model's input of pixels; training and inference share it.
+    """Normalisation of pixels to a model's input, in training and inference.
 
-    Called with (N, 3, H, W) uint8 it gives (N, 3, H, W) float32, channels last.
+    Maps (N, 3, H, W) uint8 to (N, 3, H, W) float32, channels last.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        """Take staining, mean and deviation of a model's configuration."""
+        """Take stain, mean and standard deviation from a model's configuration."""
         super().__init__()
         self._stain, self._zscore = config.stain, config.zscore
         std = torch.tensor(config.std).reshape(1, 3, 1, 1)
@@ -97,7 +97,7 @@ class Normalise(nn.Module):
 def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation (N, 3, 1, 1) of the channels of each image.
 
-    Sums of integers are exact: a window's are the same in any batch, on any device.
+    Sums of integers are exact, so they do not depend on batch or device.
     """
     count = images.shape[-2] * images.shape[-1]
     pixels = images.to(torch.int32)
@@ -110,12 +110,12 @@ def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def standardise(
     measures: npt.NDArray[np.float64], config: ModelConfig, device: torch.device
 ) -> torch.Tensor:
-    """Make a model's second input; training and inference share it.
+    """Normalise a model's second input, in training and inference.
 
     Args:
-        measures: (N, F) as a dataset has them.
-        config: Of a model that takes them.
-        device: Where the input is to be.
+        measures: (N, F) as stored in a dataset.
+        config: Configuration of a model that takes them.
+        device: Device of the result.
 
     Returns:
         (N, F) float32.
@@ -128,8 +128,8 @@ def standardise(
 class Network:
     """A model with its normalisation, on its device.
 
-    Called with (N, S, S, 3) uint8 windows it gives (N, C, S, S) logits; those of a
-    model that has one for a whole window hold for each of its pixels.
+    Maps (N, S, S, 3) uint8 windows to (N, C, S, S) logits; a classifier's logits are
+    repeated for each pixel of the window.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class Network:
         batch: int | None = None,
         threads: int = 1,
     ) -> None:
-        """Fold what can be folded, and move the model.
+        """Fold batch normalisation, and move the model to the device.
 
         Args:
-            model: As it was loaded.
+            model: The model as loaded.
             config: Its configuration.
-            device: Where it is to run.
-            dtype: Of its arithmetic: of autocast, or of the weights when compiled.
-            batch: Compile it for batches of so many windows, without measures of
-                cells; None: it is run as it is.
-            threads: That call a compiled one.
+            device: Device that it runs on.
+            dtype: Precision: of autocast, or of the weights if compiled.
+            batch: Compile it for batches of this many windows, without measures of
+                cells; None: it is not compiled.
+            threads: Number of threads that call a compiled model.
 
         Raises:
             CompileError: It cannot be compiled.
@@ -163,7 +163,7 @@ class Network:
         model = model.to(memory_format=torch.channels_last)
         self._run: Callable[..., torch.Tensor] = model
         self.compiled_bytes = 0
-        """Of compiled weights on the device, which torch does not count."""
+        """Bytes of compiled weights on the device, which torch does not count."""
         if batch is not None:
             size, name = config.window.size, config.architecture
             compiled = Compiled(
@@ -175,7 +175,9 @@ class Network:
                 threads=threads,
             )
             self._run, self.compiled_bytes = compiled, compiled.bytes
-            dtype = torch.float32  # of no autocast: it has cast all there is
+            dtype = (
+                torch.float32
+            )  # No autocast: weights and input already have the dtype.
         self._device, self._dtype = device, dtype
         self._normalise = Normalise(config).to(device)
         self._config = config
@@ -183,7 +185,7 @@ class Network:
     def __call__(
         self, pixels: torch.Tensor, measures: npt.NDArray[np.float64] | None = None
     ) -> torch.Tensor:
-        """Return the logits of windows; of cells (N, F) measures may go with them."""
+        """Return the logits of windows; cells may come with (N, F) measures."""
         # (N, H, W, 3) seen as (N, 3, H, W) is already channels_last.
         inputs = self._normalise(pixels.permute(0, 3, 1, 2))
         beside: tuple[torch.Tensor, ...] = ()
@@ -201,10 +203,10 @@ class Network:
 def folded(model: nn.Module) -> nn.Module:
     """Fold batch normalisation into the convolutions before it, where it can be traced.
 
-    In float32 that saves a sixth of a U-Net's time on a CPU.
+    In float32 on a CPU a U-Net takes a sixth less time.
     """
     try:
         fused: nn.Module = fuse(model)
-    except Exception:  # tracing stops at whatever the network's author wrote
+    except Exception:  # tracing can fail with any exception of the network's code
         return model
     return fused

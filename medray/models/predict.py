@@ -1,6 +1,6 @@
 """Trained models over regions: windows in, classes out, all on the device.
 
-One file, because it is the way of a window through the device, top to bottom.
+One file, because it is the path of a window through the device, top to bottom.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from medray.models.network import (
     chooses_to_compile,
 )
 
-# Pixels of a batch on a CPU: what it needs then fits the caches, and malloc keeps it
-# (larger blocks go back to the system and are faulted in again, a sixth of the time).
+# Pixels per batch on a CPU: the working set then fits the caches, and malloc keeps it
+# (larger blocks are returned to the system and faulted in again: a sixth of the time).
 _CPU_BATCH_PIXELS = 512 * 512
 
 _Windows = Sequence[tuple[Canvas, int]]  # and which of its wanted windows
@@ -42,13 +42,13 @@ _Scored = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Predictor:
-    """One model or several, loaded once, applied to a stream of regions.
+    """One or several models, loaded once and applied to a stream of regions.
 
     Windows of successive regions share batches, and every batch has the same shape (the
-    last one is filled up with zeros), so a window's prediction does not depend on what
-    else is predicted beside it.
+    last one is padded with zeros), so a window's prediction does not depend on the
+    other windows of its batch.
 
-    A GPU is given one batch after the other by the calling thread. On a CPU each thread
+    On a GPU the calling thread starts one batch after another. On a CPU each thread
     predicts batches of its own: threads that share a batch wait for each other at every
     layer, and all of them whenever one is interrupted.
     """
@@ -66,16 +66,16 @@ class Predictor:
 
         Args:
             models: Each maps (N, 3, S, S) to (N, C, S, S) logits, or to (N, C) logits
-                that hold for the whole window; classes and windows are the same.
+                for the whole window; all have the same classes and windows.
             how: How windows become classes.
-            batch: Windows a batch; by default 25 on a GPU, on a CPU one of 512 pixels a
-                side or as many smaller ones.
-            threads: That predict on a CPU; by default one a core.
+            batch: Windows per batch; by default 25 on a GPU, on a CPU one of 512 x 512
+                pixels or as many pixels in smaller ones.
+            threads: Threads that predict on a CPU; by default one per core.
             device: By default the GPU if there is one.
 
         Raises:
-            ConfigError: The models do not fit each other.
-            CompileError: They cannot be compiled.
+            ConfigError: The models have different classes or windows.
+            CompileError: A model cannot be compiled.
         """
         self.how = how or Prediction()
         self.device = device or choose_device()
@@ -135,12 +135,12 @@ class Predictor:
         return cls(models, how, batch=batch, threads=threads)
 
     def warm_up(self) -> None:
-        """Run a batch in each thread: what is chosen at first use is then ready."""
+        """Run one batch in each thread, to set up all that is set up at first use."""
         for finish in [self._start([]) for _ in range(self.threads)]:
             finish()
 
     def time_batches(self) -> int:
-        """Run a batch in each thread, and give how many windows that were."""
+        """Run one batch in each thread; return the number of windows."""
         self.warm_up()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -148,7 +148,7 @@ class Predictor:
 
     @property
     def device_bytes(self) -> int:
-        """Return the most memory of a GPU that it took so far; 0 on a CPU."""
+        """Return the peak GPU memory so far, in bytes; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         compiled = sum(network.compiled_bytes for network in self._networks)
@@ -157,26 +157,26 @@ class Predictor:
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the first model's forward alone: (N, S, S, 3) uint8 to (N, C, S, S).
 
-        N is `batch` at most where it is compiled.
+        N is at most `batch` if the model is compiled.
         """
         return self._networks[0](pixels)
 
     def scores(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the windows' scores: the likeliest class has the highest.
+        """Return the scores of windows; the most likely class has the highest.
 
         Args:
             pixels: (N, S, S, 3) uint8 RGB on the device.
 
         Returns:
-            (N, C, S, S): the logits where they are all that is needed, else class
-            probabilities in float32.
+            (N, C, S, S): logits where these suffice, else class probabilities in
+            float32.
         """
         if not self._soft:
             return self.logits(pixels).contiguous()
         votes = [self._probabilities(network, pixels) for network in self._networks]
         if self.how.vote:
             classes = len(self.config.classes)
-            # Of equally many votes the higher mean probability decides.
+            # The higher mean probability decides a tie.
             votes = [_one_hot(vote, classes) + vote / 1e3 for vote in votes]
         total = votes[0]
         for vote in votes[1:]:
@@ -208,29 +208,29 @@ class Predictor:
             low = scores < least[:, None, None]
             low[..., 0, :, :] = False
             scores = scores.masked_fill(low, -1.0)
-            # Background is what remains: it wins only where no class reaches its own.
+            # The background wins only where no class reaches its threshold.
             reached = (~low[..., 1:, :, :]).any(dim=-3)
             scores[..., 0, :, :] = torch.where(reached, -0.5, scores[..., 0, :, :])
         return _likeliest(scores)
 
     @torch.inference_mode()
     def predict(self, regions: Iterable[RegionPixels]) -> Iterator[RegionClasses]:
-        """Predict a stream of regions, in their order.
+        """Predict a stream of regions, in order.
 
-        A region is taken from the stream when the windows before it are under way, so
-        the stream may read ahead and wait for pixels as it likes.
+        A region is taken from the stream once the windows before it are submitted, so
+        the stream may block while it reads.
 
         Yields:
-            The class of every pixel of `plan.region`.
+            The class of each pixel of `plan.region`.
         """
         canvases: deque[Canvas] = deque()
         pending: list[tuple[Canvas, int]] = []
         under_way: deque[tuple[_Windows, Callable[[], _Scored]]] = deque()
         fetched: deque[tuple[int, Canvas]] = deque()
         batches = 0
-        # On a CPU each thread finds its next batch waiting. A GPU works behind the
-        # caller's back: what is waited for is two batches old, so that it has work
-        # while the caller sees to a region.
+        # On a CPU each thread finds its next batch waiting. A GPU works asynchronously:
+        # the caller waits for results of two batches ago, so that the device has work
+        # while the caller handles a region.
         most, age = (2 * self.threads, 0) if self._pool else (0, 2)
 
         def start() -> Iterator[RegionClasses]:
@@ -278,7 +278,7 @@ class Predictor:
             yield canvas.result()
 
     def _start(self, windows: _Windows) -> Callable[[], _Scored]:
-        """Start a batch; what is returned waits for it."""
+        """Start a batch; return a function that waits for it."""
         todo = tuple(windows)
         if self._pool:
             return self._pool.submit(self._score, todo).result
@@ -289,9 +289,9 @@ class Predictor:
     def _score(self, windows: _Windows) -> _Scored:
         """Predict a batch.
 
-        Where windows are cropped, what they show is kept with their regions at once.
+        Where windows are cropped, their classes are stored with their regions at once.
         Where they are blended, their scores are returned, to be summed in the windows'
-        order whichever thread was faster.
+        order whichever thread finishes first.
 
         Returns:
             None, or (N, C, S, S) scores and (N, S, S) uint8 classes.
@@ -309,7 +309,7 @@ class Predictor:
 def _keep(
     windows: _Windows, layers: Mapping[str, torch.Tensor], scores: torch.Tensor
 ) -> None:
-    # One number a window tells whether all are finite: NaN and infinity carry over.
+    # One sum per window shows whether all are finite: NaN and infinity carry over.
     sums = scores.sum((1, 2, 3), dtype=torch.float32)
     end = 0
     for canvas, group in itertools.groupby(windows, operator.itemgetter(0)):
@@ -340,10 +340,10 @@ def _one_hot(scores: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """Return the class of the highest score, of equal ones the first.
+    """Return the class of the highest score; of equal scores the first.
 
-    (..., C, h, w) to (..., h, w) uint8. `argmax` says the same, but over so short an
-    axis it takes 15 times as long.
+    (..., C, h, w) to (..., h, w) uint8. `argmax` gives the same, but takes 15 times as
+    long over so short an axis.
     """
     best = scores[..., 0, :, :].clone()
     labels = torch.zeros_like(best, dtype=torch.uint8)

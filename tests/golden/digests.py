@@ -102,7 +102,7 @@ def digest_zarr(folder: Path) -> str:
 
 
 def _shown(group: zarr.Group) -> Any:
-    """Give a group's attributes for viewers, without who computed its levels."""
+    """Return a group's attributes for viewers, without who computed its levels."""
     shown = {key: group.attrs[key] for key in _SHOWN if key in group.attrs}
     return json.loads(
         json.dumps(shown),

@@ -88,7 +88,7 @@ def chosen_steps(
 
 
 def belongs(name: str, step: str) -> bool:
-    """Tell whether a step makes what has this name."""
+    """Return whether a step makes what has this name."""
     return name == step or name.startswith(f"{step}/")
 
 
@@ -120,7 +120,7 @@ def make_all(names: list[str], log: TextIO) -> tuple[dict[str, str], dict[str, s
 def differences(
     kept: Mapping[str, str], found: Mapping[str, str], absent: Mapping[str, str]
 ) -> list[tuple[str, str, str, str]]:
-    """Give a row for each name that is not equal: name, what it is, kept, found."""
+    """Return one row per name that differs: name, kind, kept, found."""
     rows = []
     for name in sorted(kept.keys() | found.keys()):
         before, now = kept.get(name, ""), found.get(name, "")

@@ -106,7 +106,7 @@ def annotated(folder: Path) -> None:
 
 
 def _rings(scene: Scene) -> list[list[list[float]]]:
-    """Give the knots of a scene's outlines, as x and y."""
+    """Return the knots of a scene's outlines, as x and y."""
     return [bezier(knots)[:, 2, ::-1].round(2).tolist() for knots in scene.outlines]
 
 

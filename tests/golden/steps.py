@@ -426,7 +426,7 @@ def slide_classifier(name: str) -> Found:
 
 
 def image_reports(name: str) -> Found:
-    """Reports of classifiers: alone beside another, mirrored, a vote of three."""
+    """Reports of classifiers: one compared with another, mirrored, a vote of three."""
     models = [trained(r, image_data(), *words) for r, words in CLASSIFIERS.items()]
     ways: dict[str, tuple[list[Path], tuple[object, ...]]] = {
         "one": (models[:1], ()),
@@ -450,7 +450,7 @@ def slide_report(name: str) -> Found:
 
 
 def comparison(name: str) -> Found:
-    """Two runs beside each other."""
+    """Two runs compared."""
     out = Work.folder / "compared"
     slides, models = inputs.slides() / "slides", [write_model("first")]
     runs = [

@@ -1,4 +1,4 @@
-"""Addresses of Ray: each form, and each way in which nobody answers, in words and soon."""
+"""Addresses of Ray: each form, and each way of no answer, in words and soon."""
 
 from __future__ import annotations
 

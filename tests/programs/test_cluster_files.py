@@ -151,7 +151,7 @@ def test_the_dockerfile_is_pinned_and_without_root() -> None:
     pairs = instructions("ENV")[-1].value
     environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
     assert environment["RAY_AUTH_MODE"] == "token"
-    # Ray's launcher starts login shells, in which /etc/profile has set PATH anew.
+    # Ray's launcher starts login shells, in which /etc/profile has set PATH again.
     (login,) = re.findall(r"echo 'PATH=(\S+)' > /etc/profile\.d/\w+\.sh", runs)
     assert login == environment["PATH"]
     extras = set(re.findall(r"--extra (\w+)", runs))

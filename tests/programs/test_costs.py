@@ -1,4 +1,4 @@
-"""What a run of tests costs is told, and adds up."""
+"""What a run of tests costs is printed, and adds up."""
 
 import os
 import subprocess

@@ -103,7 +103,7 @@ def raising(
 
 
 def test_a_surprise_is_kept_in_a_file(tmp_path: Path) -> None:
-    """One line for people; the trace is there for who mends it."""
+    """One line for users; the traceback is there for developers."""
     state = tmp_path / "state"
     done = raising("{}['no such\\nkey']", XDG_STATE_HOME=str(state))
     assert done.returncode == 1

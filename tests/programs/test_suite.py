@@ -64,7 +64,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def collected(suite: Suite) -> Iterator[tuple[str, str]]:
-    """Give the module and the name of every function that pytest takes for a test."""
+    """Yield module and name of each function that pytest takes for a test."""
     for name, module in suite.items():
         if name.rpartition("/")[2].startswith("test_"):
             for function in module.functions:
@@ -115,7 +115,7 @@ def asserts(suite: Suite, module: str, function: str) -> bool:
 def helpers(
     suite: Suite, module: str, owner: str, node: ast.AST
 ) -> Iterator[tuple[str, str]]:
-    """Give the module and the name of the functions of the tests that a node runs."""
+    """Yield module and name of the functions of the tests that a node runs."""
     if isinstance(node, ast.Call):
         name = dotted(node.func)
         if owner and name.startswith("self."):

@@ -1,8 +1,8 @@
-"""The HTTP side of `medray serve`: what comes in is bounded, what goes out helps.
+"""The HTTP side of `medray serve`: limits on requests, errors that say what to do.
 
-POST /classify or /segment takes an image as the body and its content type; whatever is
-wrong with a request is said by a status of 4xx and JSON with a `detail`: what was
-found, what was expected, what to do.
+POST /classify or /segment takes an image as the body, with its content type. A wrong
+request is answered by status 4xx and JSON with a `detail`: what was found, what was
+expected, what to do.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _BEARER = HTTPBearer(auto_error=False, description="the token of `medray serve`"
 
 
 class Model(Protocol):
-    """What answers; see `medray.apps.serve.model.Served`."""
+    """A model that answers requests; see `medray.apps.serve.model.Served`."""
 
     @property
     def kind(self) -> Kind:
-        """What it can be asked for."""
+        """Endpoints that it supports."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what the model is."""
+        """Describe the model."""
         ...
 
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:
-        """Answer for an image in a file."""
+        """Return the answer for an image in a file."""
         ...
 
 
 def token_digest(token: str) -> str:
-    """Name a token without telling it."""
+    """Return a token's digest, which does not reveal it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -72,10 +72,10 @@ def build_api(
     """Build the app of one replica.
 
     Args:
-        model: Answers.
-        bounds: Of a request.
+        model: The model that answers.
+        bounds: Limits of a request.
         digest: `token_digest` of the token that requests must carry; "": none.
-        note: Is told each request's path, status, seconds and pixels, for metrics.
+        note: Callback for metrics: each request's path, status, seconds, pixels.
     """
     api = FastAPI(
         title="medray",
@@ -119,8 +119,8 @@ def build_api(
     async def healthz() -> Health:
         return Health(status="ok")
 
-    # A replica gets requests once its model is loaded and has run, so to answer at all
-    # is to be ready.
+    # A replica gets requests once its model is loaded and has run, so any answer means
+    # that it is ready.
     @api.get("/readyz", summary="Is a model loaded?")
     async def readyz() -> Health:
         return Health(status="ok")
@@ -162,7 +162,7 @@ def build_api(
     asked_mpp: Any = Query(
         None,
         ge=SANE_MPP[0],
-        # Coarser ones cannot be brought to the model's.
+        # A coarser image cannot be brought to the model's resolution.
         le=MOST_ENLARGED * works_at if works_at else SANE_MPP[1],
         description="microns per pixel, over what the image says",
     )
@@ -238,7 +238,7 @@ def build_api(
 
 
 async def _ask(model: Model, path: str, mpp: float | None, form: Format) -> Answer:
-    """Ask the model, and say what it refuses without naming the file here."""
+    """Ask the model; its errors go to the client without the name of the local file."""
     try:
         return await model.ask(path, mpp, form)
     except SlideError as error:

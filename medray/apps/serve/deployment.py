@@ -1,13 +1,13 @@
-"""A model folder -> an HTTP service on Ray Serve.
+"""Serve a model folder over HTTP, on Ray Serve.
 
-The way of a request, top to bottom:
+The path of a request, top to bottom:
 
     HTTP      token, type and size are checked, the body goes to a file (api.py)
     read      a thread decodes the image and plans its windows (model.py)
     predict   images that wait are predicted together; one thread has the device
     finish    a thread makes the class with probabilities, or the mask
 
-Each replica holds the model once. How many there are follows the requests under way.
+Each replica holds the model once. Ray Serve scales replicas by the requests in flight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from medray.storage import files
 log = logging.getLogger(__name__)
 
 APP = "medray"
-"""What the application is called in Ray Serve."""
+"""Name of the application in Ray Serve."""
 
 _UNDER_WAY = 32  # requests that a replica holds
 _WAITING = 128  # requests that wait for one; more get 503
@@ -94,7 +94,7 @@ def serve(
             f"{TOKEN} to one of {LEAST_TOKEN} or more characters, or give --token-file"
         )
     _check_free(host, port)
-    # What is wrong with the model is said before anything starts.
+    # Errors of the model are reported before anything starts.
     kind = check_model(
         settings.model, settings.report, settings.precision, settings.compile
     )
@@ -114,14 +114,14 @@ def serve(
             while not asked.signal:
                 time.sleep(0.2)
         finally:
-            # Replicas finish what they have; the proxy takes nothing more.
+            # Replicas finish their requests; the proxy accepts no new ones.
             ray_serve.delete(APP)
             ray_serve.shutdown()
     raise StoppedError(asked.signal, "the requests under way were answered")
 
 
 def _started(is_asked: Callable[[], int]) -> bool:
-    """Wait until requests are taken, or a signal comes.
+    """Wait until requests are accepted, or a signal arrives.
 
     Raises:
         MedrayError: The replicas do not start.
@@ -140,12 +140,12 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     """Build the application of a Serve config file, as Kubernetes has one.
 
     Args:
-        args: Of `ServeSettings`, those of `Bounds` beside them; `$NAME` in the places
-            is taken from the environment. The token must be there: a cluster's address
-            is reached by others.
+        args: Fields of `ServeSettings` and of `Bounds` together; `$NAME` in paths is
+            taken from the environment. A token is required: others reach a cluster's
+            address.
 
     Raises:
-        ConfigError: They are wrong, or there is no token.
+        ConfigError: The arguments are wrong, or there is no token.
     """
     names = Bounds.__dataclass_fields__
     try:
@@ -163,7 +163,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def _deploy(settings: ServeSettings, digest: str) -> ray_serve.Application:
-    """Return the application: how many replicas there may be, and what each takes."""
+    """Return the application, with the range and resources of its replicas."""
     gpus = settings.gpus if settings.gpus >= 0 else min(1, cluster.gpus())
     cpus = settings.cpus or max(1, cluster.cpus_per_node() // settings.max_replicas)
     deployment = ray_serve.deployment(
@@ -191,10 +191,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Refuse a port that is taken: Ray Serve would tell it late.
+    """Refuse a port that is in use, earlier than Ray Serve would.
 
     Raises:
-        ConfigError: It is, or the host is none of this machine's.
+        ConfigError: It is in use, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -224,7 +224,7 @@ def _say_ready(model: str, kind: Kind, host: str, port: int, *, token: bool) -> 
 
 
 def _metrics() -> Sequence[str]:
-    """Return where Ray's nodes export metrics for Prometheus."""
+    """Return the addresses where Ray's nodes export metrics for Prometheus."""
     return [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in ray.nodes()

@@ -1,4 +1,4 @@
-"""Which images a service takes, by format and by size, and masks as images."""
+"""Image formats and sizes that a service accepts, and masks as images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIXES = {
     "WebP": ".webp",
     "GIF": ".gif",
 }
-"""How a file of each format is named, so that the right reader takes it."""
+"""File suffix of each format, by which the reader is chosen."""
 
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -30,15 +30,15 @@ _MAGIC = {
     b"GIF8": "GIF",
 }
 START = 12
-"""Bytes of a file that tell its format."""
+"""Number of first bytes that identify a format."""
 
 
 class TooLargeError(SlideError):
-    """An image has more pixels than are taken."""
+    """An image has more pixels than the limit."""
 
 
 def image_format(start: bytes) -> str | None:
-    """Recognise PNG, JPEG, BMP, TIFF, WebP and GIF by their first bytes (`START`)."""
+    """Return the format (PNG, JPEG, BMP, TIFF, WebP, GIF) by the first bytes."""
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WebP"
     return next(
@@ -60,14 +60,14 @@ def check_header(path: str, most: int) -> None:
     """Check the size of all but TIFF; readers decode these when they open them.
 
     Raises:
-        TooLargeError: It has more pixels than are taken.
+        TooLargeError: It has more pixels than the limit.
     """
     if path.endswith(SUFFIXES["TIFF"]):
         return
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-    except Exception:  # of many kinds; the reader says what is wrong
+    except Exception:  # errors of many kinds; the reader reports what is wrong
         return
     check_pixels(height, width, most)
 

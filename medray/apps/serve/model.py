@@ -1,13 +1,13 @@
 """A model that answers for one image at a time: what `medray serve` serves.
 
-The way of an image, top to bottom:
+The path of an image, top to bottom:
 
-    read     its size is checked by the header, then its pixels are read as in runs
-    predict  windows, or whole images, of several requests in batches of the model's
-    finish   a class with probabilities, or a mask as PNG or GeoJSON
+    read     check its size by the header, then read its pixels as `medray infer` does
+    predict  windows, or whole images, of several requests share the model's batches
+    finish   return a class with probabilities, or a mask as PNG or GeoJSON
 
-It is the way of `medray infer` and `medray evaluate`, so the answers are theirs. There
-is neither Ray nor HTTP: any thread may read and finish, one thread predicts.
+The code is that of `medray infer` and `medray evaluate`, so the answers are the same.
+Nothing here uses Ray or HTTP: any thread may read and finish, one thread predicts.
 
 One file, because reading, predicting and finishing share the settings of one model.
 """
@@ -69,9 +69,9 @@ class PreparedRegion:
     """A region of an image.
 
     Attributes:
-        region: Where it is, working pixels.
-        blocks: (rows, columns) bool, which blocks of it are predicted.
-        source: What the model takes; None where there is no tissue.
+        region: Its position, pixels at the model's resolution.
+        blocks: (rows, columns) bool, which of its blocks are predicted.
+        source: Input of the model; None where there is no tissue.
     """
 
     region: Rectangle
@@ -84,14 +84,14 @@ class Prepared:
     """An image, ready for the model.
 
     Attributes:
-        height: Of the image (level 0), pixels.
-        width: Likewise.
+        height: Height of the image (level 0), pixels.
+        width: Width of the image (level 0), pixels.
         mpp: Microns per pixel of the image; None: unknown and not needed.
-        mpp_from: Who says so: the `image` or the `request`; else it is `unknown`.
-        note: What the user should know of how it was read ("" if nothing).
-        pixels: (S, S, 3) uint8 of a classifier of whole images; else None.
-        facts: Of any other model: what the plan found out, else None.
-        regions: And the regions of the plan.
+        mpp_from: Source of `mpp`: `image`, `request` or `unknown`.
+        note: Remark for the user on how it was read, or "".
+        pixels: (S, S, 3) uint8, for a classifier of whole images; else None.
+        facts: Facts of the plan, for any other model; else None.
+        regions: Regions of the plan.
     """
 
     height: int
@@ -106,13 +106,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent.
+    """The answer to a request.
 
     Attributes:
-        body: Its bytes.
-        media_type: Of them.
-        headers: That go with them.
-        pixels: Of the image.
+        body: Bytes of the answer.
+        media_type: Content type.
+        headers: Additional HTTP headers.
+        pixels: Number of pixels of the image.
     """
 
     body: bytes
@@ -137,21 +137,22 @@ class Served:
         """Load a model folder.
 
         Args:
-            model: Folder of `medray train` or `medray export`.
-            report: Of `medray evaluate` of this classifier, for its temperature; "":
-                probabilities are not calibrated.
-            precision: Of the arithmetic; classifiers of whole images take float32.
+            model: Folder from `medray train` or `medray export`.
+            report: Report of `medray evaluate` of this classifier, for its
+                temperature; "": probabilities are not calibrated.
+            precision: Precision of the arithmetic; classifiers of whole images use
+                float32.
             compile: Compile the network for the device; auto: for a GPU. Classifiers of
                 whole images are not compiled.
-            max_pixels: That an image may have, and that are worked on.
-            threads: That predict on a CPU; by default one a core.
+            max_pixels: Most pixels of an image, as sent and at the model's resolution.
+            threads: Threads that predict on a CPU; by default one per core.
 
         Raises:
-            ConfigError: The folder is no model, the model takes more than pixels, or
-                the report is another model's.
+            ConfigError: The folder is not a model, the model needs more than pixels, or
+                the report is of another model.
             FormatError: The weights are damaged.
-            CompileError: The network cannot be compiled, as was asked for; where it was
-                left open (`auto`) it is then not compiled.
+            CompileError: The network cannot be compiled, although this was requested
+                (`on`); with `auto` it is then run without.
         """
         self._settings, self._config = _read_config(model, precision, compile)
         self._max = max_pixels
@@ -173,11 +174,11 @@ class Served:
 
     @property
     def kind(self) -> Kind:
-        """What it can be asked for."""
+        """Endpoints that it supports."""
         return "classify" if self._config.classifies else "segment"
 
     def describe(self) -> Row:
-        """Return what the model is, as plain values."""
+        """Describe the model, as plain values."""
         config, settings = self._config, self._settings
         return {
             "name": settings.names,
@@ -195,15 +196,15 @@ class Served:
     # --- read -------------------------------------------------------------------------
 
     def read(self, path: str, mpp: float | None = None) -> Prepared:
-        """Read an image; nothing is allocated for one with too many pixels.
+        """Read an image; one with too many pixels is refused before it is decoded.
 
         Args:
-            path: A file, named by `SUFFIXES`.
-            mpp: Microns per pixel, over what the image says.
+            path: A file with a suffix of `SUFFIXES`.
+            mpp: Microns per pixel, instead of the image's own.
 
         Raises:
-            TooLargeError: It has more pixels than are taken.
-            SlideError: It is no image, damaged, or does not suit the model.
+            TooLargeError: It has more pixels than the limit.
+            SlideError: It is not an image, is damaged, or does not suit the model.
         """
         check_header(path, self._max)
         if self._whole:
@@ -256,8 +257,8 @@ class Served:
         """Run the model over images of several requests.
 
         Returns:
-            Of each what `finish` takes: logits (C,) of whole images, else what became
-            of each region.
+            One input of `finish` per image: logits (C,) of a whole image, else the
+            result of each region.
         """
         if self._whole:
             pixels = [image.pixels for image in images if image.pixels is not None]
@@ -272,10 +273,10 @@ class Served:
     # --- finish -----------------------------------------------------------------------
 
     def finish(self, image: Prepared, found: Any, form: Format = "png") -> Answer:
-        """Return the answer that follows from the model's output.
+        """Return the answer for a model's output.
 
         Raises:
-            SlideError: The model gives numbers that are none.
+            SlideError: The output has NaN or infinity.
         """
         if self.kind == "segment":
             return self._mask(image, found, form)
@@ -302,7 +303,7 @@ class Served:
         return Answer(body, "application/json", {}, image.height * image.width)
 
     def _shares(self, found: Sequence[RegionClasses | None]) -> tuple[int, Floats]:
-        """Return the commonest class and mean probabilities, as slides.parquet does."""
+        """Return most frequent class and mean probabilities, as in slides.parquet."""
         counts = np.zeros(len(self._config.classes), np.int64)
         sums = np.zeros(len(self._config.classes), np.float64)
         for one in found:
@@ -340,7 +341,7 @@ class Served:
 
 
 def _resolution(found: float | None, given: float | None) -> tuple[float | None, str]:
-    """Return an image's microns per pixel, and who says so."""
+    """Return an image's microns per pixel, and the source of the value."""
     if given:
         return given, "request"
     return found, "image" if found else "unknown"
@@ -357,11 +358,11 @@ def _check_finite(finite: bool) -> None:
 def check_model(
     model: str, report: str, precision: Precision, compile: Compile = "auto"
 ) -> Kind:
-    """Check that a model can be served, without a device; give what it can be asked.
+    """Check that a model can be served, without a device; return its endpoints.
 
     Raises:
-        ConfigError: As `Served`.
-        FormatError: Likewise.
+        ConfigError: As for `Served`.
+        FormatError: As for `Served`.
     """
     settings, config = _read_config(model, precision, compile)
     if report:
@@ -379,7 +380,7 @@ def _read_config(
             f"compile: {model} is a classifier of whole images, which is not compiled: "
             f"its answers are those of `medray evaluate`; leave --compile out"
         )
-    # A classifier says something of glass too, and how sure it is.
+    # A classifier also classifies glass; probabilities show how sure it is.
     prediction = Prediction(
         precision=precision, compile=compile, probabilities=config.classifies
     )
@@ -391,7 +392,7 @@ def _temperature(report: str, settings: RunSettings) -> float:
     """Read the temperature of a report.
 
     Raises:
-        ConfigError: There is no report, it is another model's, or it has none.
+        ConfigError: There is no report, it is of another model, or has no temperature.
     """
     uri = files.join(report, "metrics.json")
     if not files.exists(uri):

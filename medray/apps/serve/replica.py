@@ -18,11 +18,11 @@ from medray.errors import MedrayError
 
 T = TypeVar("T")
 
-_BATCH = 16  # images that are predicted together, at most
-_WAIT_S = 0.005  # for others, when the device is free
-IN_HAND = 8  # images that a replica holds as pixels
+_BATCH = 16  # most images that are predicted together
+_WAIT_S = 0.005  # wait for further images when the device is free
+IN_HAND = 8  # most images that a replica holds decoded
 
-_STUCK = 10  # times the time limit, after which a replica is taken to hang
+_STUCK = 10  # of the timeout, after which a replica counts as hanging
 
 
 @ray_serve.ingress()
@@ -30,7 +30,7 @@ class Endpoint:
     """A replica: the model and the app in front of it."""
 
     def __init__(self, settings: ServeSettings, digest: str, cpus: int) -> None:
-        """Load the model and run it once; requests come when that is done."""
+        """Load the model and run it once; then requests are accepted."""
         self._bounds, self._digest = settings.bounds, digest
         self._served = Served(
             settings.model,
@@ -40,7 +40,7 @@ class Endpoint:
             max_pixels=int(settings.bounds.max_mpixel * 1e6),
             threads=cpus,
         )
-        # Decoding and compressing; the device has a thread to itself.
+        # Decoding and compression; the device has its own thread.
         self._threads = ThreadPoolExecutor(IN_HAND, "hand")
         self._device = ThreadPoolExecutor(1, "device")
         self._room = asyncio.Semaphore(IN_HAND)
@@ -68,22 +68,22 @@ class Endpoint:
         return build_api(self, self._bounds, self._digest, self._note)
 
     def check_health(self) -> None:
-        """Tell Ray Serve to replace a replica whose device hangs."""
+        """Raise if the device hangs; Ray Serve then replaces the replica."""
         limit = _STUCK * self._bounds.timeout_s
         if self._since is not None and time.monotonic() - self._since > limit:
             raise RuntimeError(f"a batch has not ended for {limit:g} s")
 
     @property
     def kind(self) -> Kind:
-        """What the model can be asked for."""
+        """Endpoints that the model supports."""
         return self._served.kind
 
     def describe(self) -> dict[str, Any]:
-        """Return what the model is."""
+        """Describe the model."""
         return self._served.describe()
 
     async def ask(self, path: str, mpp: float | None, form: Format) -> Answer:
-        """Answer for an image in a file; see `medray.apps.serve.model`."""
+        """Return the answer for an image in a file; see `medray.apps.serve.model`."""
         async with self._room:
             image = await self._by_hand(self._served.read, path, mpp)
             found = await self._predict(image)
@@ -97,7 +97,7 @@ class Endpoint:
 
     @ray_serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
     async def _predict(self, images: list[Prepared]) -> list[Any]:
-        """Predict what waits: of each image what `finish` takes."""
+        """Predict the waiting images; return the input of `finish` for each."""
         self._images.observe(len(images))
         self._since = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""The body of a request, written to a file named by its format."""
+"""Write the body of a request to a file, with the suffix of its format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from medray.apps.serve.images import START, SUFFIXES, image_format
 from medray.errors import check_positive
 
-# Content types by format; octet-stream leaves it to the bytes.
+# Content types by format; for octet-stream the first bytes decide.
 CONTENT_TYPES = {
     "image/png": "PNG",
     "image/jpeg": "JPEG",
@@ -26,12 +26,12 @@ CONTENT_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a request may cost.
+    """Limits of a request.
 
     Attributes:
-        max_mpixel: Megapixels of an image.
-        max_mbyte: Megabytes of a body.
-        timeout_s: Seconds from a request's head to its answer.
+        max_mpixel: Most megapixels of an image.
+        max_mbyte: Most megabytes of a body.
+        timeout_s: Timeout from a request's headers to its answer, seconds.
     """
 
     max_mpixel: float = 64.0
@@ -48,10 +48,10 @@ class Bounds:
 
 
 async def receive(request: Request, folder: str, bounds: Bounds) -> str:
-    """Write the body of a request to a file named by its format.
+    """Write the body of a request to a file with the suffix of its format.
 
     Raises:
-        HTTPException: It is too large, no image, or not what its type says.
+        HTTPException: It is too large, not an image, or not of its content type.
     """
     stated = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     expected = ", ".join(CONTENT_TYPES)
@@ -104,5 +104,6 @@ def _too_long(found: str, most: int) -> HTTPException:
         413,
         f"the body has {found} bytes, at most {most} are taken; send a smaller image, "
         f"or give it to `medray infer`",
-        # The connection stays: what still comes is thrown away, and the answer is read.
+        # Keep the connection and discard the rest of the body: the client reads the
+        # answer only then.
     )

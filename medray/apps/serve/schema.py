@@ -1,4 +1,4 @@
-"""What requests and answers look like, for OpenAPI."""
+"""Schemas of requests and answers, for OpenAPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Problem(BaseModel):
 
 
 class Health(BaseModel):
-    """That the service is there."""
+    """The service is running."""
 
     status: Literal["ok"]
 
@@ -37,7 +37,7 @@ class Class(BaseModel):
 
 
 class About(BaseModel):
-    """The model that is served, and what it takes."""
+    """The served model and its input."""
 
     name: str
     digest: str

@@ -1,4 +1,4 @@
-"""What is served and how, and the token that requests must carry."""
+"""Settings of a service, and the token that requests must carry."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ LEAST_TOKEN = 16  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What is served, and how; the `args` of a Serve config file.
+    """Settings of a service; the `args` of a Serve config file.
 
     Attributes:
         model: Folder of the model.
-        report: Of `medray evaluate` of a classifier of images, for its temperature.
-        precision: Of the arithmetic.
+        report: Report of `medray evaluate` of a classifier of images, for its
+            temperature.
+        precision: Precision of the model's arithmetic.
         compile: Compile the network for the device; auto: for a GPU.
-        min_replicas: That are always there.
-        max_replicas: That there are at most.
-        cpus: Cores of a replica; 0: shares of the smallest node.
-        gpus: GPUs of a replica; -1: one where the cluster has any.
-        bounds: Of a request.
-        token_file: Holds the token, if the environment does not.
+        min_replicas: Least number of replicas.
+        max_replicas: Greatest number of replicas.
+        cpus: Cores per replica; 0: equal shares of the smallest node.
+        gpus: GPUs per replica; -1: one if the cluster has any.
+        bounds: Limits of a request.
+        token_file: File of the token, if the environment has none.
     """
 
     model: str
@@ -58,7 +59,7 @@ def read_token(path: str) -> str:
     """Return the digest of the token; "" if there is none.
 
     Raises:
-        ConfigError: It is too short, or its file cannot be read.
+        ConfigError: The token is too short, or its file cannot be read.
     """
     token = os.environ.get(TOKEN, "")
     if path:

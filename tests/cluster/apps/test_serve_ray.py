@@ -260,7 +260,7 @@ def test_when_a_replica_is_killed_the_next_requests_are_answered(
     assert len(processes) == 1
     os.kill(processes[0], signal.SIGKILL)
     deadline = time.monotonic() + 240
-    while True:  # while it starts anew requests wait or get 5xx, and none hangs
+    while True:  # while it restarts, requests wait or get 5xx, and none hangs
         answer = post(f"{segmenter_url}/segment", body, "image/tiff")
         if answer.status_code == 200:
             break

@@ -174,7 +174,7 @@ def test_bad_slides_cost_a_row_each_in_infer(
     assert "cut.tif" in cut["note"]
     assert "cannot be read" in cut["note"]
     assert 0 < cut["unreadable_px"] < cut["height"] * cut["width"]
-    # What was mended or replaced is done again, and nothing else: not what is touched.
+    # What was repaired or replaced is done again, and nothing else: not what is touched.
     for name in BAD:
         shutil.copy(inbox / "a" / "same.tif", inbox / f"{name}.tif")
     shutil.copy(slides / "slides" / "slide_003.tif", inbox / "b" / "same.tif")

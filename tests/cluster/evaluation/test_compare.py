@@ -1,4 +1,4 @@
-"""Two runs beside each other: the figures by hand, and what is said of bad requests."""
+"""Two runs compared: the figures by hand, and the errors of bad requests."""
 
 import json
 import re

@@ -58,7 +58,7 @@ def start(
 
 
 def run(pool: Pool, batches: list) -> list:
-    """Give all batches, as there is room; take all results."""
+    """Submit all batches as there is room; return all results."""
     todo, found = list(batches), []
     while todo or pool.busy:
         while todo and pool.room > 0:

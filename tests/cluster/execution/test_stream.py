@@ -75,7 +75,7 @@ def stream(folder: Path, seconds: float = 60.0, num_cpus: float = 1.0) -> Stream
 
 
 def run(stream: Stream, rows: list[dict]) -> dict[int, Any]:
-    """Give all rows in a block, and take all results, each once."""
+    """Submit all rows in one block; return all results, each once."""
     stream.give(rows)
     found: list[tuple[int, Any]] = []
     while stream.busy:
@@ -95,7 +95,7 @@ def begun(folder: Path, i: int) -> list[str]:
 
 
 def test_rows_that_end_their_process_are_lost_alone(tmp_path: Path) -> None:
-    """Beside innocent ones in the same block, which no process was ended for."""
+    """Rows of the same block that ended no process are not lost."""
     bad = {
         "_1": {"does": "is killed"},
         "_4": {"does": "segfaults"},

@@ -1,4 +1,4 @@
-"""`medray plan` beside what a run then takes."""
+"""`medray plan` compared with what a run then takes."""
 
 import json
 import sys

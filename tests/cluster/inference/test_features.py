@@ -189,7 +189,7 @@ def test_only_within_an_annotation(
     cleaned = clean_labels(expected, clean, 2)
     assert cleaned[~inside].any()
     np.testing.assert_array_equal(mask_of(out), np.where(inside, cleaned, 0))
-    # Another annotation is another request: the same command does the slide anew.
+    # Another annotation is another request: the same command does the slide again.
     smaller = [[100, 150], [400, 150], [400, 600], [100, 600], [100, 150]]
     (notes / "s.geojson").write_text(
         '{"type": "Feature", "properties": {}, "geometry": '

@@ -53,7 +53,7 @@ class History(RuleBasedStateMachine):
         self.inbox.mkdir()
         self.holds: dict[str, int] = {}  # the scene of each slide
         self.damaged: set[str] = set()  # the slide is still the one of its mask
-        self.unsure: set[str] = set()  # damaged, then replaced: made anew or not yet
+        self.unsure: set[str] = set()  # damaged, then replaced: made again or not yet
         self.complete = False  # whether the run has all that the inbox has
 
     def infer(self, slides: Path, out: Path, crash_after: int = -1):

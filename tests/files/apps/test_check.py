@@ -579,7 +579,7 @@ def test_what_was_never_stored_is_neither_background_nor_tissue(
     assert not places & {(0, 0), (1024, 512)}
     labels = np.asarray(ome_zarr.open_level(labels_uri(str(out), "x"))[:])
     assert (labels[:256, :256] == 0).all()
-    # Nothing was counted as background that nobody has seen.
+    # Nothing was counted as background that is not annotated.
     assert row["px_background"] == sum(patch["class_px"][0] for patch in patches)
     (said,) = medray.check([str(slides)], annotations=str(notes)).slides
     assert said["status"] == "ok"

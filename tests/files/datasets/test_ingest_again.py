@@ -257,7 +257,7 @@ def test_a_slide_of_another_folder_does_not_take_ones_place(
     write_slide(first, "s1", 1)
     again(first, fractions=(1, 0, 0))
     write_slide(second, "s1", 2)
-    if there:  # beside the other slide, too, but not at OUT's place
+    if there:  # next to the other slide, too, but not where OUT is
         shutil.copytree(first / "d", second / "d2")
     with pytest.raises(ConfigError, match="another slide"):
         ingest(

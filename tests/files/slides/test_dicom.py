@@ -130,7 +130,7 @@ def test_series_of_one_folder_are_slides_of_their_own(tmp_path: Path) -> None:
             assert np.abs(off).max() <= 12
     with pytest.raises(SlideError, match="2 series.*SeriesInstanceUID"):
         open_slide(folder)
-    # Another series beside them changes neither id nor digest.
+    # Another series next to them changes neither id nor digest.
     before = {file.uri: slide_digest(file.uri) for file in found}
     write_series(folder, picture(*SIZE), Scan(seed="e"))
     now = {file.uri: slide_digest(file.uri) for file in find_slides([f"{folder}"])}
@@ -171,7 +171,9 @@ def test_what_is_no_slide_is_left_out_and_said(
     assert "ct.dcm (CT Image Storage)" in caplog.text
     with open_slide(case) as slide:
         assert slide.format == "dicom"
-    assert ids(case / "ct.dcm") == ["ct"]  # who names it is told why it is none
+    assert ids(case / "ct.dcm") == [
+        "ct"
+    ]  # named on its own, it is refused with the reason
     with pytest.raises(SlideError, match=r"ct\.dcm: holds CT Image Storage, expected"):
         open_slide(case / "ct.dcm")
     (tmp_path / "ct").mkdir()

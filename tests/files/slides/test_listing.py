@@ -144,7 +144,7 @@ def test_an_unreadable_file_costs_at_most_its_own_row(
     assert "bad.dcm" not in caplog.text
     with pytest.raises(StoreError, match=r"bad\.dcm: cannot be read \(.*Errno 5"):
         open_slide(tmp_path / "bad.dcm")
-    # Who names it is told, whatever it is called.
+    # A file that is named is listed, whatever its name.
     assert ids(tmp_path / "README") == ["README"]
 
 

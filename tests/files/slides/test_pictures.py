@@ -132,7 +132,7 @@ def test_what_has_no_one_meaning_is_refused(
 def test_every_orientation_is_shown_upright(
     orientation: int, suffix: str, tmp_path: Path
 ) -> None:
-    """The corner that is told from the others: by what EXIF 2.32 says of each value."""
+    """Where the marked corner lies for each orientation, by EXIF 2.32."""
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :8] = 255  # above, on the left
     stored = {

@@ -95,7 +95,7 @@ def variants() -> list[tuple[Any, ...]]:
 def stored(
     kind: str, planar: bool, bits: int, size: tuple[int, int]
 ) -> tuple[npt.NDArray[Any], UInt8, dict]:
-    """Give the samples to write, what they must read as, and how to write them."""
+    """Return the samples to write, what they must read as, and how to write them."""
     rgb = picture(*size)
     options: dict[str, Any] = {"photometric": "minisblack", "metadata": None}
     samples: npt.NDArray[Any] = rgb
@@ -636,7 +636,7 @@ def test_a_missing_tile_is_unreadable_and_noted(tmp_path: Path) -> None:
 
 
 def lose_tiles(path: Path, page: int, lost: int) -> None:
-    """Give a page's first tiles no bytes."""
+    """Remove the bytes of a page's first tiles."""
     with tifffile.TiffFile(path) as tiff:
         counts = list(tiff.pages[page].databytecounts)
     tag(path, "TileByteCounts", [0] * lost + counts[lost:], page)

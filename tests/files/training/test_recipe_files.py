@@ -1,4 +1,4 @@
-"""Recipes by name: found wherever medray lies, told apart, never mistaken for files."""
+"""Recipes by name: found wherever medray lies, and never mistaken for files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A simulated week of nights, beside a plain loop over everything that ever came."""
+"""A simulated week of nights, compared with a plain loop over all slides that came."""
 
 import json
 import os

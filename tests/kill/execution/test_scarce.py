@@ -69,7 +69,7 @@ def noted(log: Path, what: str) -> list[float]:
 def test_what_nobody_needs_is_withdrawn_and_what_does_not_come_asked_elsewhere(
     scarce: tuple[dict[str, str], Path],
 ) -> None:
-    """What nobody needs any more is withdrawn; what stays pending, asked elsewhere."""
+    """Requests not needed any more are withdrawn; those pending are made elsewhere."""
     environment, log = scarce
     command = [sys.executable, "-c", ASK]
     with subprocess.Popen(

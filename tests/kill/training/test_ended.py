@@ -1,4 +1,4 @@
-"""A training that is told to end, by a signal or by its node: what it keeps, what it says."""
+"""A training ended by a signal or with its node: what it keeps and reports."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def nodes() -> Iterator[list[Any]]:
 
     cluster = Cluster()
     size = {"object_store_memory": 200 << 20, "memory": 8 << 30}
-    # Only the second has CPUs, so the training runs there. A node that is told to go and
+    # Only the second has CPUs, so the training runs there. A node that is drained and
     # has no work is gone at once, before anyone could hear of it.
     head, second = (cluster.add_node(num_cpus=cpus, **size) for cpus in (0, 2))
     yield [cluster, head, second]

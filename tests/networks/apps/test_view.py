@@ -245,7 +245,7 @@ def test_without_a_truth_the_least_certain_region_is_the_worst(
     assert found[0]["uncertain"] * 255 * area == pytest.approx(sums[best])
 
 
-# --- what is told ---------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------
 
 
 def test_the_gallery_tells_status_and_scores(

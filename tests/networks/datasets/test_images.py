@@ -335,7 +335,7 @@ def models(cells: Path, dataset: str, classifier: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reports(dataset: str, models: list[str]) -> Path:
-    """Reports `first` of the classifier and `second` of a bold one, beside it."""
+    """Reports `first` of the classifier and `second` of a bold one."""
     folder = Path(dataset).parent
     first, second = str(folder / "first"), str(folder / "second")
     here = ["--truth", dataset, "--executor", "local"]

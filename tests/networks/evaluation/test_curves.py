@@ -23,7 +23,7 @@ SIZES = {"s0": (1500, 2200), "s1": (700, 800), "s2": (600, 900)}
 
 @pytest.fixture(scope="module")
 def folder(layered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run beside a table of patients and scanners."""
+    """The run, next to a table of patients and scanners."""
     folder = tmp_path_factory.mktemp("curves")
     for name in ("run", "truth"):
         (folder / name).symlink_to(layered / name)

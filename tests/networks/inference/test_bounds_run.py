@@ -88,7 +88,7 @@ def test_what_was_corrected_is_ingested_where_it_was(
         rows = slice(square["y"], square["y"] + square["height"])
         inside[rows, square["x"] : square["x"] + square["width"]] = True
     np.testing.assert_array_equal(extent, inside)
-    # Corrected: an object more, beside the corner of what QuPath shows of the slide.
+    # Corrected: an object more, next to the corner of what QuPath shows of the slide.
     document = json.loads(uri.read_text())
     ring = [[6, 4], [56, 4], [56, 34], [6, 34], [6, 4]]
     document["features"].append(
@@ -141,7 +141,7 @@ def test_a_run_within_the_outlines_of_another(
 
 
 def test_a_slide_that_is_gone_cannot_be_reviewed(folder: Path, tmp_path: Path) -> None:
-    """Without its bounds nobody can tell where the squares lie in QuPath."""
+    """Without its bounds the place of the squares in QuPath is unknown."""
     shutil.copytree(folder / "run", tmp_path / "run")
     table = files.read_table(str(tmp_path / "run" / "slides.parquet"))
     gone = str(tmp_path / "gone.mrxs")

@@ -330,7 +330,7 @@ def test_one_writer_at_a_time_in_a_bucket(
                 pass
         check()
     assert download(place) == {}
-    # The lock of one that died: nobody renews it.
+    # The lock of a process that died: it is not renewed.
     monkeypatch.setattr(lock, "_LEASE_S", 1.5)
     dead = {"what": "infer", "host": "gone", "process": 1, "since": "yesterday"}
     files.write_json(files.join(place, "lock.json"), dead)

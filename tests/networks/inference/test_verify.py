@@ -56,7 +56,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(slides: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Gives a fresh copy of a run with some options, and how to run it again."""
+    """Return a fresh copy of a run with some options, and how to run it again."""
     made: dict[Options, Path] = {}
     predictors: dict[Options, Predictor] = {}
 

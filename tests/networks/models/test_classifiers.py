@@ -1,4 +1,4 @@
-"""Classifiers of timm: self-attention beside the features, and heads."""
+"""Classifiers of timm: self-attention next to the features, and heads."""
 
 from dataclasses import replace
 

@@ -42,7 +42,7 @@ def blobs(side: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
 def test_image_and_mask_move_together(how: dict) -> None:
     images, labels = blobs()
     changes = Augment(**(PLAIN | how))
-    # Glass is white and background: marked so that it is told from the disc.
+    # Glass is white and background: marked to distinguish it from the disc.
     images[:, 1] = 255 - images[:, 1]
     moved, masks = move(changes, images, labels, seed=3)
     assert not torch.equal(masks, labels)

@@ -1,4 +1,4 @@
-"""Every recipe trains, and starts from where it is told to."""
+"""Every recipe trains, and starts from the weights that it names."""
 
 from dataclasses import replace
 from pathlib import Path

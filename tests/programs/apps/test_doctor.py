@@ -1,4 +1,4 @@
-"""medray doctor: each trouble that can be had here is told, and what to do about it."""
+"""medray doctor: each problem that can be made here is reported, and what to do about it."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""medray doctor --kubernetes: each fault is told, and what to type.
+"""medray doctor --kubernetes: each fault is reported, and what to type.
 
 No API server can be had where these tests run. What answers here is an HTTP server with
 the objects that kustomize builds of k8s/, given the states that a real one gave them;

@@ -1,4 +1,4 @@
-"""Nights: what is new, what is told, one at a time; a simulated week."""
+"""Nights: what is new, what is reported, one at a time; a simulated week."""
 
 import datetime
 import json
@@ -271,7 +271,7 @@ def test_scanners_are_named_by_their_files(tmp_path: Path) -> None:
     assert scanner_of(str(tmp_path / "gone.tif")) == "unknown"
 
 
-# --- a night without slides: what is told, one at a time ------------------------------
+# --- a night without slides: what is reported, one at a time --------------------------
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_a_webhook_gets_the_summary_and_cannot_fail_a_night(
     summary = json.loads(Path(first.summary).with_suffix(".json").read_text())
     assert taken == [("application/json", summary)]
     night(inbox, model, "2026-01-01", webhook=f"{address}/take")
-    assert len(taken) == 1  # committed before: nothing is told again
+    assert len(taken) == 1  # committed before: nothing is reported again
     # Only now, for the one that hangs: on a busy machine an answer may take a second.
     monkeypatch.setattr("medray.apps.nightly.summary._WEBHOOK_S", 0.5)
     for day, broken in enumerate(

@@ -1,7 +1,7 @@
-"""medray submit beside a head that answers late, wrongly or not at all.
+"""medray submit with a head that answers late, wrongly or not at all.
 
 A head that is there is real in tests/kill/apps/test_heads.py; here it is one that loses
-answers, which a real one cannot be told to do.
+answers, which a real one cannot be made to give.
 """
 
 import contextlib

@@ -104,7 +104,7 @@ def test_slides_of_buckets_are_those_of_disks(
                 np.testing.assert_array_equal(
                     a.read(0, 0, *shape, level), b.read(0, 0, *shape, level)
                 )
-    # Each file was fetched once, beside headers.
+    # Each file was fetched once, apart from headers.
     before = proxy.fetched
     for file in there:
         open_slide(file.uri).close()
@@ -234,7 +234,7 @@ def test_a_copy_that_is_read_stays(
             with cache.local_copy(other):
                 pass
         assert path.is_file()
-        # Who waits gets the room as soon as nobody reads.
+        # A waiting process gets the room as soon as no process reads.
         monkeypatch.setattr(cache, "_WAIT_S", 60.0)
         there: list[Path] = []
 

@@ -208,7 +208,7 @@ def test_areas_are_cut_off_at_the_border(tmp_path: Path) -> None:
     assert read(svg(tmp_path, "")) == []
 
 
-# --- what the user is told ------------------------------------------------------------
+# --- what the user sees ---------------------------------------------------------------
 
 
 def marks(uri: str, classes: Classes = ONE, size: int = 1000) -> Annotation:

@@ -68,7 +68,7 @@ def test_a_level_that_fits_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_where_nobody_annotated_nothing_is_different(tmp_path: Path) -> None:
-    """Areas of class Region* say where a slide is annotated; elsewhere nobody knows."""
+    """Areas of class Region* say where a slide is annotated; elsewhere it is unknown."""
 
     def square(name: str, start: int, end: int) -> dict[str, Any]:
         ring = [[start, start], [end, start], [end, end], [start, end], [start, start]]

@@ -442,7 +442,7 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, Names], Written]:
     delimiter = draw(st.sampled_from(",;\t"))
     end = draw(st.sampled_from(("\n", "\r\n", "\r")))
     quoting = draw(st.sampled_from((csv.QUOTE_ALL, csv.QUOTE_MINIMAL)))
-    if end == "\r":  # beside which the writer does not quote a \n
+    if end == "\r":  # with which the writer does not quote a \n
         quoting = csv.QUOTE_ALL
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)

@@ -31,7 +31,7 @@ def begin(
 def test_a_row_is_given_up_when_three_processes_ended_that_had_it(
     steps: list, gone: frozenset
 ) -> None:
-    """Deaths with their node do not count, and what is done starts anew."""
+    """Deaths with their node do not count, and what is done starts again."""
     tries = Tries()
     ended: dict = {row: [] for row in ROWS}  # the nodes of its processes
     at_hand: dict = {}

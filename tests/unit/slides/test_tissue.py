@@ -1,4 +1,4 @@
-"""Tissue is told from glass by saturation, however much of it there is."""
+"""Tissue is distinguished from glass by saturation, however much of it there is."""
 
 from __future__ import annotations
 
