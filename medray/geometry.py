@@ -105,6 +105,11 @@ def window_starts(length: int, windows: Windows) -> npt.NDArray[np.int64]:
 
     An axis shorter than a window has one window at 0 that reaches beyond its end (the
     reader pads).
+
+    Examples:
+        >>> from medray.geometry import Windows, window_starts
+        >>> window_starts(2048, Windows(512, 384))
+        array([   0,  384,  768, 1152, 1536])
     """
     size, stride, margin = windows.size, windows.stride, windows.margin
     if length <= size:
@@ -125,6 +130,11 @@ def window_cores(length: int, windows: Windows) -> npt.NDArray[np.int64]:
         (number of windows + 1): the core of window i is [cores[i], cores[i + 1]). Cores
         partition the axis, and each keeps half the overlap away from its window's
         ends, except from the ends of the slide.
+
+    Examples:
+        >>> from medray.geometry import Windows, window_cores
+        >>> window_cores(2048, Windows(512, 384))
+        array([   0,  448,  832, 1216, 1600, 2048])
     """
     starts = window_starts(length, windows)
     cores = np.empty(len(starts) + 1, np.int64)
@@ -147,6 +157,12 @@ def window_weights(length: int, windows: Windows) -> npt.NDArray[np.float32]:
 
     Returns:
         (number of windows, size) float32; row i belongs to `window_starts(...)[i]`.
+
+    Examples:
+        >>> from medray.geometry import Windows, window_weights
+        >>> window_weights(6, Windows(4, 2)).round(2)
+        array([[1.  , 1.  , 0.67, 0.33],
+               [0.33, 0.67, 1.  , 1.  ]], dtype=float32)
     """
     starts = window_starts(length, windows)
     ramp = np.minimum(np.arange(windows.size), np.arange(windows.size)[::-1]) + 1.0

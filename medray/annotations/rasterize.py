@@ -44,6 +44,17 @@ def rasterise(
 
     Raises:
         SlideError: An area's class is unknown.
+
+    Examples:
+        >>> from medray.annotations import rasterise, read_areas
+        >>> from medray.classes import Classes
+        >>> names = Classes(("background", "tumour"))
+        >>> areas = read_areas(
+        ...     "annotations/slide_000.svg", height=768, width=640, classes=names
+        ... )
+        >>> labels = rasterise(areas, names, y=0, x=0, height=768, width=640)
+        >>> labels.shape, np.unique(labels).tolist()
+        ((768, 640), [0, 1])
     """
     labels = np.zeros((height, width), np.uint8)
     names = [area.class_name for area in areas]

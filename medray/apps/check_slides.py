@@ -1,12 +1,11 @@
 """Slides and annotations as medray understands them, before anything is computed.
 
-    look      each slide and its annotation are opened in a process that may die of it
-    report    one row per slide, and what was refused, in words
+    look      each slide and its annotation are opened in a process that may die
+    report    one row per slide, with the reason of each refusal
     show      one HTML page: each slide small, with its annotation as it will be drawn
 
-Slides are found, matched and read by the functions that ingest uses, so what is refused
-here is what ingest refuses, but for damage inside a file: only coarse pixels are read.
-Slides of a bucket that OpenSlide reads are copied whole for that, as in any run.
+Slides are found, matched and read as by ingest, so the same slides are refused, except
+for damage inside a file: only coarse pixels are read.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ from medray.storage import files, storable
 from medray.types import Row
 
 _LIMIT_S = 300.0  # for a slide; a flat one is read whole
-# Each may take the memory that decoding one file needs, see medray.slides.limits.
-_MAX_PROCESSES = 8
+_MAX_PROCESSES = 8  # each may take the memory of one file: medray.slides.limits
 
 
 def check(
@@ -91,9 +89,12 @@ def check(
         out: Folder or address for check.html and slides.csv. None: nothing is written.
 
     Raises:
-        ConfigError: The request is wrong: there are no slides, an annotation or a row
-            of a table could be that of several, a table cannot be read, or OUT holds a
-            report of another kind.
+        ConfigError: There are no slides, an annotation or a row of a table fits several
+            slides, a table cannot be read, or OUT holds another kind of report.
+
+    Examples:
+        >>> medray.check(["slides"], annotations="annotations").failed
+        {}
     """
     # Not in the processes that open slides: matplotlib takes its time to be imported.
     from medray.evaluation import check_folder

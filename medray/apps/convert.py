@@ -81,6 +81,12 @@ def convert(
     Raises:
         ConfigError: The request is wrong, or OUT holds other copies.
         StoreError: OUT cannot be written.
+
+    Examples:
+        >>> from medray.apps.convert import convert
+        >>> converted = convert("run", to="ome-tiff", out="tiffs", executor="local")
+        >>> converted.done
+        4
     """
     source, out = files.absolute(source), files.absolute(out)
     if to not in FORMATS:

@@ -172,6 +172,12 @@ def read_patches(folder: str, split: str) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: Ingest has not finished.
+
+    Examples:
+        >>> from medray.datasets import read_patches
+        >>> patches = read_patches("dataset", "train")
+        >>> sorted({patch["slide"] for patch in patches})
+        ['slide_000', 'slide_001']
     """
     uri = files.join(folder, "patches.parquet")
     if not files.exists(uri):

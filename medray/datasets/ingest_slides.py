@@ -90,6 +90,17 @@ def ingest(
     Raises:
         ConfigError: The request is wrong, OUT was made with other settings, or another
             process works there.
+
+    Examples:
+        >>> dataset = medray.ingest(
+        ...     ["slides"],
+        ...     annotations="annotations",
+        ...     fractions=(0.5, 0.25, 0.25),
+        ...     out="patches",
+        ...     executor="local",
+        ... )
+        >>> dataset.done, dataset.failed
+        (4, {})
     """
     request = settle_ingest(
         slides,

@@ -103,6 +103,12 @@ def compare(run: str, other: str, *, out: str, truth: str | None = None) -> Comp
     Raises:
         ConfigError: One is no finished run, their classes differ, or nothing has a
             truth.
+
+    Examples:
+        >>> from medray.evaluation import compare
+        >>> compared = compare("run", "run", out="compared")
+        >>> compared.compared, compared.changed
+        (4, 0)
     """
     run, other, out = (files.absolute(place) for place in (run, other, out))
     settings = (read_run(run), read_run(other))

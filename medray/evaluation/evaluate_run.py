@@ -121,6 +121,13 @@ def evaluate(
     Raises:
         ConfigError: The request is wrong, nothing in RUN has a truth, or OUT holds
             another kind of report.
+
+    Examples:
+        >>> evaluation = medray.evaluate(
+        ...     "run", truth="annotations", out="report", executor="local"
+        ... )
+        >>> evaluation.evaluated, evaluation.failed
+        (4, {})
     """
     run, truth, out = (files.absolute(place) for place in (run, truth, out))
     check_folder(out, "per_slide.parquet")

@@ -40,6 +40,14 @@ def confusion(
 
     Raises:
         ValueError: The shapes differ, or a label is not from 0 to C - 1.
+
+    Examples:
+        >>> from medray.evaluation import confusion
+        >>> truth = np.array([[0, 0, 1], [0, 1, 1]])
+        >>> predicted = np.array([[0, 1, 1], [0, 1, 0]])
+        >>> confusion(truth, predicted, 2)
+        array([[2, 1],
+               [1, 2]])
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}")
@@ -129,6 +137,13 @@ def summary(counts: Counts, names: Sequence[str]) -> dict[str, float | None]:
 
     Raises:
         ValueError: `counts` and `names` do not fit.
+
+    Examples:
+        >>> from medray.evaluation import summary
+        >>> counts = np.array([[90, 2], [2, 6]])
+        >>> scores = summary(counts, ["background", "tumour"])
+        >>> scores["f1"], scores["iou"], scores["accuracy"]
+        (0.75, 0.6, 0.96)
     """
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} classes, but counts of shape {counts.shape}")
@@ -245,6 +260,13 @@ def bootstrap(
         [low, high] by score, and `per_class`: by class name, then by score. Samples in
         which a score is undefined are left out; None if it never is defined. None
         altogether with fewer than two slides.
+
+    Examples:
+        >>> from medray.evaluation import bootstrap
+        >>> slides = np.array([[[90, 2], [2, 6]], [[80, 0], [9, 9]], [[99, 1], [0, 9]]])
+        >>> low, high = bootstrap(slides, ["background", "tumour"])["f1"]
+        >>> round(low, 2), round(high, 2)
+        (0.67, 0.95)
     """
     slides = len(slide_counts)
     if slides < 2:

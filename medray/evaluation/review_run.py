@@ -80,6 +80,12 @@ def review(run: str, *, out: str, count: int = 20) -> Review:
 
     Raises:
         ConfigError: There is no run, or it has no uncertainty.
+
+    Examples:
+        >>> from medray.evaluation import review
+        >>> places = review("run", out="to_correct", count=3)
+        >>> places.squares, places.failed
+        (3, {})
     """
     run, out = files.absolute(run), files.absolute(out)
     settings = read_run(run)

@@ -107,6 +107,14 @@ def infer(
             run in OUT was compiled. With `auto` a new run goes on without.
         StoreError: OUT cannot be written, or the store of the slides does not answer.
         StoppedError: SIGTERM or Ctrl-C; what is complete is kept.
+
+    Examples:
+        >>> run = medray.infer(["slides"], model="model", out="masks", executor="local")
+        >>> run.done, run.skipped
+        (4, 0)
+        >>> run = medray.infer(["slides"], model="model", out="masks", executor="local")
+        >>> run.done, run.skipped
+        (0, 4)
     """
     options = options or Options()
     settings = settings_of([model] if isinstance(model, str) else model, options)

@@ -71,6 +71,12 @@ def verify(out: str) -> Verified:
 
     Raises:
         ConfigError: There is no run, or another process works there.
+
+    Examples:
+        >>> from medray.inference import verify
+        >>> verified = verify("run")
+        >>> verified.verified, verified.failed
+        (4, {})
     """
     out = files.absolute(out)
     settings = read_run(out)

@@ -168,6 +168,12 @@ def read_config(folder: str) -> ModelConfig:
 
     Raises:
         ConfigError: The folder is no model folder.
+
+    Examples:
+        >>> from medray.models import read_config
+        >>> config = read_config("model")
+        >>> config.classes.names, config.window.size, config.mpp
+        (('background', 'tumour'), 128, 0.5)
     """
     expected = ("a model folder", "medray train")
     return read_folder_settings(ModelConfig, folder, "model.yaml", expected)

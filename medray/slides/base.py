@@ -105,6 +105,11 @@ class Slide(Protocol):
         Raises:
             ValueError: The rectangle does not lie inside the level.
             SlideError: The file is damaged there.
+
+        Examples:
+            >>> with medray.open_slide("slides/slide_000.tif") as slide:
+            ...     slide.read(y=0, x=128, height=256, width=512).shape
+            (256, 512, 3)
         """
         ...
 

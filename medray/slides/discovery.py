@@ -216,6 +216,11 @@ def find_slides(items: Iterable[str]) -> list[SlideFile]:
 
     Raises:
         ConfigError: Nothing is found, or a folder cannot be read.
+
+    Examples:
+        >>> from medray.slides import find_slides
+        >>> [slide.slide for slide in find_slides(["slides/slide_00[01].tif"])]
+        ['slide_000', 'slide_001']
     """
     items = list(items)
     slides = as_slides(find_slide_files(items))

@@ -45,6 +45,11 @@ def open_slide(
     Raises:
         SlideError: It is absent, damaged, of no known format, or has no such scene or
             plane.
+
+    Examples:
+        >>> with medray.open_slide("slides/slide_000.tif") as slide:
+        ...     slide.mpp, [(level.height, level.width) for level in slide.levels]
+        (0.5, [(768, 640)])
     """
     uri = os.fspath(uri)
     slide = _open(uri, scene, plane, reader)

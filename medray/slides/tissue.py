@@ -59,6 +59,14 @@ def find_tissue(rgb: UInt8) -> Bool:
 
     Returns:
         (H, W) bool; all False on a blank slide.
+
+    Examples:
+        >>> from medray.slides import find_tissue
+        >>> with medray.open_slide("slides/slide_000.tif") as slide:
+        ...     pixels = slide.read(y=0, x=0, height=768, width=640)
+        >>> tissue = find_tissue(pixels[::16, ::16])  # 8 microns per pixel
+        >>> tissue.shape, bool(tissue.any())
+        ((48, 40), True)
     """
     from scipy import ndimage
     from skimage.filters import threshold_otsu

@@ -333,6 +333,13 @@ def open_mask(uri: str, level: int = 0) -> da.Array:
 
     Raises:
         FormatError: There is no such level.
+
+    Examples:
+        >>> mask = medray.open_mask("run/masks/slide_000.ome.zarr")
+        >>> mask.shape, str(mask.dtype)
+        ((768, 640), 'uint8')
+        >>> medray.open_mask("run/masks/slide_000.ome.zarr", level=1).shape
+        (384, 320)
     """
     # Imported here: it takes half a second, and workers never need it.
     import dask.array as da

@@ -199,5 +199,11 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ConfigError: There is none of this name, an unknown key or a wrong value.
+
+    Examples:
+        >>> from medray.training.recipe import read_recipe
+        >>> recipe = read_recipe("unet", ["optimizer.lr=1e-4"])
+        >>> recipe.model.encoder, recipe.optimizer.lr
+        ('resnet18', 0.0001)
     """
     return read_settings(Recipe, find_recipe(recipe), overrides)

@@ -65,6 +65,16 @@ def train(
         ConfigError: The recipe, the dataset or both together are wrong, OUT holds
             another model, or another process works there.
         TrainingError: The training cannot go on.
+
+    Examples:
+        >>> training = medray.train(
+        ...     "unet",
+        ...     data="dataset",
+        ...     out="trained",
+        ...     overrides=["schedule.epochs=1", "data.crop=128", "data.samples=4"],
+        ... )
+        >>> training.trained, training.epochs
+        (True, 1)
     """
     settings = read_request(recipe, overrides, repeats)
     data, out = files.absolute(data), files.absolute(out)
