@@ -1,16 +1,20 @@
-"""Slides and annotations -> a dataset that training reads straight from.
+"""Build a dataset from slides and their annotations; training reads it directly.
 
-The way of a slide, top to bottom:
+A slide goes through these steps, the first four in worker processes:
 
-    plan     its size, tissue and annotation; the empty OME-Zarr; one row per region
-    cut      a region is read, labelled and written: one shard of pixels, one of labels;
-             of a slide annotated in part only patches that lie within are listed
-    commit   the driver notes the region and its patches; with the last one the
-             pyramids are built and the slide is done
-    split    slides go to train, val and test, never two of one patient apart, nor
-             two of the same scan
+    plan     read its size, find its tissue, load its annotation, list its regions
+    create   create its empty OME-Zarr
+    read     read a region and draw its labels; list its patches (of a slide that is
+             annotated only in part those that lie wholly inside the annotated area)
+    write    write one shard of pixels and one of labels
+    commit   the main process records the region and its patches in the ledger
+    finish   after its last region: build the pyramids; the slide is done
+    split    assign slides to train, val and test: slides of one group (patient), and
+             copies of the same scan, get the same one
 
-Plan, cut and commit are in `medray.datasets.patches`.
+In OUT lie one OME-Zarr per slide, slides.parquet, patches.parquet (where each patch
+lies in them) and dataset.yaml. The steps are in `medray.datasets.patches`, the splits
+in `medray.datasets.deal_splits`; `medray.execution` runs the steps.
 """
 
 from __future__ import annotations
@@ -60,11 +64,12 @@ def ingest(
     remove_missing: bool = False,
     executor: Executor = "auto",
 ) -> Summary:
-    """Turn slides and their annotations into a dataset of zarr-tiled patches.
+    """Build a dataset from slides: one OME-Zarr per slide, and a table of patches.
 
-    Running the same command again finishes what is missing; slides that are done and
-    have not changed are skipped. Slides of the dataset that the request does not name
-    stay, and so do the splits of all that had one; both is warned of.
+    Running the same command again computes what is missing; finished slides that have
+    not changed are skipped. Slides that are in the dataset but not in the request are
+    kept, and a slide that has a split keeps it unless `splits` names another; a warning
+    says so.
 
     Args:
         slides: Files, globs, folders, s3:// or gs:// addresses.
@@ -72,13 +77,14 @@ def ingest(
         annotations: Folder of SVG, GeoJSON, ASAP or ImageScope XML or mask images,
             named like their slides.
         classes: Names by label value, the background first.
-        mpp: Microns per pixel of level 0, instead of the files', or CSV (slide,mpp).
+        mpp: Microns per pixel of level 0, instead of the file's: a number, or a CSV
+            (slide,mpp).
         scene: Which of several slides in a file, from 0 in the file's order.
         plane: Which of several focal planes, from 0.
         groups: CSV (slide,group): slides of one group (patient) stay in one split.
             Where the group is blank a slide is one by itself.
-        splits: CSV (slide,split) that says train, val or test itself. Slides that it
-            does not name are in none.
+        splits: CSV (slide,split) that assigns train, val or test, instead of
+            `fractions`. Slides that it does not name are in none.
         ignore_unknown: Leave out rows of the tables that name no slide. Without it they
             are refused.
         fractions: Shares of slides in train, val and test.
@@ -87,19 +93,22 @@ def ingest(
         executor: On the Ray of RAY_ADDRESS, in processes here, or in this one (local).
             `auto`: Ray, but processes where no cluster is named and the files are few.
 
+    Returns:
+        How many slides were done, which failed and why, and warnings.
+
     Raises:
         ConfigError: The request is wrong, OUT was made with other settings, or another
             process works there.
 
     Examples:
-        >>> dataset = medray.ingest(
+        >>> summary = medray.ingest(
         ...     ["slides"],
         ...     annotations="annotations",
         ...     fractions=(0.5, 0.25, 0.25),
         ...     out="patches",
         ...     executor="local",
         ... )
-        >>> dataset.done, dataset.failed
+        >>> summary.done, summary.failed
         (4, {})
     """
     request = settle_ingest(
@@ -119,21 +128,26 @@ def ingest(
     )
     with locked(request.out, "ingest") as check:
         open_dataset(request.out, request.settings)
-        kept = note_request(request.out, request.dealt_by)
-        gone = take_stock(request.slides, request.out, remove=remove_missing)
         executor = settle_executor(executor, [file.uri for file in request.slides])
-        done = ingest_settled(request, executor, check)
-    done = replace(done, warnings=(*kept, *gone, *done.warnings))
-    for said in done.warnings:
-        log.warning("%s", said)
-    return done
+        # What was taken out of OUT is logged before the long work, not after it.
+        before = [*note_request(request.out, request.dealt_by)]
+        before += take_stock(request.slides, request.out, remove=remove_missing)
+        _log(before)
+        summary = ingest_settled(request, executor, check)
+    _log(summary.warnings)
+    return replace(summary, warnings=(*before, *summary.warnings))
+
+
+def _log(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def ingest_settled(
     request: IngestRequest, executor: Executor, check: Callable[[], None]
 ) -> Summary:
     """Ingest what is missing of a request, in a dataset that is open and locked."""
-    # The regions of all slides become patches.parquet at the end.
+    # The ledger keeps the regions of finished slides: patches.parquet is made of them.
     out, ledger = request.out, Ledger(request.out, keep_finished=True)
     earlier = earlier_splits(ledger.slides, out)
     summary = run_stage(
@@ -145,14 +159,15 @@ def ingest_settled(
         check=check,
     )
     for slide, row in ledger.slides.items():
-        row.setdefault("split", earlier.get(slide))  # of a slide that was replaced
+        # A slide whose file was replaced has a new row, without the split it had.
+        row.setdefault("split", earlier.get(slide))
     rows = [row for row in ledger.slides.values() if row["status"] == "done"]
-    warnings = assign_splits(rows, request)
+    warnings = assign_splits(rows, request)  # into rows
     for row in rows:
         ledger.commit_slide(row)
     _write_patches(out, ledger)
     ledger.close()
-    return replace(summary, warnings=tuple(warnings))
+    return replace(summary, warnings=(*summary.warnings, *warnings))
 
 
 type IngestStage = Stage[IngestFacts, Share | None, SeenPatches, PatchesRecord, None]
@@ -174,7 +189,7 @@ def ingest_stage(settings: DatasetSettings, out: str) -> IngestStage:
 
 
 def _write_patches(out: str, ledger: Ledger) -> None:
-    """Write one row per patch of all finished slides, new ones and those of before."""
+    """Write one row per patch of all finished slides, also of earlier runs."""
     uri = files.join(out, "patches.parquet")
     before: dict[str, list[Row]] = {}
     if files.exists(uri):
@@ -189,5 +204,6 @@ def _write_patches(out: str, ledger: Ledger) -> None:
         if not found and row["patches"]:  # finished by an earlier run
             found = before[slide]
         common = {"slide": slide, "split": row["split"], "mpp": row["mpp"]}
+        # Twice: first for the order of columns; an old row may have an old split.
         patches += [common | patch | {"split": row["split"]} for patch in found]
     write_patches(out, patches)

@@ -1,6 +1,8 @@
-"""One function over rows of any kind, in processes that a row may kill.
+"""Call one function for many rows, in worker processes.
 
-For what is done with things that are no slides of a stage: images, sheets, copies.
+A row that ends or hangs its process does not stop the others (`executor="local"` has no
+such protection). For work that is not a stage of slides: images, contact sheets,
+copies.
 """
 
 from __future__ import annotations
@@ -25,25 +27,25 @@ def map_rows[R](
     timeout: float = 24 * 3600.0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[R, Any]]:
-    """Yield each row with what a function returns for it, in any order.
+    """Yield each row with the function's result for it, in any order.
 
-    A MedrayError or OSError that the function raises is yielded in place of a result,
-    a MemoryError as a SlideError, and a LostError for a row at which three processes
-    died or hung.
+    A MedrayError or OSError of the function is yielded instead of a result, a
+    MemoryError as a SlideError; any other exception is a bug and is raised. A row whose
+    process dies or hangs is tried again; the third time a LostError is yielded for it.
 
     Args:
-        function: Of a module, so that Ray can send it; it is called in processes that
-            stay, and may cache what all rows share.
-        rows: What it is called with, one by one.
-        executor: Where it runs.
-        device: A process has a GPU, or where there is none most of a node's cores; else
-            there are two per core, so that one works while another waits.
-        bounded: A process may allocate 4 GiB and no more, for untrusted files.
-        timeout: Seconds that one row may take.
-        check: Is called again and again; raises if it may not go on.
+        function: Function of a module, because it is pickled; may run more than once
+            for a row. Processes are kept, so it may cache what all rows share.
+        rows: Its arguments, one per call.
+        executor: Where it runs, not `auto`.
+        device: Give each process a GPU, or most of a node's cores if it has none; else
+            there are two per core, so that one computes while another waits.
+        bounded: Limit a process to 4 GiB of memory, for untrusted files. Not `local`.
+        timeout: Timeout of one row, seconds. Not `local`.
+        check: Called repeatedly in this process; raises to stop (a lock that is lost).
 
     Raises:
-        MedrayError: The processes die, whichever rows they get.
+        MedrayError: Processes die whichever rows they are given.
     """
     if executor == "local":
         for row in rows:
@@ -69,7 +71,7 @@ def _start(
     bounded: bool,
     timeout: float,
 ) -> Any:
-    """Return the stream of these rows."""
+    """Start the processes; return their stream."""
     if executor == "processes":
         from medray.execution.processes import Processes
 
@@ -97,9 +99,10 @@ def _start(
 
 
 def steps_of(function: Callable[[Any], Any], row: Any) -> Generator[Any, None, Any]:
-    """Return a row's result, or the error that stands for it, as a generator does.
+    """Return a row's result, or the error in its place, as a generator's value.
 
-    It yields as often as the function's own generator does, if it returns one.
+    If the function returns a generator, its yields are passed on; they say that the row
+    makes progress.
     """
     try:
         result = function(row)
@@ -109,9 +112,8 @@ def steps_of(function: Callable[[Any], Any], row: Any) -> Generator[Any, None, A
     except (MedrayError, OSError) as error:
         return error
     except MemoryError as error:
-        return SlideError(
-            f"takes more memory than there is ({error or 'no more said'})"
-        )
+        said = f" ({error})" if str(error) else ""
+        return SlideError(f"takes more memory than there is{said}")
 
 
 def _call(function: Callable[[Any], Any], row: Any) -> Any:
@@ -124,12 +126,16 @@ def _call(function: Callable[[Any], Any], row: Any) -> Any:
 
 
 def sendable(error: Exception, otherwise: type[Exception]) -> Exception:
-    """Return an exception that can be pickled; of a bug its traceback is a note."""
+    """Return the exception if it can be pickled, else one of a class that can be.
+
+    A RuntimeError in its place stands for a bug: then the traceback, which pickling
+    drops, is added as a note.
+    """
     text = "".join(traceback.format_exception(error))
     try:
         if otherwise is RuntimeError:
             error.add_note(text)
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does
+    except Exception:  # pickling runs code of its class, which may raise anything
         return otherwise(text if otherwise is RuntimeError else f"{error}")
     return error

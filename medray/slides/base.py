@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from medray.errors import SlideError
 from medray.types import UInt8
 
-# Larger sides are no slides but broken or hostile headers.
 MAX_SIDE = 2**20
+"""Longest side in pixels; a header that claims more is damaged or malicious."""
 SANE_MPP = (0.01, 100.0)
-"""Coarser or finer pixels are no microscope's; a tag that has them means something
-else."""
+"""Plausible microns per pixel; a tag outside this range holds something else."""
 
 _MOST_OBLONG = 1.01
 
@@ -24,7 +24,7 @@ class Mpp:
     Attributes:
         x: Across.
         y: Down.
-        source: What says so, such as `XResolution` or `--mpp`.
+        source: Where the values come from, such as `XResolution` or `--mpp`.
     """
 
     x: float
@@ -43,10 +43,10 @@ class Mpp:
 
 
 class NeedsOpenSlideError(SlideError):
-    """A TIFF that OpenSlide may read and tifffile would read wrong, or not at all.
+    """A TIFF that tifffile would misread or not read, and OpenSlide may read.
 
     Attributes:
-        vendor: What OpenSlide must take it for; "" if it does not matter.
+        vendor: Vendor that OpenSlide must detect; "" if any will do.
     """
 
     def __init__(self, message: str, vendor: str = "") -> None:
@@ -62,7 +62,7 @@ class Level:
     Attributes:
         height: Pixels.
         width: Pixels.
-        downsample: How many level-0 pixels one pixel spans, a side.
+        downsample: Level-0 pixels per pixel of this level, along one axis.
     """
 
     height: int
@@ -71,16 +71,16 @@ class Level:
 
 
 class Slide(Protocol):
-    """One image file, from a flat field to a gigapixel pyramid; the readers' base.
+    """One image, from a single field to a gigapixel pyramid; base of the readers.
 
     Attributes:
         uri: Path or address.
-        format: What it is, such as `svs`, `ome-tiff`, `png`.
-        levels: Level 0 is the largest.
-        resolution: Microns per pixel of level 0; None when the file does not say.
-        magnification: Of the objective; None when the file does not say.
-        note: What the user should know of how it is read ("" if nothing).
-        absent: Share of level 0 that is not in the file, according to the header.
+        format: Format of the file, such as `svs`, `ome-tiff`, `png`.
+        levels: From the largest, level 0, to the smallest.
+        resolution: Microns per pixel of level 0; None if the file does not say.
+        magnification: Magnification of the objective; None if the file does not say.
+        note: Remark for the user on how it is read, or "".
+        absent: Share of level 0, 0 to 1, without pixels in the file, by its header.
     """
 
     uri: str
@@ -93,11 +93,19 @@ class Slide(Protocol):
 
     @property
     def mpp(self) -> float | None:
-        """Microns per pixel of level 0 across; None when the file does not say."""
+        """Microns per pixel of level 0, along x; None if the file does not say."""
         return self.resolution.x if self.resolution else None
 
+    @abstractmethod
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> UInt8:
-        """Read a rectangle, in pixels of `level`, that lies inside the level.
+        """Read a rectangle that lies inside a level.
+
+        Args:
+            y: First row, in pixels of `level` (OpenSlide takes those of level 0).
+            x: First column, in pixels of `level`.
+            height: Rows.
+            width: Columns.
+            level: Level to read.
 
         Returns:
             (height, width, 3) uint8 RGB.
@@ -113,6 +121,7 @@ class Slide(Protocol):
         """
         ...
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
         ...
@@ -135,38 +144,38 @@ def check_rectangle(
         ValueError: It does not, or there is no such level.
     """
     if not 0 <= level < len(levels):
-        raise ValueError(f"there are levels 0 to {len(levels) - 1}, found {level}")
+        raise ValueError(f"expected a level from 0 to {len(levels) - 1}, found {level}")
     inside = levels[level]
     fits = y >= 0 and x >= 0 and height > 0 and width > 0
     if not fits or y + height > inside.height or x + width > inside.width:
         raise ValueError(
             f"rectangle y={y} x={x} height={height} width={width} does not lie inside "
-            f"level {level} of {inside.height} x {inside.width} pixels"
+            f"level {level} of height={inside.height} width={inside.width}"
         )
 
 
 def sane_mpp(value: float | None) -> float | None:
-    """Return `value` if a microscope can have so many microns per pixel, else None."""
+    """Return `value` if it is plausible as microns per pixel, else None."""
     if value is None or not SANE_MPP[0] <= value <= SANE_MPP[1]:
         return None
     return value
 
 
 def mpp_of(x: float | None, y: float | None, source: str) -> Mpp | None:
-    """Return what a file says of its microns per pixel.
+    """Return the microns per pixel of a file.
 
     Args:
-        x: Microns per pixel across; None when the file does not say.
-        y: The same down.
-        source: What says so.
+        x: Microns per pixel along x; None if the file does not say.
+        y: Microns per pixel along y; None if the file does not say.
+        source: Where the values come from.
 
     Returns:
-        None where a microscope can have neither. A file that says one of them only is
-        taken to have square pixels, and its source says so.
+        None if neither is given and plausible. If only one is, pixels are taken to be
+        square, and the source says so.
     """
     x, y = sane_mpp(x), sane_mpp(y)
     if x is None or y is None:
         known = x or y
         missing = "y" if x else "x"
-        return Mpp(known, known, f"{source}; {missing} not given") if known else None
+        return Mpp(known, known, f"{source}; no plausible {missing}") if known else None
     return Mpp(x, y, source)

@@ -218,6 +218,18 @@ def test_a_slide_that_is_replaced_keeps_its_split(six: Path) -> None:
 # --- annotations that enclose nothing -------------------------------------------------
 
 
+def test_a_slide_that_fails_for_a_night_keeps_its_split(six: Path) -> None:
+    again(six, fractions=(0.5, 0.5, 0))
+    before = splits(six)
+    slide = next(iter(before))
+    (six / "s" / f"{slide}.tif").write_bytes(b"II*\0 damaged")
+    assert list(again(six, fractions=(0.5, 0.5, 0)).failed) == [slide]
+    other = {"train": (0, 1, 0), "val": (1, 0, 0)}[before[slide]]
+    write_slide(six, slide, 60)
+    again(six, fractions=other)
+    assert splits(six) == before
+
+
 def test_a_line_is_no_example_of_a_slide_without_tumour(six: Path) -> None:
     write_outline(six, "s1", "LineString", [[10, 10], [80, 80]])
     (six / "a" / "s2.geojson").write_text('{"type":"FeatureCollection","features":[]}')
