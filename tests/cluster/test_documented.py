@@ -141,7 +141,7 @@ def test_a_model_that_was_exported(made: Path, slides: Path, tmp_path: Path) -> 
 
 def test_regions_come_back_corrected(made: Path, slides: Path, tmp_path: Path) -> None:
     with contextlib.chdir(lay_out(tmp_path, slides, model=made / "model")):
-        lines = lines_of("docs/training.md", "medray review", "to_correct")
+        lines = lines_of("docs/qupath.md", "medray review", "to_correct")
         names = run(line for line in lines if line[1] != "train")
     assert names == ["infer", "review", "ingest"]
 
