@@ -135,8 +135,8 @@ class Prediction:
         precision: Precision of the arithmetic. Blending is always float32.
         compile: Compile the networks for the device; auto: for a GPU.
         stitch: Keep the core of each window, or average overlaps.
-        tta: Predict mirrored (flips) or also rotated (all) windows and take the mean.
-            4 or 8 times as long.
+        tta: Average over mirrored (flips), rotated (all) windows. Takes 4 or 8 times as
+            long.
         vote: Take the class that most models predict, not the mean probability.
         thresholds: Least probability of each class, by label value. A pixel that
             reaches none is class 0. Empty: the likeliest class.

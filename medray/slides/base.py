@@ -144,7 +144,7 @@ def check_rectangle(
         ValueError: It does not, or there is no such level.
     """
     if not 0 <= level < len(levels):
-        raise ValueError(f"expected a level from 0 to {len(levels) - 1}, found {level}")
+        raise ValueError(f"expected levels 0 to {len(levels) - 1}, found {level}")
     inside = levels[level]
     fits = y >= 0 and x >= 0 and height > 0 and width > 0
     if not fits or y + height > inside.height or x + width > inside.width:

@@ -321,7 +321,7 @@ COMMANDS: dict[str, Command] = {
         "which of two runs is better, and is it chance", ("medray.evaluation:compare",)
     ),
     "review": Command(
-        "the most uncertain places, to correct in QuPath; the hardest images",
+        "most uncertain places, to correct in QuPath; hardest images",
         ("medray.evaluation:review", "medray.evaluation:review_images"),
         {
             "run": Change(

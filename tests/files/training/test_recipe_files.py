@@ -48,7 +48,7 @@ def test_a_name_is_found_and_a_path_stays(
         ("nothing-like-it", SLIDE_MODELS, "nearest: attention-mil, linear;"),
         ("attention-mil", RECIPES, "goes with `medray train NAME --labels CSV`, not"),
         ("unet", SWEEPS, "goes with `medray train NAME`, not with `medray tune"),
-        ("cervical", RECIPES, "goes with `medray tune NAME`"),
+        ("cervical", SWEEPS, "goes with `medray train NAME`, not with `medray tune"),
         ("recipes/unet.yaml", RECIPES, "no such file; `unet` alone is the recipe"),
         ("../unet", RECIPES, None),
     ],

@@ -33,6 +33,7 @@ PYTHON_ONLY = {
     ("demo", "options"): "tests make it shorter",
     ("embed", "region"): "decides only about speed",
     ("evaluate", "slides"): "nights evaluate a part of their run",
+    ("review", "reports"): "the command takes them as RUN, with --by-loss",
     ("view", "announce"): "the command line prints where it listens",
 }
 """Parameters that the command line deliberately does not have."""
