@@ -38,7 +38,7 @@ SMALLER = {
 
 
 def run(commands: Iterable[list[str]]) -> list[str]:
-    """Run what is medray's or Python's; give which commands of medray these were."""
+    """Run commands of medray and of Python; return the names of medray's."""
     names: list[str] = []
     for program, *words in commands:
         if program == "python":
@@ -54,7 +54,9 @@ def run(commands: Iterable[list[str]]) -> list[str]:
 def lay_out(folder: Path, slides: Path, **given: Path) -> Path:
     """Put into a folder what the pages start from."""
     places = dict.fromkeys(("SLIDES", "NEW_SLIDES", "slides"), slides / "slides")
-    places |= dict.fromkeys(("OUTLINES", "NEW_OUTLINES"), slides / "annotations")
+    places |= dict.fromkeys(
+        ("OUTLINES", "ANNOTATIONS", "NEW_ANNOTATIONS"), slides / "annotations"
+    )
     for name, place in (places | given).items():
         (folder / name).symlink_to(place)
     return folder
